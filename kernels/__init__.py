@@ -1,0 +1,1 @@
+"""Kernels: attention over paged KV. Installed as `radixkv.kernels`; imports nothing of radixkv."""

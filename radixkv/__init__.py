@@ -1,0 +1,69 @@
+"""RadixAttention prefix caching for Hugging Face models: shared prefixes are computed once.
+
+    engine = radixkv.Engine.from_pretrained("demo")
+    outputs = engine.generate(["…", "…"], radixkv.SamplingParams(max_tokens=64))
+
+`RadixTree` and `PrefixCache` serve engines of your own, and need no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from radixkv import errors
+from radixkv.cache.prefix_cache import CacheStats, Lease, PrefixCache
+from radixkv.cache.radix_tree import InsertResult, MatchResult, RadixTree
+from radixkv.config import CacheConfig, EngineConfig
+
+if TYPE_CHECKING:
+    from radixkv.engine.engine import Engine, EngineStats, StreamChunk
+    from radixkv.engine.request import RequestMetrics, RequestOutput
+    from radixkv.engine.sampling import SamplingParams, TokenLogprobs
+    from radixkv.engine.session import KVUsage, Session
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheConfig",
+    "CacheStats",
+    "Engine",
+    "EngineConfig",
+    "EngineStats",
+    "InsertResult",
+    "KVUsage",
+    "Lease",
+    "MatchResult",
+    "PrefixCache",
+    "RadixTree",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+    "Session",
+    "StreamChunk",
+    "TokenLogprobs",
+    "errors",
+]
+
+_LAZY = {  # what imports torch and transformers loads when it is asked for: the cache alone needs neither
+    "Engine": "radixkv.engine.engine",
+    "EngineStats": "radixkv.engine.engine",
+    "StreamChunk": "radixkv.engine.engine",
+    "RequestMetrics": "radixkv.engine.request",
+    "RequestOutput": "radixkv.engine.request",
+    "SamplingParams": "radixkv.engine.sampling",
+    "TokenLogprobs": "radixkv.engine.sampling",
+    "KVUsage": "radixkv.engine.session",
+    "Session": "radixkv.engine.session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'radixkv' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -1,0 +1,12 @@
+"""How a batch reads the KV bytes: the metadata of a step and the backends that run it."""
+
+from __future__ import annotations
+
+from radixkv.attention.backend import ReferenceBackend, register_backend
+from radixkv.attention.numba_backend import NumbaBackend
+from radixkv.attention.torch_backend import TorchBackend
+
+# the order in which "auto" tries them
+register_backend("numba", NumbaBackend, NumbaBackend.why_not)
+register_backend("torch", TorchBackend, TorchBackend.why_not)
+register_backend("reference", ReferenceBackend, TorchBackend.why_not)

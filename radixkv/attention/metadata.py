@@ -1,0 +1,85 @@
+"""What attention must know of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class SequenceSpan(NamedTuple):
+    """The part of one request that a batch computes: its tokens `[first, last)`, whose KV will lie in `pages`.
+
+    `pages` (int32) hold the tokens `[0, last)`.
+    """
+
+    first: int
+    last: int
+    pages: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """The layout of a flattened batch, in FlashInfer's terms; index arrays are int32 on the CPU.
+
+    Attributes:
+        page_size: tokens a page.
+        qo_indptr: [num_sequences + 1]; sequence i computes the flattened tokens [qo_indptr[i], qo_indptr[i + 1]).
+        kv_indptr, kv_indices: its KV lies in pages kv_indices[kv_indptr[i] : kv_indptr[i + 1]].
+        kv_last_page_len: tokens in the last of them, in [1, page_size].
+        kv_lens: tokens in all of them; the last ones are those computed now.
+        positions: int64 [num_tokens] on the device, place of each flattened token in its sequence.
+        slots: int64 [num_tokens] on the device, where its KV goes.
+    """
+
+    page_size: int
+    qo_indptr: NDArray[np.int32]
+    kv_indptr: NDArray[np.int32]
+    kv_indices: NDArray[np.int32]
+    kv_last_page_len: NDArray[np.int32]
+    kv_lens: NDArray[np.int32]
+    positions: Tensor
+    slots: Tensor
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.kv_lens)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.qo_indptr[-1])
+
+    @property
+    def qo_lens(self) -> NDArray[np.int32]:
+        """Tokens that each sequence computes."""
+        return np.diff(self.qo_indptr)
+
+
+def build_metadata(
+    spans: Sequence[SequenceSpan], *, page_size: int, device: torch.device | str = "cpu"
+) -> AttentionMetadata:
+    """Lay `spans` out one after another. O(tokens + pages)."""
+    kv_lens = np.array([span.last for span in spans], np.int32)
+    num_pages = -(-kv_lens // page_size)
+    positions = np.concatenate([np.arange(span.first, span.last, dtype=np.int64) for span in spans])
+    own_pages = [span.pages[np.arange(span.first, span.last) // page_size] for span in spans]
+    slots = np.concatenate(own_pages).astype(np.int64) * page_size + positions % page_size
+    return AttentionMetadata(
+        page_size=page_size,
+        qo_indptr=_indptr(np.array([span.last - span.first for span in spans])),
+        kv_indptr=_indptr(num_pages),
+        kv_indices=np.concatenate([span.pages[:count] for span, count in zip(spans, num_pages, strict=True)]),
+        kv_last_page_len=kv_lens - (num_pages - 1) * page_size,
+        kv_lens=kv_lens,
+        positions=torch.from_numpy(positions).to(device),
+        slots=torch.from_numpy(slots).to(device),
+    )
+
+
+def _indptr(counts: NDArray[np.integer]) -> NDArray[np.int32]:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)

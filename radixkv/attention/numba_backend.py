@@ -1,0 +1,68 @@
+"""Attention on the CPU: decodes by our compiled kernel on the pages in place, extends by torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from radixkv.attention.backend import AttentionParams
+from radixkv.attention.metadata import AttentionMetadata
+from radixkv.attention.torch_backend import TorchBackend
+from radixkv.kernels import numba_cpu
+from radixkv.memory.kv_pool import KVPool
+
+
+class NumbaBackend(TorchBackend):
+    """Float32 KV on the CPU. Decodes read each page once, without a copy."""
+
+    name = "numba"
+
+    def __init__(self, pool: KVPool) -> None:
+        super().__init__(pool)
+        self._k = [pages.numpy() for pages in pool.k]  # the same memory
+        self._v = [pages.numpy() for pages in pool.v]
+        self._decode_indptr = self._decode_indices = self._decode_lens = np.empty(0, np.int32)
+
+    @staticmethod
+    def why_not(pool: KVPool) -> str | None:
+        if pool.device.type != "cpu":
+            return f"runs on the CPU, and the model is on {pool.device}"
+        if pool.dtype != torch.float32:
+            return f"reads float32 KV, and the model's is {pool.dtype}"
+        return None
+
+    def plan(self, metadata: AttentionMetadata) -> None:
+        super().plan(metadata)
+        decodes = self._decodes
+        counts = np.diff(metadata.kv_indptr)[decodes]
+        self._decode_indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        pages = [metadata.kv_indices[metadata.kv_indptr[i] : metadata.kv_indptr[i + 1]] for i in decodes]
+        self._decode_indices = np.concatenate(pages) if pages else np.empty(0, np.int32)
+        self._decode_lens = metadata.kv_lens[decodes]
+
+    def _decode(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
+        kv_lens = self._decode_lens
+        starts = np.zeros_like(kv_lens)
+        if params.sliding_window is not None:
+            starts = np.maximum(starts, kv_lens - params.sliding_window)
+        if params.chunk_size is not None:
+            starts = np.maximum(starts, (kv_lens - 1) // params.chunk_size * params.chunk_size)
+        sinks = np.full(q.shape[1], numba_cpu.NO_SINK, np.float32)
+        if params.sinks is not None:
+            sinks = params.sinks.detach().float().numpy()
+        out = np.empty((q.shape[0], q.shape[1], self.pool.layers[layer].v_head_dim), np.float32)
+        numba_cpu.paged_decode(
+            q.contiguous().numpy(),
+            self._k[layer],
+            self._v[layer],
+            self._decode_indptr,
+            self._decode_indices,
+            starts.astype(np.int32),
+            kv_lens,
+            np.float32(params.scale),
+            np.float32(params.softcap or 0.0),
+            sinks,
+            out,
+        )
+        return torch.from_numpy(out)

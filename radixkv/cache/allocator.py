@@ -1,0 +1,89 @@
+"""Free pages and reference counts."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radixkv.errors import ConfigError, InvariantError, OutOfPagesError
+
+
+class TokenToKVPoolAllocator:
+    """Free list and reference counts over `num_pages` pages.
+
+    Invariant, proved by `check_invariants`: a page is on the free list, once, if and only if its count is 0.
+
+    >>> allocator = TokenToKVPoolAllocator(4)
+    >>> pages = allocator.alloc(3)
+    >>> allocator.retain(pages[:1])
+    >>> allocator.release(pages)            # the first page has one reference left
+    2
+    >>> allocator.num_free
+    3
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        if isinstance(num_pages, bool) or not isinstance(num_pages, int) or num_pages < 1:
+            raise ConfigError(f"num_pages must be an integer of at least 1, not {num_pages!r}")
+        self.num_pages = num_pages
+        self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # a stack: [0, num_free) are free
+        self._num_free = num_pages
+        self._ref_counts = np.zeros(num_pages, np.int32)
+
+    @property
+    def num_free(self) -> int:
+        """Pages without a reference. O(1)."""
+        return self._num_free
+
+    @property
+    def num_used(self) -> int:
+        """Pages with at least one reference. O(1)."""
+        return self.num_pages - self._num_free
+
+    def ref_count(self, page: int) -> int:
+        """References on `page`."""
+        return int(self._ref_counts[page])
+
+    def alloc(self, num_pages: int) -> NDArray[np.int32]:
+        """Take `num_pages` free pages, each with one reference. O(num_pages).
+
+        Returns: int32 page ids, shape [num_pages].
+        Raises: OutOfPagesError if fewer are free; nothing is taken then.
+        """
+        if num_pages > self._num_free:
+            raise OutOfPagesError(needed=num_pages, free=self._num_free, evictable=0, total=self.num_pages)
+        first = self._num_free - num_pages
+        pages = self._free[first : self._num_free][::-1].copy()
+        self._num_free = first
+        self._ref_counts[pages] = 1
+        return pages
+
+    def retain(self, pages: NDArray[np.int32]) -> None:
+        """Add a reference to each of `pages`, which are distinct and in use. O(len(pages))."""
+        counts = self._ref_counts[pages]
+        assert counts.size == 0 or counts.min() > 0, "a free page was retained"
+        self._ref_counts[pages] = counts + 1
+
+    def release(self, pages: NDArray[np.int32]) -> int:
+        """Take a reference from each of `pages`, which are distinct and in use. O(len(pages)).
+
+        Returns: how many of them have none left and went back to the free list.
+        """
+        counts = self._ref_counts[pages] - 1
+        assert counts.size == 0 or counts.min() >= 0, "a free page was released"
+        self._ref_counts[pages] = counts
+        freed = pages[counts == 0]
+        self._free[self._num_free : self._num_free + len(freed)] = freed[::-1]
+        self._num_free += len(freed)
+        return len(freed)
+
+    def check_invariants(self) -> None:
+        """Prove the invariant of the class docstring. O(num_pages). Raises: InvariantError."""
+        free = np.sort(self._free[: self._num_free])
+        without_references = np.flatnonzero(self._ref_counts == 0)
+        if not np.array_equal(free, without_references):
+            raise InvariantError(
+                f"free list {free.tolist()} differs from the pages without references {without_references.tolist()}"
+            )
+        if self._ref_counts.min() < 0:
+            raise InvariantError(f"negative reference counts: {self._ref_counts.tolist()}")

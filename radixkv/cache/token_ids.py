@@ -1,0 +1,87 @@
+"""Token ids as the cache wants them: one contiguous int32 array, or its little-endian bytes."""
+
+from __future__ import annotations
+
+import array
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radixkv.errors import InvalidTokenIdsError, TokenIdsTypeError
+
+TOKEN_BYTES = 4
+MAX_TOKEN_ID = 2**31 - 1
+
+TokenIds: TypeAlias = "Sequence[int] | array.array[int] | NDArray[Any] | Any"
+"""A list, tuple, range, `array.array`, numpy array (any integer dtype, any stride) or torch tensor of ids."""
+
+assert sys.byteorder == "little", "keys are little-endian int32; radixkv was never run on a big-endian machine"
+
+
+def token_array(ids: TokenIds) -> NDArray[np.int32]:
+    """`ids` as a contiguous int32 array of shape [tokens]; may share memory with `ids`. O(tokens).
+
+    Raises:
+        TokenIdsTypeError: something in it is not an integer.
+        InvalidTokenIdsError: a value lies outside [0, 2**31), or `ids` is not one-dimensional.
+    """
+    values = _to_numpy(ids)
+    if values.ndim != 1:
+        raise InvalidTokenIdsError(f"token ids must be one sequence, not an array of shape {values.shape}")
+    if values.dtype.kind not in "iu":
+        if values.size == 0 and not isinstance(ids, np.ndarray):
+            return np.empty(0, np.int32)
+        shown = f"{values[0]!r} at position 0" if values.size else "no values"
+        raise TokenIdsTypeError(f"token ids must be integers, not {values.dtype} ({shown})")
+    if values.size and (values.min() < 0 or values.max() > MAX_TOKEN_ID):
+        position = int(((values < 0) | (values > MAX_TOKEN_ID)).argmax())
+        raise _out_of_range(values[position], position)
+    return np.ascontiguousarray(values, dtype=np.int32)
+
+
+def token_bytes(ids: TokenIds) -> bytes:
+    """`ids` as little-endian int32 bytes, 4 a token: what tree keys are made of. O(tokens). Raises as above."""
+    return token_array(ids).tobytes()
+
+
+def _to_numpy(ids: TokenIds) -> NDArray[Any]:
+    if isinstance(ids, np.ndarray):
+        return ids
+    if isinstance(ids, list | tuple | range):
+        return np.frombuffer(_int_array(ids), np.int32)
+    if isinstance(ids, array.array):
+        return np.array(ids) if ids.typecode != "u" else np.array(list(ids))
+    if hasattr(ids, "detach") and hasattr(ids, "cpu"):  # a torch tensor, without importing torch
+        tensor = ids.detach().cpu()
+        if tensor.is_floating_point() or tensor.is_complex():
+            raise TokenIdsTypeError(f"token ids must be integers, not a tensor of {tensor.dtype}")
+        return np.asarray(tensor.numpy())
+    raise TokenIdsTypeError(
+        f"token ids must be a list, array, numpy array or torch tensor of integers, not {type(ids).__name__}"
+    )
+
+
+def _int_array(ids: Sequence[Any]) -> array.array[int]:
+    # array() takes bools and anything with __index__ too, so the types are looked at first
+    if not set(map(type, ids)) <= {int}:
+        ids = [_checked_int(value, position) for position, value in enumerate(ids)]
+    try:
+        return array.array("i", ids)
+    except OverflowError:
+        position = next(i for i, value in enumerate(ids) if not -(2**31) <= value <= MAX_TOKEN_ID)
+        raise _out_of_range(ids[position], position) from None
+
+
+def _checked_int(value: Any, position: int) -> int:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+        raise TokenIdsTypeError(
+            f"token ids must be integers, not {type(value).__name__} ({value!r} at position {position})"
+        )
+    return int(value)
+
+
+def _out_of_range(value: object, position: int) -> InvalidTokenIdsError:
+    return InvalidTokenIdsError(f"token id {value} at position {position} lies outside [0, 2**31)")

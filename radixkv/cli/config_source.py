@@ -1,0 +1,104 @@
+"""Finding a model's config.json: a file, a directory, the demo model or the Hugging Face hub. Loads no weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from radixkv.errors import ModelNotFoundError, UnsupportedModelError
+from radixkv.memory.config_fields import decoder_fields
+from radixkv.memory.sizing import KVShape, kv_shape_from_config
+
+DEMO = "demo"
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def read_config(source: str) -> dict[str, Any]:
+    """The content of the config.json that `source` stands for.
+
+    `source` is "demo", the path of a JSON file, a directory with a config.json, or a hub id such as "Qwen/Qwen3-8B".
+
+    Raises: ModelNotFoundError if there is none, or it is no JSON object.
+    """
+    return _parse(_config_text(source), source)
+
+
+def kv_shape(content: dict[str, Any]) -> KVShape:
+    """The KV shape of a config.json; its class in transformers fills in what a nested or old config leaves out.
+
+    Transformers is imported only then, because that takes seconds.
+
+    Raises: UnsupportedModelError.
+    """
+    if decoder_fields(content) is content:
+        try:
+            return kv_shape_from_config(content)
+        except UnsupportedModelError:
+            return kv_shape_from_config(_with_defaults(content))
+    return kv_shape_from_config(_with_defaults(content))
+
+
+def _config_text(source: str) -> str:
+    if source == DEMO:
+        return _read_file(Path(str(files("radixkv") / "demo_model" / "config.json")))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _read_file(path / "config.json")
+    if path.is_file():
+        return _read_file(path)
+    if _HUB_ID.fullmatch(source) and not source.endswith(".json"):
+        return _read_file(_download(source))
+    raise ModelNotFoundError(
+        f"there is no file or directory {source!r}; give a config.json, a model directory, a hub id or {DEMO!r}"
+    )
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ModelNotFoundError(f"{path.parent} has no {path.name}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelNotFoundError(f"the config of {source!r} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelNotFoundError(f"the config of {source!r} must be a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def _download(repo_id: str) -> Path:
+    """The config.json of a hub model, from the local hub cache or the network."""
+    from huggingface_hub import hf_hub_download
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        return Path(hf_hub_download(repo_id, "config.json"))
+    except (OSError, ValueError) as error:  # no network, no such model, no access: all of the client's are one of them
+        reason = str(error).strip().splitlines()[0]
+        raise ModelNotFoundError(
+            f"there is no file or directory {repo_id!r}, and the Hugging Face hub gave no config: {reason}"
+        ) from error
+
+
+def _with_defaults(content: dict[str, Any]) -> Any:
+    """`content` as its class in transformers loads it; `content` itself if transformers cannot."""
+    from transformers import CONFIG_MAPPING
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    model_type = content.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        return content
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(content)
+    except Exception:  # a config class may raise anything; reading the plain content gives the better message
+        return content

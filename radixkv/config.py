@@ -1,0 +1,118 @@
+"""Settings: frozen, validated when made; resolving "auto" makes a new config, so what ran can be printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from radixkv.errors import ConfigError
+
+SchedulePolicy = Literal["lpm", "fcfs"]
+SCHEDULE_POLICIES: tuple[SchedulePolicy, ...] = ("lpm", "fcfs")
+
+
+def _check_at_least(config: object, minimum: int, *names: str) -> None:
+    """Raise ConfigError unless each named field is None or an int of at least `minimum`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name} must be an integer, not {value!r}")
+        if value < minimum:
+            raise ConfigError(f"{name} must be at least {minimum}, not {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """Settings of a `PrefixCache`.
+
+    Attributes:
+        num_pages: pages in the pool.
+        page_size: tokens a page.
+        policy: name of the eviction policy.
+    """
+
+    num_pages: int
+    page_size: int = 16
+    policy: str = "lru"
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 1, "num_pages", "page_size")
+        if self.num_pages * self.page_size > 2**31 - 1:
+            raise ConfigError(
+                f"{self.num_pages} pages of {self.page_size} tokens are more slots than int32 can count (2**31 - 1); "
+                "make the pool smaller"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of an `Engine`. "auto" and None are resolved against the model and the machine.
+
+    Attributes:
+        dtype: of weights, activations and KV: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+        device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", …
+        page_size: tokens a page. Prefixes are shared in whole pages.
+        kv_cache_tokens: size of the KV pool in tokens; None sizes it by `mem_fraction`.
+        mem_fraction: share of the memory that is free after the model is loaded which the KV pool may take;
+            None means 0.85 on a GPU and 0.4 on the CPU.
+        attention_backend: "auto" or the name of a registered backend.
+        eviction_policy: order in which unused prefixes go; "lru".
+        schedule_policy: "lpm" (longest cached prefix first, with bounded ageing) or "fcfs".
+        max_batch_tokens: tokens computed in one step at most; longer prompts are computed in chunks.
+        max_running_requests: requests that hold pages at one time at most.
+        max_context_tokens: prompt and output of one request at most; None takes the model's own limit.
+        max_skips: under "lpm", how many later arrivals may overtake a waiting request before it goes first.
+        prefix_cache: False computes every prompt from its first token (to measure what the cache brings).
+        seed: from which requests without a seed of their own draw theirs.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    page_size: int = 16
+    kv_cache_tokens: int | None = None
+    mem_fraction: float | None = None
+    attention_backend: str = "auto"
+    eviction_policy: str = "lru"
+    schedule_policy: SchedulePolicy = "lpm"
+    max_batch_tokens: int = 2048
+    max_running_requests: int = 256
+    max_context_tokens: int | None = None
+    max_skips: int = 64
+    prefix_cache: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_at_least(
+            self,
+            1,
+            "page_size",
+            "kv_cache_tokens",
+            "max_batch_tokens",
+            "max_running_requests",
+            "max_context_tokens",
+        )
+        _check_at_least(self, 0, "max_skips", "seed")
+        if self.mem_fraction is not None and not 0 < self.mem_fraction <= 1:
+            raise ConfigError(f"mem_fraction must lie in (0, 1], not {self.mem_fraction}")
+        if self.mem_fraction is not None and self.kv_cache_tokens is not None:
+            raise ConfigError("kv_cache_tokens and mem_fraction both set the pool's size; give one of them")
+        if self.schedule_policy not in SCHEDULE_POLICIES:
+            raise ConfigError(
+                f"schedule_policy must be one of {', '.join(SCHEDULE_POLICIES)}, not {self.schedule_policy!r}"
+            )
+        if self.max_running_requests > self.max_batch_tokens:
+            raise ConfigError(
+                f"max_running_requests ({self.max_running_requests}) must not exceed max_batch_tokens "
+                f"({self.max_batch_tokens}): every running request may need a token in each step"
+            )
+
+    @classmethod
+    def from_keywords(cls, keywords: dict[str, object]) -> EngineConfig:
+        """A config from `keywords`; an unknown name is a ConfigError that lists the known ones."""
+        known = [field.name for field in fields(cls)]
+        for name in keywords:
+            if name not in known:
+                raise ConfigError(f"unknown setting {name!r}; the settings are {', '.join(known)}")
+        return cls(**keywords)  # type: ignore[arg-type]

@@ -1,0 +1,438 @@
+"""The engine: prompts in, tokens out, prefixes kept."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from radixkv.attention.backend import make_backend
+from radixkv.cache.prefix_cache import CacheStats, PrefixCache
+from radixkv.cache.token_ids import TokenIds, token_array
+from radixkv.config import EngineConfig
+from radixkv.engine.detokenizer import Detokenizer
+from radixkv.engine.request import Request, RequestOutput
+from radixkv.engine.runner import ModelRunner
+from radixkv.engine.sampling import Sampler, SamplingParams
+from radixkv.engine.scheduler import Scheduler, Span
+from radixkv.engine.session import Session
+from radixkv.errors import (
+    InvalidRequestError,
+    InvalidSamplingParamsError,
+    InvalidTokenIdsError,
+    MissingTokenizerError,
+    NonFiniteLogitsError,
+    PromptTooLongError,
+)
+from radixkv.memory.kv_pool import KVPool, num_pages_that_fit, pool_bytes_per_token
+from radixkv.memory.req_to_token import ReqToTokenPool
+from radixkv.models.loader import eos_token_ids, load, max_context_tokens
+from radixkv.models.probe import plug_in_paged_attention
+
+Prompt: TypeAlias = "str | TokenIds"
+
+
+class StreamChunk(NamedTuple):
+    """A piece of an output that is being generated; `output` is set in the last one."""
+
+    text: str
+    token_ids: list[int]
+    output: RequestOutput | None
+
+
+class EngineStats(NamedTuple):
+    """What the engine holds now, and what it did since it was made.
+
+    `computed_tokens` went through the model; `generated_tokens` were sampled; `retractions` counts how often a
+    running request had its pages taken back. `peak_used_pages` includes unused prefixes that are kept.
+    """
+
+    cache: CacheStats
+    running: int
+    waiting: int
+    steps: int
+    computed_tokens: int
+    generated_tokens: int
+    retractions: int
+    peak_used_pages: int
+    kv_bytes_per_token: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the prompt tokens that were found in the cache."""
+        return self.cache.hit_rate
+
+    @property
+    def free_pages(self) -> int:
+        return self.cache.free_pages
+
+    @property
+    def evictable_pages(self) -> int:
+        return self.cache.evictable_tokens // self.cache.page_size
+
+    @property
+    def protected_pages(self) -> int:
+        return self.cache.protected_tokens // self.cache.page_size
+
+    @property
+    def pool_bytes(self) -> int:
+        """Size of the KV pool."""
+        return self.cache.num_pages * self.cache.page_size * self.kv_bytes_per_token
+
+
+class Engine:
+    """Generates text with a Hugging Face decoder, and computes a shared prefix only once.
+
+    >>> import radixkv
+    >>> engine = radixkv.Engine.from_pretrained("demo", kv_cache_tokens=4096)
+    >>> params = radixkv.SamplingParams(max_tokens=8)
+    >>> first, = engine.generate("ROMEO:\\nBut, soft! what light through yonder window breaks?", params)
+    >>> again, = engine.generate("ROMEO:\\nBut, soft! what light through yonder window breaks?", params)
+    >>> first.cached_tokens, again.cached_tokens > 0, first.token_ids == again.token_ids
+    (0, True, True)
+
+    Attributes:
+        config: the settings, with "auto" resolved.
+        cache: the `PrefixCache`.
+        model, tokenizer: as given; the model's attention runs on pages from now on.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any | None = None, config: EngineConfig | None = None
+    ) -> None:
+        """Take over `model` as it is, on its device and in its dtype.
+
+        Raises: UnsupportedModelError, UnsupportedBackendError, ConfigError.
+        """
+        config = config or EngineConfig()
+        layers = plug_in_paged_attention(model.eval())
+        self.kv_bytes_per_token = pool_bytes_per_token(layers, model.dtype)
+        num_pages = self._num_pages(config, model)
+        self.cache = PrefixCache(num_pages, config.page_size, config.eviction_policy)
+        self.pool = KVPool(
+            layers, num_pages=num_pages, page_size=config.page_size, dtype=model.dtype, device=model.device
+        )
+        backend = make_backend(config.attention_backend, self.pool)
+        pool_tokens = num_pages * config.page_size
+        limits = (config.max_context_tokens, max_context_tokens(model.config), pool_tokens)
+        self.config = replace(
+            config,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+            kv_cache_tokens=pool_tokens,
+            mem_fraction=None,
+            attention_backend=backend.name,
+            max_context_tokens=min(limit for limit in limits if limit is not None),
+        )
+        self.model, self.tokenizer = model, tokenizer
+        self._vocab_size: int = model.config.get_text_config().vocab_size
+        self._eos_ids = eos_token_ids(model)
+        req_to_token = ReqToTokenPool(
+            max_requests=self.config.max_running_requests,
+            max_tokens=self.max_context_tokens,
+            page_size=self.config.page_size,
+        )
+        self._scheduler = Scheduler(self.config, self.cache, req_to_token)
+        self._runner = ModelRunner(model, backend, req_to_token)
+        self._sampler = Sampler()
+        self._seeds = np.random.default_rng(config.seed)
+        self._lock = threading.RLock()
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._next_id = 0
+        self._steps = self._computed_tokens = self._generated_tokens = self._peak_used_pages = 0
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **settings: Any) -> Engine:
+        """Load "demo", a local directory or a hub id, and make an engine of it.
+
+        `settings` are the fields of `EngineConfig`.
+
+        Raises: ModelNotFoundError, UnsupportedModelError, UnsupportedBackendError, ConfigError.
+        """
+        config = EngineConfig.from_keywords(settings)
+        model, tokenizer = load(name_or_path, dtype=config.dtype, device=config.device)
+        return cls(model, tokenizer, config)
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Prompt and output of one request at most."""
+        assert self.config.max_context_tokens is not None, "resolved when the engine was made"
+        return self.config.max_context_tokens
+
+    # -- the public verbs --------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        extra_key: str | None = None,
+        cache_salt: str | None = None,
+        on_finish: Callable[[RequestOutput], object] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue each prompt; returns the outputs in the order of the prompts.
+
+        All prompts are checked before any runs. If a request fails while it runs, its output has the reason "error"
+        and the others go on. If this call is interrupted, its requests are aborted and hold nothing.
+
+        Args:
+            prompts: one prompt or several; a prompt is text or token ids.
+            params: one for all, or one for each.
+            extra_key, cache_salt: the namespace; requests in different ones never share a prefix.
+            on_finish: called with each output as it finishes (for progress bars).
+
+        Raises: InvalidRequestError, InvalidTokenIdsError, TokenIdsTypeError.
+        """
+        prompt_list = _as_list_of_prompts(prompts)
+        params_list = _as_list_of_params(params, len(prompt_list))
+        all_ids = [self._check(prompt, p) for prompt, p in zip(prompt_list, params_list, strict=True)]
+        requests: list[Request] = []
+        reported: set[int] = set()
+        try:
+            for ids, p in zip(all_ids, params_list, strict=True):
+                requests.append(self._submit(ids, p, (extra_key, cache_salt), streams=False))
+            while not all(request.is_finished for request in requests):
+                self.step()
+                for request in requests:
+                    if on_finish is not None and request.is_finished and request.id not in reported:
+                        reported.add(request.id)
+                        on_finish(request.output())
+        finally:
+            for request in requests:
+                self._abort(request)
+        return [request.output() for request in requests]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        extra_key: str | None = None,
+        cache_salt: str | None = None,
+    ) -> Iterator[StreamChunk]:
+        """Continue one prompt, piece by piece; the last chunk carries the `RequestOutput`.
+
+        Several streams may be open at once: each step serves them all. Closing the iterator aborts the request.
+
+        Raises: as `generate`, at once; and the request's own error where it occurs.
+        """
+        params = params or SamplingParams()
+        ids = self._check(prompt, params)
+        return self._stream(self._submit(ids, params, (extra_key, cache_salt), streams=True))
+
+    def session(
+        self, *, system: str | None = None, extra_key: str | None = None, cache_salt: str | None = None
+    ) -> Session:
+        """Start a conversation, with a system turn if `system` is given."""
+        return Session(self, system=system, extra_key=extra_key, cache_salt=cache_salt)
+
+    def register_session(self, session: Session) -> None:
+        """Know a session, as long as it lives, for what sessions have in common. Sessions call it."""
+        self._sessions.add(session)
+
+    def open_sessions(self, namespace: tuple[str | None, str | None]) -> list[Session]:
+        """The sessions of a namespace that were not closed."""
+        return [session for session in self._sessions if not session.closed and session.namespace == namespace]
+
+    def stats(self) -> EngineStats:
+        """What the engine holds now, and what it did since it was made."""
+        return EngineStats(
+            cache=self.cache.stats(),
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            steps=self._steps,
+            computed_tokens=self._computed_tokens,
+            generated_tokens=self._generated_tokens,
+            retractions=self._scheduler.num_retractions,
+            peak_used_pages=self._peak_used_pages,
+            kv_bytes_per_token=self.kv_bytes_per_token,
+        )
+
+    def reset_cache(self) -> None:
+        """Forget every prefix that no running request reads."""
+        with self._lock:
+            self.cache.reset()
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """Ids of `text` as a prompt, with the tokenizer's own beginning of sequence.
+
+        Raises: MissingTokenizerError.
+        """
+        return token_array(self.require_tokenizer(text)(text).input_ids)
+
+    def require_tokenizer(self, what_for: str) -> Any:
+        """The tokenizer. Raises: MissingTokenizerError if the model came without."""
+        if self.tokenizer is None:
+            raise MissingTokenizerError(
+                f"the model has no tokenizer, so {what_for[:40]!r} cannot be encoded; give token ids"
+            )
+        return self.tokenizer
+
+    def check_invariants(self) -> None:
+        """Prove the invariants of the cache and the scheduler. For tests. Raises: InvariantError."""
+        with self._lock:
+            self.cache.check_invariants()
+            self._scheduler.check_invariants()
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Run one batch: schedule, compute, sample, and finish what is done."""
+        with self._lock:
+            batch = self._scheduler.next_batch()
+            if not batch:
+                return
+            self._run(batch)
+            self._steps += 1
+            self._peak_used_pages = max(self._peak_used_pages, self.cache.stats().used_pages)
+            for span in batch:
+                if span.request.is_finished:
+                    self._scheduler.release(span.request)
+
+    def _run(self, batch: list[Span]) -> None:
+        try:
+            logits = self._runner.forward(batch)
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0].request.finish("error", error)
+                return
+            for span in batch:  # find out whose fault it was: alone, the others succeed
+                self._run([span])
+            return
+        sampling = [span.request for span in batch if span.samples]
+        token_ids, finite = self._sampler.sample(logits, [request.sampler_row for request in sampling])
+        for span in batch:
+            self._scheduler.computed(span)
+            self._computed_tokens += span.last - span.first
+        for row, request in enumerate(sampling):
+            try:
+                self._accept(request, token_ids[row], logits[row], finite[row])
+            except Exception as error:  # of this request's tokenizer or logits: the others go on
+                request.finish("error", error)
+
+    def _accept(self, request: Request, token_id: int, logits: torch.Tensor, finite: bool) -> None:
+        if not finite:
+            raise NonFiniteLogitsError(f"the model returned NaN or infinite logits for request {request.id}")
+        if request.params.logprobs is not None:
+            request.logprobs.append(self._sampler.logprobs(logits, token_id, request.params.logprobs))
+        request.append(token_id)
+        self._generated_tokens += 1
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def _check(self, prompt: Prompt, params: SamplingParams) -> NDArray[np.int32]:
+        """The ids of a prompt that can be served. Raises as `generate`."""
+        ids = self.encode(prompt) if isinstance(prompt, str) else token_array(prompt).copy()
+        if len(ids) == 0:
+            raise InvalidRequestError("the prompt is empty; give at least one token")
+        if int(ids.max()) >= self._vocab_size:
+            position = int((ids >= self._vocab_size).argmax())
+            raise InvalidTokenIdsError(
+                f"token id {ids[position]} at position {position} is outside the model's vocabulary of {self._vocab_size}"
+            )
+        if len(ids) >= self.max_context_tokens:
+            raise PromptTooLongError(
+                f"the prompt has {len(ids)} tokens, and prompt and output together may have {self.max_context_tokens} "
+                f"(the pool holds {self.config.kv_cache_tokens}); shorten it, or raise kv_cache_tokens or "
+                "max_context_tokens as far as the model allows"
+            )
+        for token_id in params.stop_token_ids:
+            if token_id >= self._vocab_size:
+                raise InvalidSamplingParamsError(
+                    f"stop_token_ids holds {token_id}, which is outside the model's vocabulary of {self._vocab_size}"
+                )
+        if params.stops:
+            self.require_tokenizer(params.stops[0])
+        return ids
+
+    def _submit(
+        self, ids: NDArray[np.int32], params: SamplingParams, namespace: tuple[str | None, str | None], *, streams: bool
+    ) -> Request:
+        eos_ids = frozenset() if params.ignore_eos else self._eos_ids
+        needs_text = self.tokenizer is not None and (streams or params.stops)
+        with self._lock:
+            request = Request(
+                id=self._next_id,
+                prompt_ids=ids,
+                params=params,
+                namespace=namespace,
+                max_new_tokens=min(params.max_tokens, self.max_context_tokens - len(ids)),
+                stop_ids=eos_ids | frozenset(params.stop_token_ids),
+                generator=self._generator(params),
+                tokenizer=self.tokenizer,
+                detokenizer=Detokenizer(self.tokenizer, params.stops) if needs_text else None,
+            )
+            self._next_id += 1
+            self._scheduler.add(request)
+        return request
+
+    def _generator(self, params: SamplingParams) -> torch.Generator | None:
+        if params.is_greedy:
+            return None
+        seed = params.seed if params.seed is not None else int(self._seeds.integers(2**63))
+        return torch.Generator().manual_seed(seed)
+
+    def _abort(self, request: Request) -> None:
+        """End a request that nobody waits for any more; nothing happens if it has ended."""
+        if not request.is_finished:
+            with self._lock:
+                request.finish("abort")
+                self._scheduler.release(request)
+
+    def _stream(self, request: Request) -> Iterator[StreamChunk]:
+        seen = 0
+        try:
+            while not request.is_finished:
+                self.step()
+                if request.is_finished:
+                    request.flush()
+                if len(request.output_ids) > seen and not request.is_finished:
+                    yield StreamChunk(_take_pieces(request), request.output_ids[seen:], None)
+                    seen = len(request.output_ids)
+            if request.error is not None:
+                raise request.error
+            yield StreamChunk(_take_pieces(request), request.output_ids[seen:], request.output())
+        finally:
+            self._abort(request)
+
+    def _num_pages(self, config: EngineConfig, model: PreTrainedModel) -> int:
+        if config.kv_cache_tokens is not None:
+            return -(-config.kv_cache_tokens // config.page_size)
+        return num_pages_that_fit(
+            self.kv_bytes_per_token, config.page_size, device=model.device, mem_fraction=config.mem_fraction
+        )
+
+
+def _take_pieces(request: Request) -> str:
+    text = "".join(request.pieces)
+    request.pieces.clear()
+    return text
+
+
+def _as_list_of_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    is_list = isinstance(prompts, list | tuple)
+    if is_list and all(isinstance(p, str) or hasattr(p, "__len__") for p in prompts) and len(prompts) > 0:
+        return list(prompts)
+    if is_list and len(prompts) == 0:
+        raise InvalidRequestError("no prompts were given; give text, token ids or a list of them")
+    return [prompts]
+
+
+def _as_list_of_params(params: SamplingParams | Sequence[SamplingParams] | None, num: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num
+    if len(params) != num:
+        raise InvalidRequestError(
+            f"{len(params)} SamplingParams were given for {num} prompts; give one, or one for each"
+        )
+    return list(params)

@@ -1,0 +1,54 @@
+"""Runs the model on a step's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from radixkv.attention.backend import AttentionBackend
+from radixkv.attention.metadata import SequenceSpan, build_metadata
+from radixkv.engine.scheduler import Span
+from radixkv.memory.req_to_token import ReqToTokenPool
+from radixkv.models.paged_attention import PagedContext, flattened_forward
+
+
+class ModelRunner:
+    """The model, the attention backend and the table of pages, behind one call."""
+
+    def __init__(self, model: PreTrainedModel, backend: AttentionBackend, req_to_token: ReqToTokenPool) -> None:
+        self.model = model
+        self.backend = backend
+        self._req_to_token = req_to_token
+
+    @torch.inference_mode()
+    def forward(self, batch: Sequence[Span]) -> Tensor:
+        """Compute the KV of all tokens of `batch`, and the logits of the spans that sample.
+
+        Returns: [number of spans with `samples`, vocab_size], float32, in their order.
+        """
+        device = self.model.device
+        metadata = build_metadata(
+            [self._sequence_span(span) for span in batch], page_size=self._req_to_token.page_size, device=device
+        )
+        tokens = np.concatenate([span.request.token_ids[span.first : span.last] for span in batch])
+        input_ids = torch.from_numpy(tokens).to(device, torch.int64)
+        samples = np.array([span.samples for span in batch])
+        last_rows = metadata.qo_indptr[1:] - 1
+        # a step of unfinished prompts samples nothing; models want at least one row all the same
+        wanted = last_rows[samples] if samples.any() else last_rows[:1]
+        logits = flattened_forward(
+            self.model,
+            input_ids,
+            metadata.positions,
+            torch.from_numpy(wanted).to(device, torch.int64),
+            PagedContext(self.backend, metadata),
+        )
+        return logits[: int(samples.sum())].float()
+
+    def _sequence_span(self, span: Span) -> SequenceSpan:
+        assert span.request.row is not None, span.request
+        return SequenceSpan(span.first, span.last, self._req_to_token.pages(span.request.row, span.last))

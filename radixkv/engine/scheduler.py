@@ -1,0 +1,241 @@
+"""Which request computes which tokens in the next step."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from radixkv.cache.prefix_cache import PrefixCache
+from radixkv.cache.token_ids import TOKEN_BYTES
+from radixkv.config import EngineConfig
+from radixkv.engine.request import Request
+from radixkv.errors import OutOfPagesError
+from radixkv.memory.req_to_token import ReqToTokenPool
+
+LPM_WINDOW = 256  # the oldest waiting requests that compete for the longest prefix: bounds the cost of a step
+
+
+class Span(NamedTuple):
+    """The tokens `[first, last)` of a request, to be computed in this step."""
+
+    request: Request
+    first: int
+    last: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step ends at the request's last known token, so that its next one can be chosen."""
+        return self.last == self.request.num_tokens
+
+
+class Scheduler:
+    """Continuous batching: every step mixes decodes with chunks of prompts under a budget of tokens.
+
+    - Running requests come first; each may need a page. On a full pool unused prefixes are evicted; when none is
+      left, the running request that loses least is retracted: its pages go, its tokens stay, and it resumes later.
+      The oldest running request is never retracted, so there is always progress.
+    - Waiting requests are admitted by longest cached prefix ("lpm") or in order of arrival ("fcfs"). Under "lpm" a
+      request that `max_skips` later ones have overtaken goes first, so none starves.
+    - A waiting request that shares a longer prefix with one whose prompt is being computed waits for it and hits.
+
+    Invariant, proved by `check_invariants`: running requests, and they alone, hold a lease and a row.
+    """
+
+    def __init__(self, config: EngineConfig, cache: PrefixCache, req_to_token: ReqToTokenPool) -> None:
+        self._config = config
+        self._cache = cache
+        self._req_to_token = req_to_token
+        self.waiting: list[Request] = []  # in order of arrival; request ids grow with it
+        self.running: list[Request] = []  # in order of admission
+        self.num_retractions = 0
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        self.waiting.append(request)
+
+    def next_batch(self) -> list[Span]:
+        """Choose the next step's tokens, take the pages they need, and retract or admit requests as that allows."""
+        batch = self._decodes()
+        budget = self._config.max_batch_tokens - len(batch)
+        for request in self.running:
+            if request.num_pending > 1 and budget > 0:
+                budget = self._add_chunk(batch, request, budget)
+        for request, cached_tokens in self._candidates():
+            if budget == 0 or not self._req_to_token.num_free:
+                break
+            if self._will_be_computed(request, cached_tokens):
+                continue
+            if not self._has_room(request, cached_tokens) or not self._start(request):
+                break  # nobody overtakes it on the way to free pages
+            budget = self._add_chunk(batch, request, budget)
+        now = time.perf_counter()
+        for span in batch:
+            span.request.started_at = span.request.started_at or now
+        return batch
+
+    def computed(self, span: Span) -> None:
+        """Note that the KV of `span` is in the pages now, and share it while the prompt is being computed."""
+        request = span.request
+        request.num_computed = span.last
+        if span.first < len(request.prompt_ids):
+            self._share(request)
+
+    def release(self, request: Request) -> None:
+        """A request ended: share what it computed and give back what it holds. Idempotent."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        if request in self.running:
+            self.running.remove(request)
+            if request.finish_reason != "error":
+                self._share(request)
+            self._give_back(request)
+
+    def check_invariants(self) -> None:
+        """Prove the invariant of the class docstring. For tests."""
+        for request in self.running:
+            assert request.lease is not None, request
+            assert request.row is not None, request
+            assert request.num_computed <= request.lease.capacity_tokens, request
+            assert request.lease.committed_tokens <= request.num_computed < request.num_tokens, request
+        for request in self.waiting:
+            assert request.lease is None, request
+            assert request.row is None, request
+        rows = len(self.running) + self._req_to_token.num_free
+        assert rows == len(self._req_to_token.table), "a row was lost"
+
+    # -- running requests --------------------------------------------------------------------------------------------
+
+    def _decodes(self) -> list[Span]:
+        for request in [r for r in self.running if r.num_pending == 1]:
+            if request.lease is not None:  # not retracted meanwhile for another's sake
+                self._grow(request)
+        return [Span(r, r.num_computed, r.num_tokens) for r in self.running if r.num_pending == 1]
+
+    def _grow(self, request: Request) -> None:
+        """Give `request` pages for its next token, or retract it."""
+        while request.lease is not None:
+            pages_before = len(request.lease.pages)
+            try:
+                request.lease.grow(request.num_tokens)
+            except OutOfPagesError:
+                self._retract(self._cheapest_to_retract())
+                continue
+            if len(request.lease.pages) > pages_before:
+                self._write_row(request)
+            return
+
+    def _cheapest_to_retract(self) -> Request:
+        """Of all running requests but the oldest, the one with the fewest tokens of its own to compute again."""
+        oldest = min(self.running, key=lambda r: r.id)
+        candidates = [r for r in self.running if r is not oldest]
+        if not candidates:  # pages are leased by somebody outside: end it rather than wait for what may never come
+            return oldest
+        return min(candidates, key=lambda r: (r.num_computed - self._found(r), -r.id))
+
+    def _retract(self, request: Request) -> None:
+        self._share(request)  # evictable now; if nobody needs the room before it resumes, nothing is lost
+        self.running.remove(request)
+        self._give_back(request)
+        request.num_computed = 0
+        request.retractions += 1
+        self.num_retractions += 1
+        self.waiting.append(request)
+        self.waiting.sort(key=lambda r: r.id)
+
+    def _add_chunk(self, batch: list[Span], request: Request, budget: int) -> int:
+        """Add as much of `request` as the budget allows; returns what is left of it."""
+        last = min(request.num_tokens, request.num_computed + budget)
+        batch.append(Span(request, request.num_computed, last))
+        return budget - (last - request.num_computed)
+
+    # -- waiting requests --------------------------------------------------------------------------------------------
+
+    def _candidates(self) -> list[tuple[Request, int]]:
+        """Waiting requests with their cached tokens, the one to be admitted first in front."""
+        scored = [(request, self._peek(request)) for request in self.waiting[:LPM_WINDOW]]
+        if self._config.schedule_policy == "lpm":
+            scored.sort(key=lambda item: (0, 0) if self._goes_first(item[0]) else (1, -item[1]))  # stable: then by age
+        return scored
+
+    def _goes_first(self, request: Request) -> bool:
+        return request.skips >= self._config.max_skips or request.retractions > 0
+
+    def _peek(self, request: Request) -> int:
+        if not self._config.prefix_cache:
+            return 0
+        extra_key, cache_salt = request.namespace
+        return self._cache.peek(request.token_ids[:-1], extra_key=extra_key, cache_salt=cache_salt)
+
+    def _will_be_computed(self, request: Request, cached_tokens: int) -> bool:
+        """Whether a prompt in progress is about to share at least one more page with `request`."""
+        if not self._config.prefix_cache:
+            return False
+        wanted = request.token_ids[: request.num_tokens - 1]
+        next_page = cached_tokens + self._cache.page_size
+        if len(wanted) < next_page:
+            return False
+        head = wanted[:next_page].tobytes()
+        return any(
+            other.num_pending > 1 and other.namespace == request.namespace and _begins_with(other, head)
+            for other in self.running
+        )
+
+    def _has_room(self, request: Request, cached_tokens: int) -> bool:
+        """Whether its prompt fits, and a page for each running request besides: else one would be retracted soon."""
+        needed = self._cache.pages_for(request.num_tokens) - cached_tokens // self._cache.page_size
+        return not self.running or needed + len(self.running) <= self._cache.available_pages
+
+    def _start(self, request: Request) -> bool:
+        """Move a waiting request to the running ones; False if its pages cannot be had."""
+        extra_key, cache_salt = request.namespace
+        limit = request.num_tokens - 1 if self._config.prefix_cache else 0
+        try:
+            lease = self._cache.acquire(
+                request.token_ids, extra_key=extra_key, cache_salt=cache_salt, max_cached_tokens=limit
+            )
+        except OutOfPagesError as error:
+            if not self.running:  # nothing will free a page: pages are leased by somebody outside
+                self.waiting.remove(request)
+                request.finish("error", error)
+            return False
+        request.lease = lease
+        request.row = self._req_to_token.alloc()
+        request.num_computed = lease.cached_tokens
+        if request.cached_tokens is None:
+            request.cached_tokens = lease.cached_tokens
+        self.waiting.remove(request)
+        self.running.append(request)
+        self._write_row(request)
+        for older in self.waiting:
+            older.skips += older.id < request.id
+        return True
+
+    # -- pages -------------------------------------------------------------------------------------------------------
+
+    def _share(self, request: Request) -> None:
+        """Commit what was computed, so that others can hit it."""
+        assert request.lease is not None, request
+        if self._config.prefix_cache and request.num_computed > request.lease.committed_tokens:
+            request.lease.commit(request.computed_ids)
+            self._write_row(request)
+
+    def _give_back(self, request: Request) -> None:
+        assert request.lease is not None, request
+        assert request.row is not None, request
+        request.lease.release()
+        self._req_to_token.free(request.row)
+        request.lease = request.row = None
+
+    def _write_row(self, request: Request) -> None:
+        assert request.lease is not None, request
+        assert request.row is not None, request
+        self._req_to_token.write(request.row, request.lease.pages)
+
+    @staticmethod
+    def _found(request: Request) -> int:
+        assert request.lease is not None, request
+        return request.lease.cached_tokens
+
+
+def _begins_with(request: Request, head: bytes) -> bool:
+    return request.token_ids[: len(head) // TOKEN_BYTES].tobytes() == head

@@ -1,0 +1,108 @@
+"""What can go wrong, and what to do about it.
+
+Every error that radixkv raises on purpose is a `RadixKVError`; most are also the built-in exception that a caller
+would expect, so `except ValueError` works too.
+
+    RadixKVError
+    ├── InvalidTokenIdsError (ValueError)     ids hold a negative or too large value, or have the wrong shape
+    ├── TokenIdsTypeError (TypeError)         ids are not integers
+    ├── InvalidPagesError (ValueError)        page ids do not fit the tokens they are given for
+    ├── InvalidRequestError (ValueError)      a prompt or an argument of a request cannot be served
+    │   ├── InvalidSamplingParamsError        a sampling field is out of its range
+    │   ├── PromptTooLongError                the prompt does not fit the context or the pool
+    │   ├── MissingTokenizerError             text was given, but the model came without a tokenizer
+    │   └── MissingChatTemplateError          a chat turn was given, but the tokenizer has no chat template
+    ├── ConfigError (ValueError)              an engine or cache setting is out of its range
+    ├── ModelNotFoundError (OSError)          no model can be loaded from there
+    ├── UnsupportedModelError (ValueError)    the model does not run on paged attention
+    ├── UnsupportedBackendError (ValueError)  the attention backend cannot serve this model here
+    ├── MissingDependencyError (ImportError)  an optional package is needed
+    ├── OutOfPagesError (MemoryError)         nothing is left to evict and the pages do not suffice
+    ├── NonFiniteLogitsError (ArithmeticError) the model returned NaN or infinity for a request
+    ├── ClosedError (RuntimeError)            a lease, session or engine was used after it was closed
+    └── InvariantError (AssertionError)       a bug of ours: the bookkeeping contradicts itself
+"""
+
+from __future__ import annotations
+
+
+class RadixKVError(Exception):
+    """Base of all errors that radixkv raises on purpose."""
+
+
+class InvalidTokenIdsError(RadixKVError, ValueError):
+    """Token ids hold a value outside [0, 2**31), or do not form one sequence."""
+
+
+class TokenIdsTypeError(RadixKVError, TypeError):
+    """Token ids are not integers."""
+
+
+class InvalidPagesError(RadixKVError, ValueError):
+    """Page ids do not fit the tokens they are given for."""
+
+
+class InvalidRequestError(RadixKVError, ValueError):
+    """A request cannot be served as it was asked."""
+
+
+class InvalidSamplingParamsError(InvalidRequestError):
+    """A field of `SamplingParams` is out of its range; the message names the field."""
+
+
+class PromptTooLongError(InvalidRequestError):
+    """The prompt leaves no room for a single new token in the context window or the KV pool."""
+
+
+class MissingTokenizerError(InvalidRequestError):
+    """Text was given to a model that came without a tokenizer; pass token ids."""
+
+
+class MissingChatTemplateError(InvalidRequestError):
+    """A chat turn was given to a tokenizer without a chat template; use `append` and `generate`."""
+
+
+class ConfigError(RadixKVError, ValueError):
+    """A setting is out of its range, or two settings contradict each other."""
+
+
+class ModelNotFoundError(RadixKVError, OSError):
+    """Nothing that can be loaded as a model lies at the given place."""
+
+
+class UnsupportedModelError(RadixKVError, ValueError):
+    """The model does not run on paged attention, so it would be served wrongly."""
+
+
+class UnsupportedBackendError(RadixKVError, ValueError):
+    """The attention backend cannot serve this model on this machine."""
+
+
+class MissingDependencyError(RadixKVError, ImportError):
+    """An optional package is needed; the message says what to install."""
+
+
+class OutOfPagesError(RadixKVError, MemoryError):
+    """Too few pages are free, and too few can be evicted, for what was asked. Nothing was taken.
+
+    Attributes: `needed`, `free`, `evictable` and `total`, all in pages.
+    """
+
+    def __init__(self, *, needed: int, free: int, evictable: int, total: int) -> None:
+        self.needed, self.free, self.evictable, self.total = needed, free, evictable, total
+        super().__init__(
+            f"{needed} pages are needed, but only {free} of {total} are free and {evictable} can be evicted; "
+            "release leases, ask for fewer tokens or make the pool larger"
+        )
+
+
+class NonFiniteLogitsError(RadixKVError, ArithmeticError):
+    """The model returned NaN or infinite logits for a request."""
+
+
+class ClosedError(RadixKVError, RuntimeError):
+    """A lease, session or engine was used after it was closed."""
+
+
+class InvariantError(RadixKVError, AssertionError):
+    """The bookkeeping contradicts itself: a bug in radixkv, with the state in the message."""

@@ -1,0 +1,183 @@
+"""How many bytes of keys and values (KV) tokens need, and how many sequences fit in a memory.
+
+A layer keeps one K and one V vector per token and KV head, so a token costs
+
+    sum over layers of  num_kv_heads * (k_head_dim + v_head_dim) * bytes of the dtype
+
+which is `2 * layers * kv_heads * head_dim * dtype bytes` when all layers are alike. Grouped-query attention (GQA,
+Ainslie et al. 2023) has fewer KV heads than query heads and multi-query attention (MQA, Shazeer 2019) has one.
+Multi-head latent attention (MLA, DeepSeek-V2, 2024) keeps one compressed vector of `kv_lora_rank` values and one
+rotary key of `qk_rope_head_dim` values for all heads together. Some layers keep nothing per token: linear attention
+and Mamba layers, cross attention, and layers that read another layer's KV.
+
+All tokens of all layers are counted, those outside a sliding window too, because radixkv keeps them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from types import MappingProxyType
+
+from radixkv.errors import ConfigError, UnsupportedModelError
+
+DTYPE_BITS: Mapping[str, int] = MappingProxyType(
+    {
+        "float32": 32,
+        "bfloat16": 16,
+        "float16": 16,
+        "fp8": 8,
+        "fp8_e4m3": 8,
+        "fp8_e5m2": 8,
+        "int8": 8,
+        "int4": 4,
+    }
+)
+"""Bits of one value. The scales that quantised formats add are not in it."""
+
+
+def dtype_bits(dtype: str) -> int:
+    """Bits of one value of `dtype`.
+
+    Raises: ConfigError if `dtype` is none of `DTYPE_BITS`.
+
+    >>> dtype_bits("bfloat16")
+    16
+    """
+    if dtype not in DTYPE_BITS:
+        raise ConfigError(f"unknown dtype {dtype!r}; the known ones are {', '.join(DTYPE_BITS)}")
+    return DTYPE_BITS[dtype]
+
+
+def kv_budget_bytes(memory_bytes: int, weights_bytes: int = 0, reserve_fraction: float = 0.0) -> int:
+    """What is left for KV: `(memory - weights) * (1 - reserve)`, rounded down; 0 if the weights do not fit.
+
+    `reserve_fraction` keeps that share of what the weights leave for activations and fragmentation.
+
+    Raises: ConfigError if a size is negative or not an integer, or the fraction is outside [0, 1).
+
+    >>> kv_budget_bytes(100, weights_bytes=40, reserve_fraction=0.1)
+    54
+    """
+    _check_int("memory_bytes", memory_bytes, minimum=0)
+    _check_int("weights_bytes", weights_bytes, minimum=0)
+    if not 0 <= reserve_fraction < 1:
+        raise ConfigError(f"reserve_fraction must lie in [0, 1), not {reserve_fraction}")
+    # The decimal that was written, not the binary float next to it: 0.1 of 100 bytes is exactly 10.
+    kept = 1 - Fraction(str(reserve_fraction))
+    return int(max(0, memory_bytes - weights_bytes) * kept)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """What one layer keeps per token. All three are 0 for a layer that keeps nothing.
+
+    Attributes:
+        num_kv_heads: heads of K and V; 1 for a latent layer, whose one copy serves all heads.
+        k_head_dim: values per head of K; for a latent layer the latent and the rotary key together.
+        v_head_dim: values per head of V; 0 for a latent layer, which rebuilds V from the latent.
+    """
+
+    num_kv_heads: int
+    k_head_dim: int
+    v_head_dim: int
+
+    @property
+    def values_per_token(self) -> int:
+        """Numbers kept per token, K and V together."""
+        return self.num_kv_heads * (self.k_head_dim + self.v_head_dim)
+
+    @property
+    def holds_kv(self) -> bool:
+        """Whether the layer keeps anything per token."""
+        return self.values_per_token > 0
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether K and V are kept as one compressed vector (MLA)."""
+        return self.holds_kv and self.v_head_dim == 0
+
+    def bytes_per_token(self, dtype: str) -> int:
+        """Bytes per token in `dtype`, rounded up to whole bytes.
+
+        >>> LayerKV(num_kv_heads=8, k_head_dim=128, v_head_dim=128).bytes_per_token("bfloat16")
+        4096
+        """
+        return -(-self.values_per_token * dtype_bits(dtype) // 8)
+
+
+NO_KV = LayerKV(0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What each layer of a model keeps per token, first layer first. At least one layer keeps something.
+
+    >>> llama_3_8b = KVShape((LayerKV(8, 128, 128),) * 32)
+    >>> llama_3_8b.bytes_per_token("bfloat16") // 1024
+    128
+    """
+
+    layers: tuple[LayerKV, ...]
+
+    def __post_init__(self) -> None:
+        if not any(layer.holds_kv for layer in self.layers):
+            raise UnsupportedModelError(f"none of the {len(self.layers)} layers keeps keys and values per token")
+
+    @property
+    def num_layers(self) -> int:
+        """All layers, also those that keep nothing."""
+        return len(self.layers)
+
+    @property
+    def num_kv_layers(self) -> int:
+        """Layers that keep KV."""
+        return sum(layer.holds_kv for layer in self.layers)
+
+    def groups(self) -> list[tuple[LayerKV, int]]:
+        """The different layers and how many there are of each, in order of first appearance."""
+        return list(Counter(self.layers).items())
+
+    def bytes_per_token(self, dtype: str) -> int:
+        """Bytes of one token in all layers."""
+        return sum(layer.bytes_per_token(dtype) * count for layer, count in self.groups())
+
+    def bytes_per_sequence(self, seq_tokens: int, dtype: str) -> int:
+        """Bytes of one sequence of `seq_tokens` tokens."""
+        _check_int("seq_tokens", seq_tokens, minimum=1)
+        return seq_tokens * self.bytes_per_token(dtype)
+
+    def bytes_per_batch(self, batch: int, seq_tokens: int, dtype: str) -> int:
+        """Bytes of `batch` sequences of `seq_tokens` tokens that share nothing."""
+        _check_int("batch", batch, minimum=1)
+        return batch * self.bytes_per_sequence(seq_tokens, dtype)
+
+    def max_tokens(self, memory_bytes: int, dtype: str, weights_bytes: int = 0, reserve_fraction: float = 0.0) -> int:
+        """Tokens whose KV fits in the `kv_budget_bytes` of the other arguments."""
+        return kv_budget_bytes(memory_bytes, weights_bytes, reserve_fraction) // self.bytes_per_token(dtype)
+
+    def max_batch(
+        self,
+        memory_bytes: int,
+        seq_tokens: int,
+        dtype: str,
+        weights_bytes: int = 0,
+        reserve_fraction: float = 0.0,
+    ) -> int:
+        """Sequences of `seq_tokens` tokens, sharing nothing, that fit in the `kv_budget_bytes` of the other arguments.
+
+        Raises: ConfigError if an argument is out of its range.
+
+        >>> llama_3_8b = KVShape((LayerKV(8, 128, 128),) * 32)
+        >>> llama_3_8b.max_batch(80 * 2**30, 2048, "bfloat16", weights_bytes=16 * 2**30, reserve_fraction=0.1)
+        230
+        """
+        budget = kv_budget_bytes(memory_bytes, weights_bytes, reserve_fraction)
+        return budget // self.bytes_per_sequence(seq_tokens, dtype)
+
+
+def _check_int(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{name} must be an integer of at least {minimum}, not {value!r}")

@@ -1,0 +1,56 @@
+"""From a running request to the pages of its tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radixkv.errors import ConfigError
+
+
+class ReqToTokenPool:
+    """One row a running request: the page of each `page_size` of its tokens, in order.
+
+    Token t of the request in row r lies in slot `table[r, t // page_size] * page_size + t % page_size`.
+
+    >>> pool = ReqToTokenPool(max_requests=2, max_tokens=64, page_size=16)
+    >>> row = pool.alloc()
+    >>> pool.write(row, np.array([7, 3], np.int32))
+    >>> pool.slots(row, 14, 18).tolist()
+    [126, 127, 48, 49]
+    """
+
+    def __init__(self, *, max_requests: int, max_tokens: int, page_size: int) -> None:
+        if min(max_requests, max_tokens, page_size) < 1:
+            raise ConfigError(f"{max_requests} requests of {max_tokens} tokens in pages of {page_size} are not a table")
+        self.page_size = page_size
+        self.table: NDArray[np.int32] = np.zeros((max_requests, -(-max_tokens // page_size)), np.int32)
+        self._free = list(range(max_requests - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        """Rows that no request has."""
+        return len(self._free)
+
+    def alloc(self) -> int:
+        """Take a free row; the scheduler asks only while there is one."""
+        return self._free.pop()
+
+    def free(self, row: int) -> None:
+        """Give a row back."""
+        assert row not in self._free, f"row {row} is free already"
+        self._free.append(row)
+
+    def write(self, row: int, pages: NDArray[np.int32]) -> None:
+        """Set the pages of the request in `row`."""
+        self.table[row, : len(pages)] = pages
+
+    def pages(self, row: int, num_tokens: int) -> NDArray[np.int32]:
+        """The pages of the first `num_tokens` tokens; a view."""
+        return self.table[row, : -(-num_tokens // self.page_size)]
+
+    def slots(self, row: int, first: int, last: int) -> NDArray[np.int64]:
+        """Slots of the tokens `[first, last)`, int64."""
+        tokens = np.arange(first, last, dtype=np.int64)
+        pages = self.table[row, tokens // self.page_size].astype(np.int64)
+        return pages * self.page_size + tokens % self.page_size

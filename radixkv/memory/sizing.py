@@ -1,0 +1,274 @@
+"""What a model keeps per token in each layer, read off its Hugging Face config.
+
+`kv_shape_from_config` reads, `KVShape` counts. The fields are those of the config classes in transformers 5.23 and of
+the config.json files that model authors publish, which differ in names and in what they leave out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import cycle, islice
+from typing import Any, Protocol
+
+from radixkv.errors import UnsupportedModelError
+from radixkv.memory.config_fields import (
+    NAMES,
+    Fields,
+    decoder_fields,
+    integer,
+    look_up,
+    missing_error,
+    model_name,
+    refuse_left_out,
+    refuse_uncounted,
+    sets_own_head_dim,
+)
+from radixkv.memory.kv_shape import (
+    DTYPE_BITS,
+    NO_KV,
+    KVShape,
+    LayerKV,
+    dtype_bits,
+    kv_budget_bytes,
+)
+
+__all__ = [
+    "DTYPE_BITS",
+    "NO_KV",
+    "HasToDict",
+    "KVShape",
+    "LayerKV",
+    "dtype_bits",
+    "kv_budget_bytes",
+    "kv_shape_from_config",
+]
+
+
+class HasToDict(Protocol):
+    """A Hugging Face config, or anything else that turns into the content of a config.json."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a config.json, with every default filled in."""
+        ...
+
+
+def kv_shape_from_config(config: Fields | HasToDict) -> KVShape:
+    """What each layer keeps per token, from a config object or the content of a config.json. O(layers).
+
+    Prefer the object: a `text_config` inside a config.json leaves out what equals the default of its class.
+
+    Raises: UnsupportedModelError if fields are missing (it names them), contradict each other, or describe a
+        model that keeps something else than keys and values.
+    """
+    content = config if isinstance(config, Mapping) else config.to_dict()
+    fields = decoder_fields(content)
+    if isinstance(config, Mapping) and fields is not content:
+        refuse_left_out(fields)
+    refuse_uncounted(content)
+    refuse_uncounted(fields)
+    try:
+        return _read(fields)
+    except UnsupportedModelError:
+        raise
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+    ) as error:  # foreign data: a number where a list belongs, …
+        raise UnsupportedModelError(f"the config of {model_name(fields)} is malformed: {error}") from error
+
+
+def _read(fields: Fields) -> KVShape:
+    layer_types = _layer_types(fields)
+    num_owners = len(layer_types) - (integer(fields, "num_kv_shared_layers", minimum=0) or 0)
+    return KVShape(
+        tuple(
+            _layer_kv(_fields_of_layer(fields, index, layer_type, len(layer_types)))
+            if index < num_owners and _holds_kv(fields, layer_type)
+            else NO_KV
+            for index, layer_type in enumerate(layer_types)
+        )
+    )
+
+
+# ------------------------------------------------------------------------------------------- layer types
+
+_KV_TYPES = frozenset(
+    {"attention", "full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding"}
+)
+_NO_KV_TYPES = frozenset({"linear_attention", "mamba", "conv", "recurrent", "cross_attention", "mlp", "moe"})
+_RECURRENT_FIELDS = ("mamba_", "ssm_", "conv_L_cache", "linear_num_")
+_PATTERN_LETTERS = {"*": "attention", "M": "mamba", "-": "mlp", "E": "moe"}  # Nemotron-H
+
+
+def _holds_kv(fields: Fields, layer_type: str) -> bool:
+    if layer_type in _KV_TYPES:
+        return True
+    if layer_type in _NO_KV_TYPES:
+        return False
+    raise UnsupportedModelError(
+        f"{model_name(fields)} has layers of type {layer_type!r}, whose KV is not known here; known are "
+        f"{', '.join(sorted(_KV_TYPES | _NO_KV_TYPES))}"
+    )
+
+
+def _layer_types(fields: Fields) -> list[str]:
+    """The type of each layer, first layer first; "attention" where the config does not tell them apart."""
+    stated = _stated_layer_types(fields)
+    num_layers = _num_layers(fields)
+    if num_layers is None and stated is None:
+        names = ["num_hidden_layers", "num_attention_heads", "hidden_size"]
+        raise missing_error(fields, [name for name in names if look_up(fields, name) is None])
+    if stated is None:
+        assert num_layers is not None
+        stated = _computed_layer_types(fields, num_layers)
+    if num_layers is not None and len(stated) != num_layers:
+        raise UnsupportedModelError(
+            f"{model_name(fields)} has {num_layers} layers, but lists the types of {len(stated)}"
+        )
+    for index in fields.get("cross_attention_layers") or ():
+        stated[index] = "cross_attention"
+    return stated
+
+
+def _num_layers(fields: Fields) -> int | None:
+    """Layers that could hold KV; a LongCat-Flash layer has two attentions."""
+    num_layers = integer(fields, "num_hidden_layers")
+    return num_layers * 2 if num_layers and fields.get("model_type") == "longcat_flash" else num_layers
+
+
+def _stated_layer_types(fields: Fields) -> list[str] | None:
+    """Layer types that the config lists one by one."""
+    for name in ("layer_types", "layers_block_type"):
+        if fields.get(name):
+            return list(fields[name])
+    if pattern := fields.get("hybrid_override_pattern"):
+        return [_PATTERN_LETTERS.get(letter, letter) for letter in pattern]
+    if pattern := fields.get("attn_type_list"):  # MiniMax-01
+        return ["full_attention" if is_full else "linear_attention" for is_full in pattern]
+    if blocks := fields.get("block_configs"):  # DeciLM, Nemotron-NAS
+        return ["mlp" if _is_without_attention(block["attention"]) else "attention" for block in blocks]
+    if pattern := fields.get("hybrid_layer_pattern"):  # MiMo
+        return ["sliding_attention" if is_sliding else "full_attention" for is_sliding in pattern]
+    return None
+
+
+def _is_without_attention(attention: Fields) -> bool:
+    return bool(attention.get("no_op") or attention.get("replace_with_linear"))
+
+
+def _computed_layer_types(fields: Fields, num_layers: int) -> list[str]:
+    """Layer types that follow from a rule, or are all the same."""
+    if pattern := fields.get("block_types"):  # RecurrentGemma
+        return list(islice(cycle(pattern), num_layers))
+    attention = _attention_layers(fields, num_layers)
+    if (
+        attention is None
+        and any(name.startswith(_RECURRENT_FIELDS) for name in fields)
+        and not _is_parallel_hybrid(fields)
+    ):
+        raise missing_error(fields, ["layer_types (which layers have attention)"])
+    return ["attention" if attention is None or i in attention else "linear_attention" for i in range(num_layers)]
+
+
+def _is_parallel_hybrid(fields: Fields) -> bool:
+    """Whether each layer holds attention and Mamba side by side."""
+    return fields.get("model_type") == "falcon_h1"
+
+
+def _attention_layers(fields: Fields, num_layers: int) -> set[int] | None:
+    """Indices of the layers with attention, where the config states a rule for them."""
+    for name in ("attn_layer_indices", "full_attn_idxs"):  # Bamba, LFM2
+        if fields.get(name):
+            return set(fields[name])
+    if period := integer(fields, "attn_layer_period"):  # Jamba
+        offset = integer(fields, "attn_layer_offset", minimum=0) or 0
+        return {i for i in range(num_layers) if i % period == offset}
+    if interval := integer(fields, "full_attention_interval"):  # Qwen3-Next
+        return {i for i in range(num_layers) if (i + 1) % interval == 0}
+    if linear := fields.get("linear_attn_config"):  # Kimi Linear counts from 1
+        return {i - 1 for i in linear.get("full_attn_layers", ())}
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ layers
+
+
+def _fields_of_layer(fields: Fields, index: int, layer_type: str, num_layers: int) -> Fields:
+    """`fields` as they hold for one layer: overrides applied, lists over all layers replaced by their element."""
+    own = dict(fields) | _overrides(fields, index, layer_type)
+    for name in (*NAMES["num_attention_heads"], *NAMES["num_key_value_heads"], *NAMES["head_dim"]):
+        if isinstance(values := own.get(name), (list, tuple)):
+            if len(values) != num_layers:
+                raise UnsupportedModelError(
+                    f"{name} of {model_name(fields)} lists {len(values)} values for {num_layers} layers"
+                )
+            own[name] = values[index]
+    return own
+
+
+def _overrides(fields: Fields, index: int, layer_type: str) -> dict[str, Any]:
+    """Fields that differ in this layer."""
+    own: dict[str, Any] = {}
+    if layer_type == "full_attention":  # Gemma 4
+        own["head_dim"] = fields.get("global_head_dim")
+        if fields.get("attention_k_eq_v", True):
+            own["num_key_value_heads"] = fields.get("num_global_key_value_heads")
+    if "sliding" in layer_type:  # MiMo, Inkling
+        if fields.get("model_type") == "mimo_v2_flash":  # as its class has it, where the config is silent
+            own["num_key_value_heads"] = 2 * (integer(fields, "num_key_value_heads") or 0)
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim"):
+            own[name] = fields.get(f"swa_{name}", own.get(name))
+    if blocks := fields.get("block_configs"):  # DeciLM, Nemotron-NAS
+        num_heads = integer(fields, "num_attention_heads") or 0
+        own["num_key_value_heads"] = num_heads // blocks[index]["attention"]["n_heads_in_group"]
+    own = {name: value for name, value in own.items() if value is not None}
+    for key, stated in (fields.get("per_layer_config") or {}).items():
+        if int(key) == index:
+            own.update(stated)
+    return own
+
+
+def _layer_kv(fields: Fields) -> LayerKV:
+    if (latent := integer(fields, "kv_lora_rank")) is not None:
+        rotary = integer(fields, "qk_rope_head_dim")
+        if rotary is None:
+            raise missing_error(fields, ["qk_rope_head_dim"])
+        return LayerKV(1, latent + rotary, 0)
+    num_kv_heads, head_dim = _num_kv_heads(fields), _head_dim(fields)
+    if num_kv_heads is None or head_dim is None:
+        raise missing_error(fields, _missing_names(fields))
+    return LayerKV(num_kv_heads, head_dim, integer(fields, "v_head_dim") or head_dim)
+
+
+def _num_kv_heads(fields: Fields) -> int | None:
+    if fields.get("multi_query") and not fields.get("new_decoder_architecture"):
+        return 1
+    if fields.get("multi_query_attention"):  # ChatGLM
+        return integer(fields, "multi_query_group_num")
+    stated = integer(fields.get("attn_config") or {}, "kv_n_heads") or integer(fields, "num_key_value_heads")
+    return stated or integer(fields, "num_attention_heads")
+
+
+def _head_dim(fields: Fields) -> int | None:
+    hidden, num_heads = integer(fields, "hidden_size"), integer(fields, "num_attention_heads")
+    if stated := integer(fields, "head_dim"):
+        return stated
+    if hidden is None or num_heads is None or sets_own_head_dim(fields):
+        return None
+    if hidden % num_heads:
+        raise UnsupportedModelError(
+            f"{model_name(fields)} gives no head_dim, and hidden_size {hidden} is no multiple of {num_heads} heads"
+        )
+    return hidden // num_heads
+
+
+def _missing_names(fields: Fields) -> list[str]:
+    """What to add so that KV heads and head_dim can be read."""
+    needed = ["num_attention_heads"]
+    if look_up(fields, "head_dim") is None:
+        needed.append("head_dim" if sets_own_head_dim(fields) else "hidden_size")
+    if fields.get("multi_query_attention"):
+        needed.append("multi_query_group_num")
+    return [name for name in needed if look_up(fields, name) is None]

@@ -1,0 +1,135 @@
+"""Plugs paged attention into unchanged Hugging Face decoders.
+
+transformers lets an attention function be registered by name, and decoders pass it their queries, keys and values,
+their options (scaling, sliding window, soft cap, sinks) and the keyword arguments of the forward call. So a batch is
+flattened to `input_ids [1, tokens]`, and a context rides along as the keyword `radixkv`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from radixkv.attention.backend import AttentionBackend, AttentionParams
+from radixkv.attention.metadata import AttentionMetadata
+from radixkv.errors import UnsupportedModelError
+
+INTERFACE_NAME = "radixkv"
+
+
+class AttentionContext(Protocol):
+    """Receives every attention call of one forward pass."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
+        """Attention of the flattened batch.
+
+        q is [tokens, num_q_heads, k_head_dim], k and v are [tokens, num_kv_heads, head_dim].
+        Returns: [tokens, num_q_heads, v_head_dim].
+        """
+        ...
+
+
+class PagedContext:
+    """Writes the new KV to its slots and lets the backend read the pages."""
+
+    def __init__(self, backend: AttentionBackend, metadata: AttentionMetadata) -> None:
+        self._backend = backend
+        self._slots = metadata.slots
+        backend.plan(metadata)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
+        self._backend.write(layer, self._slots, k, v)
+        return self._backend.run(layer, q, params)
+
+
+class _FlattenedPositions:
+    """Stands in for a cache that keeps nothing, and says how far each flattened token is from its place.
+
+    Llama 4 takes the position of row i as `get_seq_length() + i` where it tunes the attention temperature, so a
+    tensor of the differences gives each token its own.
+    """
+
+    is_compileable = False
+
+    def __init__(self, positions: Tensor) -> None:
+        self._differences = positions - torch.arange(len(positions), device=positions.device)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Tensor:
+        return self._differences
+
+    def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return k, v
+
+
+def flattened_forward(
+    model: PreTrainedModel, input_ids: Tensor, positions: Tensor, logits_of: Tensor, context: AttentionContext
+) -> Tensor:
+    """One forward pass over a flattened batch.
+
+    Args:
+        input_ids, positions: int64 [tokens]
+        logits_of: int64 [n], the rows whose logits are wanted
+
+    Returns: logits, [n, vocab_size].
+    """
+    tunes_temperature = getattr(model.config.get_text_config(), "attn_temperature_tuning", False)
+    cache = {"past_key_values": _FlattenedPositions(positions)} if tunes_temperature else {}
+    output = model(
+        input_ids=input_ids[None],
+        position_ids=positions[None],
+        use_cache=False,
+        logits_to_keep=logits_of,
+        radixkv=context,
+        **cache,
+    )
+    logits: Tensor = output.logits[0]
+    return logits
+
+
+def _attention_function(
+    module: nn.Module,
+    query: Tensor,  # [1, num_q_heads, tokens, k_head_dim]
+    key: Tensor,  # [1, num_kv_heads, tokens, k_head_dim]
+    value: Tensor,  # [1, num_kv_heads, tokens, v_head_dim]
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    radixkv: AttentionContext | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in each layer. Returns [1, tokens, num_q_heads, v_head_dim] and no weights."""
+    if radixkv is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} does not hand the forward call's keyword arguments on to its attention"
+        )
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{type(module).__name__} makes an attention mask of its own")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    config: PretrainedConfig = module.config  # type: ignore[assignment]
+    params = AttentionParams(
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        sliding_window=sliding_window,
+        chunk_size=_chunk_size(config, layer),
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    return radixkv.attend(layer, q, k, v, params)[None], None
+
+
+def _chunk_size(config: PretrainedConfig, layer: int) -> int | None:
+    # the one option that reaches attention through the mask alone, which a registered function does not get
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types and layer_types[layer] == "chunked_attention":
+        return int(config.attention_chunk_size)
+    return None
+
+
+ALL_ATTENTION_FUNCTIONS.register(INTERFACE_NAME, _attention_function)

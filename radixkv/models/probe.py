@@ -1,0 +1,105 @@
+"""Finds out whether a model runs on paged attention, and what its layers keep, by running it once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from radixkv.attention.backend import AttentionParams
+from radixkv.errors import UnsupportedModelError
+from radixkv.kernels.torch_reference import dense_attention, visible_mask
+from radixkv.memory.kv_shape import LayerKV
+from radixkv.models.paged_attention import INTERFACE_NAME, flattened_forward
+
+PROBE_LENGTHS = (11, 5)  # two sequences in one batch, of different lengths
+MAX_DIFFERENCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the logits, relative to their largest
+MAX_HALF_DIFFERENCE = 0.3  # in 16 bit, where a router of experts may decide otherwise over rounding
+
+
+class _ProbeContext:
+    """Computes attention over the flattened sequences themselves, and notes what each layer keeps."""
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        self._lengths = lengths
+        self.layers: dict[int, LayerKV] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
+        if layer in self.layers:
+            raise UnsupportedModelError(f"layer {layer} runs attention twice")
+        self.layers[layer] = LayerKV(num_kv_heads=k.shape[1], k_head_dim=k.shape[2], v_head_dim=v.shape[2])
+        outputs = []
+        for own_q, own_k, own_v in zip(*(t.split(self._lengths) for t in (q, k, v)), strict=True):
+            positions = torch.arange(len(own_q), device=q.device)
+            visible = visible_mask(
+                positions, len(own_q), sliding_window=params.sliding_window, chunk_size=params.chunk_size
+            )
+            outputs.append(
+                dense_attention(
+                    own_q, own_k, own_v, visible, scale=params.scale, softcap=params.softcap, sinks=params.sinks
+                )
+            )
+        return torch.cat(outputs)
+
+
+@torch.inference_mode()
+def plug_in_paged_attention(model: PreTrainedModel) -> list[LayerKV]:
+    """Switch `model` to paged attention and prove on two short sequences that it still computes the same.
+
+    Returns: what each layer keeps per token, in order.
+    Raises: UnsupportedModelError that says why the model cannot be served; the model is as before then.
+    """
+    config = model.config.get_text_config()
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise _unsupported(model, "it is an encoder-decoder, and only decoders are served")
+    sequences = [_probe_ids(length, config.vocab_size).to(model.device) for length in PROBE_LENGTHS]
+    expected = torch.cat([model(input_ids=ids[None], use_cache=False).logits[:, -1] for ids in sequences])
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(INTERFACE_NAME)
+        context = _ProbeContext(PROBE_LENGTHS)
+        found = _run(model, sequences, context)
+        _check(model, context, found, expected)
+    except UnsupportedModelError:
+        model.set_attn_implementation(before)
+        raise
+    except Exception as error:  # whatever a model of unknown code does with what it was given
+        model.set_attn_implementation(before)
+        raise _unsupported(model, f"a flattened batch fails in it ({type(error).__name__}: {error})") from error
+    return [context.layers[index] for index in range(config.num_hidden_layers)]
+
+
+def _run(model: PreTrainedModel, sequences: list[Tensor], context: _ProbeContext) -> Tensor:
+    last_rows = torch.tensor([len(ids) for ids in sequences]).cumsum(0) - 1
+    positions = torch.cat([torch.arange(len(ids)) for ids in sequences])
+    return flattened_forward(
+        model, torch.cat(sequences), positions.to(model.device), last_rows.to(model.device), context
+    )
+
+
+def _check(model: PreTrainedModel, context: _ProbeContext, found: Tensor, expected: Tensor) -> None:
+    num_layers = model.config.get_text_config().num_hidden_layers
+    if not context.layers:
+        raise _unsupported(
+            model, "its attention does not go through transformers' AttentionInterface, so nothing can be plugged in"
+        )
+    missing = sorted(set(range(num_layers)) - set(context.layers))
+    if missing:
+        raise _unsupported(
+            model,
+            f"layers {missing} of {num_layers} run no attention through the AttentionInterface "
+            "(recurrent or convolutional layers keep a state that pages do not hold)",
+        )
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= MAX_DIFFERENCE.get(expected.dtype, MAX_HALF_DIFFERENCE):
+        raise _unsupported(
+            model, f"its logits on a flattened batch differ from its own by {difference:.1e} of their size"
+        )
+
+
+def _probe_ids(length: int, vocab_size: int) -> Tensor:
+    return torch.arange(1, length + 1) * 7919 % vocab_size
+
+
+def _unsupported(model: PreTrainedModel, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{type(model).__name__} does not run on paged attention: {why}")

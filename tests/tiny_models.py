@@ -1,0 +1,112 @@
+"""Random decoders of every family that is tested, small enough to run in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers as hf
+from transformers import PreTrainedModel
+
+VOCAB_SIZE = 211
+
+_COMMON: Mapping[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _with(**fields: Any) -> dict[str, Any]:
+    return {**_COMMON, **fields}
+
+
+_SLIDING_THEN_FULL = ["sliding_attention", "full_attention", "sliding_attention"]
+
+FAMILIES: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
+    "llama": lambda: hf.LlamaConfig(**_with()),
+    "qwen2": lambda: hf.Qwen2Config(**_with()),
+    "qwen3": lambda: hf.Qwen3Config(**_with(head_dim=12)),
+    "mistral": lambda: hf.MistralConfig(**_with(sliding_window=9)),
+    "gemma2": lambda: hf.Gemma2Config(
+        **_with(head_dim=8, sliding_window=9, attn_logit_softcapping=5.0, layer_types=_SLIDING_THEN_FULL)
+    ),
+    "gemma3": lambda: hf.Gemma3TextConfig(**_with(head_dim=8, sliding_window=9, layer_types=_SLIDING_THEN_FULL)),
+    "phi3": lambda: hf.Phi3Config(**_with(sliding_window=None)),
+    "mixtral": lambda: hf.MixtralConfig(**_with(num_local_experts=4, num_experts_per_tok=2)),
+    "gpt_oss": lambda: hf.GptOssConfig(
+        **_with(
+            head_dim=8,
+            sliding_window=9,
+            layer_types=_SLIDING_THEN_FULL,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+        )
+    ),
+    "llama4": lambda: hf.Llama4TextConfig(
+        **_with(
+            head_dim=8,
+            intermediate_size_mlp=48,
+            num_local_experts=4,
+            num_experts_per_tok=1,
+            attention_chunk_size=16,
+            floor_scale=8,  # the temperature changes every 8 tokens, so a wrong position shows
+            no_rope_layers=[1, 0, 1],
+            layer_types=["chunked_attention", "full_attention", "chunked_attention"],
+        )
+    ),
+}
+
+REFUSED: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
+    "falcon": lambda: hf.FalconConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
+    ),
+    "mamba2": lambda: hf.Mamba2Config(
+        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, head_dim=16, num_heads=4, state_size=8, n_groups=1
+    ),
+    "qwen3_next": lambda: hf.Qwen3NextConfig(
+        **_with(
+            num_hidden_layers=2,
+            layer_types=["linear_attention", "full_attention"],
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+        )
+    ),
+    "t5": lambda: hf.T5Config(
+        vocab_size=VOCAB_SIZE, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    ),
+}
+
+
+def make_model(config: hf.PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A random model in float32. Weights are larger than at initialisation, so that attention is far from uniform."""
+    torch.manual_seed(seed)
+    auto = hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else hf.AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(5.0)
+            elif "sinks" in name:
+                parameter.normal_()
+    return model.eval()
+
+
+def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """A random model of `family`."""
+    return make_model({**FAMILIES, **REFUSED}[family](), seed)
