@@ -1,4 +1,4 @@
-"""Attention over paged KV, written to be obviously right. Slow: the specification that other kernels are tested against.
+"""Attention over paged KV, written to be obviously right: the slow specification that other kernels are tested against.
 
 For a query at position p of its sequence, with keys at positions [0, kv_len):
 

@@ -61,7 +61,8 @@ class EngineConfig:
         eviction_policy: order in which unused prefixes go; "lru".
         schedule_policy: "lpm" (longest cached prefix first, with bounded ageing) or "fcfs".
         max_batch_tokens: tokens computed in one step at most; longer prompts are computed in chunks.
-        max_running_requests: requests that hold pages at one time at most.
+        max_running_requests: requests that hold pages at one time at most; None takes 256, or `max_batch_tokens` if
+            that is less.
         max_context_tokens: prompt and output of one request at most; None takes the model's own limit.
         max_skips: under "lpm", how many later arrivals may overtake a waiting request before it goes first.
         prefix_cache: False computes every prompt from its first token (to measure what the cache brings).
@@ -77,7 +78,7 @@ class EngineConfig:
     eviction_policy: str = "lru"
     schedule_policy: SchedulePolicy = "lpm"
     max_batch_tokens: int = 2048
-    max_running_requests: int = 256
+    max_running_requests: int | None = None
     max_context_tokens: int | None = None
     max_skips: int = 64
     prefix_cache: bool = True
@@ -102,7 +103,7 @@ class EngineConfig:
             raise ConfigError(
                 f"schedule_policy must be one of {', '.join(SCHEDULE_POLICIES)}, not {self.schedule_policy!r}"
             )
-        if self.max_running_requests > self.max_batch_tokens:
+        if (self.max_running_requests or 1) > self.max_batch_tokens:
             raise ConfigError(
                 f"max_running_requests ({self.max_running_requests}) must not exceed max_batch_tokens "
                 f"({self.max_batch_tokens}): every running request may need a token in each step"

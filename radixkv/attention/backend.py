@@ -11,6 +11,7 @@ from torch import Tensor
 
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.errors import UnsupportedBackendError
+from radixkv.kernels.torch_reference import paged_attention
 from radixkv.memory.kv_pool import KVPool
 
 
@@ -109,8 +110,6 @@ class ReferenceBackend:
         self._pool.write(layer, slots, k, v)
 
     def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
-        from radixkv.kernels.torch_reference import paged_attention
-
         assert self._metadata is not None, "run before plan"
         return paged_attention(
             q,

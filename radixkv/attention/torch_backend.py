@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,15 +15,16 @@ from radixkv.attention.metadata import AttentionMetadata
 from radixkv.kernels.torch_reference import dense_attention, visible_mask
 from radixkv.memory.kv_pool import KVPool
 
-DECODE_CHUNK_TOKENS = 1 << 16  # padded KV tokens gathered at a time
+CHUNK_TOKENS = 1 << 16  # KV tokens gathered at a time
 
 
-class _Extend(NamedTuple):
-    """One sequence that computes several tokens: its place in the flattened batch and all its slots."""
+class _Extends(NamedTuple):
+    """Sequences that compute equally many tokens over equally long contexts, so that they run as one dense batch."""
 
-    first_row: int
-    last_row: int
-    slots: Tensor  # int64 [kv_len]
+    rows: Tensor  # int64 [batch * qo_len], their places in the flattened batch
+    pages: Tensor  # int64 [batch, pages]
+    qo_len: int
+    kv_len: int
 
 
 class TorchBackend:
@@ -36,8 +37,10 @@ class TorchBackend:
 
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
-        self._extends: list[_Extend] = []
+        self._extends: list[_Extends] = []
         self._decodes: NDArray[np.intp] = np.empty(0, np.intp)
+        self._decode_rows = torch.empty(0, dtype=torch.int64)
+        self._masks: dict[tuple[object, ...], Tensor] = {}  # of this batch; the same in most layers
         self._metadata: AttentionMetadata | None = None
 
     @staticmethod
@@ -53,15 +56,18 @@ class TorchBackend:
 
     def plan(self, metadata: AttentionMetadata) -> None:
         self._metadata = metadata
+        self._masks.clear()
         qo_lens = metadata.qo_lens
         self._decodes = np.flatnonzero(qo_lens == 1)
+        self._decode_rows = self._tensor(metadata.qo_indptr[self._decodes])
+        by_shape: dict[tuple[int, int], list[int]] = {}
+        for i in np.flatnonzero(qo_lens > 1):
+            by_shape.setdefault((int(qo_lens[i]), int(metadata.kv_lens[i])), []).append(int(i))
         self._extends = [
-            _Extend(
-                int(metadata.qo_indptr[i]),
-                int(metadata.qo_indptr[i + 1]),
-                self._slots(np.array([i]), int(metadata.kv_lens[i]))[0],
-            )
-            for i in np.flatnonzero(qo_lens > 1)
+            self._plan_extends(sequences[first : first + size], qo_len, kv_len)
+            for (qo_len, kv_len), sequences in by_shape.items()
+            for size in [max(1, CHUNK_TOKENS // kv_len)]
+            for first in range(0, len(sequences), size)
         ]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -69,30 +75,60 @@ class TorchBackend:
 
     def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
         out = q.new_empty(q.shape[0], q.shape[1], self.pool.layers[layer].v_head_dim)
-        for extend in self._extends:
-            rows = slice(extend.first_row, extend.last_row)
-            out[rows] = self._extend(layer, q[rows], extend, params)
+        for extends in self._extends:
+            out[extends.rows] = self._extend(layer, q[extends.rows], extends, params)
         if len(self._decodes):
-            rows_of_decodes = torch.from_numpy(self.metadata.qo_indptr[self._decodes]).to(q.device, torch.int64)
-            out[rows_of_decodes] = self._decode(layer, q[rows_of_decodes], params)
+            out[self._decode_rows] = self._decode(layer, q[self._decode_rows], params)
         return out
 
-    # -- several tokens of one sequence ------------------------------------------------------------------------------
+    # -- several tokens of each sequence -----------------------------------------------------------------------------
 
-    def _extend(self, layer: int, q: Tensor, extend: _Extend, params: AttentionParams) -> Tensor:
-        kv_len = len(extend.slots)
-        first = kv_len - q.shape[0]  # position of the first query
-        start = _first_visible(first, params)
-        slots = extend.slots[start:]
-        k = self.pool.k[layer].flatten(0, 1)[slots]  # [kv_len - start, num_kv_heads, k_head_dim]
-        v = self.pool.v[layer].flatten(0, 1)[slots]
-        if _is_plain(params) and first == 0 and (params.sliding_window or kv_len) >= kv_len:
-            return _sdpa(q, k, v, None, params.scale)
-        positions = torch.arange(first - start, kv_len - start, device=q.device)
-        visible = visible_mask(positions + start, kv_len, **_limits(params))[:, start:]
+    def _plan_extends(self, sequences: list[int], qo_len: int, kv_len: int) -> _Extends:
+        metadata = self.metadata
+        rows = metadata.qo_indptr[sequences][:, None] + np.arange(qo_len)
+        pages = metadata.kv_indptr[sequences][:, None] + np.arange(-(-kv_len // metadata.page_size))
+        return _Extends(self._tensor(rows.ravel()), self._tensor(metadata.kv_indices[pages]), qo_len, kv_len)
+
+    def _extend(self, layer: int, q: Tensor, extends: _Extends, params: AttentionParams) -> Tensor:
+        qo_len, kv_len = extends.qo_len, extends.kv_len
+        page_size = self.pool.page_size
+        start = _first_visible(kv_len - qo_len, params) // page_size * page_size
+        pages = extends.pages[:, start // page_size :]  # those that any query sees
+        q = q.unflatten(0, (-1, qo_len))  # [batch, qo_len, num_q_heads, k_head_dim]
+        k = self._gather(self.pool.k[layer], pages, kv_len - start)  # [batch, kv_len - start, num_kv_heads, k_head_dim]
+        v = self._gather(self.pool.v[layer], pages, kv_len - start)
         if params.softcap is None and params.sinks is None:
-            return _sdpa(q, k, v, visible, params.scale)
-        return dense_attention(q, k, v, visible, scale=params.scale, softcap=params.softcap, sinks=params.sinks)
+            return _sdpa(q, k, v, self._extend_bias(q, extends, start, params), params.scale).flatten(0, 1)
+        visible = self._extend_visible(extends, start, params)
+        return torch.cat(
+            [
+                dense_attention(*one, visible, scale=params.scale, softcap=params.softcap, sinks=params.sinks)
+                for one in zip(q, k, v, strict=True)
+            ]
+        )
+
+    def _gather(self, pages: Tensor, page_ids: Tensor, num_tokens: int) -> Tensor:
+        """Contiguous KV [batch, num_tokens, heads, dim]; what a last page holds beyond is cut off unread."""
+        gathered = pages.index_select(0, page_ids.flatten())
+        return gathered.view(page_ids.shape[0], -1, *pages.shape[2:])[:, :num_tokens]
+
+    def _extend_bias(self, q: Tensor, extends: _Extends, start: int, params: AttentionParams) -> Tensor | None:
+        """What is added to the scores, [qo_len, kv_len - start]; None where the plain causal mask is meant."""
+        window = params.sliding_window or extends.kv_len
+        if extends.qo_len == extends.kv_len and params.chunk_size is None and window >= extends.kv_len:
+            return None
+        key = ("bias", extends.qo_len, extends.kv_len, start, params.sliding_window, params.chunk_size)
+        if key not in self._masks:
+            visible = self._extend_visible(extends, start, params)
+            self._masks[key] = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
+        return self._masks[key]
+
+    def _extend_visible(self, extends: _Extends, start: int, params: AttentionParams) -> Tensor:
+        key = ("visible", extends.qo_len, extends.kv_len, start, params.sliding_window, params.chunk_size)
+        if key not in self._masks:
+            positions = torch.arange(extends.kv_len - extends.qo_len, extends.kv_len, device=self.pool.device)
+            self._masks[key] = visible_mask(positions, extends.kv_len, **_limits(params))[:, start:]
+        return self._masks[key]
 
     # -- one token of each of many sequences -------------------------------------------------------------------------
 
@@ -103,7 +139,7 @@ class TorchBackend:
         end = len(by_length)
         while end > 0:
             longest = int(kv_lens[by_length[end - 1]])
-            chunk = by_length[max(0, end - max(1, DECODE_CHUNK_TOKENS // longest)) : end]
+            chunk = by_length[max(0, end - max(1, CHUNK_TOKENS // longest)) : end]
             rows = torch.from_numpy(chunk).to(q.device)
             out[rows] = self._decode_padded(layer, q[rows], chunk, longest, params)
             end -= len(chunk)
@@ -135,6 +171,9 @@ class TorchBackend:
         ]
         return torch.cat(rows)
 
+    def _tensor(self, indices: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(indices).to(self.pool.device, torch.int64)
+
     def _slots(self, sequences: NDArray[np.intp], length: int) -> Tensor:
         """Slots of the first `length` tokens of each sequence, int64 [sequences, length].
 
@@ -154,10 +193,6 @@ def _limits(params: AttentionParams) -> dict[str, int | None]:
     return {"sliding_window": params.sliding_window, "chunk_size": params.chunk_size}
 
 
-def _is_plain(params: AttentionParams) -> bool:
-    return params.chunk_size is None and params.softcap is None and params.sinks is None
-
-
 def _first_visible(first_query: int, params: AttentionParams) -> int:
     """The first position that any query from `first_query` on sees."""
     start = 0
@@ -168,15 +203,15 @@ def _first_visible(first_query: int, params: AttentionParams) -> int:
     return start
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
-    """Dense attention of one sequence; causal from the first key on where `visible` is None."""
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Dense attention of [batch, tokens, heads, dim] tensors; causal from the first key on where `bias` is None."""
     out = scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        k.transpose(0, 1)[None],
-        v.transpose(0, 1)[None],
-        attn_mask=visible,
-        is_causal=visible is None,
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=bias,
+        is_causal=bias is None,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=q.shape[2] != k.shape[2],
     )
-    return out[0].transpose(0, 1)
+    return out.transpose(1, 2)

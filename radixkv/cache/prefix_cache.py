@@ -176,10 +176,10 @@ class PrefixCache:
             expected[np.frombuffer(node.pages, np.int32)] += 1
         for lease in self._leases:
             expected[lease.pages] += 1
-            node: TreeNode | None = lease.node
-            while node is not None:
-                locks[id(node)] = locks.get(id(node), 0) + 1
-                node = node.parent
+            pinned: TreeNode | None = lease.node
+            while pinned is not None:
+                locks[id(pinned)] = locks.get(id(pinned), 0) + 1
+                pinned = pinned.parent
         counts = np.array([self.allocator.ref_count(page) for page in range(self.num_pages)])
         if not np.array_equal(counts, expected):
             wrong = np.flatnonzero(counts != expected)
@@ -286,7 +286,7 @@ class Lease:
         cache, extra_key, cache_salt = self._cache, *self._namespace
         if len(tokens) > self.capacity_tokens:
             raise InvalidRequestError(
-                f"{len(tokens)} tokens cannot be committed: the lease has pages for {self.capacity_tokens}; grow it first"
+                f"{len(tokens)} tokens cannot be committed: the lease has pages for {self.capacity_tokens}; grow it"
             )
         whole = tokens[: len(tokens) // cache.page_size * cache.page_size]
         data = whole.tobytes()

@@ -34,7 +34,7 @@ def token_array(ids: TokenIds) -> NDArray[np.int32]:
     if values.dtype.kind not in "iu":
         if values.size == 0 and not isinstance(ids, np.ndarray):
             return np.empty(0, np.int32)
-        shown = f"{values[0]!r} at position 0" if values.size else "no values"
+        shown = f"{values[0]} at position 0" if values.size else "no values"
         raise TokenIdsTypeError(f"token ids must be integers, not {values.dtype} ({shown})")
     if values.size and (values.min() < 0 or values.max() > MAX_TOKEN_ID):
         position = int(((values < 0) | (values > MAX_TOKEN_ID)).argmax())

@@ -130,13 +130,14 @@ class Engine:
             kv_cache_tokens=pool_tokens,
             mem_fraction=None,
             attention_backend=backend.name,
+            max_running_requests=config.max_running_requests or min(256, config.max_batch_tokens),
             max_context_tokens=min(limit for limit in limits if limit is not None),
         )
         self.model, self.tokenizer = model, tokenizer
         self._vocab_size: int = model.config.get_text_config().vocab_size
         self._eos_ids = eos_token_ids(model)
         req_to_token = ReqToTokenPool(
-            max_requests=self.config.max_running_requests,
+            max_requests=self.config.max_running_requests or 1,
             max_tokens=self.max_context_tokens,
             page_size=self.config.page_size,
         )
@@ -220,13 +221,14 @@ class Engine:
     ) -> Iterator[StreamChunk]:
         """Continue one prompt, piece by piece; the last chunk carries the `RequestOutput`.
 
-        Several streams may be open at once: each step serves them all. Closing the iterator aborts the request.
+        The request starts with the first `next`. Several streams may be open at once: each step serves them all.
+        Closing the iterator aborts the request.
 
         Raises: as `generate`, at once; and the request's own error where it occurs.
         """
         params = params or SamplingParams()
         ids = self._check(prompt, params)
-        return self._stream(self._submit(ids, params, (extra_key, cache_salt), streams=True))
+        return self._stream(ids, params, (extra_key, cache_salt))
 
     def session(
         self, *, system: str | None = None, extra_key: str | None = None, cache_salt: str | None = None
@@ -336,7 +338,7 @@ class Engine:
         if int(ids.max()) >= self._vocab_size:
             position = int((ids >= self._vocab_size).argmax())
             raise InvalidTokenIdsError(
-                f"token id {ids[position]} at position {position} is outside the model's vocabulary of {self._vocab_size}"
+                f"token id {ids[position]} at position {position} is not in the model's vocabulary of {self._vocab_size}"
             )
         if len(ids) >= self.max_context_tokens:
             raise PromptTooLongError(
@@ -387,21 +389,31 @@ class Engine:
                 request.finish("abort")
                 self._scheduler.release(request)
 
-    def _stream(self, request: Request) -> Iterator[StreamChunk]:
-        seen = 0
+    def _stream(
+        self, ids: NDArray[np.int32], params: SamplingParams, namespace: tuple[str | None, str | None]
+    ) -> Iterator[StreamChunk]:
+        request = self._submit(ids, params, namespace, streams=True)
+        num_seen = 0
         try:
-            while not request.is_finished:
-                self.step()
-                if request.is_finished:
-                    request.flush()
-                if len(request.output_ids) > seen and not request.is_finished:
-                    yield StreamChunk(_take_pieces(request), request.output_ids[seen:], None)
-                    seen = len(request.output_ids)
-            if request.error is not None:
-                raise request.error
-            yield StreamChunk(_take_pieces(request), request.output_ids[seen:], request.output())
+            while (output := self._step_for(request)) is None:
+                if len(request.output_ids) > num_seen:
+                    new_ids = request.output_ids[num_seen:]
+                    num_seen += len(new_ids)
+                    yield StreamChunk(_take_pieces(request), new_ids, None)
+            yield StreamChunk(_take_pieces(request), request.output_ids[num_seen:], output)
         finally:
             self._abort(request)
+
+    def _step_for(self, request: Request) -> RequestOutput | None:
+        """Step on behalf of a stream; its output once it has ended. Raises: the request's own error."""
+        if not request.is_finished:
+            self.step()
+        if request.error is not None:
+            raise request.error
+        if not request.is_finished:
+            return None
+        request.flush()
+        return request.output()
 
     def _num_pages(self, config: EngineConfig, model: PreTrainedModel) -> int:
         if config.kv_cache_tokens is not None:
@@ -420,12 +432,11 @@ def _take_pieces(request: Request) -> str:
 def _as_list_of_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    is_list = isinstance(prompts, list | tuple)
-    if is_list and all(isinstance(p, str) or hasattr(p, "__len__") for p in prompts) and len(prompts) > 0:
-        return list(prompts)
-    if is_list and len(prompts) == 0:
+    if not isinstance(prompts, list | tuple):
+        return [prompts]
+    if len(prompts) == 0:
         raise InvalidRequestError("no prompts were given; give text, token ids or a list of them")
-    return [prompts]
+    return list(prompts) if all(isinstance(p, str) or hasattr(p, "__len__") for p in prompts) else [prompts]
 
 
 def _as_list_of_params(params: SamplingParams | Sequence[SamplingParams] | None, num: int) -> list[SamplingParams]:

@@ -71,7 +71,7 @@ class Session:
     @property
     def token_ids(self) -> list[int]:
         """The conversation so far, to the token."""
-        return self._ids.tolist()
+        return list(map(int, self._ids))
 
     @property
     def messages(self) -> list[Message]:

@@ -52,5 +52,5 @@ class ReqToTokenPool:
     def slots(self, row: int, first: int, last: int) -> NDArray[np.int64]:
         """Slots of the tokens `[first, last)`, int64."""
         tokens = np.arange(first, last, dtype=np.int64)
-        pages = self.table[row, tokens // self.page_size].astype(np.int64)
-        return pages * self.page_size + tokens % self.page_size
+        slots: NDArray[np.int64] = self.table[row, tokens // self.page_size] * np.int64(self.page_size)
+        return slots + tokens % self.page_size

@@ -34,7 +34,7 @@ def load(name_or_path: str | Path, *, dtype: str = "auto", device: str = "auto")
     hf_dtype = _resolve_dtype(dtype)
     try:
         config = AutoConfig.from_pretrained(place)
-        with _quiet():
+        with _Quietly():
             model = AutoModelForCausalLM.from_pretrained(place, config=config, dtype=hf_dtype)
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(f"no model can be loaded from {str(name_or_path)!r}: {_first_line(error)}") from error
@@ -92,7 +92,7 @@ def _load_tokenizer(place: str | Path) -> Any | None:
     return AutoTokenizer.from_pretrained(place)
 
 
-class _quiet:
+class _Quietly:
     """transformers' own progress bars and hints, silenced while a model loads."""
 
     def __enter__(self) -> None:

@@ -112,7 +112,7 @@ def _attention_function(
     if attention_mask is not None:
         raise UnsupportedModelError(f"{type(module).__name__} makes an attention mask of its own")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    config: PretrainedConfig = module.config  # type: ignore[assignment]
+    config: PretrainedConfig = module.config
     params = AttentionParams(
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
         sliding_window=sliding_window,

@@ -1,0 +1,72 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from tiny_models import VOCAB_SIZE, tiny_model
+from transformers import PreTrainedModel
+
+from radixkv import Engine, EngineConfig
+
+
+class GreedyOracle:
+    """What the unmodified model says, computing everything anew for each token. Answers are remembered."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = copy.deepcopy(model)
+        self._next: dict[tuple[int, ...], int] = {}
+
+    def continuation(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        """The `num_tokens` likeliest tokens after `prompt`, one by one."""
+        ids = list(prompt)
+        for _ in range(num_tokens):
+            ids.append(self._likeliest(tuple(ids)))
+        return ids[len(prompt) :]
+
+    @torch.inference_mode()
+    def _likeliest(self, ids: tuple[int, ...]) -> int:
+        if ids not in self._next:
+            logits = self._model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            self._next[ids] = int(logits.argmax())
+        return self._next[ids]
+
+
+@pytest.fixture(scope="session")
+def oracle() -> GreedyOracle:
+    """The unmodified twin of the model in `make_engine`."""
+    return GreedyOracle(tiny_model("llama"))
+
+
+@pytest.fixture
+def make_engine() -> Callable[..., Engine]:
+    """Makes engines of the tiny Llama; keywords are settings. Every test ends with a leak check of all of them."""
+    engines: list[Engine] = []
+
+    def make(**settings: object) -> Engine:
+        defaults = {"page_size": 4, "kv_cache_tokens": 1024}
+        engines.append(Engine(tiny_model("llama"), config=EngineConfig(**{**defaults, **settings})))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.check_invariants()
+        engine.reset_cache()
+        stats = engine.stats()
+        assert (stats.running, stats.waiting) == (0, 0)
+        assert stats.free_pages == stats.cache.num_pages, f"pages leaked: {stats}"
+
+
+@pytest.fixture(scope="session")
+def demo_engine() -> Engine:
+    """The demo model, with a tokenizer and a chat template. Shared: tests must not count on what it has cached."""
+    return Engine.from_pretrained("demo", kv_cache_tokens=8192)
+
+
+def random_ids(seed: int, num_tokens: int) -> list[int]:
+    """Ids that are neither special nor the same for two seeds."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB_SIZE, (num_tokens,), generator=generator).tolist()

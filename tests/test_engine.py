@@ -1,0 +1,354 @@
+"""The engine end to end on a tiny model: same tokens as the model alone, whatever happens in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from conftest import GreedyOracle, random_ids
+
+from radixkv import Engine, EngineConfig, RequestOutput, SamplingParams
+from radixkv.errors import (
+    ConfigError,
+    InvalidRequestError,
+    InvalidSamplingParamsError,
+    InvalidTokenIdsError,
+    MissingTokenizerError,
+    NonFiniteLogitsError,
+    PromptTooLongError,
+    TokenIdsTypeError,
+    UnsupportedBackendError,
+)
+
+MakeEngine = Callable[..., Engine]
+GREEDY_8 = SamplingParams(max_tokens=8, ignore_eos=True)
+
+
+def test_prompts_of_every_type_give_the_same(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
+    engine = make_engine()
+    ids = random_ids(0, 21)
+    expected = oracle.continuation(ids, 8)
+    for prompt in (ids, tuple(ids), np.array(ids), np.array(ids, np.int16), torch.tensor(ids)):
+        (output,) = engine.generate(prompt, GREEDY_8)
+        assert output.token_ids == expected
+        assert output.prompt_token_ids == ids
+        assert output.text is None, "there is no tokenizer"
+
+
+def test_a_batch_of_mixed_lengths(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
+    engine = make_engine()
+    prompts = [random_ids(seed, length) for seed, length in enumerate((1, 2, 4, 5, 17, 64))]
+    outputs = engine.generate(prompts, GREEDY_8)
+    assert [output.token_ids for output in outputs] == [oracle.continuation(prompt, 8) for prompt in prompts]
+    assert all(output.finish_reason == "length" for output in outputs)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+@pytest.mark.parametrize("schedule_policy", ["lpm", "fcfs"])
+def test_chunked_prefill(make_engine: MakeEngine, oracle: GreedyOracle, page_size: int, schedule_policy: str) -> None:
+    engine = make_engine(page_size=page_size, max_batch_tokens=7, schedule_policy=schedule_policy)
+    head = random_ids(1, 40)
+    prompts = [head + random_ids(seed, 9) for seed in range(2, 6)]
+    outputs = engine.generate(prompts, GREEDY_8)
+    assert [output.token_ids for output in outputs] == [oracle.continuation(prompt, 8) for prompt in prompts]
+    assert [output.cached_tokens for output in outputs[1:]] == [40 // page_size * page_size] * 3
+
+
+def test_budget_of_one_token_a_step(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
+    engine = make_engine(max_batch_tokens=1)
+    prompts = [random_ids(1, 9), random_ids(1, 9)]
+    outputs = engine.generate(prompts, GREEDY_8)
+    assert [output.token_ids for output in outputs] == [oracle.continuation(prompts[0], 8)] * 2
+    assert outputs[1].cached_tokens == 8, "the second waited for the first and hit it"
+
+
+def test_in_batch_sharing_computes_a_prefix_once(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    head = random_ids(1, 64)
+    prompts = [head + random_ids(seed, 8) for seed in range(2, 10)]
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=1))
+    assert sorted(output.cached_tokens for output in outputs) == [0] + [64] * 7
+    assert engine.stats().computed_tokens == 72 + 7 * 8
+
+
+def test_the_cache_switched_off_computes_everything(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
+    engine = make_engine(prefix_cache=False)
+    prompt = random_ids(1, 33)
+    outputs = engine.generate([prompt, prompt], GREEDY_8)
+    again = engine.generate(prompt, GREEDY_8)
+    assert [output.token_ids for output in outputs + again] == [oracle.continuation(prompt, 8)] * 3
+    assert {output.cached_tokens for output in outputs + again} == {0}
+    assert engine.stats().cache.total_tokens == 0
+
+
+def test_namespaces_do_not_share(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    prompt = random_ids(1, 33)
+    cached = [
+        engine.generate(prompt, GREEDY_8, extra_key=extra_key, cache_salt=cache_salt)[0].cached_tokens
+        for extra_key, cache_salt in [("a", None), ("b", None), (None, "a"), ("a", None), (None, "a"), (None, None)]
+    ]
+    assert cached == [0, 0, 0, 32, 32, 0]
+
+
+def test_an_output_becomes_the_prefix_of_the_next_prompt(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    (first,) = engine.generate(random_ids(1, 14), SamplingParams(max_tokens=15, ignore_eos=True))
+    (second,) = engine.generate(first.prompt_token_ids + first.token_ids + [5], GREEDY_8)
+    assert second.cached_tokens == 28  # of 14 + 15 tokens the last one's KV was never computed
+
+
+def test_stop_ids_and_end_of_sequence(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
+    prompt = random_ids(1, 20)
+    continuation = oracle.continuation(prompt, 8)
+    engine = make_engine()
+    stop_id = continuation[3]
+    (output,) = engine.generate(prompt, SamplingParams(max_tokens=8, stop_token_ids=[stop_id]))
+    assert output.token_ids == continuation[: continuation.index(stop_id) + 1]
+    assert output.finish_reason == "stop"
+    engine._eos_ids = frozenset([stop_id])
+    assert engine.generate(prompt, SamplingParams(max_tokens=8))[0].finish_reason == "stop"
+    assert engine.generate(prompt, GREEDY_8)[0].finish_reason == "length", "ignore_eos"
+
+
+def test_generation_ends_at_the_context_limit(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
+    engine = make_engine(max_context_tokens=30)
+    prompt = random_ids(1, 26)
+    (output,) = engine.generate(prompt, SamplingParams(max_tokens=100, ignore_eos=True))
+    assert output.token_ids == oracle.continuation(prompt, 4)
+    assert output.finish_reason == "length"
+
+
+def test_generation_ends_at_the_pool_limit(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
+    engine = make_engine(kv_cache_tokens=32)
+    prompt = random_ids(1, 26)
+    (output,) = engine.generate(prompt, SamplingParams(max_tokens=100, ignore_eos=True))
+    assert output.token_ids == oracle.continuation(prompt, 6)
+
+
+def test_seeded_sampling_does_not_depend_on_the_batch(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    params = [SamplingParams(max_tokens=12, temperature=1.5, seed=seed, ignore_eos=True) for seed in range(4)]
+    prompt = random_ids(1, 20)
+    together = engine.generate([prompt] * 4, params)
+    alone = [engine.generate(prompt, p)[0] for p in params]
+    assert [output.token_ids for output in together] == [output.token_ids for output in alone]
+    assert len({tuple(output.token_ids) for output in together}) > 1
+
+
+def test_unseeded_sampling_is_repeatable_by_the_engine_seed(make_engine: MakeEngine) -> None:
+    params = SamplingParams(max_tokens=12, temperature=1.5, ignore_eos=True)
+    first, same, other = (make_engine(seed=seed).generate(random_ids(1, 20), params)[0] for seed in (5, 5, 6))
+    assert first.token_ids == same.token_ids != other.token_ids
+
+
+def test_logprobs(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    (output,) = engine.generate(random_ids(1, 20), SamplingParams(max_tokens=4, logprobs=3, ignore_eos=True))
+    assert output.logprobs is not None
+    assert [entry.token_id for entry in output.logprobs] == output.token_ids
+    for entry in output.logprobs:
+        assert len(entry.top) == 3
+        assert entry.top[0] == (entry.token_id, entry.logprob), "greedy took the likeliest"
+    (without,) = engine.generate(random_ids(1, 20), GREEDY_8)
+    assert without.logprobs is None
+
+
+def test_metrics_and_stats_add_up(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    outputs = engine.generate([random_ids(seed, 10) for seed in range(3)], GREEDY_8)
+    for output in outputs:
+        metrics = output.metrics
+        assert 0 <= metrics.queue_s <= metrics.ttft_s <= metrics.total_s
+        assert metrics.tpot_s > 0
+    stats = engine.stats()
+    assert stats.generated_tokens == 24
+    assert stats.computed_tokens == 3 * (10 + 7)
+    assert stats.hit_rate == 0
+    assert stats.free_pages + stats.evictable_pages + stats.protected_pages == stats.cache.num_pages
+    assert stats.pool_bytes == engine.pool.num_bytes
+
+
+def test_on_finish_reports_each_output_once(make_engine: MakeEngine) -> None:
+    reported: list[RequestOutput] = []
+    outputs = make_engine().generate([random_ids(s, 10) for s in range(3)], GREEDY_8, on_finish=reported.append)
+    assert sorted(o.request_id for o in reported) == [o.request_id for o in outputs]
+
+
+# -- streams ---------------------------------------------------------------------------------------------------------
+
+
+def test_streams_interleave(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
+    engine = make_engine()
+    prompts = [random_ids(seed, 15) for seed in range(2)]
+    streams = [engine.stream(prompt, GREEDY_8) for prompt in prompts]
+    ids: list[list[int]] = [[], []]
+    outputs = [None, None]
+    while not all(outputs):
+        for i, stream in enumerate(streams):
+            if outputs[i] is None:
+                chunk = next(stream)
+                ids[i] += chunk.token_ids
+                outputs[i] = chunk.output
+    assert ids == [oracle.continuation(prompt, 8) for prompt in prompts]
+
+
+def test_closing_a_stream_aborts_it(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    stream = engine.stream(random_ids(1, 15), GREEDY_8)
+    next(stream)
+    assert engine.stats().running == 1
+    stream.close()
+    assert engine.stats().running == 0
+
+
+def test_a_stream_never_started_holds_nothing(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.stream(random_ids(1, 15), GREEDY_8)
+    assert engine.stats().waiting == 0
+
+
+# -- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_one_failing_forward_fails_that_request_alone(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
+    engine = make_engine()
+    prompts = [random_ids(seed, 12) for seed in range(3)]
+    forward = engine._runner.forward
+
+    def fails_for_the_second(batch):  # type: ignore[no-untyped-def]
+        if any(span.request.prompt_ids.tolist() == prompts[1] for span in batch):
+            raise RuntimeError("a worn bit")
+        return forward(batch)
+
+    engine._runner.forward = fails_for_the_second  # type: ignore[method-assign]
+    outputs = engine.generate(prompts, GREEDY_8)
+    assert [output.finish_reason for output in outputs] == ["length", "error", "length"]
+    assert str(outputs[1].error) == "a worn bit"
+    for i in (0, 2):
+        assert outputs[i].token_ids == oracle.continuation(prompts[i], 8)
+    with pytest.raises(RuntimeError, match="worn"):
+        list(engine.stream(prompts[1], GREEDY_8))
+
+
+def test_non_finite_logits_fail_that_request_alone(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
+    engine = make_engine()
+    prompts = [random_ids(seed, 12) for seed in range(3)]
+    forward = engine._runner.forward
+
+    def poisoned(batch):  # type: ignore[no-untyped-def]
+        logits = forward(batch).clone()
+        for row, span in enumerate(span for span in batch if span.samples):
+            if span.request.prompt_ids.tolist() == prompts[1]:
+                logits[row, 7] = float("nan")
+        return logits
+
+    engine._runner.forward = poisoned  # type: ignore[method-assign]
+    outputs = engine.generate(prompts, GREEDY_8)
+    assert isinstance(outputs[1].error, NonFiniteLogitsError)
+    assert outputs[0].token_ids == oracle.continuation(prompts[0], 8)
+
+
+def test_an_interrupted_call_leaves_nothing_behind(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+
+    def interrupt(output: RequestOutput) -> None:
+        raise KeyboardInterrupt
+
+    params = [SamplingParams(max_tokens=2, ignore_eos=True), SamplingParams(max_tokens=50, ignore_eos=True)]
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([random_ids(1, 10), random_ids(2, 10)], params, on_finish=interrupt)
+    assert (engine.stats().running, engine.stats().waiting) == (0, 0)
+
+
+def test_pages_leased_by_others_end_a_request_instead_of_hanging(make_engine: MakeEngine) -> None:
+    engine = make_engine(kv_cache_tokens=64)
+    with engine.cache.acquire(random_ids(9, 60)):
+        (output,) = engine.generate(random_ids(1, 20), GREEDY_8)
+        assert output.finish_reason == "error"
+        (output,) = engine.generate(random_ids(1, 4), GREEDY_8)
+        assert output.finish_reason == "error", "it began, and found no page for its second token"
+    (output,) = engine.generate(random_ids(1, 20), GREEDY_8)
+    assert output.finish_reason == "length"
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ([], InvalidRequestError, "no prompts"),
+        ([[]], InvalidRequestError, "empty"),
+        (np.array([], np.int32), InvalidRequestError, "empty"),
+        ([1, -5, 2], InvalidTokenIdsError, "-5 at position 1"),
+        ([1, 2, 2**40], InvalidTokenIdsError, "at position 2"),
+        ([1, 2, 211], InvalidTokenIdsError, "211 at position 2 is not in the model's vocabulary of 211"),
+        ([1, 2.5], TokenIdsTypeError, "2.5 at position 1"),
+        (np.array([0.5]), TokenIdsTypeError, "0.5 at position 0"),
+        ([[1, 2], [3, "x"]], TokenIdsTypeError, "'x' at position 1"),
+        (None, TokenIdsTypeError, "NoneType"),
+        (5, TokenIdsTypeError, "int"),
+        ("text", MissingTokenizerError, "no tokenizer"),
+        (list(range(3, 103)), PromptTooLongError, "100 tokens, and prompt and output together may have 64"),
+    ],
+)
+def test_bad_prompts(make_engine: MakeEngine, prompt: object, error: type[Exception], message: str) -> None:
+    engine = make_engine(kv_cache_tokens=64)
+    with pytest.raises(error, match=message):
+        engine.generate(prompt, GREEDY_8)
+
+
+def test_one_bad_prompt_runs_none(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    with pytest.raises(InvalidTokenIdsError):
+        engine.generate([[5, 6], [-1]], GREEDY_8)
+    assert engine.stats().steps == 0
+
+
+def test_bad_params_for_this_model(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    with pytest.raises(InvalidSamplingParamsError, match="stop_token_ids holds 999"):
+        engine.generate([5, 6], SamplingParams(stop_token_ids=[999]))
+    with pytest.raises(MissingTokenizerError):
+        engine.generate([5, 6], SamplingParams(stop="x"))
+    with pytest.raises(InvalidRequestError, match="2 SamplingParams were given for 1 prompts"):
+        engine.generate([5, 6], [GREEDY_8, GREEDY_8])
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"page_size": 0}, ConfigError, "page_size must be at least 1, not 0"),
+        ({"page_size": 2.5}, ConfigError, "page_size must be an integer, not 2.5"),
+        ({"kv_cache_tokens": -1}, ConfigError, "kv_cache_tokens"),
+        ({"mem_fraction": 1.5}, ConfigError, "mem_fraction must lie"),
+        ({"mem_fraction": 0.5, "kv_cache_tokens": 5}, ConfigError, "give one of them"),
+        ({"schedule_policy": "sjf"}, ConfigError, "lpm, fcfs"),
+        ({"eviction_policy": "mru"}, ConfigError, "unknown eviction policy 'mru'"),
+        ({"attention_backend": "abacus"}, UnsupportedBackendError, "unknown attention backend 'abacus'"),
+        ({"max_running_requests": 9, "max_batch_tokens": 8}, ConfigError, "must not exceed"),
+        ({"dtype": "float8"}, ConfigError, "dtype must be"),
+        ({"device": "abacus"}, ConfigError, "none that torch knows"),
+        ({"pagesize": 4}, ConfigError, "unknown setting 'pagesize'"),
+    ],
+)
+def test_bad_settings(settings: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Engine.from_pretrained(
+            "demo", **{"kv_cache_tokens": 64, **settings} if "mem_fraction" not in settings else settings
+        )
+
+
+def test_a_backend_that_cannot_serve_says_what_can() -> None:
+    with pytest.raises(UnsupportedBackendError, match=r"'numba' reads float32 KV, .*bfloat16; torch, reference can"):
+        Engine.from_pretrained("demo", kv_cache_tokens=64, dtype="bfloat16", attention_backend="numba")
+
+
+def test_the_pool_is_sized_by_free_memory() -> None:
+    engine = Engine.from_pretrained("demo", mem_fraction=0.001)
+    assert engine.config.kv_cache_tokens == engine.cache.num_pages * 16 > 0
+    assert engine.config.mem_fraction is None, "resolved"
+    assert EngineConfig(mem_fraction=0.001).kv_cache_tokens is None

@@ -1,0 +1,124 @@
+"""Every supported family gives the same logits and the same greedy tokens as the unmodified model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import FAMILIES, REFUSED, VOCAB_SIZE, tiny_model
+from transformers import PreTrainedModel
+
+from radixkv import Engine, EngineConfig, SamplingParams
+from radixkv.errors import UnsupportedModelError
+from radixkv.models.probe import plug_in_paged_attention
+
+NEW_TOKENS = 6
+GREEDY = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+
+
+def random_prompts(seed: int, lengths: list[int], shared: int) -> list[list[int]]:
+    """Prompts of the given lengths that share their first `shared` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist()  # noqa: E731
+    head = draw(shared)
+    return [head + draw(length - shared) for length in lengths]
+
+
+def oracle_tokens(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+    """Greedy continuation by the unmodified model, which computes everything anew for each token."""
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(NEW_TOKENS):
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            ids.append(int(logits.argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_same_tokens_cold_warm_alone_and_batched(family: str, backend: str) -> None:
+    model = tiny_model(family)
+    unmodified = copy.deepcopy(model)
+    prompts = random_prompts(1, [37, 41, 33, 50], shared=32)
+    expected = [oracle_tokens(unmodified, prompt) for prompt in prompts]
+    config = EngineConfig(page_size=4, kv_cache_tokens=512, attention_backend=backend, max_batch_tokens=64)
+    engine = Engine(model, config=config)
+
+    cold = [engine.generate(prompt, GREEDY)[0] for prompt in prompts]
+    warm = [engine.generate(prompt, GREEDY)[0] for prompt in prompts]
+    engine.reset_cache()
+    batched = engine.generate(prompts, GREEDY)
+
+    for outputs in (cold, warm, batched):
+        assert [output.token_ids for output in outputs] == expected
+    assert [output.cached_tokens for output in cold] == [0, 32, 32, 32]
+    assert [output.cached_tokens for output in warm] == [36, 40, 32, 48]
+    engine.check_invariants()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_tokens_as_generate(family: str) -> None:
+    model = tiny_model(family)
+    unmodified = copy.deepcopy(model)
+    prompt = random_prompts(2, [23], shared=0)[0]
+    generated = unmodified.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64), do_sample=False,
+        max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    engine = Engine(model, config=EngineConfig(page_size=4, kv_cache_tokens=128))
+    assert engine.generate(prompt, GREEDY)[0].token_ids == generated[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("backend", ["numba", "torch", "reference"])
+def test_logits_on_a_cached_prefix(family: str, backend: str) -> None:
+    """Extends and decodes over cached pages, mixed in one batch, against the whole sequence computed at once."""
+    model = tiny_model(family)
+    unmodified = copy.deepcopy(model)
+    prompts = random_prompts(3, [45, 45, 30], shared=28)
+    with torch.inference_mode():
+        expected = [unmodified(input_ids=torch.tensor([p]), use_cache=False).logits[0, -1] for p in prompts]
+    engine = Engine(model, config=EngineConfig(page_size=4, kv_cache_tokens=512, attention_backend=backend))
+    engine.generate(prompts[0][:29], SamplingParams(max_tokens=1))
+    seen: list[torch.Tensor] = []
+    forward = engine._runner.forward
+    engine._runner.forward = lambda batch: _keep(seen, forward(batch))  # type: ignore[method-assign]
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=1))
+    assert [output.cached_tokens for output in outputs] == [28, 28, 28]
+    for row, logits in enumerate(expected):
+        torch.testing.assert_close(torch.cat(seen)[row], logits, rtol=0, atol=1e-4)
+
+
+def _keep(seen: list[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+    seen.append(logits)
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("falcon", "AttentionInterface"),
+        ("mamba2", "AttentionInterface"),
+        ("qwen3_next", r"layers \[0\] of 2"),
+        ("t5", "encoder-decoder"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_refused_with_the_reason(family: str, reason: str) -> None:
+    model = tiny_model(family)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        Engine(model)
+    assert set(REFUSED) >= {family}
+
+
+def test_a_model_that_computes_something_else_on_a_flat_batch_is_refused() -> None:
+    model = tiny_model("llama")
+    model.model.rotary_emb.forward = _stretched_by_length(model.model.rotary_emb.forward)
+    with pytest.raises(UnsupportedModelError, match="differ from its own"):
+        plug_in_paged_attention(model)
+    assert model.config._attn_implementation != "radixkv", "the model is as it was"
+
+
+def _stretched_by_length(forward):  # type: ignore[no-untyped-def]
+    return lambda hidden, position_ids: forward(hidden, position_ids * hidden.shape[1])

@@ -1,0 +1,121 @@
+"""SamplingParams, the filters against a dull oracle, and the sampler's draws."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from radixkv import SamplingParams
+from radixkv.engine.sampling import Sampler, SamplerRow, filtered_probabilities
+from radixkv.errors import InvalidSamplingParamsError
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("max_tokens", 1.5),
+        ("max_tokens", True),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", "hot"),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", 0),
+        ("top_k", 2.0),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("stop", [""]),
+        ("stop", ["a", 5]),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", ["a"]),
+        ("stop_token_ids", "12"),
+        ("logprobs", -1),
+        ("logprobs", 101),
+    ],
+)
+def test_errors_name_the_field(field: str, value: object) -> None:
+    with pytest.raises(InvalidSamplingParamsError, match=f"^{field} "):
+        SamplingParams(**{field: value})
+
+
+def test_a_single_stop_string_is_one_stop() -> None:
+    assert SamplingParams(stop="abc").stops == ("abc",)
+    assert SamplingParams(stop=["a", "b"]).stops == ("a", "b")
+
+
+def dull_filter(logits: list[float], params: SamplingParams) -> dict[int, float]:
+    """Temperature, top_k, top_p, min_p, one after the other, over a plain list."""
+    exponentials = [math.exp((x - max(logits)) / params.temperature) for x in logits]
+    kept = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    if params.top_k is not None:
+        kept = kept[: params.top_k]
+    total = sum(exponentials[i] for i in kept)
+    nucleus, mass = [], 0.0
+    for i in kept:
+        if nucleus and mass >= params.top_p:
+            break
+        nucleus.append(i)
+        mass += exponentials[i] / total
+    kept = [i for i in nucleus if exponentials[i] >= params.min_p * exponentials[nucleus[0]]]
+    total = sum(exponentials[i] for i in kept)
+    return {i: exponentials[i] / total for i in kept}
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(
+    logits=st.lists(st.integers(-60, 60), min_size=1, max_size=20),
+    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    top_k=st.none() | st.integers(1, 25),
+    top_p=st.sampled_from([0.05, 0.503, 0.907, 1.0]),
+    min_p=st.sampled_from([0.0, 0.0301, 0.3001, 1.0]),
+)
+def test_filters_agree_with_a_dull_oracle(
+    logits: list[int], temperature: float, top_k: int | None, top_p: float, min_p: float
+) -> None:
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    values = [x / 7 for x in logits]
+    ids, probabilities = filtered_probabilities(torch.tensor(values, dtype=torch.float64), params)
+    expected = dull_filter(values, params)
+    assert ids.tolist() == list(expected)
+    assert probabilities.tolist() == pytest.approx(list(expected.values()), rel=1e-4)
+
+
+def row(**fields: object) -> SamplerRow:
+    params = SamplingParams(**fields)
+    return SamplerRow(params, None if params.is_greedy else torch.Generator().manual_seed(params.seed or 0))
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([[0.0, math.log(3.0), -1e9]])
+    one = row(temperature=1.0, seed=1)
+    drawn = [Sampler().sample(logits, [one])[0][0] for _ in range(2000)]
+    assert drawn.count(1) / 2000 == pytest.approx(0.75, abs=0.03)
+    assert drawn.count(2) == 0
+
+
+def test_greedy_and_sampled_rows_mix_and_bad_rows_are_told() -> None:
+    logits = torch.tensor([[0.0, 5.0, 1.0], [0.0, math.nan, 1.0], [9.0, 0.0, 0.0], [math.inf, 0.0, 0.0]])
+    rows = [row(), row(temperature=1.0), row(temperature=0.01, seed=4), row()]
+    token_ids, finite = Sampler().sample(logits, rows)
+    assert (token_ids[0], token_ids[2]) == (1, 0)
+    assert finite == [True, False, True, False]
+
+
+def test_masked_tokens_are_finite_enough() -> None:
+    logits = torch.tensor([[-math.inf, 1.0, -math.inf]])
+    assert Sampler().sample(logits, [row(temperature=1.0)]) == ([1], [True])
+
+
+def test_logprobs_are_of_the_models_own_distribution() -> None:
+    entry = Sampler().logprobs(torch.tensor([0.0, math.log(3.0)]), token_id=0, num_top=5)
+    assert entry.logprob == pytest.approx(math.log(0.25))
+    assert [token_id for token_id, _ in entry.top] == [1, 0]

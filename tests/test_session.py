@@ -1,0 +1,208 @@
+"""Conversations: exact ids, prefix hits from turn to turn, forks, and nothing pinned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from conftest import GreedyOracle, random_ids
+
+from radixkv import Engine, SamplingParams
+from radixkv.errors import (
+    ClosedError,
+    InvalidRequestError,
+    MissingChatTemplateError,
+    MissingTokenizerError,
+    PromptTooLongError,
+)
+
+MakeEngine = Callable[..., Engine]
+SHORT = SamplingParams(max_tokens=6, ignore_eos=True)
+
+
+def test_turns_extend_the_exact_ids(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
+    engine = make_engine()
+    with engine.session() as session:
+        for turn in range(4):
+            session.append(random_ids(turn, 10))
+            before = session.token_ids
+            output = session.generate(SHORT)
+            assert output.token_ids == oracle.continuation(before, 6)
+            assert session.token_ids == before + output.token_ids
+            assert output.cached_tokens == max(0, len(before) - 11) // 4 * 4
+
+
+def test_an_idle_session_holds_nothing_and_is_recomputed(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
+    engine = make_engine(kv_cache_tokens=64)
+    session = engine.session()
+    session.append(random_ids(0, 30))
+    session.generate(SHORT)
+    assert engine.stats().protected_pages == 0
+    engine.generate(random_ids(1, 60), SamplingParams(max_tokens=1))
+    assert session.kv_usage().tokens == 0, "evicted by somebody who needed the room"
+    session.append([9])
+    before = session.token_ids
+    output = session.generate(SHORT)
+    assert output.cached_tokens == 0
+    assert output.token_ids == oracle.continuation(before, 6)
+
+
+def test_forks_share_and_part(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
+    engine = make_engine()
+    trunk = engine.session()
+    trunk.append(random_ids(0, 34))
+    trunk.generate(SHORT)
+    left, right = trunk.fork(), trunk.fork()
+    left.append([5, 6, 7])
+    right.append([8, 9, 10])
+    # of the trunk's 40 tokens the last one's KV was missing; with it the left branch fills the page for the right one
+    for branch, cached_tokens in ((left, 36), (right, 40)):
+        before = branch.token_ids
+        output = branch.generate(SHORT)
+        assert output.cached_tokens == cached_tokens
+        assert output.token_ids == oracle.continuation(before, 6)
+    assert left.token_ids != right.token_ids
+    usage = left.kv_usage()
+    assert usage.context_tokens == 34 + 6 + 3 + 6
+    assert (usage.tokens, usage.shared_tokens, usage.own_tokens) == (48, 40, 8)
+    assert usage.pages == 12
+    assert usage.num_bytes == 48 * engine.kv_bytes_per_token
+
+
+def test_usage_counts_what_a_closed_branch_left_as_shared(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    trunk = engine.session()
+    trunk.append(random_ids(0, 32))
+    with trunk.fork() as branch:
+        branch.append(random_ids(1, 8))
+        branch.generate(SHORT)
+    trunk.append(random_ids(2, 8))
+    trunk.generate(SHORT)
+    assert trunk.kv_usage().shared_tokens == 32, "the branch is closed, and its KV still cached"
+    engine.reset_cache()
+    assert trunk.kv_usage()[1:] == (0, 0, 0, 0, 0)
+
+
+def test_sessions_of_other_namespaces_share_nothing(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    a, b = engine.session(extra_key="a"), engine.session(extra_key="b")
+    for session in (a, b):
+        session.append(random_ids(0, 32))
+        assert session.generate(SHORT).cached_tokens == 0
+        assert session.kv_usage().shared_tokens == 0
+
+
+def test_a_broken_off_turn_leaves_the_conversation_as_it_was(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    session = engine.session()
+    session.append(random_ids(0, 12))
+    session.generate(SHORT)
+    before = session.token_ids
+    forward, calls = engine._runner.forward, []
+
+    def fails_later(batch):  # type: ignore[no-untyped-def]
+        calls.append(batch)
+        if len(calls) > 2:
+            raise RuntimeError("a worn bit")
+        return forward(batch)
+
+    engine._runner.forward = fails_later  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="worn"):
+        session.generate(SHORT)
+    assert session.token_ids == before
+    assert engine.stats().running == 0
+
+
+def test_closed_sessions_refuse(make_engine: MakeEngine) -> None:
+    with make_engine().session() as session:
+        session.append([5])
+    for use in (
+        lambda: session.append([5]),
+        session.generate,
+        session.fork,
+        session.kv_usage,
+        lambda: session.send("x"),
+    ):
+        with pytest.raises(ClosedError):
+            use()
+    session.close()
+
+
+def test_bad_input(make_engine: MakeEngine) -> None:
+    session = make_engine(kv_cache_tokens=64).session()
+    with pytest.raises(InvalidRequestError, match="empty"):
+        session.generate(SHORT)
+    with pytest.raises(MissingTokenizerError):
+        session.append("text")
+    with pytest.raises(MissingTokenizerError):
+        session.send("text")
+    session.append(random_ids(0, 70))
+    with pytest.raises(PromptTooLongError):
+        session.generate(SHORT)
+
+
+# -- chat, with the demo model's tokenizer and template --------------------------------------------------------------
+
+
+def test_chat_renders_as_the_template_would(demo_engine: Engine) -> None:
+    tokenizer = demo_engine.tokenizer
+    with demo_engine.session(system="You are a citizen.") as chat:
+        chat.send("Who are you?", SamplingParams(max_tokens=200))
+        answer = chat.messages[-1]["content"]
+        chat.send("Where is the king?", SamplingParams(max_tokens=1))
+        messages = [
+            {"role": "system", "content": "You are a citizen."},
+            {"role": "user", "content": "Who are you?"},
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": "Where is the king?"},
+        ]
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(chat.token_ids[:-1]) == rendered
+        assert [message["role"] for message in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
+
+
+@pytest.mark.parametrize("max_tokens", [5, 200])  # an answer cut off, and one that ended its turn
+def test_history_is_never_tokenised_again(demo_engine: Engine, max_tokens: int) -> None:
+    with demo_engine.session() as chat:
+        params = SamplingParams(max_tokens=max_tokens, temperature=1.5, seed=3)
+        chat.send("What news?", params)
+        past = chat.token_ids
+        chat.send("And then?", params)
+        assert chat.token_ids[: len(past)] == past
+        text = demo_engine.tokenizer.decode(chat.token_ids)
+        assert text.count("<|end|><|end|>") == 0, "a turn is closed once"
+
+
+def test_streaming_a_turn(demo_engine: Engine) -> None:
+    params = SamplingParams(max_tokens=20)
+    with demo_engine.session() as chat:
+        branch = chat.fork()
+        chunks = list(chat.stream("What news?", params))
+        assert "".join(chunk.text for chunk in chunks) == chunks[-1].output.text
+        assert [i for chunk in chunks for i in chunk.token_ids] == chunks[-1].output.token_ids
+        assert branch.send("What news?", params).token_ids == chunks[-1].output.token_ids
+
+
+def test_a_stream_closed_early_is_no_turn(demo_engine: Engine) -> None:
+    with demo_engine.session() as chat:
+        stream = chat.stream("What news?", SamplingParams(max_tokens=20, ignore_eos=True))
+        next(stream)
+        stream.close()
+        assert chat.token_ids == []
+        assert chat.messages == []
+        assert demo_engine.stats().running == 0
+
+
+def test_without_a_template_append_and_generate_remain(demo_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_engine.tokenizer, "chat_template", None)
+    with demo_engine.session() as chat:
+        with pytest.raises(MissingChatTemplateError, match=r"session\.append"):
+            chat.send("What news?")
+        chat.append("ROMEO:\n")
+        assert chat.generate(SHORT).text
+
+
+def test_a_template_that_refuses_is_a_request_error(demo_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_engine.tokenizer, "chat_template", "{{ raise_exception('users only') }}")
+    with demo_engine.session() as chat, pytest.raises(InvalidRequestError, match="users only"):
+        chat.send("What news?")
