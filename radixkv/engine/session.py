@@ -134,8 +134,8 @@ class Session:
             if len(node.children) > 1 or (branching > tokens):
                 shared = min(branching, tokens)
         others = [s._ids for s in self._engine.open_sessions(self._namespace) if s is not self]
-        in_common = [_common_tokens(self._ids, ids) for ids in others]
-        shared = max(shared, min(tokens, max(in_common, default=0)))
+        in_common = max((_common_tokens(self._ids, ids) for ids in others), default=0)
+        shared = max(shared, min(tokens, in_common // cache.page_size * cache.page_size))
         pages = tokens // cache.page_size
         num_bytes = tokens * self._engine.kv_bytes_per_token
         return KVUsage(len(self._ids), tokens, pages, num_bytes, shared, tokens - shared)

@@ -1,0 +1,295 @@
+"""`radixkv size` and the application around it: figures, JSON, and errors of one line with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+import radixkv
+from radixkv.cli.app import OneLineErrors, app
+from radixkv.cli.size import readable_bytes
+from radixkv.errors import ConfigError
+
+GIB = 2**30
+LLAMA_3_8B = {
+    "model_type": "llama",
+    "torch_dtype": "bfloat16",
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 4096,
+}
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return write_config(tmp_path / "llama", LLAMA_3_8B)
+
+
+def write_config(directory: Path, content: Any) -> Path:
+    directory.mkdir()
+    path = directory / "config.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="radixkv")
+
+
+def run_json(*arguments: object) -> dict[str, Any]:
+    result = run("size", *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    figures = json.loads(result.stdout)
+    assert isinstance(figures, dict)
+    return figures
+
+
+def assert_one_line_error(result: Result, message: str) -> None:
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("radixkv: error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+# ----------------------------------------------------------------------------------------------- figures
+
+
+def test_json_holds_every_figure_that_was_asked(llama: Path) -> None:
+    figures = run_json(llama, "--seq-len", 2048, "--batch", 4, "--memory-gb", 80, "--weights-gb", 16, "--reserve", 0.1)
+    assert figures["bytes_per_token"] == 128 * 1024
+    assert figures["bytes_per_sequence"] == 2048 * 128 * 1024
+    assert figures["bytes_per_batch"] == 4 * 2048 * 128 * 1024
+    assert figures["max_batch"] == 230
+    assert figures["budget_bytes"] == 64 * GIB * 9 // 10
+    assert figures["max_tokens"] == figures["budget_bytes"] // (128 * 1024)
+    assert (figures["model"], figures["model_type"], figures["dtype"]) == (str(llama), "llama", "bfloat16")
+    assert (figures["num_layers"], figures["num_kv_layers"]) == (32, 32)
+    assert figures["layers"] == [{"num_kv_heads": 8, "k_head_dim": 128, "v_head_dim": 128}] * 32
+
+
+def test_json_holds_null_where_nothing_was_asked(llama: Path) -> None:
+    figures = run_json(llama)
+    assert figures["bytes_per_token"] == 128 * 1024
+    unasked = "seq_len batch memory_bytes bytes_per_sequence bytes_per_batch budget_bytes max_tokens max_batch"
+    assert [figures[name] for name in unasked.split()] == [None] * 8
+    assert run_json(llama, "--memory-gb", 80)["max_batch"] is None
+    assert run_json(llama, "--batch", 2)["bytes_per_batch"] is None
+
+
+@pytest.mark.parametrize(("dtype", "bytes_per_value"), [("float32", 4), ("float16", 2), ("fp8_e5m2", 1), ("int4", 0.5)])
+def test_the_dtype_option_beats_the_config(llama: Path, dtype: str, bytes_per_value: float) -> None:
+    assert run_json(llama, "--dtype", dtype)["bytes_per_token"] == 2 * 32 * 8 * 128 * bytes_per_value
+
+
+@pytest.mark.parametrize(
+    ("stated", "dtype"),
+    [({"torch_dtype": "float16"}, "float16"), ({"dtype": "torch.float32"}, "float32"), ({}, "bfloat16")],
+)
+def test_the_dtype_is_the_configs_own(tmp_path: Path, stated: dict[str, str], dtype: str) -> None:
+    fields = {name: value for name, value in LLAMA_3_8B.items() if name != "torch_dtype"}
+    assert run_json(write_config(tmp_path / "flat", {**fields, **stated}))["dtype"] == dtype
+    assert run_json(write_config(tmp_path / "nested", {"text_config": fields, **stated}))["dtype"] == dtype
+
+
+def test_gigabytes_are_gib_and_decimals_are_exact(llama: Path) -> None:
+    assert run_json(llama, "--memory-gb", "0.1")["memory_bytes"] == GIB // 10
+    tight = run_json(llama, "--memory-gb", 1, "--seq-len", 8192)
+    assert (tight["memory_bytes"], tight["max_batch"]) == (GIB, 1)
+
+
+def test_a_table_in_readable_units(llama: Path) -> None:
+    result = run("size", llama, "--seq-len", 4096, "--batch", 3, "--memory-gb", 80, "--weights-gb", 16)
+    assert result.exit_code == 0
+    for text in ("8 KV heads of 128", "128 KiB", "131,072 bytes", "512 MiB", "1.5 GiB", "64 GiB", "524,288", "128"):
+        assert text in result.stdout
+    assert "largest batch" not in run("size", llama).stdout
+
+
+def test_the_table_tells_layer_kinds_apart(tmp_path: Path) -> None:
+    hybrid = {**LLAMA_3_8B, "layer_types": ["linear_attention"] * 31 + ["full_attention"], "v_head_dim": 64}
+    output = run("size", write_config(tmp_path / "hybrid", hybrid)).stdout
+    assert "31 of 32 layers" in output
+    assert "no KV" in output
+    assert "8 KV heads of 128/64" in output
+    latent = {**LLAMA_3_8B, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    assert "a latent of 576" in run("size", write_config(tmp_path / "latent", latent)).stdout
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1 KiB"), (70272, "68.6 KiB"), (3 * GIB // 2, "1.5 GiB")],
+)
+def test_readable_bytes(num_bytes: int, text: str) -> None:
+    assert readable_bytes(num_bytes) == text
+
+
+# ----------------------------------------------------------------------------------------------- sources
+
+
+def test_a_directory_is_its_config(llama: Path) -> None:
+    assert run_json(llama.parent)["layers"] == run_json(llama)["layers"]
+
+
+def test_demo_is_the_packaged_model() -> None:
+    figures = run_json("demo", "--seq-len", 10)
+    assert figures["model_type"] == "llama"
+    assert figures["bytes_per_sequence"] == 10 * figures["bytes_per_token"] > 0
+
+
+def test_defaults_that_a_nested_config_left_out_come_from_its_class(tmp_path: Path) -> None:
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34}
+    figures = run_json(write_config(tmp_path / "gemma", {"model_type": "gemma3", "text_config": text}))
+    assert figures["layers"] == [{"num_kv_heads": 4, "k_head_dim": 256, "v_head_dim": 256}] * 34
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seq-len", "0"], "--seq-len must be at least 1, not 0"),
+        (["--seq-len", "-5"], "--seq-len must be at least 1, not -5"),
+        (["--seq-len", "many"], "--seq-len"),
+        (["--batch", "0"], "--batch must be at least 1, not 0"),
+        (["--memory-gb", "0"], "--memory-gb must be"),
+        (["--memory-gb", "-1"], "--memory-gb must be"),
+        (["--memory-gb", "nan"], "--memory-gb must be"),
+        (["--memory-gb", "inf"], "--memory-gb must be"),
+        (["--weights-gb", "-1"], "--weights-gb must be"),
+        (["--weights-gb", "nan"], "--weights-gb must be"),
+        (["--reserve", "1"], "--reserve must lie in [0, 1), not 1.0"),
+        (["--reserve", "nan"], "--reserve must lie in [0, 1)"),
+        (["--dtype", "float64"], "unknown dtype 'float64'; the known ones are float32"),
+        (["--bogus"], "No such option"),
+    ],
+)
+def test_bad_options(llama: Path, options: list[str], message: str) -> None:
+    assert_one_line_error(run("size", llama, *options), message)
+    assert_one_line_error(run("size", llama, *options, "--json"), message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no JSON"),
+        ("", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ("[1]", "must be a JSON object, not a list"),
+        ({}, "missing num_hidden_layers"),
+        ({"model_type": "novel", "num_hidden_layers": 2}, "missing num_attention_heads"),
+        ({**LLAMA_3_8B, "num_key_value_heads": "eight"}, "num_key_value_heads"),
+        ({**LLAMA_3_8B, "torch_dtype": "float64"}, "choose one with --dtype"),
+    ],
+)
+def test_bad_configs(tmp_path: Path, content: Any, message: str) -> None:
+    assert_one_line_error(run("size", write_config(tmp_path / "bad", content)), message)
+
+
+def test_bad_places(tmp_path: Path) -> None:
+    assert_one_line_error(run("size", tmp_path), "has no config.json")
+    assert_one_line_error(run("size", tmp_path / "missing.json"), "missing.json")
+    assert_one_line_error(run("size", "no such\nplace"), "there is no file or directory")
+    assert_one_line_error(run("size", "typo.json"), "there is no file or directory 'typo.json'")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    assert_one_line_error(run("size", tmp_path / "binary.json"), "cannot be read")
+
+
+# ------------------------------------------------------------------------------------------- application
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    bare, asked = run(), run("--help")
+    assert (bare.exit_code, asked.exit_code) == (0, 0)
+    assert bare.stdout.split() == asked.stdout.split()
+    assert "size" in bare.stdout
+
+
+def test_help_teaches_the_units_and_an_example() -> None:
+    text = " ".join(run("size", "--help").stdout.replace("│", " ").split())
+    assert "GiB" in text
+    assert "2**30" in text
+    assert "radixkv size demo" in text
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"radixkv {radixkv.__version__}\n")
+
+
+def test_the_application_alone_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'transformers', 'numba', 'huggingface_hub'}"
+    code = f"import sys, radixkv.cli.app; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_wrong_command_lines() -> None:
+    assert_one_line_error(run("sizze", "demo"), "No such command 'sizze'")
+    assert_one_line_error(run("size"), "Missing argument 'CONFIG_OR_MODEL'. (see radixkv size --help)")
+
+
+def failing_app(error: BaseException) -> typer.Typer:
+    failing = typer.Typer(cls=OneLineErrors)
+
+    @failing.callback()
+    def root() -> None: ...
+
+    @failing.command()
+    def fail() -> None:
+        raise error
+
+    return failing
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "stderr"),
+    [
+        (ConfigError("two\n lines"), 2, "radixkv: error: two lines\n"),
+        (typer.Exit(7), 7, ""),
+        (typer.Abort(), 130, ""),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_how_a_command_may_end(error: BaseException, exit_code: int, stderr: str) -> None:
+    result = CliRunner().invoke(failing_app(error), ["fail"])
+    assert (result.exit_code, result.stdout, result.stderr) == (exit_code, "", stderr)
+
+
+def test_a_bug_is_not_dressed_up_as_a_user_error() -> None:
+    result = CliRunner().invoke(failing_app(ZeroDivisionError("bug")), ["fail"])
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def run_entry_point(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from radixkv.cli import main; main()", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+    )
+
+
+def test_the_entry_point_prints_figures(llama: Path) -> None:
+    done = run_entry_point("size", str(llama), "--seq-len", "4096", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["bytes_per_sequence"] == 512 * 2**20
+
+
+def test_the_entry_point_without_a_network_is_a_one_line_error(tmp_path: Path) -> None:
+    done = run_entry_point("size", "some-org/some-model", HF_HOME=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("radixkv: error: there is no file or directory 'some-org/some-model'")
+    assert done.stderr.count("\n") == 1
