@@ -263,6 +263,35 @@ def test_an_interrupted_call_leaves_nothing_behind(make_engine: MakeEngine) -> N
     assert (engine.stats().running, engine.stats().waiting) == (0, 0)
 
 
+def test_an_interrupt_amid_the_bookkeeping_loses_no_other_request(
+    make_engine: MakeEngine, oracle: GreedyOracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    prompts = [random_ids(seed, 11) for seed in range(2)]
+    stream = engine.stream(prompts[0], GREEDY_8)
+    ids = next(stream).token_ids
+    computed = engine._scheduler.computed
+
+    def interrupted(span):  # type: ignore[no-untyped-def]
+        monkeypatch.setattr(engine._scheduler, "computed", computed)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._scheduler, "computed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(prompts[1], GREEDY_8)
+    for chunk in stream:
+        ids += chunk.token_ids
+    assert ids == oracle.continuation(prompts[0], 8)
+
+
+def test_what_gave_bad_logits_is_not_shared(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine._sampler.sample = lambda logits, rows: ([0] * len(rows), [False] * len(rows))  # type: ignore[method-assign]
+    (output,) = engine.generate(random_ids(1, 20), GREEDY_8)
+    assert isinstance(output.error, NonFiniteLogitsError)
+    assert engine.stats().cache.total_tokens == 0
+
+
 def test_pages_leased_by_others_end_a_request_instead_of_hanging(make_engine: MakeEngine) -> None:
     engine = make_engine(kv_cache_tokens=64)
     with engine.cache.acquire(random_ids(9, 60)):
@@ -285,7 +314,7 @@ def test_pages_leased_by_others_end_a_request_instead_of_hanging(make_engine: Ma
         (np.array([], np.int32), InvalidRequestError, "empty"),
         ([1, -5, 2], InvalidTokenIdsError, "-5 at position 1"),
         ([1, 2, 2**40], InvalidTokenIdsError, "at position 2"),
-        ([1, 2, 211], InvalidTokenIdsError, "211 at position 2 is not in the model's vocabulary of 211"),
+        ([1, 2, 211], InvalidTokenIdsError, "211 at position 2 is not in the vocabulary of 211"),
         ([1, 2.5], TokenIdsTypeError, "2.5 at position 1"),
         (np.array([0.5]), TokenIdsTypeError, "0.5 at position 0"),
         ([[1, 2], [3, "x"]], TokenIdsTypeError, "'x' at position 1"),

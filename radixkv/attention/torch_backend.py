@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from radixkv.kernels.torch_reference import dense_attention, visible_mask
 from radixkv.memory.kv_pool import KVPool
 
 CHUNK_TOKENS = 1 << 16  # KV tokens gathered at a time
+BLOCK_SCORES = 1 << 22  # entries of one mask: 16 MiB in float32, however long the context
 
 
 class _Extends(NamedTuple):
@@ -60,13 +62,14 @@ class TorchBackend:
         qo_lens = metadata.qo_lens
         self._decodes = np.flatnonzero(qo_lens == 1)
         self._decode_rows = self._tensor(metadata.qo_indptr[self._decodes])
-        by_shape: dict[tuple[int, int], list[int]] = {}
+        by_shape: dict[tuple[int, int, int], list[int]] = {}
         for i in np.flatnonzero(qo_lens > 1):
-            by_shape.setdefault((int(qo_lens[i]), int(metadata.kv_lens[i])), []).append(int(i))
+            for shape in _blocks(int(qo_lens[i]), int(metadata.kv_lens[i])):
+                by_shape.setdefault(shape, []).append(int(i))
         self._extends = [
-            self._plan_extends(sequences[first : first + size], qo_len, kv_len)
-            for (qo_len, kv_len), sequences in by_shape.items()
-            for size in [max(1, CHUNK_TOKENS // kv_len)]
+            self._plan_extends(sequences[first : first + size], *shape)
+            for shape, sequences in by_shape.items()
+            for size in [max(1, CHUNK_TOKENS // shape[2])]
             for first in range(0, len(sequences), size)
         ]
 
@@ -83,9 +86,9 @@ class TorchBackend:
 
     # -- several tokens of each sequence -----------------------------------------------------------------------------
 
-    def _plan_extends(self, sequences: list[int], qo_len: int, kv_len: int) -> _Extends:
+    def _plan_extends(self, sequences: list[int], first_row: int, qo_len: int, kv_len: int) -> _Extends:
         metadata = self.metadata
-        rows = metadata.qo_indptr[sequences][:, None] + np.arange(qo_len)
+        rows = metadata.qo_indptr[sequences][:, None] + first_row + np.arange(qo_len)
         pages = metadata.kv_indptr[sequences][:, None] + np.arange(-(-kv_len // metadata.page_size))
         return _Extends(self._tensor(rows.ravel()), self._tensor(metadata.kv_indices[pages]), qo_len, kv_len)
 
@@ -187,6 +190,19 @@ class TorchBackend:
         offsets = np.where(inside, tokens % metadata.page_size, 0)
         slots = metadata.kv_indices[page_index].astype(np.int64) * metadata.page_size + offsets
         return torch.from_numpy(slots).to(self.pool.device)
+
+
+def _blocks(qo_len: int, kv_len: int) -> Iterator[tuple[int, int, int]]:
+    """Cut one extend into (first row, rows, keys) whose scores have at most `BLOCK_SCORES` entries a head.
+
+    A token sees no later key, so a block of queries is itself an extend, over the keys up to its end.
+    """
+    first_key = kv_len - qo_len
+    row = 0
+    while row < qo_len:
+        size = min(qo_len - row, max(1, BLOCK_SCORES // kv_len))
+        yield row, size, first_key + row + size
+        row += size
 
 
 def _limits(params: AttentionParams) -> dict[str, int | None]:

@@ -311,14 +311,17 @@ class Engine:
             return
         sampling = [span.request for span in batch if span.samples]
         token_ids, finite = self._sampler.sample(logits, [request.sampler_row for request in sampling])
-        for span in batch:
-            self._scheduler.computed(span)
-            self._computed_tokens += span.last - span.first
+        self._computed_tokens += sum(span.last - span.first for span in batch)
         for row, request in enumerate(sampling):
             try:
                 self._accept(request, token_ids[row], logits[row], finite[row])
             except Exception as error:  # of this request's tokenizer or logits: the others go on
                 request.finish("error", error)
+        # After the tokens, not before: whoever interrupts in between leaves requests that compute a token once more,
+        # never one that has nothing to compute. What gave bad logits is not shared.
+        for span in batch:
+            if span.request.finish_reason != "error":
+                self._scheduler.computed(span)
 
     def _accept(self, request: Request, token_id: int, logits: torch.Tensor, finite: bool) -> None:
         if not finite:
@@ -338,7 +341,7 @@ class Engine:
         if int(ids.max()) >= self._vocab_size:
             position = int((ids >= self._vocab_size).argmax())
             raise InvalidTokenIdsError(
-                f"token id {ids[position]} at position {position} is not in the model's vocabulary of {self._vocab_size}"
+                f"token id {ids[position]} at position {position} is not in the vocabulary of {self._vocab_size}"
             )
         if len(ids) >= self.max_context_tokens:
             raise PromptTooLongError(
