@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from radixkv.attention.backend import AttentionParams
@@ -12,14 +17,19 @@ from radixkv.attention.torch_backend import TorchBackend
 from radixkv.kernels import numba_cpu
 from radixkv.memory.kv_pool import KVPool
 
+MIN_TOKENS_PER_THREAD = 256  # below it waking a thread costs more than it computes
+CHUNKS_PER_THREAD = 4  # threads take chunks as they can: another one may be kept from its core
+
 
 class NumbaBackend(TorchBackend):
-    """Float32 KV on the CPU. Decodes read each page once, without a copy."""
+    """Float32 KV on the CPU. Decodes read each page once, without a copy, on as many threads as torch uses."""
 
     name = "numba"
 
     def __init__(self, pool: KVPool) -> None:
         super().__init__(pool)
+        self._num_threads = torch.get_num_threads()
+        self._helpers = ThreadPoolExecutor(max(1, self._num_threads - 1), "radixkv-decode")
         self._k = [pages.numpy() for pages in pool.k]  # the same memory
         self._v = [pages.numpy() for pages in pool.v]
         self._decode_indptr = self._decode_indices = self._decode_lens = np.empty(0, np.int32)
@@ -52,7 +62,7 @@ class NumbaBackend(TorchBackend):
         if params.sinks is not None:
             sinks = params.sinks.detach().float().numpy()
         out = np.empty((q.shape[0], q.shape[1], self.pool.layers[layer].v_head_dim), np.float32)
-        numba_cpu.paged_decode(
+        self._share_out(
             q.contiguous().numpy(),
             self._k[layer],
             self._v[layer],
@@ -66,3 +76,21 @@ class NumbaBackend(TorchBackend):
             out,
         )
         return torch.from_numpy(out)
+
+    def _share_out(self, q: NDArray[np.float32], k: NDArray[np.float32], *arguments: Any) -> None:
+        """Run the kernel's tasks on this thread and the helpers, and return when all are done."""
+        num_tasks = len(q) * k.shape[2]
+        num_threads = min(self._num_threads, num_tasks, 1 + int(self._decode_lens.sum()) // MIN_TOKENS_PER_THREAD)
+        bounds = np.linspace(0, num_tasks, min(num_tasks, num_threads * CHUNKS_PER_THREAD) + 1, dtype=np.int64)
+        chunks = count()
+
+        def work() -> None:
+            while (chunk := next(chunks)) < len(bounds) - 1:  # next() is atomic
+                numba_cpu.paged_decode(bounds[chunk], bounds[chunk + 1], q, k, *arguments)
+
+        helpers = [self._helpers.submit(work) for _ in range(num_threads - 1)]
+        try:
+            work()
+        finally:
+            for helper in helpers:
+                helper.result()

@@ -22,7 +22,8 @@ class CacheStats(NamedTuple):
     """What a `PrefixCache` holds now, and what it did so far.
 
     `total_tokens = evictable_tokens + protected_tokens` lie in the tree; `leased_pages` are held by leases only.
-    `hit_tokens` of `query_tokens` asked for by `acquire` were cached.
+    `hit_tokens` of `query_tokens` asked for by `acquire` were cached; `evicted_tokens` made room for others (what
+    `reset` forgot is not among them).
     """
 
     num_pages: int
@@ -147,7 +148,7 @@ class PrefixCache:
 
     def reset(self) -> None:
         """Forget every prefix that no lease pins. O(nodes)."""
-        self._evict(self.tree.evictable_size)
+        self.allocator.release(self.tree.evict(self.tree.evictable_size))
 
     def stats(self) -> CacheStats:
         """What the cache holds now, and what it did so far. O(1)."""
@@ -196,13 +197,10 @@ class PrefixCache:
                 raise OutOfPagesError(
                     needed=num_pages, free=self.allocator.num_free, evictable=evictable, total=self.num_pages
                 )
-            self._evict(missing * self.page_size)
+            freed = self.tree.evict(missing * self.page_size)
+            self._evicted_tokens += len(freed) * self.page_size
+            self.allocator.release(freed)
         return self.allocator.alloc(num_pages)
-
-    def _evict(self, num_tokens: int) -> None:
-        freed = self.tree.evict(num_tokens)
-        self._evicted_tokens += len(freed) * self.page_size
-        self.allocator.release(freed)
 
     def __repr__(self) -> str:
         stats = self.stats()

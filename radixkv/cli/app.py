@@ -15,7 +15,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from radixkv.cli.chat import CHAT_EPILOG, chat
+from radixkv.cli.generate import GENERATE_EPILOG, generate
 from radixkv.cli.size import SIZE_EPILOG, size
+from radixkv.cli.tree import TREE_EPILOG, tree
 from radixkv.errors import RadixKVError
 
 EXIT_ERROR = 2
@@ -36,9 +39,11 @@ class OneLineErrors(TyperGroup):
         prog_name: str | None = None,
         complete_var: str | None = None,
         standalone_mode: bool = True,
+        windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
         """Run a command; exit the process unless `standalone_mode` is off, which leaves errors to the caller."""
+        extra["windows_expand_args"] = windows_expand_args
         run = partial(super().main, args, prog_name, complete_var, standalone_mode=False, **extra)
         return sys.exit(_exit_code(run)) if standalone_mode else run()
 
@@ -82,12 +87,9 @@ app = typer.Typer(
 def _print_version(wanted: bool) -> None:
     if not wanted:
         return
-    from importlib.metadata import PackageNotFoundError, version
+    from radixkv import __version__
 
-    try:
-        typer.echo(f"radixkv {version('radixkv')}")
-    except PackageNotFoundError:
-        typer.echo("radixkv (not installed, running from source)")
+    typer.echo(f"radixkv {__version__}")
     raise typer.Exit
 
 
@@ -102,4 +104,7 @@ def _root(
         typer.echo(context.get_help())
 
 
+app.command("generate", epilog=GENERATE_EPILOG)(generate)
+app.command("chat", epilog=CHAT_EPILOG)(chat)
+app.command("tree", epilog=TREE_EPILOG)(tree)
 app.command("size", epilog=SIZE_EPILOG)(size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -31,6 +31,7 @@ from radixkv.errors import (
     MissingTokenizerError,
     NonFiniteLogitsError,
     PromptTooLongError,
+    RadixKVError,
 )
 from radixkv.memory.kv_pool import KVPool, num_pages_that_fit, pool_bytes_per_token
 from radixkv.memory.req_to_token import ReqToTokenPool
@@ -194,7 +195,7 @@ class Engine:
         """
         prompt_list = _as_list_of_prompts(prompts)
         params_list = _as_list_of_params(params, len(prompt_list))
-        all_ids = [self._check(prompt, p) for prompt, p in zip(prompt_list, params_list, strict=True)]
+        all_ids = self._check_all(prompt_list, params_list)
         requests: list[Request] = []
         reported: set[int] = set()
         try:
@@ -218,7 +219,7 @@ class Engine:
         *,
         extra_key: str | None = None,
         cache_salt: str | None = None,
-    ) -> Iterator[StreamChunk]:
+    ) -> Generator[StreamChunk]:
         """Continue one prompt, piece by piece; the last chunk carries the `RequestOutput`.
 
         The request starts with the first `next`. Several streams may be open at once: each step serves them all.
@@ -263,12 +264,17 @@ class Engine:
         with self._lock:
             self.cache.reset()
 
-    def encode(self, text: str) -> NDArray[np.int32]:
-        """Ids of `text` as a prompt, with the tokenizer's own beginning of sequence.
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.int32]:
+        """Ids of `text`, by default as a prompt: with the tokenizer's own beginning of sequence.
 
-        Raises: MissingTokenizerError.
+        Raises: MissingTokenizerError; InvalidRequestError if `text` cannot be encoded in UTF-8.
         """
-        return token_array(self.require_tokenizer(text)(text).input_ids)
+        tokenizer = self.require_tokenizer(text)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"the text is no valid Unicode: {error.reason} at {error.start}") from error
+        return token_array(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
     def require_tokenizer(self, what_for: str) -> Any:
         """The tokenizer. Raises: MissingTokenizerError if the model came without."""
@@ -333,6 +339,18 @@ class Engine:
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
+    def _check_all(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[NDArray[np.int32]]:
+        """The ids of all prompts; an error says which of several it was."""
+        all_ids = []
+        for number, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                all_ids.append(self._check(prompt, p))
+            except RadixKVError as error:
+                if len(prompts) > 1:
+                    error.args = (f"prompt {number}: {error}",)
+                raise
+        return all_ids
+
     def _check(self, prompt: Prompt, params: SamplingParams) -> NDArray[np.int32]:
         """The ids of a prompt that can be served. Raises as `generate`."""
         ids = self.encode(prompt) if isinstance(prompt, str) else token_array(prompt).copy()
@@ -394,7 +412,7 @@ class Engine:
 
     def _stream(
         self, ids: NDArray[np.int32], params: SamplingParams, namespace: tuple[str | None, str | None]
-    ) -> Iterator[StreamChunk]:
+    ) -> Generator[StreamChunk]:
         request = self._submit(ids, params, namespace, streams=True)
         num_seen = 0
         try:

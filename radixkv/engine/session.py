@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
@@ -88,7 +89,7 @@ class Session:
         assert last.output is not None, "the last chunk carries the output"
         return last.output
 
-    def stream(self, text: str, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
+    def stream(self, text: str, params: SamplingParams | None = None) -> Generator[StreamChunk]:
         """As `send`, piece by piece; the turn counts once the iterator is exhausted."""
         self._check_open()
         prompt = np.concatenate([self._ids, self._turn_ids(text)])
@@ -153,14 +154,20 @@ class Session:
 
     def _run(
         self, prompt: NDArray[np.int32], params: SamplingParams | None, messages: list[Message] | None
-    ) -> Iterator[StreamChunk]:
+    ) -> Generator[StreamChunk]:
         extra_key, cache_salt = self._namespace
         chunks = self._engine.stream(prompt, params, extra_key=extra_key, cache_salt=cache_salt)
         return self._record(prompt, messages, chunks)
 
     def _record(
+        self, prompt: NDArray[np.int32], messages: list[Message] | None, chunks: Generator[StreamChunk]
+    ) -> Generator[StreamChunk]:
+        with closing(chunks):
+            yield from self._recorded(prompt, messages, chunks)
+
+    def _recorded(
         self, prompt: NDArray[np.int32], messages: list[Message] | None, chunks: Iterator[StreamChunk]
-    ) -> Iterator[StreamChunk]:
+    ) -> Generator[StreamChunk]:
         for chunk in chunks:
             if chunk.output is not None:
                 self._ids = np.concatenate([prompt, np.array(chunk.output.token_ids, np.int32)])
@@ -195,7 +202,7 @@ class Session:
         return rendered
 
     def _encode(self, text: str) -> NDArray[np.int32]:
-        return token_array(self._engine.require_tokenizer(text)(text, add_special_tokens=False).input_ids)
+        return self._engine.encode(text, add_special_tokens=False)
 
     def _check_open(self) -> None:
         if self._closed:

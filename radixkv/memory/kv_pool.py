@@ -26,6 +26,8 @@ class KVPool:
         k, v: per layer a tensor [num_pages, page_size, num_kv_heads, head_dim] (FlashInfer's NHD).
 
     The memory is not touched before it is written, so the CPU's pages of it are committed as they are used.
+
+    Raises: ConfigError if the memory does not suffice.
     """
 
     def __init__(
@@ -44,8 +46,14 @@ class KVPool:
         def pages(num_heads: int, head_dim: int) -> Tensor:
             return torch.empty(num_pages, page_size, num_heads, head_dim, dtype=dtype, device=device)
 
-        self.k = [pages(layer.num_kv_heads, layer.k_head_dim) for layer in self.layers]
-        self.v = [pages(layer.num_kv_heads, layer.v_head_dim) for layer in self.layers]
+        try:
+            self.k = [pages(layer.num_kv_heads, layer.k_head_dim) for layer in self.layers]
+            self.v = [pages(layer.num_kv_heads, layer.v_head_dim) for layer in self.layers]
+        except RuntimeError as error:  # torch has no narrower error for the CPU's memory
+            raise ConfigError(
+                f"no room on {device} for a KV pool of {num_pages * page_size} tokens of {self.bytes_per_token} bytes; "
+                "set a smaller kv_cache_tokens or mem_fraction"
+            ) from error
 
     @property
     def bytes_per_token(self) -> int:

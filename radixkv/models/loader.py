@@ -37,6 +37,8 @@ def load(name_or_path: str | Path, *, dtype: str = "auto", device: str = "auto")
         with _Quietly():
             model = AutoModelForCausalLM.from_pretrained(place, config=config, dtype=hf_dtype)
     except (OSError, ValueError) as error:
+        if _is_path(name_or_path):
+            raise ModelNotFoundError(f"there is no model directory {str(name_or_path)!r}") from error
         raise ModelNotFoundError(f"no model can be loaded from {str(name_or_path)!r}: {_first_line(error)}") from error
     return LoadedModel(model.eval().to(torch_device), _load_tokenizer(place))
 
@@ -102,6 +104,12 @@ class _Quietly:
     def __exit__(self, *exception: object) -> None:
         if self._bars:
             hf_logging.enable_progress_bar()
+
+
+def _is_path(name: str | Path) -> bool:
+    """Whether a name that is no directory was meant as one: hub ids have at most one slash, inside."""
+    text = str(name)
+    return not Path(name).exists() and (isinstance(name, Path) or text[:1] in "./~" or text.count("/") > 1)
 
 
 def _first_line(error: Exception) -> str:

@@ -53,8 +53,11 @@ def plug_in_paged_attention(model: PreTrainedModel) -> list[LayerKV]:
     if getattr(model.config, "is_encoder_decoder", False):
         raise _unsupported(model, "it is an encoder-decoder, and only decoders are served")
     sequences = [_probe_ids(length, config.vocab_size).to(model.device) for length in PROBE_LENGTHS]
-    expected = torch.cat([model(input_ids=ids[None], use_cache=False).logits[:, -1] for ids in sequences])
     before = model.config._attn_implementation
+    if before == INTERFACE_NAME:  # another engine has this model too
+        before = "eager"
+        model.set_attn_implementation(before)
+    expected = torch.cat([model(input_ids=ids[None], use_cache=False).logits[:, -1] for ids in sequences])
     try:
         model.set_attn_implementation(INTERFACE_NAME)
         context = _ProbeContext(PROBE_LENGTHS)

@@ -1,0 +1,284 @@
+"""`radixkv chat`: a conversation in the terminal, with branches that share their past."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Self, cast
+
+import typer
+
+from radixkv.cli.common import EngineOptions, SamplingOptions, with_option_groups
+from radixkv.cli.display import excerpt, note, percent, summary
+from radixkv.cli.prompts import checked_text, describe
+from radixkv.cli.size import readable_bytes
+from radixkv.errors import InvalidRequestError, MissingChatTemplateError, MissingTokenizerError, RadixKVError
+
+if TYPE_CHECKING:
+    from radixkv.engine.engine import Engine, StreamChunk
+    from radixkv.engine.sampling import SamplingParams
+    from radixkv.engine.session import Session
+
+CHAT_EPILOG = """
+**Examples**
+
+Talk: `radixkv chat --system "You are a citizen of Rome." --temperature 0.8`
+
+Ask in two ways from the same past: type a line, then `/fork`, another line, `/switch 1`, another line, `/stats`
+
+From a script: `printf 'Who are you?\\n/stats\\n' | radixkv chat`
+"""
+
+
+@with_option_groups
+def chat(
+    system: Annotated[
+        str | None, typer.Option("--system", "-s", help="What the model is told before the first turn.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Tokens of one answer at most.")] = 256,
+    *,
+    engine_options: EngineOptions,
+    sampling: SamplingOptions,
+) -> None:
+    """Chat with a model; answers appear as they are written. Each turn computes only what is new in it.
+
+    Lines that begin with / are commands, and /help lists them: conversations can be forked, and branches share the
+    KV of their past. Ctrl-C stops an answer, Ctrl-D ends the chat. Lines may also come through a pipe.
+    """
+    params = sampling.params(max_tokens)
+    system = None if system is None else checked_text(system, "--system")
+    engine = engine_options.load()
+    _check_that_it_chats(engine, engine_options.model)
+    conversation = Chat(engine, params, system)
+    if sys.stdin.isatty():
+        note(
+            f"{engine_options.model}, {engine.max_context_tokens:,} tokens of context. "
+            "/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the chat."
+        )
+        talk(conversation, typed_lines())
+    else:
+        follow_script(conversation, _piped_lines())
+
+
+def _check_that_it_chats(engine: Engine, model: str) -> None:
+    if engine.tokenizer is None:
+        raise MissingTokenizerError(
+            f"{model!r} has no tokenizer, so it cannot chat; give token ids to `radixkv generate --file prompts.jsonl`"
+        )
+    if not getattr(engine.tokenizer, "chat_template", None):
+        raise MissingChatTemplateError(
+            f"the tokenizer of {model!r} has no chat template, so it cannot chat; use `radixkv generate`"
+        )
+
+
+def talk(conversation: Chat, lines: Iterator[str]) -> None:
+    """Follow a user's lines. Whatever goes wrong with one is told, and the next is asked for."""
+    for line in lines:
+        try:
+            conversation.take(line)
+        except KeyboardInterrupt:
+            note("stopped: this turn is not part of the conversation")
+        except RadixKVError as error:
+            note(f"error: {' '.join(str(error).split())}")
+        if conversation.is_over:
+            return
+
+
+def follow_script(conversation: Chat, lines: Iterator[str]) -> None:
+    """Follow the lines of a script; whatever goes wrong ends it."""
+    for line in lines:
+        conversation.take(line)
+        if conversation.is_over:
+            return
+
+
+class Chat:
+    """The branches of a conversation, numbered from 1; one of them is the current one.
+
+    Attributes:
+        is_over: whether the user asked to quit.
+    """
+
+    def __init__(self, engine: Engine, params: SamplingParams, system: str | None = None) -> None:
+        self._engine = engine
+        self._params = params
+        self._system = system
+        self._branches = {1: engine.session(system=system)}
+        self._current = 1
+        self.is_over = False
+
+    @property
+    def session(self) -> Session:
+        """The current branch."""
+        return self._branches[self._current]
+
+    def take(self, line: str) -> None:
+        """Do what `line` says: a command, or a turn that the model answers on stdout.
+
+        Raises: KeyboardInterrupt if the answer was stopped; RadixKVError if it failed. The turn does not count then.
+        """
+        name, _, argument = line.strip().partition(" ")
+        if name in COMMANDS:
+            COMMANDS[name].run(self, argument.strip())
+        elif name.startswith("/"):
+            note(f"unknown command {name}; /help lists the commands")
+        elif name:
+            self._answer(line)
+
+    # -- commands ----------------------------------------------------------------------------------------------------
+
+    def help(self, _: str) -> None:
+        """List the commands."""
+        width = max(len(command.usage) for command in COMMANDS.values())
+        typer.echo("\n".join(f"{command.usage:{width}}  {command.purpose}" for command in COMMANDS.values()))
+
+    def fork(self, _: str) -> None:
+        """Go on in a new branch, and keep the current one."""
+        origin, number = self._current, len(self._branches) + 1
+        self._branches[number] = self.session.fork()
+        self._current = number
+        typer.echo(
+            f"this is branch {number} now, with the past of branch {origin}; "
+            f"/switch {origin} goes back, /branches lists all"
+        )
+
+    def branches(self, _: str) -> None:
+        """List the branches."""
+        for number in self._branches:
+            typer.echo(f"{'*' if number == self._current else ' '} {self._describe(number)}")
+
+    def switch(self, number: str) -> None:
+        """Make another branch the current one."""
+        if not number.isdecimal() or int(number) not in self._branches:
+            note(f"/switch needs the number of a branch: {', '.join(map(str, self._branches))}")
+            return
+        self._current = int(number)
+        typer.echo(self._describe(self._current))
+
+    def reset(self, _: str) -> None:
+        """Begin the current branch anew."""
+        self.session.close()
+        self._branches[self._current] = self._engine.session(system=self._system)
+        typer.echo(f"branch {self._current} begins anew")
+
+    def stats(self, _: str) -> None:
+        """Tell what the current context holds, and how the cache does."""
+        usage, stats = self.session.kv_usage(), self._engine.stats()
+        typer.echo(
+            f"context  {usage.context_tokens:,} tokens; the pool holds the KV of {usage.tokens:,} in {usage.pages:,} "
+            f"pages, {readable_bytes(usage.num_bytes)}: {usage.shared_tokens:,} shared, {usage.own_tokens:,} own"
+        )
+        typer.echo(
+            f"cache    hit rate {percent(stats.hit_rate)} of {stats.cache.query_tokens:,} prompt tokens; pages: "
+            f"{stats.free_pages:,} free, {stats.evictable_pages:,} evictable, {stats.protected_pages:,} protected"
+        )
+
+    def quit(self, _: str) -> None:
+        """End the chat."""
+        self.is_over = True
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _describe(self, number: int) -> str:
+        session = self._branches[number]
+        asked = [message["content"] for message in session.messages if message["role"] == "user"]
+        turns = f"{len(asked)} turn{'' if len(asked) == 1 else 's'}, {len(session.token_ids):,} tokens"
+        return f"branch {number}: {turns}" + (f', last "{excerpt(asked[-1], 40)}"' if asked else "")
+
+    def _answer(self, text: str) -> None:
+        text = checked_text(text, "the turn")
+        with HeldInterrupt() as interrupt:
+            try:
+                self._print_answer(text, interrupt)
+            except KeyboardInterrupt:
+                typer.echo()
+                raise
+            except Exception as error:  # of this request, whatever the model, the tokenizer or its template raised
+                raise RadixKVError(f"this turn failed, so it does not count: {describe(error)}") from error
+
+    def _print_answer(self, text: str, interrupt: HeldInterrupt) -> None:
+        chunks = cast("Generator[StreamChunk]", self.session.stream(text, self._params))
+        for chunk in chunks:
+            typer.echo(chunk.text, nl=False)  # which flushes
+            if chunk.output is not None:
+                typer.echo()
+                cut = " · cut off at --max-tokens" if len(chunk.output.token_ids) == self._params.max_tokens else ""
+                note(summary([chunk.output], chunk.output.metrics.total_s) + cut)
+            elif interrupt.pressed:
+                chunks.close()
+                raise KeyboardInterrupt
+
+
+class Command(NamedTuple):
+    """A line that begins with a slash: how it is written, what it is for, and what it does with its argument."""
+
+    usage: str
+    purpose: str
+    run: Callable[[Chat, str], None]
+
+
+COMMANDS = {
+    "/help": Command("/help", "list the commands", Chat.help),
+    "/fork": Command("/fork", "go on in a new branch, and keep this one as it is", Chat.fork),
+    "/branches": Command("/branches", "list the branches", Chat.branches),
+    "/switch": Command("/switch N", "go to branch N", Chat.switch),
+    "/reset": Command("/reset", "begin this branch anew", Chat.reset),
+    "/stats": Command("/stats", "what this context holds in the KV pool, and how the cache does", Chat.stats),
+    "/quit": Command("/quit", "end the chat, as Ctrl-D does", Chat.quit),
+}
+
+
+class HeldInterrupt:
+    """While this is open, the first Ctrl-C is only noted in `pressed`, so that no step of the engine is cut in two.
+
+    A second one, of somebody who cannot wait for the step's end, raises KeyboardInterrupt. Main thread only.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def __enter__(self) -> Self:
+        self._handler = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._handler)
+
+    def _press(self, number: int, frame: FrameType | None) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+
+
+# --------------------------------------------------------------------------------------------------------------- input
+
+
+def typed_lines() -> Iterator[str]:
+    """Lines from the terminal until Ctrl-D. Ctrl-C drops the line that was begun."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  input() has a history then, where the platform can
+    while True:
+        try:
+            line = input("you> ")
+        except KeyboardInterrupt:
+            note("\nCtrl-D or /quit ends the chat")
+        except UnicodeDecodeError:
+            note("this line is no UTF-8 text")
+        except EOFError:
+            typer.echo()
+            return
+        else:
+            yield line
+
+
+def _piped_lines() -> Iterator[str]:
+    try:
+        for line in sys.stdin:
+            yield line.removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"stdin is no UTF-8 text: {error}") from error

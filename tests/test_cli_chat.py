@@ -1,0 +1,329 @@
+"""`radixkv chat`: turns, branches, Ctrl-C, and scripts through a pipe."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_runs import SMALL, FakeTerminal, assert_one_line_error, demo_copy, run, small_engine
+
+from radixkv import Engine, SamplingParams
+from radixkv.cli.chat import COMMANDS, Chat, HeldInterrupt, follow_script, talk, typed_lines
+from radixkv.cli.common import EngineOptions
+from radixkv.engine.runner import ModelRunner
+from radixkv.engine.session import Session
+from radixkv.errors import RadixKVError
+
+SYSTEM = "You are Romeo, a young man of the house of Montague in Verona."
+PARAMS = SamplingParams(max_tokens=5)
+TOO_LONG = "x" * 3000
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return small_engine()
+
+
+@pytest.fixture
+def loaded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """What the command line loads: the same engine each time, with nothing in its cache."""
+    engine.reset_cache()
+    monkeypatch.setattr(EngineOptions, "load", lambda _: engine)
+    return engine
+
+
+@pytest.fixture
+def chat(engine: Engine) -> Iterator[Chat]:
+    engine.reset_cache()
+    yield Chat(engine, PARAMS, SYSTEM)
+    engine.check_invariants()
+    assert (engine.stats().running, engine.stats().waiting) == (0, 0)
+
+
+def answers(engine: Engine, *turns: str) -> list[str]:
+    """What a session says to `turns`."""
+    with engine.session(system=SYSTEM) as session:
+        return [session.send(turn, PARAMS).text or "" for turn in turns]
+
+
+def script(*lines: str, options: tuple[object, ...] = ("--system", SYSTEM)) -> Any:
+    return run("chat", *options, "--max-tokens", 5, *SMALL, stdin="".join(f"{line}\n" for line in lines))
+
+
+# -------------------------------------------------------------------------------------------------------------- scripts
+
+
+def test_a_script_gets_the_answers_alone_on_stdout(loaded: Engine) -> None:
+    result = script("Who are you?", "", "And who am I?", "/quit", "never asked")
+    assert result.exit_code == 0
+    assert result.stdout == "".join(f"{text}\n" for text in answers(loaded, "Who are you?", "And who am I?"))
+    first, second = result.stderr.splitlines()
+    assert " prompt tokens, 0 cached (0.0 %) · 5 new, " in first
+    assert first.endswith("cut off at --max-tokens")
+    assert " prompt tokens, 0 cached" not in second
+
+
+def test_an_answer_that_ends_by_itself_is_not_called_cut_off(loaded: Engine) -> None:
+    turn = "Who are you?"
+    with loaded.session(system=SYSTEM) as session:
+        stop = str(session.send(turn, SamplingParams(max_tokens=3)).text)[:4]
+    result = run("chat", "--system", SYSTEM, "--stop", stop, stdin=turn)
+    assert (result.exit_code, result.stdout) == (0, "\n")
+    assert "cut off" not in result.stderr
+
+
+def test_without_a_system_turn(loaded: Engine) -> None:
+    result = script("Who are you?", options=())
+    with loaded.session() as session:
+        assert result.stdout == f"{session.send('Who are you?', PARAMS).text}\n"
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize(
+    ("stdin", "message"),
+    [
+        (TOO_LONG, "this turn failed, so it does not count: the prompt has "),
+        (b"bad \xff\n", "Unicode"),
+        (b"never\xff", "Unicode"),
+    ],
+)
+def test_a_script_ends_with_its_first_error(stdin: str | bytes, message: str) -> None:
+    result = run("chat", "--max-tokens", 2, stdin=stdin)
+    if isinstance(stdin, bytes) and "UTF-8" in result.stderr:  # a strict stdin notices first
+        message = "stdin is no UTF-8 text"
+    assert_one_line_error(result, message)
+    assert result.stdout == ""
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_model_that_fails_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("the device\nis gone")
+
+    monkeypatch.setattr(ModelRunner, "forward", fail)
+    assert_one_line_error(script("Hello"), "this turn failed, so it does not count: OSError: the device is gone")
+
+
+def test_models_that_cannot_chat_say_what_to_use_instead(tmp_path: Path) -> None:
+    no_template = demo_copy(tmp_path / "no_template", without=["chat_template.jinja"])
+    assert_one_line_error(
+        run("chat", "--model", no_template, *SMALL, stdin="Hello"), "has no chat template, so it cannot chat; use `rad"
+    )
+    no_tokenizer = demo_copy(tmp_path / "no_tokenizer", without=["tokenizer.json", "tokenizer_config.json"])
+    assert_one_line_error(
+        run("chat", "--model", no_tokenizer, *SMALL, stdin="Hello"), "has no tokenizer, so it cannot chat; give token"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--system", ""], "--system: this must be a text that is not empty"),
+        (["--max-tokens", "0"], "max_tokens must be"),
+        (["--model", "/no/such/model"], "/no/such/model"),
+        (["surplus"], "unexpected extra argument"),
+    ],
+)
+def test_bad_options(options: list[str], message: str) -> None:
+    assert_one_line_error(run("chat", *options, stdin="Hello"), message)
+
+
+def test_help_teaches_an_example() -> None:
+    text = " ".join(run("chat", "--help").stdout.replace("│", " ").split())
+    assert 'radixkv chat --system "You are a citizen of Rome."' in text
+    assert "Ctrl-C stops an answer" in text
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+def test_branches_share_their_past_and_go_their_own_ways(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    follow_script(chat, iter(["Who are you?", "/fork", "And who am I?"]))
+    out = capsys.readouterr().out
+    assert "this is branch 2 now, with the past of branch 1; /switch 1 goes back, /branches lists all\n" in out
+    left = chat.session
+    chat.take("/switch 1")
+    assert capsys.readouterr().out.startswith("branch 1: 1 turn, ")
+    chat.take("What is it o'clock?")
+    assert left is not chat.session
+    assert [message["content"] for message in left.messages if message["role"] == "user"] == [
+        "Who are you?",
+        "And who am I?",
+    ]
+    assert [message["content"] for message in chat.session.messages if message["role"] == "user"] == [
+        "Who are you?",
+        "What is it o'clock?",
+    ]
+    capsys.readouterr()
+    chat.take("/branches")
+    current, other = capsys.readouterr().out.splitlines()
+    assert current == f'* branch 1: 2 turns, {len(chat.session.token_ids)} tokens, last "What is it o\'clock?"'
+    assert other == f'  branch 2: 2 turns, {len(left.token_ids)} tokens, last "And who am I?"'
+
+
+def test_reset_begins_the_branch_anew_and_hits_the_system_turn(
+    chat: Chat, engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat.take("Who are you?")
+    old = chat.session
+    chat.take("/reset")
+    assert old.closed
+    assert chat.session.token_ids == []
+    capsys.readouterr()
+    hits_before = engine.stats().cache.hit_tokens
+    chat.take("Who are you?")
+    assert capsys.readouterr().out == f"{old.messages[-1]['content']}\n"
+    assert engine.stats().cache.hit_tokens > hits_before
+
+
+def test_stats_tell_what_the_context_holds(chat: Chat, engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    chat.take("Who are you?")
+    capsys.readouterr()
+    chat.take("/stats")
+    context, cache = capsys.readouterr().out.splitlines()
+    num_tokens = len(chat.session.token_ids)
+    kept = (num_tokens - 1) // 16 * 16
+    assert context.startswith(f"context  {num_tokens} tokens; the pool holds the KV of {kept} in {kept // 16} pages, ")
+    assert context.endswith(f" KiB: 0 shared, {kept} own")
+    stats = engine.stats()
+    assert f"pages: {stats.free_pages} free, {kept // 16} evictable, 0 protected" in cache
+    chat.take("/fork")
+    capsys.readouterr()
+    chat.take("/stats")
+    assert capsys.readouterr().out.splitlines()[0].endswith(f": {kept} shared, 0 own")
+
+
+def test_help_lists_every_command(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    chat.take("/help")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("/foo bar", "unknown command /foo; /help lists the commands"),
+        ("/", "unknown command /; /help lists the commands"),
+        ("/switch", "/switch needs the number of a branch: 1"),
+        ("/switch 2", "/switch needs the number of a branch: 1"),
+        ("/switch -1", "/switch needs the number of a branch: 1"),
+        ("/switch ²", "/switch needs the number of a branch: 1"),
+    ],
+)
+def test_wrong_commands_are_hints(chat: Chat, capsys: pytest.CaptureFixture[str], line: str, hint: str) -> None:
+    chat.take(line)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert hint in captured.err
+    assert chat.session.messages == [{"role": "system", "content": SYSTEM}]
+
+
+# --------------------------------------------------------------------------------------------------------------- Ctrl-C
+
+
+@pytest.fixture
+def press_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes the user press Ctrl-C when the second piece of an answer is there."""
+    stream = Session.stream
+
+    def pressed(self: Session, text: str, params: SamplingParams | None = None) -> Iterator[Any]:
+        for number, chunk in enumerate(stream(self, text, params)):
+            if number == 1:
+                signal.raise_signal(signal.SIGINT)
+            yield chunk
+
+    return lambda: monkeypatch.setattr(Session, "stream", pressed)
+
+
+def test_ctrl_c_stops_an_answer_and_the_turn_does_not_count(
+    chat: Chat, engine: Engine, press_ctrl_c: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = answers(engine, "Who are you?", "And who am I?")[1]
+    chat.take("Who are you?")
+    before = chat.session.token_ids
+    handler = signal.getsignal(signal.SIGINT)
+    capsys.readouterr()
+    press_ctrl_c()
+    talk(chat, iter(["And who am I?", "/stats"]))
+    captured = capsys.readouterr()
+    shown, stats = captured.out.split("\n", maxsplit=1)
+    assert 0 < len(shown) < len(whole)
+    assert whole.startswith(shown)
+    assert stats.startswith("context ")
+    assert "stopped: this turn is not part of the conversation\n" in captured.err
+    assert chat.session.token_ids == before
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_ends_a_script(loaded: Engine, press_ctrl_c: Callable[[], None]) -> None:
+    press_ctrl_c()
+    result = script("Who are you?", "And who am I?")
+    assert result.exit_code == 130
+    assert result.stdout.count("\n") == 1
+    assert loaded.stats().running == 0
+
+
+def test_the_first_ctrl_c_is_held_and_the_second_is_not() -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    with HeldInterrupt() as interrupt:
+        assert not interrupt.pressed
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.pressed
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+# --------------------------------------------------------------------------------------------------- at the terminal
+
+
+def test_a_failed_turn_does_not_end_a_talk(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    talk(chat, iter([TOO_LONG, "Who are you?", "/quit", "never asked"]))
+    captured = capsys.readouterr()
+    assert "error: this turn failed, so it does not count: the prompt has " in captured.err
+    assert captured.out.count("\n") == 1
+    assert len(chat.session.messages) == 3
+    with pytest.raises(RadixKVError, match="the prompt has"):
+        follow_script(chat, iter([TOO_LONG]))
+
+
+def test_typed_lines_outlive_ctrl_c_and_end_with_ctrl_d(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed: list[str | BaseException] = [
+        "first",
+        KeyboardInterrupt(),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+        "second",
+        EOFError(),
+    ]
+
+    def typed_input(_: str) -> str:
+        what = typed.pop(0)
+        if isinstance(what, BaseException):
+            raise what
+        return what
+
+    monkeypatch.setattr("builtins.input", typed_input)
+    assert list(typed_lines()) == ["first", "second"]
+    captured = capsys.readouterr()
+    assert captured.out == "\n"
+    assert "Ctrl-D or /quit ends the chat" in captured.err
+    assert "this line is no UTF-8 text" in captured.err
+
+
+def test_at_a_terminal_there_is_a_greeting(
+    loaded: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from radixkv.cli.app import app
+
+    monkeypatch.setattr("sys.stdin", FakeTerminal())
+    monkeypatch.setattr("builtins.input", lambda _: "/quit")
+    app(["chat"], standalone_mode=False)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"demo, {loaded.max_context_tokens:,} tokens of context. /help lists the commands, " in captured.err
