@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv.errors import ConfigError, InvariantError, OutOfPagesError
+from radixkv.errors import ConfigError, InvalidRequestError, InvariantError, OutOfPagesError
 
 
 class TokenToKVPoolAllocator:
@@ -48,8 +48,10 @@ class TokenToKVPoolAllocator:
         """Take `num_pages` free pages, each with one reference. O(num_pages).
 
         Returns: int32 page ids, shape [num_pages].
-        Raises: OutOfPagesError if fewer are free; nothing is taken then.
+        Raises: OutOfPagesError if fewer are free (nothing is taken then); InvalidRequestError for a negative number.
         """
+        if num_pages < 0:
+            raise InvalidRequestError(f"{num_pages} pages cannot be allocated; ask for 0 or more")
         if num_pages > self._num_free:
             raise OutOfPagesError(needed=num_pages, free=self._num_free, evictable=0, total=self.num_pages)
         first = self._num_free - num_pages

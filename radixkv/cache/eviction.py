@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class EvictionPolicy(Protocol):
     """Ranks leaves: the unpinned leaf of the smallest rank is evicted first.
 
-    A rank may depend on the node alone, and is asked for again whenever the node is used or becomes an unpinned
-    leaf; ties are broken by which node entered the queue first.
+    A rank may depend on the node alone, and is asked for again whenever the node is used, is split or becomes an
+    unpinned leaf; ties are broken by which node entered the queue first.
     """
 
     name: str
@@ -42,9 +42,11 @@ POLICIES: dict[str, type[EvictionPolicy]] = {"lru": LRUPolicy}
 def resolve_policy(policy: str | EvictionPolicy) -> EvictionPolicy:
     """The policy of that name, or `policy` itself if it is one already.
 
-    Raises: ConfigError for an unknown name.
+    Raises: ConfigError for an unknown name, or an object that is no policy.
     """
     if not isinstance(policy, str):
+        if not hasattr(policy, "rank") or not hasattr(policy, "name"):
+            raise ConfigError(f"an eviction policy has a name and a rank(node), and {policy!r} has not")
         return policy
     if policy not in POLICIES:
         raise ConfigError(f"unknown eviction policy {policy!r}; the policies are {', '.join(POLICIES)}")

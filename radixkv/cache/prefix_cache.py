@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import deque
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -83,6 +84,7 @@ class PrefixCache:
         self.tree = RadixTree(page_size, policy)
         self.allocator = TokenToKVPoolAllocator(num_pages)
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+        self._dropped: deque[tuple[TreeNode, NDArray[np.int32]]] = deque()  # what leases without release() held
         self._query_tokens = self._hit_tokens = self._evicted_tokens = 0
 
     @property
@@ -121,9 +123,12 @@ class PrefixCache:
         O(tokens + depth), and O(log leaves) for each leaf evicted. `max_cached_tokens` bounds the hit: an engine
         that needs the logits of the last token computes at least that one, and passes `len(ids) - 1`.
 
-        Raises: OutOfPagesError if the rest does not fit (nothing is taken then); TokenIdsTypeError,
-            InvalidTokenIdsError.
+        Raises: OutOfPagesError if the rest does not fit (nothing is taken then); InvalidRequestError for a negative
+            `max_cached_tokens`; TokenIdsTypeError, InvalidTokenIdsError.
         """
+        if max_cached_tokens is not None and max_cached_tokens < 0:
+            raise InvalidRequestError(f"max_cached_tokens must not be negative, as {max_cached_tokens} is")
+        self._reap()
         tokens = token_array(ids)
         wanted = tokens if max_cached_tokens is None else tokens[:max_cached_tokens]
         match = self.tree.match_prefix(wanted, extra_key=extra_key, cache_salt=cache_salt)
@@ -148,10 +153,12 @@ class PrefixCache:
 
     def reset(self) -> None:
         """Forget every prefix that no lease pins. O(nodes)."""
+        self._reap()
         self.allocator.release(self.tree.evict(self.tree.evictable_size))
 
     def stats(self) -> CacheStats:
         """What the cache holds now, and what it did so far. O(1)."""
+        self._reap()
         tree_pages = self.tree.total_size // self.page_size
         return CacheStats(
             num_pages=self.num_pages,
@@ -169,6 +176,7 @@ class PrefixCache:
 
     def check_invariants(self) -> None:
         """Prove every invariant of the class docstring. O(num_pages + tokens). Raises: InvariantError."""
+        self._reap()
         self.tree.check_invariants()
         self.allocator.check_invariants()
         expected = np.zeros(self.num_pages, np.int64)
@@ -189,7 +197,15 @@ class PrefixCache:
             if not node.is_root and node.lock_ref != locks.get(id(node), 0):
                 raise InvariantError(f"{node} is pinned by {locks.get(id(node), 0)} leases")
 
+    def _reap(self) -> None:
+        """Release what dropped leases held. Not in their `__del__`: that may run in the middle of any operation."""
+        while self._dropped:
+            node, pages = self._dropped.popleft()
+            self.tree.dec_lock_ref(node)
+            self.allocator.release(pages)
+
     def _take(self, num_pages: int) -> NDArray[np.int32]:
+        self._reap()
         missing = num_pages - self.allocator.num_free
         if missing > 0:
             evictable = self.tree.evictable_size // self.page_size
@@ -214,8 +230,8 @@ class Lease:
     """One request's claim on the cache: the pinned prefix it reads and the pages it may write.
 
     `[0, cached_tokens)` were computed when the lease was made; the request computes the rest into `pages` and calls
-    `commit`. Use it as a context manager, or call `release`. A lease that is dropped without either releases itself
-    and warns.
+    `commit`. Use it as a context manager, or call `release`. What a lease that is dropped without either held is taken
+    back with the cache's next operation, and a ResourceWarning tells of it.
 
     Attributes:
         cached_tokens: leading tokens whose KV was found.
@@ -337,8 +353,8 @@ class Lease:
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
+            self._cache._dropped.append((self._node, self.pages))
             warnings.warn(f"{self!r} was dropped without release()", ResourceWarning, stacklevel=2, source=self)
-            self.release()
 
     def __repr__(self) -> str:
         if self._closed:

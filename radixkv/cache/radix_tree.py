@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 
 from radixkv.cache.eviction import EvictionPolicy, LeafQueue, resolve_policy
 from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, token_array, token_bytes
-from radixkv.errors import ConfigError, InvalidPagesError, InvalidRequestError, InvariantError
+from radixkv.errors import (
+    ConfigError,
+    InvalidPagesError,
+    InvalidRequestError,
+    InvalidTokenIdsError,
+    InvariantError,
+    TokenIdsTypeError,
+)
 
 Namespace = tuple[str | None, str | None]
 """(`extra_key`, `cache_salt`): requests in different namespaces never share."""
@@ -88,7 +95,7 @@ class RadixTree:
 
     - every root-to-node path spells the tokens whose KV lies in its nodes' pages, in order;
     - siblings differ in their first page of tokens, and every node but a root holds at least one page;
-    - `lock_ref(parent) >= max(lock_ref(child))`, and `last_access` never grows from parent to child;
+    - `lock_ref(parent) >= sum(lock_ref(children))`, and `last_access` never grows from parent to child;
     - `evictable_size + protected_size == total_size`, counted over unpinned and pinned nodes;
     - the eviction queue holds exactly the unpinned leaves;
     - a root is kept only while something is cached under it;
@@ -152,11 +159,12 @@ class RadixTree:
 
         Raises: TokenIdsTypeError, InvalidTokenIdsError.
         """
+        data = token_bytes(ids)
         self._tick += 1
         root = self._roots.get((extra_key, cache_salt))
         if root is None:
             return MatchResult(0, np.empty(0, np.int32), _new_root((extra_key, cache_salt), self._tick))
-        length_bytes, node = self._walk(root, token_bytes(ids))
+        length_bytes, node = self._walk(root, data)
         return MatchResult(length_bytes // TOKEN_BYTES, self.path_pages(node), node)
 
     def peek(self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None) -> int:
@@ -208,12 +216,12 @@ class RadixTree:
 
         Of a prefix that is cached already the tree keeps its own pages; those given for it remain the caller's.
 
-        Raises: TokenIdsTypeError, InvalidTokenIdsError; InvalidPagesError if the number of pages is not
-            `len(ids) // page_size`.
+        Raises: TokenIdsTypeError, InvalidTokenIdsError; InvalidPagesError if `pages` are not page ids, or not
+            `len(ids) // page_size` of them.
         """
         data = token_bytes(ids)
         data = data[: len(data) // self._page_bytes * self._page_bytes]
-        page_data = token_array(pages).tobytes()
+        page_data = _page_bytes(pages)
         if len(page_data) * self.page_size != len(data):
             raise InvalidPagesError(
                 f"{len(data) // self._page_bytes} whole pages of {self.page_size} tokens need as many page ids, "
@@ -328,6 +336,9 @@ class RadixTree:
         node.pages = node.pages[head_pages:]
         node.parent = upper
         upper.children[node.key[: self._page_bytes]] = node
+        if node.queue_key is not None:  # a rank may depend on the edge
+            self._queue.remove(node)
+            self._queue.add(node)
         return upper
 
     def _add_leaf(self, parent: TreeNode, key: bytes, pages: bytes) -> TreeNode:
@@ -390,11 +401,13 @@ class RadixTree:
         else:
             _require(len(node.key) % self._page_bytes == 0, "not whole pages", node)
             _require(len(node.pages) * self.page_size == len(node.key), "pages and tokens differ in number", node)
+        pins_below = sum(child.lock_ref for child in node.children.values())
+        _require(node.is_root or node.lock_ref >= pins_below, "children are pinned more often than it", node)
         for first_page, child in node.children.items():
             _require(child.parent is node, "a child has another parent", child)
             _require(not child.is_root, "an empty edge", child)
             _require(child.key[: self._page_bytes] == first_page, "filed under another first page", child)
-            _require(node.is_root or node.lock_ref >= child.lock_ref >= 0, "pinned more than its parent", child)
+            _require(child.lock_ref >= 0, "pinned a negative number of times", child)
             _require(node.last_access >= child.last_access, "used later than its parent", child)
 
     def __repr__(self) -> str:
@@ -408,6 +421,13 @@ def _new_root(namespace: Namespace, tick: int) -> TreeNode:
     root = TreeNode(b"", b"", None, tick)
     root.namespace = namespace
     return root
+
+
+def _page_bytes(pages: Any) -> bytes:
+    try:
+        return token_array(pages).tobytes()
+    except (InvalidTokenIdsError, TokenIdsTypeError) as error:
+        raise InvalidPagesError(f"page ids: {str(error).replace('token id', 'page id')}") from error
 
 
 def _require(holds: bool, what: str, where: object) -> None:

@@ -55,13 +55,21 @@ def _to_numpy(ids: TokenIds) -> NDArray[Any]:
     if isinstance(ids, array.array):
         return np.array(ids) if ids.typecode != "u" else np.array(list(ids))
     if hasattr(ids, "detach") and hasattr(ids, "cpu"):  # a torch tensor, without importing torch
-        tensor = ids.detach().cpu()
-        if tensor.is_floating_point() or tensor.is_complex():
-            raise TokenIdsTypeError(f"token ids must be integers, not a tensor of {tensor.dtype}")
-        return np.asarray(tensor.numpy())
+        return _tensor_to_numpy(ids)
     raise TokenIdsTypeError(
         f"token ids must be a list, array, numpy array or torch tensor of integers, not {type(ids).__name__}"
     )
+
+
+def _tensor_to_numpy(ids: Any) -> NDArray[Any]:
+    try:
+        tensor = ids.detach().cpu()
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            return np.asarray(tensor.numpy())
+        shown = f"{tensor.flatten()[0].item()} at position 0" if tensor.numel() else "no values"
+    except (RuntimeError, TypeError) as error:  # sparse, meta, quantised: nothing that holds ids
+        raise TokenIdsTypeError(f"token ids must be integers, not a tensor of {ids.dtype} on {ids.device}") from error
+    raise TokenIdsTypeError(f"token ids must be integers, not {tensor.dtype} ({shown})")
 
 
 def _int_array(ids: Sequence[Any]) -> array.array[int]:
@@ -71,7 +79,7 @@ def _int_array(ids: Sequence[Any]) -> array.array[int]:
     try:
         return array.array("i", ids)
     except OverflowError:
-        position = next(i for i, value in enumerate(ids) if not -(2**31) <= value <= MAX_TOKEN_ID)
+        position = next(i for i, value in enumerate(ids) if not 0 <= value <= MAX_TOKEN_ID)
         raise _out_of_range(ids[position], position) from None
 
 

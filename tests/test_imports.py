@@ -1,0 +1,162 @@
+"""Imports run one way only, read from the source: lazy ones inside functions and under TYPE_CHECKING count too."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Each room and the rooms it may import, besides itself. "radixkv" is the package's own __init__, which re-exports.
+ARROWS: dict[str, set[str]] = {
+    "errors": set(),
+    "kernels": set(),
+    "config": {"errors"},
+    "demo_model": {"errors", "config"},
+    "cache": {"errors", "config"},
+    "memory": {"errors", "config"},
+    "attention": {"errors", "config", "kernels", "memory"},
+    "models": {"errors", "config", "attention", "kernels", "memory", "demo_model"},
+    "engine": {"errors", "config", "models", "cache", "memory", "attention"},
+}
+ARROWS["radixkv"] = set(ARROWS)
+ARROWS["cli"] = set(ARROWS)
+
+WITHOUT_TORCH = {"radixkv", "errors", "config", "cache"}
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """(dotted module name, path below the repository) of everything that is installed."""
+    for folder, package in [("radixkv", "radixkv"), ("kernels", "radixkv.kernels")]:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            yield ".".join([package, *parts]).removesuffix(".__init__"), path.relative_to(ROOT).as_posix()
+
+
+MODULES = dict(sources())
+
+
+def room_of(module: str) -> str:
+    """The room in which a module of radixkv lies; a name that `radixkv` itself exports lies in "radixkv"."""
+    _, _, inside = module.partition(".")
+    room = inside.split(".")[0]
+    return room if room in ARROWS else "radixkv"
+
+
+def imported_modules(source: str, module: str, is_package: bool = False) -> Iterator[str]:
+    """Absolute dotted names of all that `source` imports, wherever the statement stands."""
+    package = module if is_package else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=name, names=names, level=level):
+                base = importlib.util.resolve_name("." * level + (name or ""), package) if level else name or ""
+                yield from (f"{base}.{alias.name}" for alias in names)
+            case ast.Call(func=ast.Name(id=function) | ast.Attribute(attr=function), args=[ast.Constant(value=name)]):
+                if function in {"import_module", "__import__"} and isinstance(name, str):
+                    yield name
+
+
+def forbidden(source: str, module: str, is_package: bool = False) -> list[str]:
+    """Every import in `source` that the arrows do not allow, as "room → what"."""
+    room = room_of(module)
+    found = []
+    for name in imported_modules(source, module, is_package):
+        top = name.split(".")[0]
+        if top == "radixkv":
+            wrong = room_of(name) not in {room, *ARROWS[room]}
+        else:
+            wrong = top == "kernels" or (room in WITHOUT_TORCH and top in {"torch", "transformers"})
+        if wrong:
+            found.append(f"{room} → {name}")
+    return found
+
+
+def test_every_room_has_its_arrows() -> None:
+    rooms = {module.split(".")[1] for module in MODULES if "." in module}
+    assert rooms <= set(ARROWS), "a new room needs a place in ARROWS and in the drawing"
+    assert {"cache", "memory", "attention", "models", "engine", "cli", "kernels"} <= rooms
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_follow_the_arrows(module: str) -> None:
+    path = ROOT / MODULES[module]
+    assert forbidden(path.read_text(encoding="utf-8"), module, path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("radixkv.cache.x", "import torch"),
+        ("radixkv.cache.x", "from torch.nn import functional"),
+        ("radixkv.cache.x", "def f():\n    import torch.nn as nn"),
+        ("radixkv.cache.x", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from radixkv.engine import y"),
+        ("radixkv.cache.x", "from radixkv import Engine"),
+        ("radixkv.cache.x", "from ..memory import kv_pool"),
+        ("radixkv.cache.x", "from .. import memory"),
+        ("radixkv.cache.x", "import os, radixkv.memory.sizing"),
+        ("radixkv.memory.x", "from radixkv.cache.radix_tree import RadixTree"),
+        ("radixkv.attention.x", "try:\n    from radixkv.models import loader\nexcept ImportError:\n    pass"),
+        ("radixkv.models.x", "class A:\n    from radixkv.engine import engine"),
+        ("radixkv.engine.x", "from radixkv.kernels import numba_cpu"),
+        ("radixkv.engine.x", "from radixkv.cli.app import app"),
+        ("radixkv.engine.x", "from importlib import import_module\nimport_module('radixkv.cli')"),
+        ("radixkv.kernels.x", "from radixkv.errors import ConfigError"),
+        ("radixkv.kernels.x", "import radixkv"),
+        ("radixkv.attention.x", "import kernels.numba_cpu"),
+        ("radixkv.errors", "from radixkv.config import CacheConfig"),
+        ("radixkv.config", "import torch"),
+    ],
+)
+def test_a_forbidden_import_is_seen(module: str, source: str) -> None:
+    assert len(forbidden(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("radixkv.cache.x", "from radixkv.errors import ConfigError\nfrom . import radix_tree\nimport numpy"),
+        ("radixkv.kernels.x", "from radixkv.kernels import torch_reference\nimport torch"),
+        ("radixkv.models.x", "from radixkv import demo_model, errors"),
+        ("radixkv.engine.x", "from radixkv.models.loader import load\nfrom ..cache import prefix_cache"),
+        ("radixkv.cli.app", "from radixkv import Engine\nfrom radixkv.memory.sizing import x"),
+    ],
+)
+def test_an_allowed_import_passes(module: str, source: str) -> None:
+    assert forbidden(source, module) == []
+
+
+def test_a_relative_import_in_a_package_starts_there() -> None:
+    assert forbidden("from . import x", "radixkv.cache", is_package=True) == []
+    assert forbidden("from .. import memory", "radixkv.cache", is_package=True) == ["cache → radixkv.memory"]
+
+
+def test_the_cache_needs_no_torch() -> None:
+    code = (
+        "import sys, radixkv\n"
+        "with radixkv.PrefixCache(num_pages=2, page_size=2).acquire([1, 2]) as lease: lease.commit([1, 2])\n"
+        "radixkv.RadixTree, radixkv.CacheConfig\n"
+        "loaded = {'torch', 'transformers', 'numba'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_nothing_here_shadows_hugging_faces_kernels() -> None:
+    spec = importlib.util.find_spec("kernels")
+    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]
+    for place in filter(None, places):
+        assert not Path(place).resolve().is_relative_to(ROOT / "kernels"), "run plain pytest, not python -m pytest"
+
+
+def test_our_kernels_package_is_only_a_docstring() -> None:
+    """So that even where it does shadow the other one, it does nothing."""
+    body = ast.parse((ROOT / "kernels" / "__init__.py").read_text(encoding="utf-8")).body
+    assert [type(statement) for statement in body] == [ast.Expr]

@@ -1,0 +1,202 @@
+"""`PrefixCache`: what it hands out, what it does when pages run out, and what it says of itself.
+
+Words stand for sequences: `ids("abc")` are three whole pages of tokens.
+"""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from strategies import leak_checked, share, spell
+
+import radixkv.cache
+from radixkv import CacheStats, PrefixCache
+from radixkv.errors import ConfigError, InvalidTokenIdsError, OutOfPagesError, TokenIdsTypeError
+
+PAGE = 4
+
+
+@pytest.fixture
+def cache() -> Iterator[PrefixCache]:
+    """A cache of 8 pages."""
+    with leak_checked(PrefixCache(num_pages=8, page_size=PAGE)) as cache:
+        yield cache
+
+
+def ids(word: str, tail_tokens: int = 0) -> list[int]:
+    """One page of tokens for each letter, then a tail that fills no page."""
+    return spell(word, PAGE, tail_tokens)
+
+
+def held(cache: PrefixCache) -> CacheStats:
+    """The statistics without the counters of what was asked for."""
+    return cache.stats()._replace(query_tokens=0, hit_tokens=0)
+
+
+# -- grow and exhaustion ---------------------------------------------------------------------------------------------
+
+
+def test_grow_takes_only_what_is_missing(cache: PrefixCache) -> None:
+    with cache.acquire(ids("a", 1)) as lease:
+        before = lease.pages.tolist()
+        for num_tokens, num_pages in [(-3, 2), (0, 2), (2 * PAGE, 2), (2 * PAGE + 1, 3), (PAGE, 3), (8 * PAGE, 8)]:
+            lease.grow(num_tokens)
+            assert len(lease.pages) == num_pages
+            assert lease.pages.tolist()[:2] == before
+            cache.check_invariants()
+
+
+def test_acquire_that_does_not_fit_takes_nothing(cache: PrefixCache) -> None:
+    share(cache, "abc")
+    share(cache, "de")
+    with cache.acquire(ids("ab")):
+        before = held(cache)
+        with pytest.raises(OutOfPagesError) as caught:
+            cache.acquire(ids("abcdefghi"))
+        error = caught.value
+        assert (error.needed, error.free, error.evictable, error.total) == (6, 3, 2, 8)
+        assert str(error).startswith("6 pages are needed, but only 3 of 8 are free and 2 can be evicted; release")
+        assert held(cache) == before
+        assert cache.peek(ids("de")) == 2 * PAGE
+        cache.check_invariants()
+
+
+def test_grow_that_does_not_fit_leaves_the_lease_as_it_was(cache: PrefixCache) -> None:
+    share(cache, "ab")
+    with cache.acquire(ids("xyz")) as lease:
+        before, pages = cache.stats(), lease.pages.tolist()
+        with pytest.raises(OutOfPagesError) as caught:
+            lease.grow(9 * PAGE)
+        assert (caught.value.needed, caught.value.free, caught.value.evictable) == (6, 3, 2)
+        assert cache.stats() == before
+        assert lease.pages.tolist() == pages
+        lease.grow(8 * PAGE)
+        assert cache.stats().evicted_tokens == 2 * PAGE
+
+
+def test_prompt_larger_than_the_pool(cache: PrefixCache) -> None:
+    with pytest.raises(OutOfPagesError, match="9 pages are needed, but only 8 of 8 are free and 0 can be evicted"):
+        cache.acquire(range(8 * PAGE + 1))
+
+
+def test_available_pages_are_what_an_acquire_can_get(cache: PrefixCache) -> None:
+    share(cache, "abc")
+    lease = cache.acquire(ids("a"))
+    assert cache.available_pages == 7
+    with cache.acquire(ids("mnopqrs")):
+        assert cache.available_pages == 0
+    lease.release()
+
+
+# -- what is asked for -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("limit", "expected_pages"), [(None, 3), (99, 3), (3 * PAGE, 3), (3 * PAGE - 1, 2), (0, 0)])
+def test_max_cached_tokens_bounds_the_hit(cache: PrefixCache, limit: int | None, expected_pages: int) -> None:
+    pages = share(cache, "abc")
+    with cache.acquire(ids("abc"), max_cached_tokens=limit) as lease:
+        assert lease.cached_tokens == expected_pages * PAGE
+        assert len(lease.pages) == 3
+        assert lease.commit(ids("abc")) == 3 * PAGE
+        assert lease.pages.tolist() == pages
+        cache.check_invariants()
+
+
+def test_empty_prompt(cache: PrefixCache) -> None:
+    with cache.acquire([]) as lease:
+        assert (lease.cached_tokens, lease.capacity_tokens) == (0, 0)
+        assert lease.commit([]) == 0
+        lease.grow(1)
+        assert lease.capacity_tokens == PAGE
+
+
+def test_namespaces_never_share(cache: PrefixCache) -> None:
+    names: list[dict[str, Any]] = [{}, {"extra_key": "a"}, {"cache_salt": "a"}]
+    for name in names:
+        with cache.acquire(ids("a"), **name) as lease:
+            assert lease.cached_tokens == 0
+            lease.commit(ids("a"))
+    assert cache.stats().total_tokens == 3 * PAGE
+    assert [cache.peek(ids("a"), **name) for name in names] == [PAGE] * 3
+
+
+def test_wrong_ids_take_nothing(cache: PrefixCache) -> None:
+    before = cache.stats()
+    with pytest.raises(InvalidTokenIdsError, match="token id -7 at position 1"):
+        cache.acquire([1, -7])
+    with pytest.raises(TokenIdsTypeError, match="not str"):
+        cache.acquire("text")
+    assert cache.stats() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_pages": 0}, "num_pages must be at least 1, not 0"),
+        ({"num_pages": 8, "page_size": 0}, "page_size must be at least 1, not 0"),
+        ({"num_pages": 8, "page_size": True}, "page_size must be an integer, not True"),
+        ({"num_pages": 2**28, "page_size": 16}, "more slots than int32 can count"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PrefixCache(**settings)
+
+
+# -- reset and statistics --------------------------------------------------------------------------------------------
+
+
+def test_reset_forgets_all_but_what_is_pinned(cache: PrefixCache) -> None:
+    share(cache, "abc")
+    share(cache, "d")
+    with cache.acquire(ids("ab")) as lease:
+        cache.reset()
+        assert (cache.peek(ids("abc")), cache.peek(ids("d"))) == (2 * PAGE, 0)
+        assert lease.commit(ids("ab")) == 2 * PAGE
+    cache.reset()
+    assert cache.stats().free_pages == 8
+
+
+def test_stats_add_up(cache: PrefixCache) -> None:
+    assert cache.stats().hit_rate == 0
+    share(cache, "abc")
+    with cache.acquire(ids("abd", 1)) as lease:
+        stats = cache.stats()
+        assert stats == CacheStats(
+            num_pages=8,
+            page_size=PAGE,
+            free_pages=3,
+            leased_pages=2,
+            total_tokens=3 * PAGE,
+            evictable_tokens=PAGE,
+            protected_tokens=2 * PAGE,
+            num_leases=1,
+            query_tokens=6 * PAGE + 1,
+            hit_tokens=2 * PAGE,
+            evicted_tokens=0,
+        )
+        assert stats.used_pages == 5
+        assert stats.hit_rate == 8 / 25
+        assert repr(cache) == "PrefixCache(8 pages of 4: 3 free, 12 tokens cached, 1 leases)"
+        assert repr(lease) == "Lease(8 tokens found, 8 shared, 4 pages)"
+    with cache.acquire(ids("uvwxyz")):  # 5 pages are free once the lease above is closed: the leaf "c" must go
+        assert cache.stats().evicted_tokens == PAGE
+    cache.reset()
+    assert cache.stats().evicted_tokens == PAGE  # what reset forgot made room for nobody
+
+
+# -- documentation ---------------------------------------------------------------------------------------------------
+
+WITH_EXAMPLES = {"allocator", "prefix_cache", "radix_tree"}
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(radixkv.cache.__path__)])
+def test_examples_in_docstrings(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"radixkv.cache.{name}"))
+    assert result.failed == 0
+    assert result.attempted > 0 or name not in WITH_EXAMPLES
