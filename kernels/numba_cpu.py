@@ -54,7 +54,20 @@ def _scores_1(q, h0, k_row, scores, t, scale):
 
 @nb.njit(fastmath=FASTMATH, cache=True, nogil=True)
 def paged_decode(
-    first_task, last_task, q, k_pages, v_pages, kv_indptr, kv_indices, kv_starts, kv_lens, scale, softcap, sinks, out
+    first_task,
+    last_task,
+    q,
+    k_pages,
+    v_pages,
+    kv_indptr,
+    kv_indices,
+    kv_starts,
+    kv_lens,
+    scale,
+    softcap,
+    sinks,
+    out,
+    lse,
 ):
     """Attention of one query token a sequence over its pages, with an online softmax (Milakov and Gimelshein, 2018).
 
@@ -70,6 +83,7 @@ def paged_decode(
         softcap: 0 for none
         sinks: float32 [num_q_heads] logits that join the denominator alone; NO_SINK for none
         out: float32 [num_sequences, num_q_heads, v_head_dim], written
+        lse: float32 [num_sequences, num_q_heads], written: the log of the denominators, to merge parts by
     """
     num_q_heads = q.shape[1]
     page_size, num_kv_heads, v_dim = v_pages.shape[1], v_pages.shape[2], v_pages.shape[3]
@@ -139,6 +153,7 @@ def paged_decode(
                 t += 1
         for g in range(group):
             inverse = np.float32(1.0) / denominator[g]
+            lse[i, kv_head * group + g] = maximum[g] + np.float32(math.log(denominator[g]))
             for d in range(v_dim):
                 out[i, kv_head * group + g, d] = acc[g, d] * inverse
 

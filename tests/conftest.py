@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import PreTrainedModel
 
 from radixkv import Engine, EngineConfig
+from tiny_models import VOCAB_SIZE, tiny_model
 
 
 class GreedyOracle:

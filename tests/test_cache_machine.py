@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from strategies import NAMESPACES, CachedPage, Key, TreeOracle, dump, namespaces, spell, tails, words
 
 from radixkv import Lease, PrefixCache, RadixTree
 from radixkv.cache.radix_tree import Namespace, TreeNode
 from radixkv.errors import InvalidRequestError, OutOfPagesError
+from strategies import NAMESPACES, CachedPage, Key, TreeOracle, dump, namespaces, spell, tails, words
 
 FIXED = settings(
     max_examples=100,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_runs import SMALL, FakeTerminal, assert_one_line_error, demo_copy, run, small_engine
 
+from cli_runs import SMALL, FakeTerminal, assert_one_line_error, demo_copy, run, small_engine
 from radixkv import Engine, SamplingParams
 from radixkv.cli.chat import COMMANDS, Chat, HeldInterrupt, follow_script, talk, typed_lines
 from radixkv.cli.common import EngineOptions

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from cli_runs import (
     PREAMBLE,
     SMALL,
@@ -22,7 +23,6 @@ from cli_runs import (
     small_engine,
     write_lines,
 )
-
 from radixkv import Engine, EngineConfig, RequestOutput, SamplingParams
 from radixkv.cli import display
 from radixkv.cli import prompts as cli_prompts

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_runs import PREAMBLE, SMALL, TEXTS, assert_one_line_error, demo_copy, run, small_engine, write_lines
 
+from cli_runs import PREAMBLE, SMALL, TEXTS, assert_one_line_error, demo_copy, run, small_engine, write_lines
 from radixkv import Engine, SamplingParams
 from radixkv.cli.common import EngineOptions
 from radixkv.cli.display import excerpt

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from conftest import GreedyOracle, random_ids
 
+from conftest import GreedyOracle, random_ids
 from radixkv import Engine, EngineConfig, RequestOutput, SamplingParams
 from radixkv.errors import (
     ConfigError,

@@ -6,12 +6,12 @@ Words stand for sequences: each letter is one page of tokens, and a page is call
 from __future__ import annotations
 
 import pytest
-from strategies import WordTree, spell
 
 from radixkv import PrefixCache, RadixTree
 from radixkv.cache.eviction import EvictionPolicy, LRUPolicy, resolve_policy
 from radixkv.cache.radix_tree import TreeNode
 from radixkv.errors import ConfigError, InvalidRequestError, OutOfPagesError
+from strategies import WordTree, spell
 
 pytestmark = pytest.mark.parametrize("page_size", [1, 4, 16])
 

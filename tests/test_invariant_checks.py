@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from strategies import WordTree, spell
 
 from radixkv import PrefixCache
 from radixkv.cache.radix_tree import TreeNode
 from radixkv.errors import InvariantError
+from strategies import WordTree, spell
 
 
 class SampleTree:

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from strategies import dump, leak_checked, share, spell
 
 from radixkv import Lease, PrefixCache
 from radixkv.errors import ClosedError, InvalidRequestError, InvalidTokenIdsError, TokenIdsTypeError
+from strategies import dump, leak_checked, share, spell
 
 PAGE = 4
 

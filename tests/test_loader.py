@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from tiny_models import tiny_model
 
 from radixkv import Engine, SamplingParams, demo_model
 from radixkv.errors import MissingTokenizerError, ModelNotFoundError, UnsupportedModelError
 from radixkv.models.loader import eos_token_ids, load, max_context_tokens
+from tiny_models import tiny_model
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from tiny_models import FAMILIES, REFUSED, VOCAB_SIZE, tiny_model
 from transformers import PreTrainedModel
 
 from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.attention import torch_backend
 from radixkv.errors import UnsupportedModelError
 from radixkv.models.probe import plug_in_paged_attention
+from tiny_models import FAMILIES, REFUSED, VOCAB_SIZE, tiny_model
 
 NEW_TOKENS = 6
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from strategies import leak_checked, share, spell
 
 import radixkv.cache
 from radixkv import CacheStats, PrefixCache
 from radixkv.errors import ConfigError, InvalidTokenIdsError, OutOfPagesError, TokenIdsTypeError
+from strategies import leak_checked, share, spell
 
 PAGE = 4
 

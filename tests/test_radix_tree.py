@@ -7,7 +7,6 @@ import weakref
 
 import numpy as np
 import pytest
-from strategies import NAMESPACES, WordTree, dump, spell
 
 from radixkv import RadixTree
 from radixkv.cache.radix_tree import TreeNode
@@ -18,6 +17,7 @@ from radixkv.errors import (
     InvalidTokenIdsError,
     TokenIdsTypeError,
 )
+from strategies import NAMESPACES, WordTree, dump, spell
 
 page_sizes = pytest.mark.parametrize("page_size", [1, 4, 16])
 

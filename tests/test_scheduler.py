@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable
 
 import pytest
-from conftest import GreedyOracle, random_ids
 
+from conftest import GreedyOracle, random_ids
 from radixkv import Engine, SamplingParams
 from radixkv.engine.request import Request
 from radixkv.engine.scheduler import Scheduler

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from conftest import GreedyOracle, random_ids
 
+from conftest import GreedyOracle, random_ids
 from radixkv import Engine, SamplingParams
 from radixkv.errors import (
     ClosedError,
