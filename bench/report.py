@@ -106,7 +106,8 @@ def write_json(report: Report, path: Path) -> None:
 
 def print_table(report: Report, console: Console) -> None:
     """The comparison, a runner a row, then the hit rate."""
-    table = _table(report["config"]["title"], *HEADINGS)
+    console.print(report["config"]["title"], style="bold", highlight=False, soft_wrap=True)
+    table = _table(*HEADINGS)
     for name, run in report["runs"].items():
         factor = report["speedup"].get(name)
         table.add_row(
@@ -124,9 +125,9 @@ def print_table(report: Report, console: Console) -> None:
     _print_notes(report, console)
 
 
-def _table(title: str, *headings: str) -> Table:
+def _table(*headings: str) -> Table:
     """A table of a name and numbers that fits 80 columns."""
-    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("", style="bold", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True, min_width=6)
@@ -141,7 +142,8 @@ def _print_notes(report: Report, console: Console) -> None:
     runs = report["runs"]
     turns = len(next(iter(runs.values()))["ttft_p50_s_by_turn"])
     if turns > 1:
-        table = _table("TTFT p50 by turn, s", *(str(turn + 1) for turn in range(turns)))
+        console.print("TTFT p50 by turn, s", style="bold")
+        table = _table(*(str(turn + 1) for turn in range(turns)))
         for name, run in runs.items():
             table.add_row(name, *(f"{ttft:.3f}" for ttft in run["ttft_p50_s_by_turn"]))
         console.print(table)

@@ -169,6 +169,8 @@ def _run(task: job.Task, settings: Settings, json_file: Path | None, plot_file: 
         reports.write_json(report, json_file)
     if plot_file is not None:
         plot.write_plot(report, plot_file)
+    for written in filter(None, (json_file, plot_file)):
+        errors.print(f"wrote {written}", highlight=False)
     for line in differences:
         errors.print(line, style="red", highlight=False)
     return 1 if differences else 0
