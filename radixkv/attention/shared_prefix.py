@@ -72,7 +72,7 @@ def attend_shared(q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> t
     out = torch.bmm(probabilities, v.transpose(0, 1))
 
     def by_sequence(values: Tensor) -> Tensor:
-        return values.unflatten(1, (num_sequences, -1)).transpose(0, 1).flatten(1, 2)
+        return values.view(num_kv_heads, num_sequences, -1, *values.shape[2:]).transpose(0, 1).flatten(1, 2)
 
     return by_sequence(out), by_sequence(lse)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Annotated, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 
 import typer
 
@@ -18,7 +18,7 @@ from radixkv.cli.size import readable_bytes
 from radixkv.errors import InvalidRequestError, MissingChatTemplateError, MissingTokenizerError, RadixKVError
 
 if TYPE_CHECKING:
-    from radixkv.engine.engine import Engine, StreamChunk
+    from radixkv.engine.engine import Engine
     from radixkv.engine.sampling import SamplingParams
     from radixkv.engine.session import Session
 
@@ -200,7 +200,7 @@ class Chat:
                 raise RadixKVError(f"this turn failed, so it does not count: {describe(error)}") from error
 
     def _print_answer(self, text: str, interrupt: HeldInterrupt) -> None:
-        chunks = cast("Generator[StreamChunk]", self.session.stream(text, self._params))
+        chunks = self.session.stream(text, self._params)
         for chunk in chunks:
             typer.echo(chunk.text, nl=False)  # which flushes
             if chunk.output is not None:
