@@ -204,6 +204,29 @@ def test_closing_a_stream_aborts_it(make_engine: MakeEngine) -> None:
     assert engine.stats().running == 0
 
 
+def test_abort_ends_a_request_with_what_it_has(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
+    engine = make_engine()
+    stream = engine.stream(random_ids(1, 15), GREEDY_8)
+    first = next(stream)
+    assert engine.abort(first.request_id)
+    last = next(stream)
+    assert last.output is not None
+    assert last.output.finish_reason == "abort"
+    assert last.output.token_ids == oracle.continuation(random_ids(1, 15), 1)
+    assert not engine.abort(first.request_id), "it has ended"
+    assert list(stream) == []
+
+
+def test_abort_from_a_callback_ends_another_request_of_the_call(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (2, 50)]
+    outputs = engine.generate(
+        [random_ids(i, 10) for i in range(2)], params, on_finish=lambda output: engine.abort(output.request_id + 1)
+    )
+    assert [output.finish_reason for output in outputs] == ["length", "abort"]
+    assert len(outputs[1].token_ids) == 2
+
+
 def test_a_stream_never_started_holds_nothing(make_engine: MakeEngine) -> None:
     engine = make_engine()
     engine.stream(random_ids(1, 15), GREEDY_8)

@@ -44,6 +44,7 @@ Prompt: TypeAlias = "str | TokenIds"
 class StreamChunk(NamedTuple):
     """A piece of an output that is being generated; `output` is set in the last one."""
 
+    request_id: int
     text: str
     token_ids: list[int]
     output: RequestOutput | None
@@ -230,6 +231,19 @@ class Engine:
         params = params or SamplingParams()
         ids = self._check(prompt, params)
         return self._stream(ids, params, (extra_key, cache_salt))
+
+    def abort(self, request_id: int) -> bool:
+        """End a waiting or running request now; whoever waits for it gets what it has, with the reason "abort".
+
+        Safe to call from another thread, or from `on_finish`.
+
+        Returns: whether there was such a request; one that has ended is none any more.
+        """
+        with self._lock:
+            found = [r for r in (*self._scheduler.running, *self._scheduler.waiting) if r.id == request_id]
+            for request in found:
+                self._abort(request)
+        return bool(found)
 
     def session(
         self, *, system: str | None = None, extra_key: str | None = None, cache_salt: str | None = None
@@ -420,8 +434,8 @@ class Engine:
                 if len(request.output_ids) > num_seen:
                     new_ids = request.output_ids[num_seen:]
                     num_seen += len(new_ids)
-                    yield StreamChunk(_take_pieces(request), new_ids, None)
-            yield StreamChunk(_take_pieces(request), request.output_ids[num_seen:], output)
+                    yield StreamChunk(request.id, _take_pieces(request), new_ids, None)
+            yield StreamChunk(request.id, _take_pieces(request), request.output_ids[num_seen:], output)
         finally:
             self._abort(request)
 
