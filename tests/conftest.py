@@ -13,7 +13,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from cli_runs import small_engine
 from radixkv import Engine, EngineConfig
+from radixkv.cli.common import EngineOptions
 from tiny_models import VOCAB_SIZE, tiny_model
 
 
@@ -68,6 +70,20 @@ def make_engine() -> Callable[..., Engine]:
 def demo_engine() -> Engine:
     """The demo model, with a tokenizer and a chat template. Shared: tests must not count on what it has cached."""
     return Engine.from_pretrained("demo", kv_cache_tokens=8192)
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    """The demo model behind the command line's tests; nothing to compile."""
+    return small_engine()
+
+
+@pytest.fixture
+def loaded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """What the command line loads: the same engine each time, with nothing in its cache."""
+    engine.reset_cache()
+    monkeypatch.setattr(EngineOptions, "load", lambda _: engine)
+    return engine
 
 
 def random_ids(seed: int, num_tokens: int) -> list[int]:

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from cli_runs import SMALL, FakeTerminal, assert_one_line_error, demo_copy, run, small_engine
+from cli_runs import SMALL, FakeTerminal, assert_one_line_error, demo_copy, run
 from radixkv import Engine, SamplingParams
 from radixkv.cli.chat import COMMANDS, Chat, HeldInterrupt, follow_script, talk, typed_lines
-from radixkv.cli.common import EngineOptions
 from radixkv.engine.runner import ModelRunner
 from radixkv.engine.session import Session
 from radixkv.errors import RadixKVError
@@ -20,19 +19,6 @@ from radixkv.errors import RadixKVError
 SYSTEM = "You are Romeo, a young man of the house of Montague in Verona."
 PARAMS = SamplingParams(max_tokens=5)
 TOO_LONG = "x" * 3000
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return small_engine()
-
-
-@pytest.fixture
-def loaded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """What the command line loads: the same engine each time, with nothing in its cache."""
-    engine.reset_cache()
-    monkeypatch.setattr(EngineOptions, "load", lambda _: engine)
-    return engine
 
 
 @pytest.fixture

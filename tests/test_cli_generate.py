@@ -20,7 +20,6 @@ from cli_runs import (
     assert_one_line_error,
     demo_copy,
     run,
-    small_engine,
     write_lines,
 )
 from radixkv import Engine, EngineConfig, RequestOutput, SamplingParams
@@ -32,19 +31,6 @@ from radixkv.engine.runner import ModelRunner
 
 TOKENS = 6
 IDS = [646, 1124, 31, 544, 74]
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return small_engine()
-
-
-@pytest.fixture
-def loaded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """What the command line loads: the same engine each time, with nothing in its cache."""
-    engine.reset_cache()
-    monkeypatch.setattr(EngineOptions, "load", lambda _: engine)
-    return engine
 
 
 @pytest.fixture(scope="module")

@@ -9,27 +9,13 @@ from typing import Any
 
 import pytest
 
-from cli_runs import PREAMBLE, SMALL, TEXTS, assert_one_line_error, demo_copy, run, small_engine, write_lines
+from cli_runs import PREAMBLE, SMALL, TEXTS, assert_one_line_error, demo_copy, run, write_lines
 from radixkv import Engine, SamplingParams
-from radixkv.cli.common import EngineOptions
 from radixkv.cli.display import excerpt
 from radixkv.cli.tree import Edge, TreeReport, nested_json
 
 PROMPTS = [*TEXTS, f"{PREAMBLE}First Citizen: You are all resolved rather to die than to famish?"]
 TOKENS = 4
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return small_engine()
-
-
-@pytest.fixture
-def loaded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """What the command line loads: the same engine each time, with nothing in its cache."""
-    engine.reset_cache()
-    monkeypatch.setattr(EngineOptions, "load", lambda _: engine)
-    return engine
 
 
 @pytest.fixture
