@@ -162,3 +162,13 @@ def paged_decode(
 def _row(pages, kv_indices, first_page, position, page_size, kv_head):
     page_index = position // page_size
     return pages[kv_indices[first_page + page_index], position - page_index * page_size, kv_head]
+
+
+def warm_up():
+    """Compile the kernel, or load it from Numba's cache on disk, so that no request waits for it. Seconds, once."""
+    pages = np.zeros((1, 1, 1, 1), np.float32)
+    zero, one, indptr = np.zeros(1, np.int32), np.ones(1, np.int32), np.array([0, 1], np.int32)
+    q, out, lse = np.zeros((1, 1, 1), np.float32), np.zeros((1, 1, 1), np.float32), np.zeros((1, 1), np.float32)
+    bounds, sinks = np.array([0, 1]), np.full(1, NO_SINK)
+    scale, softcap = np.float32(1), np.float32(0)
+    paged_decode(bounds[0], bounds[1], q, pages, pages, indptr, zero, zero, one, scale, softcap, sinks, out, lse)

@@ -95,6 +95,8 @@ class EngineConfig:
             "max_context_tokens",
         )
         _check_at_least(self, 0, "max_skips", "seed")
+        if self.mem_fraction is not None and not isinstance(self.mem_fraction, int | float):
+            raise ConfigError(f"mem_fraction must be a number, not {self.mem_fraction!r}")
         if self.mem_fraction is not None and not 0 < self.mem_fraction <= 1:
             raise ConfigError(f"mem_fraction must lie in (0, 1], not {self.mem_fraction}")
         if self.mem_fraction is not None and self.kv_cache_tokens is not None:

@@ -237,7 +237,7 @@ def test_files_that_hold_no_prompts(tmp_path: Path) -> None:
         (["a", "--max-tokens", 0], "max_tokens must be"),
         (["a", "--temperature", -1], "temperature must be"),
         (["a", "--top-p", 0], "top_p must"),
-        (["a", "--stop", ""], "stop must be"),
+        (["a", "--stop", ""], "stop must hold"),
         (["a", "--page-size", 0], "page_size must be"),
         (["a", "--schedule-policy", "best"], "schedule_policy must be one of lpm, fcfs"),
         (["a", "--kv-cache-tokens", 64, "--mem-fraction", 0.5], "both set the pool's size"),

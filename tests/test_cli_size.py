@@ -293,3 +293,8 @@ def test_the_entry_point_without_a_network_is_a_one_line_error(tmp_path: Path) -
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("radixkv: error: there is no file or directory 'some-org/some-model'")
     assert done.stderr.count("\n") == 1
+
+
+def test_options_without_their_partner_are_noted(llama: Path) -> None:
+    assert "--batch says nothing without --seq-len" in run("size", llama, "--batch", 2).stderr
+    assert "say nothing without --memory-gb" in run("size", llama, "--reserve", 0.1).stderr

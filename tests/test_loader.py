@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 from radixkv import Engine, SamplingParams, demo_model
-from radixkv.errors import MissingTokenizerError, ModelNotFoundError, UnsupportedModelError
+from radixkv.errors import ConfigError, MissingTokenizerError, ModelNotFoundError, UnsupportedModelError
 from radixkv.models.loader import eos_token_ids, load, max_context_tokens
 from tiny_models import tiny_model
 
@@ -72,7 +72,7 @@ def test_the_demo_comes_with_everything(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["no-such-directory/at-all", "./nowhere", ""])
+@pytest.mark.parametrize("name", ["no-such-directory/at-all", "./nowhere"])
 def test_nothing_there(name: str) -> None:
     with pytest.raises(ModelNotFoundError, match="no model") as raised:
         load(name)
@@ -121,3 +121,9 @@ def test_contexts_end_where_angles_would_change(rope: dict[str, object] | None, 
         **({"rope_parameters": rope} if rope else {}),
     )
     assert max_context_tokens(config) == expected
+
+
+@pytest.mark.parametrize("name", [None, 5, ""])
+def test_what_is_no_name(name: object) -> None:
+    with pytest.raises(ConfigError, match='"demo", a directory or a hub id'):
+        load(name)

@@ -35,6 +35,7 @@ class NumbaBackend(TorchBackend):
         self._v = [pages.numpy() for pages in pool.v]
         self._decode_indptr = self._decode_indices = self._decode_lens = np.empty(0, np.int32)
         self._shared: list[SharedPrefix] = []
+        numba_cpu.warm_up()
 
     @staticmethod
     def why_not(pool: KVPool) -> str | None:

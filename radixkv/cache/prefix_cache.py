@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.cache.allocator import TokenToKVPoolAllocator
-from radixkv.cache.eviction import EvictionPolicy
+from radixkv.cache.eviction import EvictionPolicy, resolve_policy
 from radixkv.cache.radix_tree import RadixTree, TreeNode
 from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, token_array
 from radixkv.config import CacheConfig
@@ -79,9 +79,9 @@ class PrefixCache:
     """
 
     def __init__(self, num_pages: int, page_size: int = 16, policy: str | EvictionPolicy = "lru") -> None:
-        name = policy if isinstance(policy, str) else policy.name
-        self.config = CacheConfig(num_pages=num_pages, page_size=page_size, policy=name)
-        self.tree = RadixTree(page_size, policy)
+        resolved = resolve_policy(policy)
+        self.config = CacheConfig(num_pages=num_pages, page_size=page_size, policy=resolved.name)
+        self.tree = RadixTree(page_size, resolved)
         self.allocator = TokenToKVPoolAllocator(num_pages)
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self._dropped: deque[tuple[TreeNode, NDArray[np.int32]]] = deque()  # what leases without release() held

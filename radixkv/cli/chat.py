@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 import typer
 
 from radixkv.cli.common import EngineOptions, SamplingOptions, with_option_groups
-from radixkv.cli.display import excerpt, note, percent, summary
+from radixkv.cli.display import cut_off, excerpt, note, percent, summary
 from radixkv.cli.prompts import checked_text, describe
 from radixkv.cli.size import readable_bytes
 from radixkv.errors import InvalidRequestError, MissingChatTemplateError, MissingTokenizerError, RadixKVError
@@ -196,6 +196,8 @@ class Chat:
             except KeyboardInterrupt:
                 typer.echo()
                 raise
+            except BrokenPipeError:  # of whoever reads the answers, not of the turn
+                raise
             except Exception as error:  # of this request, whatever the model, the tokenizer or its template raised
                 raise RadixKVError(f"this turn failed, so it does not count: {describe(error)}") from error
 
@@ -206,6 +208,7 @@ class Chat:
             if chunk.output is not None:
                 typer.echo()
                 cut = " · cut off at --max-tokens" if len(chunk.output.token_ids) == self._params.max_tokens else ""
+                cut += cut_off([chunk.output], self._params.max_tokens)
                 note(summary([chunk.output], chunk.output.metrics.total_s) + cut)
             elif interrupt.pressed:
                 chunks.close()

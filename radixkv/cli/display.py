@@ -12,6 +12,15 @@ if TYPE_CHECKING:
     from radixkv.engine.request import RequestOutput
 
 
+def cut_off(outputs: Sequence[RequestOutput], max_tokens: int) -> str:
+    """What to add to a summary if outputs ended before they were at their own end; empty if none did so early."""
+    cut = [output for output in outputs if output.finish_reason == "length" and len(output.token_ids) < max_tokens]
+    if not cut:
+        return ""
+    limit = max(output.prompt_tokens + len(output.token_ids) for output in cut)
+    return f" · {len(cut)} cut off" * (len(outputs) > 1) + f" · the context ends at {limit:,} tokens"
+
+
 def note(text: str) -> None:
     """A dim line on stderr: about the work, never the work itself."""
     typer.secho(text, dim=True, err=True)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from radixkv.cli.common import EngineOptions, SamplingOptions, with_option_groups
-from radixkv.cli.display import excerpt, excerpt_ids, note, summary
+from radixkv.cli.display import cut_off, excerpt, excerpt_ids, note, summary
 from radixkv.cli.prompts import (
     FILE_HELP,
     Prompt,
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from radixkv.engine.engine import Engine, StreamChunk
     from radixkv.engine.request import RequestOutput
     from radixkv.engine.sampling import SamplingParams
+
+T = TypeVar("T")
 
 GENERATE_EPILOG = """
 **Examples**
@@ -77,7 +81,7 @@ def generate(
     elif not stream:
         _print_texts(batch, outputs)
     if not as_json:
-        note(summary(outputs, total_s))
+        note(summary(outputs, total_s) + cut_off(outputs, max_tokens))
     raise_first_error(batch, outputs)
 
 
@@ -95,14 +99,22 @@ def _print_texts(prompts: Sequence[Prompt], outputs: Sequence[RequestOutput]) ->
 def _print_streams(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> list[RequestOutput]:
     """Print each continuation as it comes, one after the other; meanwhile all run as one batch."""
     streams = [_open_stream(engine, prompt, params) for prompt in prompts]
+    firsts = [_of_prompt(prompt, partial(next, chunks)) for prompt, chunks in zip(prompts, streams, strict=True)]
     outputs = []
-    for index, chunks in enumerate(streams):
+    for index, (first, rest) in enumerate(zip(firsts, streams, strict=True)):
         _print_heading(index, prompts)
-        try:
-            outputs.append(_print_stream(chunks))
-        except Exception as error:  # of this request, whatever the model or the tokenizer raised
-            raise RadixKVError(f"{prompts[index].place} failed: {describe(error)}") from error
+        outputs.append(_of_prompt(prompts[index], partial(_print_stream, chain([first], rest))))
     return outputs
+
+
+def _of_prompt(prompt: Prompt, work: Callable[[], T]) -> T:
+    """The result of work for one prompt; whatever the model or the tokenizer raised is told with its place."""
+    try:
+        return work()
+    except BrokenPipeError:  # of whoever reads the output, not of the prompt
+        raise
+    except Exception as error:
+        raise RadixKVError(f"{prompt.place} failed: {describe(error)}") from error
 
 
 def _open_stream(engine: Engine, prompt: Prompt, params: SamplingParams) -> Iterator[StreamChunk]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from radixkv.cli.display import note
 from radixkv.errors import ConfigError
 from radixkv.memory.kv_shape import DTYPE_BITS, KVShape, LayerKV, dtype_bits, kv_budget_bytes
 
@@ -133,6 +134,10 @@ def size(
     _check_positive("--batch", batch)
     if not 0 <= reserve < 1:
         raise ConfigError(f"--reserve must lie in [0, 1), not {reserve}")
+    if batch is not None and seq_len is None and not as_json:  # there null says it
+        note("--batch says nothing without --seq-len: the size of a batch is that of its sequences")
+    if memory_bytes is None and (weights_bytes or reserve) and not as_json:
+        note("--weights-gb and --reserve say nothing without --memory-gb: they tell what of it is left for KV")
     if dtype is not None:
         dtype_bits(dtype)
     content = read_config(config_or_model)

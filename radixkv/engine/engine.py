@@ -124,7 +124,13 @@ class Engine:
         )
         backend = make_backend(config.attention_backend, self.pool)
         pool_tokens = num_pages * config.page_size
-        limits = (config.max_context_tokens, max_context_tokens(model.config), pool_tokens)
+        limits = {
+            "as the model was made": max_context_tokens(model.config),
+            "as max_context_tokens says": config.max_context_tokens,
+            "as the KV pool has room for": pool_tokens,
+        }
+        limit, self._context_limit = min((limit, why) for why, limit in limits.items() if limit is not None)
+        self._context_hint = ", or raise kv_cache_tokens" if limit == pool_tokens else ""
         self.config = replace(
             config,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -133,7 +139,7 @@ class Engine:
             mem_fraction=None,
             attention_backend=backend.name,
             max_running_requests=config.max_running_requests or min(256, config.max_batch_tokens),
-            max_context_tokens=min(limit for limit in limits if limit is not None),
+            max_context_tokens=limit,
         )
         self.model, self.tokenizer = model, tokenizer
         self._vocab_size: int = model.config.get_text_config().vocab_size
@@ -377,9 +383,8 @@ class Engine:
             )
         if len(ids) >= self.max_context_tokens:
             raise PromptTooLongError(
-                f"the prompt has {len(ids)} tokens, and prompt and output together may have {self.max_context_tokens} "
-                f"(the pool holds {self.config.kv_cache_tokens}); shorten it, or raise kv_cache_tokens or "
-                "max_context_tokens as far as the model allows"
+                f"the prompt has {len(ids)} tokens, and prompt and output together may have {self.max_context_tokens}, "
+                f"{self._context_limit}; shorten it{self._context_hint}"
             )
         for token_id in params.stop_token_ids:
             if token_id >= self._vocab_size:
@@ -477,6 +482,8 @@ def _as_list_of_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def _as_list_of_params(params: SamplingParams | Sequence[SamplingParams] | None, num: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * num
+    if not isinstance(params, list | tuple) or not all(isinstance(p, SamplingParams) for p in params):
+        raise InvalidRequestError(f"params must be SamplingParams, or a list of them, not {params!r}")
     if len(params) != num:
         raise InvalidRequestError(
             f"{len(params)} SamplingParams were given for {num} prompts; give one, or one for each"

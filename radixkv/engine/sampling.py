@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -42,7 +42,6 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
-    _stops: tuple[str, ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
         self._check_int("max_tokens", self.max_tokens, 1)
@@ -57,7 +56,8 @@ class SamplingParams:
         self._require(
             (self.logprobs or 0) <= MAX_LOGPROBS, "logprobs", f"must be at most {MAX_LOGPROBS}", self.logprobs
         )
-        object.__setattr__(self, "_stops", self._checked_stops())
+        for stop in self.stops:
+            self._require(isinstance(stop, str) and stop != "", "stop", "must hold strings that are not empty", stop)
         self._require(not isinstance(self.stop_token_ids, str), "stop_token_ids", "must be ids", self.stop_token_ids)
         for token_id in self.stop_token_ids:
             self._check_int("stop_token_ids", token_id, 0)
@@ -65,18 +65,12 @@ class SamplingParams:
     @property
     def stops(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
-        return self._stops
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0 or self.top_k == 1
-
-    def _checked_stops(self) -> tuple[str, ...]:
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        for stop in stops:
-            self._require(isinstance(stop, str) and stop != "", "stop", "must be non-empty strings", stop)
-        return stops
 
     def _check_int(self, name: str, value: object, minimum: int) -> None:
         is_int = isinstance(value, int) and not isinstance(value, bool)

@@ -29,6 +29,8 @@ def load(name_or_path: str | Path, *, dtype: str = "auto", device: str = "auto")
 
     Raises: ModelNotFoundError if there is no model; ConfigError for a dtype or device that is not known here.
     """
+    if not isinstance(name_or_path, str | Path) or not str(name_or_path):
+        raise ConfigError(f'a model is "demo", a directory or a hub id, not {name_or_path!r}')
     place = demo_model.path() if str(name_or_path) == "demo" else name_or_path
     torch_device = resolve_device(device)
     hf_dtype = _resolve_dtype(dtype)
@@ -39,7 +41,10 @@ def load(name_or_path: str | Path, *, dtype: str = "auto", device: str = "auto")
     except (OSError, ValueError) as error:
         if _is_path(name_or_path):
             raise ModelNotFoundError(f"there is no model directory {str(name_or_path)!r}") from error
-        raise ModelNotFoundError(f"no model can be loaded from {str(name_or_path)!r}: {_first_line(error)}") from error
+        where = "" if Path(name_or_path).exists() else ", which is no directory here, nor from the Hugging Face hub"
+        raise ModelNotFoundError(
+            f"no model can be loaded from {str(name_or_path)!r}{where}: {_first_line(error)}"
+        ) from error
     return LoadedModel(model.eval().to(torch_device), _load_tokenizer(place))
 
 
