@@ -164,7 +164,7 @@ def _row(pages, kv_indices, first_page, position, page_size, kv_head):
     return pages[kv_indices[first_page + page_index], position - page_index * page_size, kv_head]
 
 
-def warm_up():
+def warm_up() -> None:
     """Compile the kernel, or load it from Numba's cache on disk, so that no request waits for it. Seconds, once."""
     pages = np.zeros((1, 1, 1, 1), np.float32)
     zero, one, indptr = np.zeros(1, np.int32), np.ones(1, np.int32), np.array([0, 1], np.int32)

@@ -81,3 +81,20 @@ def test_stop_strings_end_a_request(demo_engine: Engine, streamed: bool) -> None
     assert output.finish_reason == "stop"
     assert output.text == whole.text[: whole.text.find(stop)]
     assert output.token_ids == whole.token_ids[: len(output.token_ids)]
+
+
+def test_an_unfinished_last_character_is_in_every_kind_of_output(demo_engine: Engine) -> None:
+    ids = demo_engine.tokenizer("aé日", add_special_tokens=False).input_ids[:-1]
+
+    def forced(logits):  # type: ignore[no-untyped-def]
+        return [ids[len(request.output_ids)] for request in demo_engine._scheduler.running], [True]
+
+    sampler, likeliest = demo_engine._sampler, demo_engine._sampler.likeliest
+    texts = []
+    for stop in ((), "zzz"):
+        params = SamplingParams(max_tokens=len(ids), ignore_eos=True, stop=stop)
+        sampler.likeliest = forced  # type: ignore[method-assign]
+        texts.append(demo_engine.generate("x", params)[0].text)
+        texts.append("".join(chunk.text for chunk in demo_engine.stream("x", params)))
+        sampler.likeliest = likeliest  # type: ignore[method-assign]
+    assert texts == ["aé\ufffd"] * 4

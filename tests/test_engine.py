@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 
 import numpy as np
@@ -263,7 +264,7 @@ def test_non_finite_logits_fail_that_request_alone(make_engine: MakeEngine, orac
 
     def poisoned(batch):  # type: ignore[no-untyped-def]
         logits = forward(batch).clone()
-        for row, span in enumerate(span for span in batch if span.samples):
+        for row, span in enumerate(batch):
             if span.request.prompt_ids.tolist() == prompts[1]:
                 logits[row, 7] = float("nan")
         return logits
@@ -309,10 +310,86 @@ def test_an_interrupt_amid_the_bookkeeping_loses_no_other_request(
 
 def test_what_gave_bad_logits_is_not_shared(make_engine: MakeEngine) -> None:
     engine = make_engine()
-    engine._sampler.sample = lambda logits, rows: ([0] * len(rows), [False] * len(rows))  # type: ignore[method-assign]
+    engine._sampler.likeliest = lambda logits: ([0] * len(logits), [False] * len(logits))  # type: ignore[method-assign]
     (output,) = engine.generate(random_ids(1, 20), GREEDY_8)
     assert isinstance(output.error, NonFiniteLogitsError)
     assert engine.stats().cache.total_tokens == 0
+
+
+def test_bad_logits_of_an_unfinished_prompt_are_not_shared_either(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_batch_tokens=8)
+    forward, calls = engine._runner.forward, []
+
+    def first_chunk_poisoned(batch):  # type: ignore[no-untyped-def]
+        calls.append(batch)
+        return forward(batch) * (float("nan") if len(calls) == 1 else 1.0)
+
+    engine._runner.forward = first_chunk_poisoned  # type: ignore[method-assign]
+    (output,) = engine.generate(random_ids(1, 30), GREEDY_8)
+    assert isinstance(output.error, NonFiniteLogitsError)
+    assert engine.stats().cache.total_tokens == 0
+
+
+def test_a_tokenizer_that_fails_fails_its_request_alone(demo_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = demo_engine.tokenizer.decode
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (3, 4, 5)]
+
+    def fails_for_four(ids, **options):  # type: ignore[no-untyped-def]
+        if len(ids) == 4:
+            raise ValueError("no such piece")
+        return decode(ids, **options)
+
+    monkeypatch.setattr(demo_engine.tokenizer, "decode", fails_for_four)
+    outputs = demo_engine.generate(["ROMEO:", "JULIET:", "NURSE:"], params)
+    assert [output.finish_reason for output in outputs] == ["length", "error", "length"]
+    assert outputs[2].text
+
+
+def test_a_stream_finalised_amid_a_step_waits_for_its_end(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
+    engine = make_engine()
+    streams = [engine.stream(random_ids(1, 15), GREEDY_8)]
+    next(streams[0])
+    forward = engine._runner.forward
+
+    def dropped_inside(batch):  # type: ignore[no-untyped-def]
+        streams.clear()  # its finaliser runs here
+        return forward(batch)
+
+    engine._runner.forward = dropped_inside  # type: ignore[method-assign]
+    (output,) = engine.generate(random_ids(2, 15), GREEDY_8)
+    assert output.token_ids == oracle.continuation(random_ids(2, 15), 8)
+    assert engine.stats().running == 0
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step_and_the_second_one_does_not(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    forward, presses = engine._runner.forward, []
+
+    def pressed_inside(batch):  # type: ignore[no-untyped-def]
+        for _ in range(presses[0]):
+            signal.raise_signal(signal.SIGINT)
+        computed.append(forward(batch))
+        return computed[-1]
+
+    engine._runner.forward = pressed_inside  # type: ignore[method-assign]
+    for num_presses, num_computed in ((1, 1), (2, 0)):
+        computed: list[torch.Tensor] = []
+        presses[:] = [num_presses]
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(random_ids(1, 15), GREEDY_8)
+        assert len(computed) == num_computed
+        engine.check_invariants()
+        assert (engine.stats().running, engine.stats().waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("namespace", [{"extra_key": 5}, {"cache_salt": ["a"]}])
+def test_namespaces_are_text(make_engine: MakeEngine, namespace: dict[str, object]) -> None:
+    engine = make_engine()
+    for call in (engine.generate, engine.stream):
+        with pytest.raises(InvalidRequestError, match="must be text or None"):
+            call(random_ids(1, 5), GREEDY_8, **namespace)
+    with pytest.raises(InvalidRequestError, match="must be text or None"):
+        engine.session(**namespace)
 
 
 def test_pages_leased_by_others_end_a_request_instead_of_hanging(make_engine: MakeEngine) -> None:

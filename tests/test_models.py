@@ -133,3 +133,27 @@ def test_long_extends_are_cut_into_blocks(family: str, monkeypatch: pytest.Monke
     engine = Engine(model, config=EngineConfig(page_size=4, kv_cache_tokens=512))
     engine.generate(prompt[:14], SamplingParams(max_tokens=1))
     assert engine.generate(prompt, GREEDY)[0].token_ids == expected
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_window_that_only_a_mask_knows_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="window of 40 tokens does not reach"):
+        plug_in_paged_attention(tiny_model("phimoe"))
+
+
+def test_two_engines_on_one_model() -> None:
+    model = tiny_model("llama")
+    prompt = random_prompts(5, [21], shared=0)[0]
+    expected = oracle_tokens(copy.deepcopy(model), prompt)
+    engines = [Engine(model, config=EngineConfig(page_size=4, kv_cache_tokens=128)) for _ in range(2)]
+    for engine in [*engines, *engines]:
+        assert engine.generate(prompt, GREEDY)[0].token_ids == expected
+
+
+def test_a_model_switched_behind_the_engines_back_fails_instead_of_lying() -> None:
+    model = tiny_model("llama")
+    engine = Engine(model, config=EngineConfig(page_size=4, kv_cache_tokens=128))
+    model.set_attn_implementation("eager")
+    (output,) = engine.generate(random_prompts(5, [21], shared=0)[0], GREEDY)
+    assert isinstance(output.error, UnsupportedModelError)
+    assert engine.stats().cache.total_tokens == 0

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radixkv import SamplingParams
-from radixkv.engine.sampling import Sampler, SamplerRow, filtered_probabilities
+from radixkv.engine.sampling import Sampler, filtered_probabilities
 from radixkv.errors import InvalidSamplingParamsError
 
 
@@ -33,6 +33,11 @@ from radixkv.errors import InvalidSamplingParamsError
         ("min_p", 1.1),
         ("seed", -1),
         ("seed", 2**63),
+        ("temperature", 10**400),
+        ("stop", None),
+        ("stop", 5),
+        ("stop_token_ids", None),
+        ("stop_token_ids", 5),
         ("stop", [""]),
         ("stop", ["a", 5]),
         ("stop_token_ids", [-1]),
@@ -89,30 +94,27 @@ def test_filters_agree_with_a_dull_oracle(
     assert probabilities.tolist() == pytest.approx(list(expected.values()), rel=1e-4)
 
 
-def row(**fields: object) -> SamplerRow:
-    params = SamplingParams(**fields)
-    return SamplerRow(params, None if params.is_greedy else torch.Generator().manual_seed(params.seed or 0))
-
-
 def test_draws_follow_the_distribution() -> None:
-    logits = torch.tensor([[0.0, math.log(3.0), -1e9]])
-    one = row(temperature=1.0, seed=1)
-    drawn = [Sampler().sample(logits, [one])[0][0] for _ in range(2000)]
+    logits = torch.tensor([0.0, math.log(3.0), -1e9])
+    generator = torch.Generator().manual_seed(1)
+    params = SamplingParams(temperature=1.0)
+    drawn = [Sampler().draw(logits, params, generator) for _ in range(2000)]
     assert drawn.count(1) / 2000 == pytest.approx(0.75, abs=0.03)
     assert drawn.count(2) == 0
 
 
-def test_greedy_and_sampled_rows_mix_and_bad_rows_are_told() -> None:
-    logits = torch.tensor([[0.0, 5.0, 1.0], [0.0, math.nan, 1.0], [9.0, 0.0, 0.0], [math.inf, 0.0, 0.0]])
-    rows = [row(), row(temperature=1.0), row(temperature=0.01, seed=4), row()]
-    token_ids, finite = Sampler().sample(logits, rows)
-    assert (token_ids[0], token_ids[2]) == (1, 0)
-    assert finite == [True, False, True, False]
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-5])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature)
+    generator = torch.Generator().manual_seed(1)
+    assert Sampler().draw(torch.tensor([0.0, 5.0, 4.9]), params, generator) == 1
 
 
-def test_masked_tokens_are_finite_enough() -> None:
-    logits = torch.tensor([[-math.inf, 1.0, -math.inf]])
-    assert Sampler().sample(logits, [row(temperature=1.0)]) == ([1], [True])
+def test_rows_that_cannot_be_sampled_from_are_told() -> None:
+    rows = [[0.0, 5.0, 1.0], [0.0, math.nan, 1.0], [-math.inf, -math.inf, 0.0], [math.inf, 0.0, 0.0], [-math.inf] * 3]
+    token_ids, finite = Sampler().likeliest(torch.tensor(rows))
+    assert (token_ids[0], token_ids[2]) == (1, 2)
+    assert finite == [True, False, True, False, False]
 
 
 def test_logprobs_are_of_the_models_own_distribution() -> None:

@@ -11,6 +11,7 @@ from radixkv import Engine, SamplingParams
 from radixkv.errors import (
     ClosedError,
     InvalidRequestError,
+    InvalidTokenIdsError,
     MissingChatTemplateError,
     MissingTokenizerError,
     PromptTooLongError,
@@ -206,3 +207,35 @@ def test_a_template_that_refuses_is_a_request_error(demo_engine: Engine, monkeyp
     monkeypatch.setattr(demo_engine.tokenizer, "chat_template", "{{ raise_exception('users only') }}")
     with demo_engine.session() as chat, pytest.raises(InvalidRequestError, match="users only"):
         chat.send("What news?")
+
+
+def test_the_system_turn_comes_with_the_first_send(demo_engine: Engine) -> None:
+    with demo_engine.session(system="You are a citizen.") as chat:
+        chat.append("ACT I\n")
+        chat.send("Who are you?", SHORT)
+        text = demo_engine.tokenizer.decode(chat.token_ids)
+        assert text.startswith("ACT I\n<|begin|><|system|>You are a citizen.<|end|><|user|>Who are you?")
+        chat.send("And who am I?", SHORT)
+        assert demo_engine.tokenizer.decode(chat.token_ids).count("You are a citizen.") == 1
+
+
+def test_an_aborted_turn_is_no_turn(demo_engine: Engine) -> None:
+    with demo_engine.session() as chat:
+        stream = chat.stream("What news?", SamplingParams(max_tokens=20, ignore_eos=True))
+        demo_engine.abort(next(stream).request_id)
+        assert [chunk.output.finish_reason for chunk in stream] == ["abort"]
+        assert chat.token_ids == []
+
+
+def test_appended_ids_are_checked_at_once(make_engine: MakeEngine) -> None:
+    session = make_engine().session()
+    with pytest.raises(InvalidTokenIdsError, match="not in the vocabulary"):
+        session.append([10**6])
+    assert session.token_ids == []
+
+
+def test_a_turn_may_hold_any_text(demo_engine: Engine) -> None:
+    with demo_engine.session() as chat:
+        chat.send("one", SHORT)
+        chat.send("say \u241fanswer\u241f twice", SHORT)
+        assert "<|user|>say \u241fanswer\u241f twice<|end|>" in demo_engine.tokenizer.decode(chat.token_ids)

@@ -87,6 +87,7 @@ REFUSED: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
             linear_num_value_heads=4,
         )
     ),
+    "phimoe": lambda: hf.PhimoeConfig(**_with(sliding_window=40, num_local_experts=4)),
     "t5": lambda: hf.T5Config(
         vocab_size=VOCAB_SIZE, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
     ),

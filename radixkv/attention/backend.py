@@ -42,6 +42,11 @@ class AttentionBackend(Protocol):
 
     name: str
 
+    @property
+    def num_layers(self) -> int:
+        """Layers of the pool."""
+        ...
+
     def plan(self, metadata: AttentionMetadata) -> None:
         """Get ready for a batch."""
         ...
@@ -102,6 +107,10 @@ class ReferenceBackend:
     def __init__(self, pool: KVPool) -> None:
         self._pool = pool
         self._metadata: AttentionMetadata | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._pool.layers)
 
     def plan(self, metadata: AttentionMetadata) -> None:
         self._metadata = metadata

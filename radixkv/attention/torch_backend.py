@@ -51,6 +51,11 @@ class TorchBackend:
         return None
 
     @property
+    def num_layers(self) -> int:
+        """Layers of the pool."""
+        return len(self.pool.layers)
+
+    @property
     def metadata(self) -> AttentionMetadata:
         """The planned batch."""
         assert self._metadata is not None, "run before plan"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -19,6 +21,7 @@ from radixkv.cache.prefix_cache import CacheStats, PrefixCache
 from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.config import EngineConfig
 from radixkv.engine.detokenizer import Detokenizer
+from radixkv.engine.interrupts import DeferredInterrupt
 from radixkv.engine.request import Request, RequestOutput
 from radixkv.engine.runner import ModelRunner
 from radixkv.engine.sampling import Sampler, SamplingParams
@@ -154,6 +157,8 @@ class Engine:
         self._sampler = Sampler()
         self._seeds = np.random.default_rng(config.seed)
         self._lock = threading.RLock()
+        self._busy = False  # whether somebody is inside `exclusive`
+        self._abandoned: deque[Request] = deque()  # of streams that were closed or dropped
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._next_id = 0
         self._steps = self._computed_tokens = self._generated_tokens = self._peak_used_pages = 0
@@ -202,6 +207,7 @@ class Engine:
         """
         prompt_list = _as_list_of_prompts(prompts)
         params_list = _as_list_of_params(params, len(prompt_list))
+        check_namespace(extra_key, cache_salt)
         all_ids = self._check_all(prompt_list, params_list)
         requests: list[Request] = []
         reported: set[int] = set()
@@ -215,8 +221,9 @@ class Engine:
                         reported.add(request.id)
                         on_finish(request.output())
         finally:
-            for request in requests:
-                self._abort(request)
+            with self.exclusive():
+                for request in requests:
+                    self._abort(request)
         return [request.output() for request in requests]
 
     def stream(
@@ -235,6 +242,7 @@ class Engine:
         Raises: as `generate`, at once; and the request's own error where it occurs.
         """
         params = params or SamplingParams()
+        check_namespace(extra_key, cache_salt)
         ids = self._check(prompt, params)
         return self._stream(ids, params, (extra_key, cache_salt))
 
@@ -245,7 +253,7 @@ class Engine:
 
         Returns: whether there was such a request; one that has ended is none any more.
         """
-        with self._lock:
+        with self.exclusive():
             found = [r for r in (*self._scheduler.running, *self._scheduler.waiting) if r.id == request_id]
             for request in found:
                 self._abort(request)
@@ -254,34 +262,38 @@ class Engine:
     def session(
         self, *, system: str | None = None, extra_key: str | None = None, cache_salt: str | None = None
     ) -> Session:
-        """Start a conversation, with a system turn if `system` is given."""
+        """Start a conversation; the first `send` begins it with a system turn if `system` is given."""
+        check_namespace(extra_key, cache_salt)
         return Session(self, system=system, extra_key=extra_key, cache_salt=cache_salt)
 
     def register_session(self, session: Session) -> None:
         """Know a session, as long as it lives, for what sessions have in common. Sessions call it."""
-        self._sessions.add(session)
+        with self.exclusive():
+            self._sessions.add(session)
 
     def open_sessions(self, namespace: tuple[str | None, str | None]) -> list[Session]:
         """The sessions of a namespace that were not closed."""
-        return [session for session in self._sessions if not session.closed and session.namespace == namespace]
+        with self.exclusive():
+            return [session for session in self._sessions if not session.closed and session.namespace == namespace]
 
     def stats(self) -> EngineStats:
         """What the engine holds now, and what it did since it was made."""
-        return EngineStats(
-            cache=self.cache.stats(),
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
-            steps=self._steps,
-            computed_tokens=self._computed_tokens,
-            generated_tokens=self._generated_tokens,
-            retractions=self._scheduler.num_retractions,
-            peak_used_pages=self._peak_used_pages,
-            kv_bytes_per_token=self.kv_bytes_per_token,
-        )
+        with self.exclusive():
+            return EngineStats(
+                cache=self.cache.stats(),
+                running=len(self._scheduler.running),
+                waiting=len(self._scheduler.waiting),
+                steps=self._steps,
+                computed_tokens=self._computed_tokens,
+                generated_tokens=self._generated_tokens,
+                retractions=self._scheduler.num_retractions,
+                peak_used_pages=self._peak_used_pages,
+                kv_bytes_per_token=self.kv_bytes_per_token,
+            )
 
     def reset_cache(self) -> None:
         """Forget every prefix that no running request reads."""
-        with self._lock:
+        with self.exclusive():
             self.cache.reset()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.int32]:
@@ -296,6 +308,16 @@ class Engine:
             raise InvalidRequestError(f"the text is no valid Unicode: {error.reason} at {error.start}") from error
         return token_array(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
+    def known_ids(self, ids: TokenIds) -> NDArray[np.int32]:
+        """`ids` as int32, all of them in the model's vocabulary. Raises: InvalidTokenIdsError, TokenIdsTypeError."""
+        array = token_array(ids)
+        if len(array) and int(array.max()) >= self._vocab_size:
+            position = int((array >= self._vocab_size).argmax())
+            raise InvalidTokenIdsError(
+                f"token id {array[position]} at position {position} is not in the vocabulary of {self._vocab_size}"
+            )
+        return array
+
     def require_tokenizer(self, what_for: str) -> Any:
         """The tokenizer. Raises: MissingTokenizerError if the model came without."""
         if self.tokenizer is None:
@@ -306,15 +328,30 @@ class Engine:
 
     def check_invariants(self) -> None:
         """Prove the invariants of the cache and the scheduler. For tests. Raises: InvariantError."""
-        with self._lock:
+        with self.exclusive():
             self.cache.check_invariants()
             self._scheduler.check_invariants()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep other threads, finalisers and the first Ctrl-C out of an operation on requests and pages."""
+        with DeferredInterrupt(), self._lock:
+            if self._busy:  # an operation within an operation
+                yield
+                return
+            self._busy = True
+            try:
+                while self._abandoned:
+                    self._abort(self._abandoned.popleft())
+                yield
+            finally:
+                self._busy = False
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
         """Run one batch: schedule, compute, sample, and finish what is done."""
-        with self._lock:
+        with self.exclusive():
             batch = self._scheduler.next_batch()
             if not batch:
                 return
@@ -335,23 +372,26 @@ class Engine:
             for span in batch:  # find out whose fault it was: alone, the others succeed
                 self._run([span])
             return
-        sampling = [span.request for span in batch if span.samples]
-        token_ids, finite = self._sampler.sample(logits, [request.sampler_row for request in sampling])
+        likeliest, finite = self._sampler.likeliest(logits)
         self._computed_tokens += sum(span.last - span.first for span in batch)
-        for row, request in enumerate(sampling):
+        for row, span in enumerate(batch):
             try:
-                self._accept(request, token_ids[row], logits[row], finite[row])
-            except Exception as error:  # of this request's tokenizer or logits: the others go on
-                request.finish("error", error)
+                if not finite[row]:
+                    raise NonFiniteLogitsError(f"the model gave NaN or infinite logits for request {span.request.id}")
+                if span.samples:
+                    self._accept(span.request, likeliest[row], logits[row])
+            except Exception as error:  # of this request's logits or tokenizer: the others go on
+                span.request.finish("error", error)
         # After the tokens, not before: whoever interrupts in between leaves requests that compute a token once more,
         # never one that has nothing to compute. What gave bad logits is not shared.
         for span in batch:
             if span.request.finish_reason != "error":
                 self._scheduler.computed(span)
 
-    def _accept(self, request: Request, token_id: int, logits: torch.Tensor, finite: bool) -> None:
-        if not finite:
-            raise NonFiniteLogitsError(f"the model returned NaN or infinite logits for request {request.id}")
+    def _accept(self, request: Request, likeliest: int, logits: torch.Tensor) -> None:
+        token_id = likeliest
+        if request.generator is not None:
+            token_id = self._sampler.draw(logits, request.params, request.generator)
         if request.params.logprobs is not None:
             request.logprobs.append(self._sampler.logprobs(logits, token_id, request.params.logprobs))
         request.append(token_id)
@@ -373,14 +413,9 @@ class Engine:
 
     def _check(self, prompt: Prompt, params: SamplingParams) -> NDArray[np.int32]:
         """The ids of a prompt that can be served. Raises as `generate`."""
-        ids = self.encode(prompt) if isinstance(prompt, str) else token_array(prompt).copy()
+        ids = self.encode(prompt) if isinstance(prompt, str) else self.known_ids(prompt).copy()
         if len(ids) == 0:
             raise InvalidRequestError("the prompt is empty; give at least one token")
-        if int(ids.max()) >= self._vocab_size:
-            position = int((ids >= self._vocab_size).argmax())
-            raise InvalidTokenIdsError(
-                f"token id {ids[position]} at position {position} is not in the vocabulary of {self._vocab_size}"
-            )
         if len(ids) >= self.max_context_tokens:
             raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens, and prompt and output together may have {self.max_context_tokens}, "
@@ -400,7 +435,7 @@ class Engine:
     ) -> Request:
         eos_ids = frozenset() if params.ignore_eos else self._eos_ids
         needs_text = self.tokenizer is not None and (streams or params.stops)
-        with self._lock:
+        with self.exclusive():
             request = Request(
                 id=self._next_id,
                 prompt_ids=ids,
@@ -423,11 +458,20 @@ class Engine:
         return torch.Generator().manual_seed(seed)
 
     def _abort(self, request: Request) -> None:
-        """End a request that nobody waits for any more; nothing happens if it has ended."""
-        if not request.is_finished:
-            with self._lock:
-                request.finish("abort")
-                self._scheduler.release(request)
+        """End a request that nobody waits for any more, if it has not ended, and see that it holds nothing."""
+        with self.exclusive():
+            request.finish("abort")
+            self._scheduler.release(request)
+
+    def _abandon(self, request: Request) -> None:
+        """As `_abort`, from a finaliser too, which may run amid any operation of any thread: it never waits."""
+        self._abandoned.append(request)
+        if not self._busy and self._lock.acquire(blocking=False):
+            try:
+                with self.exclusive():
+                    pass  # which aborts what was abandoned
+            finally:
+                self._lock.release()
 
     def _stream(
         self, ids: NDArray[np.int32], params: SamplingParams, namespace: tuple[str | None, str | None]
@@ -442,7 +486,7 @@ class Engine:
                     yield StreamChunk(request.id, _take_pieces(request), new_ids, None)
             yield StreamChunk(request.id, _take_pieces(request), request.output_ids[num_seen:], output)
         finally:
-            self._abort(request)
+            self._abandon(request)
 
     def _step_for(self, request: Request) -> RequestOutput | None:
         """Step on behalf of a stream; its output once it has ended. Raises: the request's own error."""
@@ -450,10 +494,7 @@ class Engine:
             self.step()
         if request.error is not None:
             raise request.error
-        if not request.is_finished:
-            return None
-        request.flush()
-        return request.output()
+        return request.output() if request.is_finished else None
 
     def _num_pages(self, config: EngineConfig, model: PreTrainedModel) -> int:
         if config.kv_cache_tokens is not None:
@@ -461,6 +502,13 @@ class Engine:
         return num_pages_that_fit(
             self.kv_bytes_per_token, config.page_size, device=model.device, mem_fraction=config.mem_fraction
         )
+
+
+def check_namespace(extra_key: object, cache_salt: object) -> None:
+    """Raise InvalidRequestError unless both are text or None."""
+    for name, value in (("extra_key", extra_key), ("cache_salt", cache_salt)):
+        if value is not None and not isinstance(value, str):
+            raise InvalidRequestError(f"{name} must be text or None, not {value!r}")
 
 
 def _take_pieces(request: Request) -> str:

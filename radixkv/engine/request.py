@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from radixkv.cache.prefix_cache import Lease
 from radixkv.engine.detokenizer import Detokenizer, decode
-from radixkv.engine.sampling import SamplerRow, SamplingParams, TokenLogprobs
+from radixkv.engine.sampling import SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Namespace = tuple[str | None, str | None]
@@ -96,6 +96,7 @@ class Request:
     error: Exception | None = None
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    text: str | None = None  # once it has ended
     pieces: list[str] = field(default_factory=list)  # text given out and not yet fetched by a stream
     _tokens: NDArray[np.int32] = field(init=False)
     num_tokens: int = field(init=False)
@@ -124,10 +125,6 @@ class Request:
     def is_finished(self) -> bool:
         return self.finish_reason is not None
 
-    @property
-    def sampler_row(self) -> SamplerRow:
-        return SamplerRow(self.params, self.generator)
-
     def append(self, token_id: int) -> None:
         """Take a new token, and finish if it is the last one."""
         if self.first_token_at is None:
@@ -137,10 +134,10 @@ class Request:
         self.output_ids.append(token_id)
         if self.detokenizer is not None and (piece := self.detokenizer.push(token_id)):
             self.pieces.append(piece)
-        if token_id in self.stop_ids or (self.detokenizer is not None and self.detokenizer.stopped):
-            self.finish("stop")
-        elif len(self.output_ids) == self.max_new_tokens:
-            self.finish("length")
+        stopped = token_id in self.stop_ids or (self.detokenizer is not None and self.detokenizer.stopped)
+        if stopped or len(self.output_ids) == self.max_new_tokens:
+            self._settle()  # before it counts as finished: decoding may fail
+            self.finish("stop" if stopped else "length")
 
     def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
         """End it, for `reason`. What comes second changes nothing."""
@@ -164,9 +161,11 @@ class Request:
     def output(self) -> RequestOutput:
         """What the finished request gave."""
         assert self.finish_reason is not None, "not finished"
+        if self.text is None and self.finish_reason == "abort":
+            self._settle()
         return RequestOutput(
             request_id=self.id,
-            text=self._text(),
+            text=self.text,
             token_ids=list(self.output_ids),
             prompt_token_ids=self.prompt_ids.tolist(),
             cached_tokens=self.cached_tokens or 0,
@@ -176,12 +175,11 @@ class Request:
             logprobs=list(self.logprobs) if self.params.logprobs is not None else None,
         )
 
-    def flush(self) -> None:
-        """Give out the text that was held back; the output is complete."""
-        if self.detokenizer is not None and (rest := self.detokenizer.flush()):
-            self.pieces.append(rest)
-
-    def _text(self) -> str | None:
+    def _settle(self) -> None:
+        """Decode the whole output, and give out the text that was held back."""
         if self.detokenizer is not None:
-            return self.detokenizer.text
-        return decode(self.tokenizer, self.output_ids) if self.tokenizer is not None else None
+            if rest := self.detokenizer.flush():
+                self.pieces.append(rest)
+            self.text = self.detokenizer.text
+        elif self.tokenizer is not None:
+            self.text = decode(self.tokenizer, self.output_ids)

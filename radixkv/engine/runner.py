@@ -26,9 +26,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[Span]) -> Tensor:
-        """Compute the KV of all tokens of `batch`, and the logits of the spans that sample.
+        """Compute the KV of all tokens of `batch`, and the logits of the last token of each span.
 
-        Returns: [number of spans with `samples`, vocab_size], float32, in their order.
+        Spans that do not sample have theirs too: logits that are not finite betray KV that must not be shared.
+
+        Returns: [spans, vocab_size], float32.
+        Raises: UnsupportedModelError if the model did not run on the pages, whoever switched it.
         """
         device = self.model.device
         metadata = build_metadata(
@@ -36,18 +39,11 @@ class ModelRunner:
         )
         tokens = np.concatenate([span.request.token_ids[span.first : span.last] for span in batch])
         input_ids = torch.from_numpy(tokens).to(device, torch.int64)
-        samples = np.array([span.samples for span in batch])
-        last_rows = metadata.qo_indptr[1:] - 1
-        # a step of unfinished prompts samples nothing; models want at least one row all the same
-        wanted = last_rows[samples] if samples.any() else last_rows[:1]
-        logits = flattened_forward(
-            self.model,
-            input_ids,
-            metadata.positions,
-            torch.from_numpy(wanted).to(device, torch.int64),
-            PagedContext(self.backend, metadata),
-        )
-        return logits[: int(samples.sum())].float()
+        last_rows = torch.from_numpy(metadata.qo_indptr[1:] - 1).to(device, torch.int64)
+        context = PagedContext(self.backend, metadata)
+        logits = flattened_forward(self.model, input_ids, metadata.positions, last_rows, context)
+        context.check_complete()
+        return logits.float()
 
     def _sequence_span(self, span: Span) -> SequenceSpan:
         assert span.request.row is not None, span.request

@@ -56,6 +56,9 @@ class SamplingParams:
         self._require(
             (self.logprobs or 0) <= MAX_LOGPROBS, "logprobs", f"must be at most {MAX_LOGPROBS}", self.logprobs
         )
+        for name in ("stop", "stop_token_ids"):
+            listed = isinstance(getattr(self, name), Sequence)
+            self._require(listed, name, "must be a list", getattr(self, name))
         for stop in self.stops:
             self._require(isinstance(stop, str) and stop != "", "stop", "must hold strings that are not empty", stop)
         self._require(not isinstance(self.stop_token_ids, str), "stop_token_ids", "must be ids", self.stop_token_ids)
@@ -77,7 +80,7 @@ class SamplingParams:
         self._require(is_int and value >= minimum, name, f"must be an integer of at least {minimum}", value)  # type: ignore[operator]
 
     def _check_range(self, name: str, value: object, low: float, high: float) -> None:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
         self._require(is_number and low <= value <= high, name, f"must be a number in [{low:g}, {high:g}]", value)  # type: ignore[operator]
 
     @staticmethod
@@ -97,28 +100,21 @@ class TokenLogprobs(NamedTuple):
     top: list[tuple[int, float]]
 
 
-class SamplerRow(NamedTuple):
-    """What the sampler needs to know of one request; `generator` is None for greedy requests."""
-
-    params: SamplingParams
-    generator: torch.Generator | None
-
-
 class Sampler:
-    """Chooses one token a row. Requests with a seed draw from generators of their own, so batching changes nothing."""
+    """Chooses tokens. Each request that samples draws from a generator of its own, so batching changes nothing."""
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplerRow]) -> tuple[list[int], list[bool]]:
-        """The next token of each row of `logits` [rows, vocab_size].
+    def likeliest(self, logits: Tensor) -> tuple[list[int], list[bool]]:
+        """The likeliest token of each row of `logits` [rows, vocab_size], and whether the row can be sampled from.
 
-        Returns: token ids, and whether each row was finite; the id of a row that was not means nothing.
+        It cannot if it holds NaN or plus infinity, or nothing above minus infinity; its token means nothing then.
         """
         best = logits.max(dim=-1)
-        token_ids: list[int] = best.indices.tolist()
-        finite: list[bool] = torch.isfinite(best.values).tolist()
-        for i, row in enumerate(rows):
-            if row.generator is not None and finite[i]:
-                token_ids[i] = _draw(logits[i], row.params, row.generator)
-        return token_ids, finite
+        return best.indices.tolist(), torch.isfinite(best.values).tolist()
+
+    def draw(self, logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
+        """A token drawn from one row [vocab_size]."""
+        ids, probabilities = filtered_probabilities(logits, params)
+        return int(ids[torch.multinomial(probabilities.cpu(), 1, generator=generator)[0]])
 
     def logprobs(self, logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
         """Log probabilities of one row [vocab_size] of logits."""
@@ -134,7 +130,7 @@ def filtered_probabilities(logits: Tensor, params: SamplingParams) -> tuple[Tens
 
     Temperature first, then top_k, top_p and min_p, each on what the one before kept, renormalised.
     """
-    scaled = logits.float() / params.temperature
+    scaled = (logits.double() - logits.max()) / params.temperature  # at most 0, so no temperature overflows
     order = scaled.sort(descending=True, stable=True)
     values, ids = order.values, order.indices
     if params.top_k is not None:
@@ -148,8 +144,3 @@ def filtered_probabilities(logits: Tensor, params: SamplingParams) -> tuple[Tens
         num_kept = int((probabilities >= params.min_p * probabilities[0]).sum())
         ids, probabilities = ids[:num_kept], probabilities[:num_kept]
     return ids, probabilities / probabilities.sum()
-
-
-def _draw(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
-    ids, probabilities = filtered_probabilities(logits, params)
-    return int(ids[torch.multinomial(probabilities.cpu(), 1, generator=generator)[0]])

@@ -55,6 +55,8 @@ class Scheduler:
 
     def next_batch(self) -> list[Span]:
         """Choose the next step's tokens, take the pages they need, and retract or admit requests as that allows."""
+        for request in [r for r in self.running if r.is_finished]:
+            self.release(request)
         batch = self._decodes()
         budget = self._config.max_batch_tokens - len(batch)
         for request in self.running:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv.cache.token_ids import TokenIds, token_array
+from radixkv.cache.token_ids import TokenIds
 from radixkv.engine.request import RequestOutput
 from radixkv.engine.sampling import SamplingParams
 from radixkv.errors import ClosedError, InvalidRequestError, MissingChatTemplateError
@@ -103,7 +103,7 @@ class Session:
         self._check_open()
         if isinstance(content, str):
             content = self._encode(content)
-        self._ids = np.concatenate([self._ids, token_array(content)])
+        self._ids = np.concatenate([self._ids, self._engine.known_ids(content)])
         self._answered = False
 
     def generate(self, params: SamplingParams | None = None) -> RequestOutput:
@@ -126,6 +126,10 @@ class Session:
     def kv_usage(self) -> KVUsage:
         """What the context holds in the pool now. O(tokens × open sessions)."""
         self._check_open()
+        with self._engine.exclusive():
+            return self._kv_usage()
+
+    def _kv_usage(self) -> KVUsage:
         cache = self._engine.cache
         extra_key, cache_salt = self._namespace
         tokens, path = cache.tree.peek_path(self._ids, extra_key=extra_key, cache_salt=cache_salt)
@@ -169,7 +173,7 @@ class Session:
         self, prompt: NDArray[np.int32], messages: list[Message] | None, chunks: Iterator[StreamChunk]
     ) -> Generator[StreamChunk]:
         for chunk in chunks:
-            if chunk.output is not None:
+            if chunk.output is not None and chunk.output.finish_reason in ("stop", "length"):
                 self._ids = np.concatenate([prompt, np.array(chunk.output.token_ids, np.int32)])
                 if messages is not None:
                     self._messages = [*messages, {"role": "assistant", "content": chunk.output.text or ""}]
@@ -180,10 +184,13 @@ class Session:
         """What the chat template puts between the conversation so far and the answer to `text`."""
         user = {"role": "user", "content": text}
         if not self._answered:
-            first = len(self._ids) == 0
+            first = not any(message["role"] == "user" for message in self._messages)
             return self._encode(self._render([*self._messages, user] if first else [user]))
-        asked = [*self._messages[:-1], {"role": "assistant", "content": PLACEHOLDER}, user]
-        ids = self._encode(self._render(asked).rpartition(PLACEHOLDER)[2])
+        placeholder = PLACEHOLDER
+        while placeholder in text:
+            placeholder += PLACEHOLDER
+        asked = [*self._messages[:-1], {"role": "assistant", "content": placeholder}, user]
+        ids = self._encode(self._render(asked).rpartition(placeholder)[2])
         # the answer may have ended with the very token that the template closes a turn with
         if len(ids) and len(self._ids) and ids[0] == self._ids[-1]:
             ids = ids[1:]

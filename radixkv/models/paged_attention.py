@@ -39,11 +39,22 @@ class PagedContext:
     def __init__(self, backend: AttentionBackend, metadata: AttentionMetadata) -> None:
         self._backend = backend
         self._slots = metadata.slots
+        self._attended: set[int] = set()
         backend.plan(metadata)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
         self._backend.write(layer, self._slots, k, v)
+        self._attended.add(layer)
         return self._backend.run(layer, q, params)
+
+    def check_complete(self) -> None:
+        """Raise UnsupportedModelError unless every layer attended over the pages."""
+        num_layers = self._backend.num_layers
+        if len(self._attended) != num_layers:
+            raise UnsupportedModelError(
+                f"{len(self._attended)} of {num_layers} layers attended over the pages: somebody set another attention "
+                "implementation on the engine's model; give each its own instance"
+            )
 
 
 class _FlattenedPositions:

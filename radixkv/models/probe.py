@@ -14,6 +14,7 @@ from radixkv.models.paged_attention import INTERFACE_NAME, flattened_forward
 
 PROBE_LENGTHS = (11, 5)  # two sequences in one batch, of different lengths
 MAX_DIFFERENCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the logits, relative to their largest
+KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 MAX_HALF_DIFFERENCE = 0.3  # in 16 bit, where a router of experts may decide otherwise over rounding
 
 
@@ -23,11 +24,13 @@ class _ProbeContext:
     def __init__(self, lengths: tuple[int, ...]) -> None:
         self._lengths = lengths
         self.layers: dict[int, LayerKV] = {}
+        self.has_window = False
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
         if layer in self.layers:
             raise UnsupportedModelError(f"layer {layer} runs attention twice")
         self.layers[layer] = LayerKV(num_kv_heads=k.shape[1], k_head_dim=k.shape[2], v_head_dim=v.shape[2])
+        self.has_window |= params.sliding_window is not None
         outputs = []
         for own_q, own_k, own_v in zip(*(t.split(self._lengths) for t in (q, k, v)), strict=True):
             positions = torch.arange(len(own_q), device=q.device)
@@ -52,24 +55,25 @@ def plug_in_paged_attention(model: PreTrainedModel) -> list[LayerKV]:
     config = model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
         raise _unsupported(model, "it is an encoder-decoder, and only decoders are served")
-    sequences = [_probe_ids(length, config.vocab_size).to(model.device) for length in PROBE_LENGTHS]
     before = model.config._attn_implementation
-    if before == INTERFACE_NAME:  # another engine has this model too
-        before = "eager"
-        model.set_attn_implementation(before)
+    if before == INTERFACE_NAME:  # another engine has this model, and may be running it
+        return list(model._radixkv_layers)
+    sequences = [_probe_ids(length, config.vocab_size).to(model.device) for length in PROBE_LENGTHS]
     expected = torch.cat([model(input_ids=ids[None], use_cache=False).logits[:, -1] for ids in sequences])
     try:
         model.set_attn_implementation(INTERFACE_NAME)
         context = _ProbeContext(PROBE_LENGTHS)
         found = _run(model, sequences, context)
         _check(model, context, found, expected)
-    except UnsupportedModelError:
+    except BaseException as error:
         model.set_attn_implementation(before)
-        raise
-    except Exception as error:  # whatever a model of unknown code does with what it was given
-        model.set_attn_implementation(before)
+        if isinstance(error, UnsupportedModelError) or not isinstance(error, Exception):
+            raise
+        # whatever a model of unknown code does with what it was given
         raise _unsupported(model, f"a flattened batch fails in it ({type(error).__name__}: {error})") from error
-    return [context.layers[index] for index in range(config.num_hidden_layers)]
+    layers = [context.layers[index] for index in range(config.num_hidden_layers)]
+    model._radixkv_layers = layers
+    return layers
 
 
 def _run(model: PreTrainedModel, sequences: list[Tensor], context: _ProbeContext) -> Tensor:
@@ -93,11 +97,25 @@ def _check(model: PreTrainedModel, context: _ProbeContext, found: Tensor, expect
             f"layers {missing} of {num_layers} run no attention through the AttentionInterface "
             "(recurrent or convolutional layers keep a state that pages do not hold)",
         )
+    _check_limits(model, context)
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= MAX_DIFFERENCE.get(expected.dtype, MAX_HALF_DIFFERENCE):
         raise _unsupported(
             model, f"its logits on a flattened batch differ from its own by {difference:.1e} of their size"
         )
+
+
+def _check_limits(model: PreTrainedModel, context: _ProbeContext) -> None:
+    """Refuse limits of sight that the attention function is not told of, and that two short prompts never meet."""
+    config = model.config.get_text_config()
+    layer_types = getattr(config, "layer_types", None) or []
+    unknown = sorted(set(layer_types) - KNOWN_LAYER_TYPES)
+    if unknown:
+        raise _unsupported(model, f"it has layers of the types {', '.join(unknown)}")
+    window = getattr(config, "sliding_window", None)
+    slides = not layer_types or "sliding_attention" in layer_types
+    if window and slides and not context.has_window:
+        raise _unsupported(model, f"its sliding window of {window} tokens does not reach its attention function")
 
 
 def _probe_ids(length: int, vocab_size: int) -> Tensor:
