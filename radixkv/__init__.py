@@ -16,8 +16,9 @@ from radixkv.cache.radix_tree import InsertResult, MatchResult, RadixTree
 from radixkv.config import CacheConfig, EngineConfig
 
 if TYPE_CHECKING:
-    from radixkv.engine.engine import Engine, EngineStats, StreamChunk
+    from radixkv.engine.engine import Engine
     from radixkv.engine.request import RequestMetrics, RequestOutput
+    from radixkv.engine.results import EngineStats, StreamChunk
     from radixkv.engine.sampling import SamplingParams, TokenLogprobs
     from radixkv.engine.session import KVUsage, Session
 
@@ -46,8 +47,8 @@ __all__ = [
 
 _LAZY = {  # what imports torch and transformers loads when it is asked for: the cache alone needs neither
     "Engine": "radixkv.engine.engine",
-    "EngineStats": "radixkv.engine.engine",
-    "StreamChunk": "radixkv.engine.engine",
+    "EngineStats": "radixkv.engine.results",
+    "StreamChunk": "radixkv.engine.results",
     "RequestMetrics": "radixkv.engine.request",
     "RequestOutput": "radixkv.engine.request",
     "SamplingParams": "radixkv.engine.sampling",

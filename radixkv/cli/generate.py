@@ -27,8 +27,9 @@ from radixkv.cli.prompts import (
 from radixkv.errors import ConfigError, InvalidRequestError, RadixKVError
 
 if TYPE_CHECKING:
-    from radixkv.engine.engine import Engine, StreamChunk
+    from radixkv.engine.engine import Engine
     from radixkv.engine.request import RequestOutput
+    from radixkv.engine.results import StreamChunk
     from radixkv.engine.sampling import SamplingParams
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from radixkv.attention.backend import make_backend
-from radixkv.cache.prefix_cache import CacheStats, PrefixCache
+from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.config import EngineConfig
+from radixkv.engine.arguments import Prompt, as_list_of_params, as_list_of_prompts, check_namespace
 from radixkv.engine.detokenizer import Detokenizer
 from radixkv.engine.interrupts import DeferredInterrupt
 from radixkv.engine.request import Request, RequestOutput
+from radixkv.engine.results import EngineStats, StreamChunk
 from radixkv.engine.runner import ModelRunner
 from radixkv.engine.sampling import Sampler, SamplingParams
 from radixkv.engine.scheduler import Scheduler, Span
@@ -40,57 +42,6 @@ from radixkv.memory.kv_pool import KVPool, num_pages_that_fit, pool_bytes_per_to
 from radixkv.memory.req_to_token import ReqToTokenPool
 from radixkv.models.loader import eos_token_ids, load, max_context_tokens
 from radixkv.models.probe import plug_in_paged_attention
-
-Prompt: TypeAlias = "str | TokenIds"
-
-
-class StreamChunk(NamedTuple):
-    """A piece of an output that is being generated; `output` is set in the last one."""
-
-    request_id: int
-    text: str
-    token_ids: list[int]
-    output: RequestOutput | None
-
-
-class EngineStats(NamedTuple):
-    """What the engine holds now, and what it did since it was made.
-
-    `computed_tokens` went through the model; `generated_tokens` were sampled; `retractions` counts how often a
-    running request had its pages taken back. `peak_used_pages` includes unused prefixes that are kept.
-    """
-
-    cache: CacheStats
-    running: int
-    waiting: int
-    steps: int
-    computed_tokens: int
-    generated_tokens: int
-    retractions: int
-    peak_used_pages: int
-    kv_bytes_per_token: int
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the prompt tokens that were found in the cache."""
-        return self.cache.hit_rate
-
-    @property
-    def free_pages(self) -> int:
-        return self.cache.free_pages
-
-    @property
-    def evictable_pages(self) -> int:
-        return self.cache.evictable_tokens // self.cache.page_size
-
-    @property
-    def protected_pages(self) -> int:
-        return self.cache.protected_tokens // self.cache.page_size
-
-    @property
-    def pool_bytes(self) -> int:
-        """Size of the KV pool."""
-        return self.cache.num_pages * self.cache.page_size * self.kv_bytes_per_token
 
 
 class Engine:
@@ -205,8 +156,8 @@ class Engine:
 
         Raises: InvalidRequestError, InvalidTokenIdsError, TokenIdsTypeError.
         """
-        prompt_list = _as_list_of_prompts(prompts)
-        params_list = _as_list_of_params(params, len(prompt_list))
+        prompt_list = as_list_of_prompts(prompts)
+        params_list = as_list_of_params(params, len(prompt_list))
         check_namespace(extra_key, cache_salt)
         all_ids = self._check_all(prompt_list, params_list)
         requests: list[Request] = []
@@ -504,36 +455,7 @@ class Engine:
         )
 
 
-def check_namespace(extra_key: object, cache_salt: object) -> None:
-    """Raise InvalidRequestError unless both are text or None."""
-    for name, value in (("extra_key", extra_key), ("cache_salt", cache_salt)):
-        if value is not None and not isinstance(value, str):
-            raise InvalidRequestError(f"{name} must be text or None, not {value!r}")
-
-
 def _take_pieces(request: Request) -> str:
     text = "".join(request.pieces)
     request.pieces.clear()
     return text
-
-
-def _as_list_of_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, list | tuple):
-        return [prompts]
-    if len(prompts) == 0:
-        raise InvalidRequestError("no prompts were given; give text, token ids or a list of them")
-    return list(prompts) if all(isinstance(p, str) or hasattr(p, "__len__") for p in prompts) else [prompts]
-
-
-def _as_list_of_params(params: SamplingParams | Sequence[SamplingParams] | None, num: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num
-    if not isinstance(params, list | tuple) or not all(isinstance(p, SamplingParams) for p in params):
-        raise InvalidRequestError(f"params must be SamplingParams, or a list of them, not {params!r}")
-    if len(params) != num:
-        raise InvalidRequestError(
-            f"{len(params)} SamplingParams were given for {num} prompts; give one, or one for each"
-        )
-    return list(params)

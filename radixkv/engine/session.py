@@ -15,7 +15,8 @@ from radixkv.engine.sampling import SamplingParams
 from radixkv.errors import ClosedError, InvalidRequestError, MissingChatTemplateError
 
 if TYPE_CHECKING:
-    from radixkv.engine.engine import Engine, StreamChunk
+    from radixkv.engine.engine import Engine
+    from radixkv.engine.results import StreamChunk
 
 PLACEHOLDER = "\u241fanswer\u241f"  # stands for an answer while a template is rendered around it
 Message = dict[str, str]

@@ -1,0 +1,43 @@
+"""What callers may hand to the engine, brought into one form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from radixkv.cache.token_ids import TokenIds
+from radixkv.engine.sampling import SamplingParams
+from radixkv.errors import InvalidRequestError
+
+Prompt: TypeAlias = "str | TokenIds"
+
+
+def as_list_of_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several as a list: a list of numbers is one prompt. Raises: InvalidRequestError for none."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, list | tuple):
+        return [prompts]
+    if len(prompts) == 0:
+        raise InvalidRequestError("no prompts were given; give text, token ids or a list of them")
+    return list(prompts) if all(isinstance(p, str) or hasattr(p, "__len__") for p in prompts) else [prompts]
+
+
+def as_list_of_params(params: SamplingParams | Sequence[SamplingParams] | None, num: int) -> list[SamplingParams]:
+    """One `SamplingParams` for each of `num` prompts. Raises: InvalidRequestError."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num
+    if not isinstance(params, list | tuple) or not all(isinstance(p, SamplingParams) for p in params):
+        raise InvalidRequestError(f"params must be SamplingParams, or a list of them, not {params!r}")
+    if len(params) != num:
+        raise InvalidRequestError(
+            f"{len(params)} SamplingParams were given for {num} prompts; give one, or one for each"
+        )
+    return list(params)
+
+
+def check_namespace(extra_key: object, cache_salt: object) -> None:
+    """Raise InvalidRequestError unless both are text or None."""
+    for name, value in (("extra_key", extra_key), ("cache_salt", cache_salt)):
+        if value is not None and not isinstance(value, str):
+            raise InvalidRequestError(f"{name} must be text or None, not {value!r}")
