@@ -16,7 +16,6 @@ would expect, so `except ValueError` works too.
     ├── ModelNotFoundError (OSError)          no model can be loaded from there
     ├── UnsupportedModelError (ValueError)    the model does not run on paged attention
     ├── UnsupportedBackendError (ValueError)  the attention backend cannot serve this model here
-    ├── MissingDependencyError (ImportError)  an optional package is needed
     ├── OutOfPagesError (MemoryError)         nothing is left to evict and the pages do not suffice
     ├── NonFiniteLogitsError (ArithmeticError) the model returned NaN or infinity for a request
     ├── ClosedError (RuntimeError)            a lease, session or engine was used after it was closed
@@ -76,10 +75,6 @@ class UnsupportedModelError(RadixKVError, ValueError):
 
 class UnsupportedBackendError(RadixKVError, ValueError):
     """The attention backend cannot serve this model on this machine."""
-
-
-class MissingDependencyError(RadixKVError, ImportError):
-    """An optional package is needed; the message says what to install."""
 
 
 class OutOfPagesError(RadixKVError, MemoryError):

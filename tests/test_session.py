@@ -239,3 +239,16 @@ def test_a_turn_may_hold_any_text(demo_engine: Engine) -> None:
         chat.send("one", SHORT)
         chat.send("say \u241fanswer\u241f twice", SHORT)
         assert "<|user|>say \u241fanswer\u241f twice<|end|>" in demo_engine.tokenizer.decode(chat.token_ids)
+
+
+def test_what_was_added_after_an_answer_belongs_to_it(demo_engine: Engine) -> None:
+    with demo_engine.session() as chat:
+        chat.send("one", SHORT)
+        chat.append(" and more")
+        chat.generate(SHORT)
+        past = demo_engine.tokenizer.decode(chat.token_ids)
+        chat.send("two", SHORT)
+        text = demo_engine.tokenizer.decode(chat.token_ids)
+        closed = past if past.endswith("<|end|>") else past + "<|end|>"
+        assert text.startswith(closed + "<|user|>two<|end|><|assistant|>")
+        assert text.count("<|begin|>") == 1

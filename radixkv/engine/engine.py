@@ -308,7 +308,7 @@ class Engine:
                 return
             self._run(batch)
             self._steps += 1
-            self._peak_used_pages = max(self._peak_used_pages, self.cache.stats().used_pages)
+            self._peak_used_pages = max(self._peak_used_pages, self.cache.allocator.num_used)
             for span in batch:
                 if span.request.is_finished:
                     self._scheduler.release(span.request)

@@ -61,7 +61,6 @@ class Session:
         self._namespace = (extra_key, cache_salt)
         self._ids: NDArray[np.int32] = np.empty(0, np.int32)
         self._messages: list[Message] = [{"role": "system", "content": system}] if system is not None else []
-        self._answered = False  # whether the ids end with an answer to a user turn
         self._closed = False
         engine.register_session(self)
 
@@ -105,7 +104,6 @@ class Session:
         if isinstance(content, str):
             content = self._encode(content)
         self._ids = np.concatenate([self._ids, self._engine.known_ids(content)])
-        self._answered = False
 
     def generate(self, params: SamplingParams | None = None) -> RequestOutput:
         """Continue the context as it stands, and add what was generated to it.
@@ -121,7 +119,7 @@ class Session:
         """A second conversation with the same past, which shares all its pages. O(tokens) of ids, no KV is copied."""
         self._check_open()
         branch = Session(self._engine, extra_key=self._namespace[0], cache_salt=self._namespace[1])
-        branch._ids, branch._messages, branch._answered = self._ids.copy(), self.messages, self._answered
+        branch._ids, branch._messages = self._ids.copy(), self.messages
         return branch
 
     def kv_usage(self) -> KVUsage:
@@ -178,15 +176,16 @@ class Session:
                 self._ids = np.concatenate([prompt, np.array(chunk.output.token_ids, np.int32)])
                 if messages is not None:
                     self._messages = [*messages, {"role": "assistant", "content": chunk.output.text or ""}]
-                self._answered = messages is not None
             yield chunk
 
     def _turn_ids(self, text: str) -> NDArray[np.int32]:
-        """What the chat template puts between the conversation so far and the answer to `text`."""
+        """What the chat template puts between the conversation so far and the answer to `text`.
+
+        What was appended or generated since the last answer counts as part of it.
+        """
         user = {"role": "user", "content": text}
-        if not self._answered:
-            first = not any(message["role"] == "user" for message in self._messages)
-            return self._encode(self._render([*self._messages, user] if first else [user]))
+        if not any(message["role"] == "user" for message in self._messages):
+            return self._encode(self._render([*self._messages, user]))
         placeholder = PLACEHOLDER
         while placeholder in text:
             placeholder += PLACEHOLDER

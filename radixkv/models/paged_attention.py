@@ -64,8 +64,6 @@ class _FlattenedPositions:
     tensor of the differences gives each token its own.
     """
 
-    is_compileable = False
-
     def __init__(self, positions: Tensor) -> None:
         self._differences = positions - torch.arange(len(positions), device=positions.device)
 
