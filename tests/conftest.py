@@ -7,15 +7,16 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: tests never ask the network
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from cli_runs import small_engine
-from radixkv import Engine, EngineConfig
+from radixkv import Engine, EngineConfig, PrefixCache
 from radixkv.cli.common import EngineOptions
+from strategies import PAGE, leak_checked
 from tiny_models import VOCAB_SIZE, tiny_model
 
 
@@ -70,6 +71,13 @@ def make_engine() -> Callable[..., Engine]:
 def demo_engine() -> Engine:
     """The demo model, with a tokenizer and a chat template. Shared: tests must not count on what it has cached."""
     return Engine.from_pretrained("demo", kv_cache_tokens=8192)
+
+
+@pytest.fixture
+def cache() -> Iterator[PrefixCache]:
+    """A cache of 8 pages, checked for leaks at the end."""
+    with leak_checked(PrefixCache(num_pages=8, page_size=PAGE)) as cache:
+        yield cache
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,14 @@ def spell(word: str, page_size: int, tail_tokens: int = 0) -> list[int]:
     return [token for page in pages for token in page] + [0] * min(tail_tokens, page_size - 1)
 
 
+PAGE = 4  # tokens a page in the tests of leases and of the prefix cache
+
+
+def ids(word: str, tail_tokens: int = 0) -> list[int]:
+    """`spell` in pages of `PAGE` tokens."""
+    return spell(word, PAGE, tail_tokens)
+
+
 class WordTree:
     """A `RadixTree` for examples: sequences are words, and a page is called by the word that ends with it.
 

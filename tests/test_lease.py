@@ -7,29 +7,13 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from radixkv import Lease, PrefixCache
 from radixkv.errors import ClosedError, InvalidRequestError, InvalidTokenIdsError, TokenIdsTypeError
-from strategies import dump, leak_checked, share, spell
-
-PAGE = 4
-
-
-@pytest.fixture
-def cache() -> Iterator[PrefixCache]:
-    """A cache of 8 pages."""
-    with leak_checked(PrefixCache(num_pages=8, page_size=PAGE)) as cache:
-        yield cache
-
-
-def ids(word: str, tail_tokens: int = 0) -> list[int]:
-    """One page of tokens for each letter, then a tail that fills no page."""
-    return spell(word, PAGE, tail_tokens)
-
+from strategies import PAGE, dump, ids, share
 
 # -- the life of a lease ---------------------------------------------------------------------------------------------
 

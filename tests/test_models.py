@@ -157,3 +157,10 @@ def test_a_model_switched_behind_the_engines_back_fails_instead_of_lying() -> No
     (output,) = engine.generate(random_prompts(5, [21], shared=0)[0], GREEDY)
     assert isinstance(output.error, UnsupportedModelError)
     assert engine.stats().cache.total_tokens == 0
+
+
+def test_a_model_loaded_for_us_is_checked_all_the_same() -> None:
+    model = tiny_model("llama")
+    layers = plug_in_paged_attention(model)
+    del model._radixkv_layers
+    assert plug_in_paged_attention(model) == layers

@@ -8,7 +8,6 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,21 +15,7 @@ import pytest
 import radixkv.cache
 from radixkv import CacheStats, PrefixCache
 from radixkv.errors import ConfigError, InvalidTokenIdsError, OutOfPagesError, TokenIdsTypeError
-from strategies import leak_checked, share, spell
-
-PAGE = 4
-
-
-@pytest.fixture
-def cache() -> Iterator[PrefixCache]:
-    """A cache of 8 pages."""
-    with leak_checked(PrefixCache(num_pages=8, page_size=PAGE)) as cache:
-        yield cache
-
-
-def ids(word: str, tail_tokens: int = 0) -> list[int]:
-    """One page of tokens for each letter, then a tail that fills no page."""
-    return spell(word, PAGE, tail_tokens)
+from strategies import PAGE, ids, share
 
 
 def held(cache: PrefixCache) -> CacheStats:

@@ -62,7 +62,7 @@ class Scheduler:
         for request in self.running:
             if request.num_pending > 1 and budget > 0:
                 budget = self._add_chunk(batch, request, budget)
-        for request, cached_tokens in self._candidates():
+        for request, cached_tokens in self._candidates() if budget > 0 and self._req_to_token.num_free else ():
             if budget == 0 or not self._req_to_token.num_free:
                 break
             if self._will_be_computed(request, cached_tokens):

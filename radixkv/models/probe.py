@@ -56,8 +56,12 @@ def plug_in_paged_attention(model: PreTrainedModel) -> list[LayerKV]:
     if getattr(model.config, "is_encoder_decoder", False):
         raise _unsupported(model, "it is an encoder-decoder, and only decoders are served")
     before = model.config._attn_implementation
-    if before == INTERFACE_NAME:  # another engine has this model, and may be running it
-        return list(model._radixkv_layers)
+    known: list[LayerKV] | None = getattr(model, "_radixkv_layers", None)
+    if before == INTERFACE_NAME and known is not None:  # another engine has this model, and may be running it
+        return known
+    if before == INTERFACE_NAME:  # asked for when the model was loaded
+        before = "eager"
+        model.set_attn_implementation(before)
     sequences = [_probe_ids(length, config.vocab_size).to(model.device) for length in PROBE_LENGTHS]
     expected = torch.cat([model(input_ids=ids[None], use_cache=False).logits[:, -1] for ids in sequences])
     try:
