@@ -11,8 +11,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from radixkv import errors
-from radixkv.cache.prefix_cache import CacheStats, Lease, PrefixCache
-from radixkv.cache.radix_tree import InsertResult, MatchResult, RadixTree
+from radixkv.cache.cache_stats import CacheStats, SizeEstimate
+from radixkv.cache.events import CacheObserver
+from radixkv.cache.eviction import EvictionPolicy
+from radixkv.cache.explain import Explanation
+from radixkv.cache.lease import Lease
+from radixkv.cache.prefix_cache import PrefixCache
+from radixkv.cache.radix_tree import RadixTree
+from radixkv.cache.replay import ReplayResult, replay
+from radixkv.cache.tree_node import InsertResult, MatchResult, TreeNode
 from radixkv.config import CacheConfig, EngineConfig
 
 if TYPE_CHECKING:
@@ -26,23 +33,30 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CacheConfig",
+    "CacheObserver",
     "CacheStats",
     "Engine",
     "EngineConfig",
     "EngineStats",
+    "EvictionPolicy",
+    "Explanation",
     "InsertResult",
     "KVUsage",
     "Lease",
     "MatchResult",
     "PrefixCache",
     "RadixTree",
+    "ReplayResult",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
     "Session",
+    "SizeEstimate",
     "StreamChunk",
     "TokenLogprobs",
+    "TreeNode",
     "errors",
+    "replay",
 ]
 
 _LAZY = {  # what imports torch and transformers loads when it is asked for: the cache alone needs neither

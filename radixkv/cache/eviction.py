@@ -1,94 +1,271 @@
-"""In which order unused leaves leave the tree."""
+"""In which order unused leaves leave the tree: what a policy is, and those that come with radixkv."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Hashable
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
-from sortedcontainers import SortedDict
+import numpy as np
+from numpy.typing import NDArray
 
 from radixkv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from radixkv.cache.radix_tree import TreeNode
+    from radixkv.cache.radix_tree import RadixTree
+    from radixkv.cache.tree_node import Namespace, TreeNode
 
 
-class EvictionPolicy(Protocol):
-    """Ranks leaves: the unpinned leaf of the smallest rank is evicted first.
+class EvictionPolicy:
+    """Ranks leaves: of the unpinned ones that of the smallest rank is evicted first. Subclass it to write your own.
 
-    A rank may depend on the node alone, and is asked for again whenever the node is used, is split or becomes an
-    unpinned leaf; ties are broken by which node entered the queue first.
+    A policy needs a `name` and a `rank`. The other methods are hooks: what a subclass does not override costs
+    nothing. A policy object serves one tree, and keeps what it knows of a node in `node.state`.
+
+    >>> from radixkv import RadixTree
+    >>> class ShortestFirst(EvictionPolicy):
+    ...     name = "shortest"
+    ...     def rank(self, node):
+    ...         return (node.num_tokens, node.last_access)
+    >>> tree = RadixTree(policy=ShortestFirst())
+    >>> _ = tree.insert([1, 2, 3], [0, 1, 2]), tree.insert([7], [3])
+    >>> tree.evict(1).tolist()
+    [3]
     """
 
     name: str
+    ranks_only_grow = False
+    """Whether the rank of a leaf never shrinks while it is an unpinned leaf. It is then asked for again only when the
+    leaf's turn comes, and uses of the leaf cost nothing."""
+    tree: RadixTree
+
+    def bind(self, tree: RadixTree) -> None:
+        """Know the tree whose leaves are ranked. Called once, when the tree is made."""
+        self.tree = tree
 
     def rank(self, node: TreeNode) -> Any:
-        """A value that compares with every other rank of this policy. Should cost O(1)."""
-        ...
+        """A value that compares with the ranks of other leaves. Should cost O(1).
+
+        It is asked for when the node becomes an unpinned leaf, and again whenever it is used or its edge changes; a
+        rank that changes at other times takes effect no sooner. Of equal ranks the one that was asked for first wins.
+        """
+        raise NotImplementedError
+
+    def group(self, node: TreeNode) -> Hashable:
+        """Keep the node in a queue of its own group, ordered by `rank`; see `urgency`. Asked for with `rank`."""
+        return None
+
+    def urgency(self, node: TreeNode) -> float:
+        """How soon the head of a group should go *now*, smallest first: asked at each eviction of each group's head.
+
+        This lets whole groups age at different speeds, at O(groups) for each eviction.
+        """
+        raise NotImplementedError
+
+    def requested(self, tokens: NDArray[np.int32], matched_tokens: int, namespace: Namespace) -> None:
+        """A match found the first `matched_tokens` of `tokens`. Before its nodes are touched."""
+
+    def matched(self, node: TreeNode) -> None:
+        """A match came through `node`; `last_access` still tells of the use before. The deepest node comes first."""
+
+    def added(self, node: TreeNode) -> None:
+        """`node` is a new leaf."""
+
+    def evicted(self, node: TreeNode) -> None:
+        """`node` is about to be removed; it still hangs in the tree."""
+
+    def split(self, upper: TreeNode, lower: TreeNode) -> None:
+        """The edge of `lower` was cut, and `upper` is its new parent. By default they share `state`."""
+
+    def merged(self, upper: TreeNode, lower: TreeNode) -> None:
+        """`lower` is about to take up the edge of its parent `upper`. By default it takes up its `state`, too."""
 
 
-class LRUPolicy:
+def hook(policy: EvictionPolicy, name: str) -> Callable[..., Any] | None:
+    """The policy's own method of that name; None if it did not override it."""
+    method = getattr(type(policy), name, None)
+    return None if method is None or method is getattr(EvictionPolicy, name) else getattr(policy, name)
+
+
+class LRUPolicy(EvictionPolicy):
     """Least recently used first."""
 
     name = "lru"
+    ranks_only_grow = True
+    rank = staticmethod(attrgetter("last_access"))  # type: ignore[assignment]  # asked for at every use: this costs half of a method
+
+
+class FIFOPolicy(EvictionPolicy):
+    """First in, first out: in the order of insertion, however often they were used since."""
+
+    name = "fifo"
+    ranks_only_grow = True
+
+    def rank(self, node: TreeNode) -> int:
+        return node.created
+
+
+class PriorityPolicy(EvictionPolicy):
+    """Lowest priority first, and the least recently used of those that are equal.
+
+    A node has the highest priority of the requests that were inserted through it.
+    """
+
+    name = "priority"
+    ranks_only_grow = True
+
+    def rank(self, node: TreeNode) -> tuple[int, int]:
+        return node.priority, node.last_access
+
+
+class _CountsMatches(EvictionPolicy):
+    """Keeps in `state` how many matches came through a node since it was inserted."""
+
+    def added(self, node: TreeNode) -> None:
+        node.state = 0
+
+    def matched(self, node: TreeNode) -> None:
+        node.state += 1
+
+
+class LFUPolicy(_CountsMatches):
+    """Least frequently matched first, and the least recently used of those that are equal."""
+
+    name = "lfu"
+    ranks_only_grow = True
+
+    def rank(self, node: TreeNode) -> tuple[int, int]:
+        return node.state, node.last_access
+
+
+class SLRUPolicy(EvictionPolicy):
+    """Segmented LRU: what no match came back to is on probation and goes first, the rest is protected.
+
+    Once the protected segment has more than `protected_share` of the tree's tokens, it gives way instead, so that old
+    merits do not crowd out what is new. In both segments the least recently used goes first.
+
+    Source: Karedla, Love, Wherry, Caching Strategies to Improve Disk System Performance, IEEE Computer 27(3), 1994;
+    there, what leaves the protected segment goes back on probation, where a whole leaf is evicted here.
+    """
+
+    name = "slru"
+
+    def __init__(self, protected_share: float = 0.5) -> None:
+        if not 0 <= protected_share <= 1:
+            raise ConfigError(f"protected_share must lie in [0, 1], not {protected_share!r}")
+        self.protected_share = protected_share
+        self._protected_tokens = 0
+
+    def added(self, node: TreeNode) -> None:
+        node.state = False
+
+    def matched(self, node: TreeNode) -> None:
+        if not node.state:
+            node.state = True
+            self._protected_tokens += node.num_tokens
+
+    def evicted(self, node: TreeNode) -> None:
+        if node.state:
+            self._protected_tokens -= node.num_tokens
+
+    def merged(self, upper: TreeNode, lower: TreeNode) -> None:
+        if upper.state and not lower.state:
+            self._protected_tokens += lower.num_tokens
 
     def rank(self, node: TreeNode) -> int:
         return node.last_access
 
+    def group(self, node: TreeNode) -> bool:
+        return node.state is True
 
-POLICIES: dict[str, type[EvictionPolicy]] = {"lru": LRUPolicy}
+    def urgency(self, node: TreeNode) -> float:
+        is_full = self._protected_tokens > self.protected_share * self.tree.total_size
+        return 1.0 if node.state is not is_full else 0.0
+
+
+class TTLPolicy(EvictionPolicy):
+    """In the order in which they expire: `ttl_s` after the last use, or at the end of `keep_for_s` if that is later.
+
+    Without `keep_for_s` this is LRU. With it, what was kept competes after its time is over like a leaf that was
+    used `ttl_s` before that, where other policies let it go at once.
+    """
+
+    name = "ttl"
+    ranks_only_grow = True
+
+    def __init__(self, ttl_s: float = 300.0) -> None:
+        if not ttl_s >= 0:
+            raise ConfigError(f"ttl_s must be a number of seconds of at least 0, not {ttl_s!r}")
+        self.ttl_s = ttl_s
+
+    def added(self, node: TreeNode) -> None:
+        node.state = self.tree.clock()
+
+    def matched(self, node: TreeNode) -> None:
+        node.state = self.tree.clock()
+
+    def rank(self, node: TreeNode) -> tuple[float, int]:
+        return max(node.keep_until, node.state + self.ttl_s), node.last_access
+
+
+class CostAwarePolicy(EvictionPolicy):
+    """Keeps what is dear to compute again: GreedyDual-Size-Frequency with the cost of a forward pass.
+
+    A token at depth d costs 2 N + 2 L D d floating-point operations for N weights, L layers and an attention width of
+    D: its own products, and attention over the d tokens before it (Kaplan et al., Scaling Laws for Neural Language
+    Models, 2020, section 2.1). In units of the first term that is 1 + d / d0 with d0 = N / (L D), so an edge from
+    token a to token b costs (b - a) (1 + (a + b) / (2 d0)): quadratic in the length of the whole prefix, though a
+    memory of b - a tokens is all it takes. The rank is
+
+        inflation + uses * cost / size        = inflation + uses * (1 + (a + b) / (2 d0))
+
+    where `inflation` is the rank of what was evicted last, taken at the node's last use: that is how old merits fade
+    (Cherkasova, Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching Policy, HP Labs, 1998).
+
+    Args:
+        d0: depth in tokens at which attention costs as much as the weights. With N = 12 L D² (Kaplan et al., table 1)
+            it is 12 D: the default is that of a model of width 4,096.
+    """
+
+    name = "cost"
+    ranks_only_grow = True
+
+    def __init__(self, d0: float = 12 * 4096) -> None:
+        if not d0 > 0:
+            raise ConfigError(f"d0 must be a positive number of tokens, not {d0!r}")
+        self.d0 = d0
+        self._inflation = 0.0
+
+    def added(self, node: TreeNode) -> None:
+        node.state = (1, self._inflation)
+
+    def matched(self, node: TreeNode) -> None:
+        node.state = (node.state[0] + 1, self._inflation)
+
+    def evicted(self, node: TreeNode) -> None:
+        self._inflation = max(self._inflation, self.rank(node)[0])
+
+    def rank(self, node: TreeNode) -> tuple[float, int]:
+        uses, inflation = node.state
+        mean_depth = node.end - node.num_tokens / 2
+        return inflation + uses * (1 + mean_depth / self.d0), node.last_access
+
+
+POLICIES: dict[str, type[EvictionPolicy]] = {
+    policy.name: policy
+    for policy in (LRUPolicy, LFUPolicy, SLRUPolicy, FIFOPolicy, PriorityPolicy, TTLPolicy, CostAwarePolicy)
+}
 
 
 def resolve_policy(policy: str | EvictionPolicy) -> EvictionPolicy:
-    """The policy of that name, or `policy` itself if it is one already.
+    """A policy of that name, or `policy` itself if it is one already.
 
     Raises: ConfigError for an unknown name, or an object that is no policy.
     """
-    if not isinstance(policy, str):
-        if not hasattr(policy, "rank") or not hasattr(policy, "name"):
-            raise ConfigError(f"an eviction policy has a name and a rank(node), and {policy!r} has not")
+    if isinstance(policy, EvictionPolicy):
         return policy
+    if not isinstance(policy, str):
+        raise ConfigError(f"an eviction policy is a name or an EvictionPolicy, not {policy!r}")
     if policy not in POLICIES:
         raise ConfigError(f"unknown eviction policy {policy!r}; the policies are {', '.join(POLICIES)}")
     return POLICIES[policy]()
-
-
-class LeafQueue:
-    """The unpinned leaves in eviction order, kept in order at every change.
-
-    Adding, removing and popping cost O(log leaves); nothing ever scans or re-sorts the leaves.
-    """
-
-    def __init__(self, policy: EvictionPolicy) -> None:
-        self._rank = policy.rank
-        self._nodes = SortedDict()  # (rank, serial) -> node
-        self._serial = 0
-
-    def __len__(self) -> int:
-        return len(self._nodes)
-
-    def __iter__(self) -> Iterator[TreeNode]:
-        """The leaves, next to be evicted first."""
-        return iter(self._nodes.values())
-
-    def __contains__(self, node: TreeNode) -> bool:
-        return node.queue_key is not None
-
-    def add(self, node: TreeNode) -> None:
-        """Enter a node that is not in the queue."""
-        assert node.queue_key is None, node
-        self._serial += 1
-        node.queue_key = key = (self._rank(node), self._serial)
-        self._nodes[key] = node
-
-    def remove(self, node: TreeNode) -> None:
-        """Take out a node that is in the queue."""
-        assert node.queue_key is not None, node
-        del self._nodes[node.queue_key]
-        node.queue_key = None
-
-    def pop(self) -> TreeNode:
-        """Take out the node to be evicted next."""
-        node: TreeNode = self._nodes.popitem(0)[1]
-        node.queue_key = None
-        return node

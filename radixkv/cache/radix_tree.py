@@ -2,99 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from sortedcontainers import SortedList
 
-from radixkv.cache.eviction import EvictionPolicy, LeafQueue, resolve_policy
-from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, token_array, token_bytes
+from radixkv.cache.events import CacheObserver
+from radixkv.cache.eviction import EvictionPolicy, hook, resolve_policy
+from radixkv.cache.leaf_queue import LeafQueue
+from radixkv.cache.page_ids import PageBytes, page_array, page_bytes
+from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, check_tokens, int32_array
+from radixkv.cache.tree_checks import check_tree
+from radixkv.cache.tree_node import InsertResult, MatchResult, Namespace, PartialPage, TreeNode, new_root
 from radixkv.errors import (
     ConfigError,
     InvalidPagesError,
     InvalidRequestError,
-    InvalidTokenIdsError,
-    InvariantError,
-    TokenIdsTypeError,
 )
 
-Namespace = tuple[str | None, str | None]
-"""(`extra_key`, `cache_salt`): requests in different namespaces never share."""
+FEW_CHILDREN = 16  # up to that many are looked through one by one
 
-
-class TreeNode:
-    """One edge of the tree and the node it leads to.
-
-    Attributes:
-        key: the edge's tokens, little-endian int32 `bytes`; a whole number of pages. Empty in a root.
-        pages: the edge's pages, int32 `bytes`, one for each `page_size` tokens of `key`.
-        children: by the bytes of the first page of their key.
-        parent: None in a root and in a node that was evicted.
-        namespace: set in roots alone.
-        lock_ref: how many locks pin this node; a pinned node is never evicted.
-        last_access: tick of the last match or insert that passed through here.
-        queue_key: where the node stands in the eviction queue; None while it is not an unpinned leaf.
-    """
-
-    __slots__ = ("children", "key", "last_access", "lock_ref", "namespace", "pages", "parent", "queue_key")
-
-    def __init__(self, key: bytes, pages: bytes, parent: TreeNode | None, last_access: int) -> None:
-        self.key = key
-        self.pages = pages
-        self.parent = parent
-        self.last_access = last_access
-        self.children: dict[bytes, TreeNode] = {}
-        self.namespace: Namespace | None = None
-        self.lock_ref = 0
-        self.queue_key: tuple[Any, int] | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens on the edge."""
-        return len(self.key) // TOKEN_BYTES
-
-    @property
-    def token_ids(self) -> NDArray[np.int32]:
-        """The edge's tokens, read-only."""
-        return np.frombuffer(self.key, np.int32)
-
-    @property
-    def is_root(self) -> bool:
-        return not self.key
-
-    def __repr__(self) -> str:
-        return (
-            f"TreeNode({self.num_tokens} tokens, {len(self.children)} children, lock_ref={self.lock_ref}, "
-            f"last_access={self.last_access})"
-        )
-
-
-class MatchResult(NamedTuple):
-    """The longest cached prefix: its `length` in tokens, its `pages` (int32, read-only) and the `node` it ends in."""
-
-    length: int
-    pages: NDArray[np.int32]
-    node: TreeNode
-
-
-class InsertResult(NamedTuple):
-    """How many leading tokens (`prefix_len`) the tree had before, and the `node` the inserted sequence ends in."""
-
-    prefix_len: int
-    node: TreeNode
+Tokens: TypeAlias = "NDArray[np.int32]"
+_new_tuple = tuple.__new__  # what the constructor of a NamedTuple ends in, without its detour
 
 
 class RadixTree:
     """Maps token prefixes to KV pages, shares common prefixes and evicts unused ones.
 
     The unit is the page: a sequence is kept up to its last whole page of `page_size` tokens, and two sequences share
-    whole pages. Each namespace (`extra_key`, `cache_salt`) has a root of its own.
+    whole pages. What follows the last whole page can be kept too, as a *tail*: a leaf of less than one page, which
+    `match_prefix` never finds and `find_partial` does. Each namespace (`extra_key`, `cache_salt`) has its own root.
+
+    A match that ends midway in an edge cuts it, so that exactly the prefix can be pinned. The cut is merged back when
+    the pin is gone, or with the next match or insert if nobody pinned it, unless the tree has branched there.
 
     Invariants, proved by `check_invariants`:
 
     - every root-to-node path spells the tokens whose KV lies in its nodes' pages, in order;
-    - siblings differ in their first page of tokens, and every node but a root holds at least one page;
+    - siblings differ in their first page of tokens; every node but a root holds whole pages and at least one, or is a
+      tail: a leaf of one page and fewer tokens;
     - `lock_ref(parent) >= sum(lock_ref(children))`, and `last_access` never grows from parent to child;
     - `evictable_size + protected_size == total_size`, counted over unpinned and pinned nodes;
     - the eviction queue holds exactly the unpinned leaves;
@@ -111,36 +60,67 @@ class RadixTree:
     (2, [7])
     >>> tree.evict(1).tolist()                                  # the leaf [3, 4] goes first
     [8]
+
+    Attributes:
+        page_size: tokens a page.
+        policy: the `EvictionPolicy`.
+        clock: seconds, for `keep_for_s` and policies that look at the time.
     """
 
-    def __init__(self, page_size: int = 1, policy: str | EvictionPolicy = "lru") -> None:
+    def __init__(
+        self,
+        page_size: int = 1,
+        policy: str | EvictionPolicy = "lru",
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         if isinstance(page_size, bool) or not isinstance(page_size, int) or page_size < 1:
             raise ConfigError(f"page_size must be an integer of at least 1, not {page_size!r}")
         self.page_size = page_size
         self.policy = resolve_policy(policy)
+        self.clock = clock
         self._page_bytes = page_size * TOKEN_BYTES
         self._roots: dict[Namespace, TreeNode] = {}
-        self._queue = LeafQueue(self.policy)
         self._tick = 0
-        self._evictable_bytes = 0
-        self._total_bytes = 0
+        self._evictable = 0  # in bytes of page ids, as `_total`
+        self._total = 0
+        self._unclaimed: TreeNode | None = None  # what the last match or insert cut, until somebody pins it
+        self._observers: tuple[CacheObserver, ...] = ()
+        self.policy.bind(self)
+        self._queue = LeafQueue(self.policy, clock)
+        self._on_requested = hook(self.policy, "requested")
+        self._on_matched = hook(self.policy, "matched")
+        self._on_added = hook(self.policy, "added")
+        self._on_evicted = hook(self.policy, "evicted")
+        self._on_split = hook(self.policy, "split")
+        self._on_merged = hook(self.policy, "merged")
 
     # -- sizes -------------------------------------------------------------------------------------------------------
 
     @property
     def total_size(self) -> int:
-        """Tokens in the tree. O(1)."""
-        return self._total_bytes // TOKEN_BYTES
+        """Tokens that the tree's pages have room for: the tokens in it, and what tails leave free. O(1)."""
+        return self._total // TOKEN_BYTES * self.page_size
 
     @property
     def evictable_size(self) -> int:
-        """Tokens in unpinned nodes. O(1)."""
-        return self._evictable_bytes // TOKEN_BYTES
+        """As `total_size`, of unpinned nodes. O(1)."""
+        return self._evictable // TOKEN_BYTES * self.page_size
 
     @property
     def protected_size(self) -> int:
-        """Tokens in pinned nodes. O(1)."""
-        return (self._total_bytes - self._evictable_bytes) // TOKEN_BYTES
+        """As `total_size`, of pinned nodes. O(1)."""
+        return self.total_size - self.evictable_size
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the tree. O(1)."""
+        return self._total // TOKEN_BYTES
+
+    @property
+    def num_evictable_pages(self) -> int:
+        """Pages in unpinned nodes. O(1)."""
+        return self._evictable // TOKEN_BYTES
 
     @property
     def tick(self) -> int:
@@ -154,41 +134,80 @@ class RadixTree:
     ) -> MatchResult:
         """The longest cached prefix of `ids`, in whole pages. O(tokens + depth).
 
-        Counts as a use of that prefix, and splits the node it ends in, so that exactly the prefix can be pinned.
-        `peek` changes nothing.
+        Counts as a use of the edges it came to, the last one included, and cuts the last one where the match ends, so
+        that exactly the prefix can be pinned. `peek` changes nothing.
 
-        Raises: TokenIdsTypeError, InvalidTokenIdsError.
+        Raises: TokenIdsTypeError, InvalidTokenIdsError (the tree is as before then).
         """
-        data = token_bytes(ids)
+        tokens = int32_array(ids)
+        if self._unclaimed is not None:
+            self._merge_unclaimed()
+        namespace = (extra_key, cache_salt)
+        runs: list[PageBytes] = []
+        node, partial = self._descend(self._roots.get(namespace) or new_root(namespace, 0), tokens, runs)
+        length = node.end
+        if partial is not None:
+            common = self._common_pages(tokens, length, partial.key)
+            length += common
+        if length < len(tokens):
+            check_tokens(tokens, length)
         self._tick += 1
-        root = self._roots.get((extra_key, cache_salt))
-        if root is None:
-            return MatchResult(0, np.empty(0, np.int32), _new_root((extra_key, cache_salt), self._tick))
-        length_bytes, node = self._walk(root, data)
-        return MatchResult(length_bytes // TOKEN_BYTES, self.path_pages(node), node)
+        if self._on_requested is not None:
+            self._on_requested(tokens, length, namespace)
+        if partial is None:
+            self._touch(node, self._on_matched)
+        else:
+            self._touch(partial, self._on_matched)
+            node = self._unclaimed = self._cut(partial, common)
+            runs.append(node.pages)
+        return _new_tuple(MatchResult, (length, node, runs))
 
     def peek(self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None) -> int:
-        """How many tokens `match_prefix` would find. Changes nothing: no split, no use. O(tokens + depth)."""
-        return self.peek_path(ids, extra_key=extra_key, cache_salt=cache_salt)[0]
+        """How many tokens `match_prefix` would find. Changes nothing: no cut, no use. O(tokens + depth)."""
+        tokens, _ = self.peek_path(ids, extra_key=extra_key, cache_salt=cache_salt)
+        return tokens // self.page_size * self.page_size
 
     def peek_path(
         self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None
     ) -> tuple[int, list[TreeNode]]:
-        """As `peek`, with the nodes that hold the prefix, top first; the last may reach beyond it."""
-        data = token_bytes(ids)
-        node = self._roots.get((extra_key, cache_salt))
-        position, path = 0, []
-        while node is not None:
-            child = node.children.get(data[position : position + self._page_bytes])
-            if child is None:
-                break
-            path.append(child)
-            if not data.startswith(child.key, position):
-                position += self._common_bytes(data, position, child.key)
-                break
-            position += len(child.key)
-            node = child
-        return position // TOKEN_BYTES, path
+        """How many leading tokens of `ids` lie in the tree, to the token, and the nodes that hold them, top first.
+
+        The last node may reach beyond them. Changes nothing. O(tokens + depth), and what `find_partial` costs.
+        """
+        tokens = int32_array(ids)
+        check_tokens(tokens)
+        root = self._roots.get((extra_key, cache_salt))
+        if root is None:
+            return 0, []
+        node, partial = self._descend(root, tokens, [])
+        length = node.end
+        if partial is not None:
+            return length + _common_tokens(tokens[length:], partial.token_ids), partial.path()
+        found = self.find_partial(node, tokens[length:])
+        return (length, node.path()) if found is None else (length + found.num_tokens, found.node.path())
+
+    def find_partial(self, node: TreeNode, rest: TokenIds) -> PartialPage | None:
+        """The page under `node` whose first slots hold the most of `rest`, the tokens that follow its path.
+
+        For when a match has ended in `node`: no whole page is shared any more then, but the slots before the first
+        difference can be copied. Changes nothing. O(page_size) for each child up to 16 of them; with more
+        O(log children), and O(children log children) the first time.
+
+        Returns: None if not even one token is shared.
+        """
+        wanted = int32_array(rest)[: self.page_size].tobytes()
+        if self.page_size == 1 or not wanted:
+            return None
+        best, best_tokens = None, 0
+        for first_page in self._likest_children(node, wanted):
+            common = _common_prefix_tokens(first_page, wanted)
+            if common > best_tokens:
+                best, best_tokens = node.children[first_page], common
+        return None if best is None else PartialPage(best_tokens, int(best.page_ids[0]), best)
+
+    def namespaces(self) -> list[Namespace]:
+        """The namespaces under which something is cached."""
+        return list(self._roots)
 
     def nodes(self) -> Iterator[tuple[int, TreeNode]]:
         """All nodes with their depth (roots have 0), parents before children, in no other order. O(1) a node."""
@@ -199,13 +218,12 @@ class RadixTree:
             stack.extend((depth + 1, child) for child in reversed(node.children.values()))
 
     def path_pages(self, node: TreeNode) -> NDArray[np.int32]:
-        """The pages from the root to `node`, int32, read-only. O(depth + pages)."""
-        parts: list[bytes] = []
-        current: TreeNode | None = node
-        while current is not None:
-            parts.append(current.pages)
-            current = current.parent
-        return np.frombuffer(b"".join(reversed(parts)), np.int32)
+        """The pages from the root to `node`, int32, read-only. O(depth + pages).
+
+        Raises: InvalidRequestError if `node` was evicted.
+        """
+        pages = b"".join([above.pages for above in self._standing(node).path()])
+        return np.frombuffer(pages, np.int32)[: -(-node.end // self.page_size)]
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -219,55 +237,122 @@ class RadixTree:
         Raises: TokenIdsTypeError, InvalidTokenIdsError; InvalidPagesError if `pages` are not page ids, or not
             `len(ids) // page_size` of them.
         """
-        data = token_bytes(ids)
-        data = data[: len(data) // self._page_bytes * self._page_bytes]
-        page_data = _page_bytes(pages)
-        if len(page_data) * self.page_size != len(data):
+        tokens = int32_array(ids)
+        page_size = self.page_size
+        num_pages = len(tokens) // page_size
+        page_ids = page_array(pages)
+        if len(page_ids) != num_pages:
             raise InvalidPagesError(
-                f"{len(data) // self._page_bytes} whole pages of {self.page_size} tokens need as many page ids, "
-                f"not {len(page_data) // TOKEN_BYTES}"
+                f"{num_pages} whole pages of {page_size} tokens need as many page ids, not {len(page_ids)}"
             )
-        self._tick += 1
+        if self._unclaimed is not None:
+            self._merge_unclaimed()
         namespace = (extra_key, cache_salt)
-        root = self._roots.get(namespace)
-        if root is None:
-            root = _new_root(namespace, self._tick)
-        length_bytes, node = self._walk(root, data)
-        if length_bytes < len(data):
+        root = self._roots.get(namespace) or new_root(namespace, 0)
+        node, partial = self._descend(root, tokens, [])
+        length = node.end
+        if partial is not None:
+            common = self._common_pages(tokens, length, partial.key)
+            length += common
+        check_tokens(tokens, length)
+        new_pages = page_bytes(page_ids[length // page_size :])
+        self._tick += 1
+        self._touch(node if partial is None else partial, None)
+        if partial is not None:
+            node = self._unclaimed = self._cut(partial, common)
+        if new_pages:
             self._roots[namespace] = root
-            node = self._add_leaf(node, data[length_bytes:], page_data[length_bytes // self.page_size :])
-        return InsertResult(length_bytes // TOKEN_BYTES, node)
+            node = self._add_leaf(node, tokens[length : num_pages * page_size].tobytes(), new_pages)
+        return _new_tuple(InsertResult, (length, node))
+
+    def insert_tail(self, node: TreeNode, rest: TokenIds, page: int) -> TreeNode:
+        """Keep `rest`, the less than one page of tokens that follow the path of `node`, whose KV is in `page`.
+
+        Returns: the new leaf.
+        Raises: InvalidRequestError if `rest` fills a page, or another child of `node` begins with it.
+        """
+        key = int32_array(rest).tobytes()
+        if node.namespace is not None:  # the root may be new, or not be any more
+            node = self._roots.get(node.namespace, node)
+        elif not node.in_tree:
+            raise InvalidRequestError(f"{node} is not in the tree any more; match the prefix again")
+        found = self.find_partial(node, rest)
+        if not 0 < len(key) < self._page_bytes or (found and found.num_tokens * TOKEN_BYTES == len(key)):
+            raise InvalidRequestError(f"a tail of {len(key) // TOKEN_BYTES} tokens is none, or is cached already")
+        check_tokens(int32_array(rest))
+        if node.namespace is not None:
+            self._roots[node.namespace] = node
+        return self._add_leaf(node, key, np.int32(page).tobytes())
+
+    def remove(self, leaf: TreeNode) -> NDArray[np.int32]:
+        """Forget an unpinned leaf out of turn. O(1).
+
+        Returns: its pages, int32, read-only; no longer the tree's.
+        Raises: InvalidRequestError if it is pinned, no leaf, or not in the tree.
+        """
+        if leaf.entry is None:
+            raise InvalidRequestError(f"{leaf} is no unpinned leaf of the tree")
+        self._queue.remove(leaf)
+        self._remove_leaf(leaf)
+        return leaf.page_ids
+
+    def touch(self, node: TreeNode) -> None:
+        """Count as a use of the path to `node` that belongs to the last match. O(depth + log leaves)."""
+        self._touch(node, None)
+
+    def retain(self, node: TreeNode, *, priority: int = 0, keep_for_s: float | None = None) -> None:
+        """Let the path from the root to `node` outlive others. O(depth + log leaves).
+
+        Args:
+            priority: what the "priority" policy orders by; a node keeps the highest it was given.
+            keep_for_s: for so many seconds from now its tokens are evicted only if nothing else can be: unlike a lock
+                this never blocks anybody, and it ends by itself. A node keeps the latest end it was given.
+
+        Raises: InvalidRequestError for a negative `keep_for_s`, or if `node` was evicted.
+        """
+        if keep_for_s is not None and not keep_for_s >= 0:
+            raise InvalidRequestError(f"keep_for_s must be a number of seconds of at least 0, not {keep_for_s!r}")
+        keep_until = 0.0 if keep_for_s is None else self.clock() + keep_for_s
+        node = self._standing(node)
+        for kept in node.path():
+            kept.priority = max(kept.priority, priority)
+            kept.keep_until = max(kept.keep_until, keep_until)
+        if node.entry is not None:
+            self._queue.update(node)
 
     def inc_lock_ref(self, node: TreeNode) -> None:
         """Pin the path from `node` to its root: none of it will be evicted. O(depth).
 
         Raises: InvalidRequestError if `node` was evicted already; match again.
         """
-        if node.parent is None and not node.is_root:
-            raise InvalidRequestError(f"{node} was evicted and cannot be pinned; match the prefix again")
-        if node.lock_ref == 0 and not node.is_root and not node.children:
+        if node.parent is None:
+            node = self._standing(node)
+        if node.entry is not None:
             self._queue.remove(node)
-        current: TreeNode | None = node
-        while current is not None and not current.is_root:
-            if current.lock_ref == 0:
-                self._evictable_bytes -= len(current.key)
-            current.lock_ref += 1
-            current = current.parent
+        while (parent := node.parent) is not None:
+            if node.lock_ref == 0:
+                self._evictable -= len(node.pages)
+            node.lock_ref += 1
+            node = parent
 
     def dec_lock_ref(self, node: TreeNode) -> None:
-        """Undo one `inc_lock_ref(node)`. O(depth).
+        """Undo one `inc_lock_ref(node)`. O(depth), and O(tokens of the edge) if a cut is merged back.
 
         Raises: InvalidRequestError if `node` is not pinned.
         """
-        if node.lock_ref == 0 and not node.is_root:
+        if node.parent is None:
+            node = self._standing(node)
+        if node.lock_ref == 0 and node.key:
             raise InvalidRequestError(f"{node} is not pinned, so it cannot be unpinned")
-        current: TreeNode | None = node
-        while current is not None and not current.is_root:
+        current = node
+        while (parent := current.parent) is not None:
             current.lock_ref -= 1
             if current.lock_ref == 0:
-                self._evictable_bytes += len(current.key)
-            current = current.parent
-        if node.lock_ref == 0 and not node.is_root and not node.children:
+                self._evictable += len(current.pages)
+            current = parent
+        if node.cut:
+            self._merge(node)
+        elif node.lock_ref == 0 and not node.children and node.key:
             self._queue.add(node)
 
     def evict(self, num_tokens: int) -> NDArray[np.int32]:
@@ -277,88 +362,180 @@ class RadixTree:
 
         Returns: the freed pages, int32, read-only; no longer the tree's.
         """
-        freed: list[bytes] = []
-        missing_bytes = num_tokens * TOKEN_BYTES
-        while missing_bytes > 0 and self._queue:
-            leaf = self._queue.pop()
-            missing_bytes -= len(leaf.key)
+        freed: list[PageBytes] = []
+        missing = -(-num_tokens // self.page_size) * TOKEN_BYTES
+        queue = self._queue
+        while missing > 0 and queue:
+            leaf = queue.pop()
+            missing -= len(leaf.pages)
             freed.append(leaf.pages)
             self._remove_leaf(leaf)
         return np.frombuffer(b"".join(freed), np.int32)
 
+    def clear(self) -> NDArray[np.int32]:
+        """Remove everything that is not pinned. Observers hear `cleared` if nothing was. O(nodes).
+
+        Returns: the freed pages, int32, read-only; no longer the tree's.
+        """
+        if self._evictable < self._total:
+            return self.evict(self.evictable_size)
+        observers, self._observers = self._observers, ()
+        try:
+            freed = self.evict(self.evictable_size)
+        finally:
+            self._observers = observers
+        for observer in observers:
+            observer.cleared()
+        return freed
+
+    def add_observer(self, observer: CacheObserver) -> None:
+        """Tell `observer` of everything stored and removed from now on."""
+        self._observers += (observer,)
+
+    def remove_observer(self, observer: CacheObserver) -> None:
+        """Tell `observer` nothing more."""
+        self._observers = tuple(other for other in self._observers if other is not observer)
+
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _walk(self, root: TreeNode, data: bytes) -> tuple[int, TreeNode]:
-        """Follow `data` from `root`, touching nodes; split where it leaves an edge midway. Returns (bytes, node)."""
-        page_bytes, tick = self._page_bytes, self._tick
-        node, position, end = root, 0, len(data)
-        root.last_access = tick
-        while position < end:
-            child = node.children.get(data[position : position + page_bytes])
+    def _descend(self, root: TreeNode, tokens: Tokens, runs: list[PageBytes]) -> tuple[TreeNode, TreeNode | None]:
+        """Follow whole edges from `root` as far as `tokens` go, and gather their pages in `runs`.
+
+        Returns: the node reached, and its child whose edge shares at least its first page with what comes next, but
+            not all; None if there is none.
+        """
+        page_size = self.page_size
+        node, position, num_tokens = root, 0, len(tokens)
+        data = tokens.data  # compared in place: nothing is copied but the first page of each edge
+        while (first_end := position + page_size) <= num_tokens:
+            child = node.children.get(data[position:first_end].tobytes())
             if child is None:
                 break
-            if data.startswith(child.key, position):
-                position += len(child.key)
-                child.last_access = tick
-                node = child
-                continue
-            common = self._common_bytes(data, position, child.key)
-            node = self._split(child, common)
-            node.last_access = tick
-            position += common
-            break
-        if node.queue_key is not None:  # a leaf was used: it takes its new place in the order
-            self._queue.remove(node)
-            self._queue.add(node)
-        return position, node
+            end = child.end
+            # a slice that ends with the data would be a prefix of a longer key: that is no whole edge
+            if end > num_tokens or not child.key.startswith(data[position:end]):
+                return node, child
+            position, node = end, child
+            runs.append(child.pages)
+        return node, None
 
-    def _common_bytes(self, data: bytes, position: int, key: bytes) -> int:
-        """Bytes, in whole pages, that `data[position:]` and `key` have in common; they differ or `data` ends first."""
-        size = min(len(data) - position, len(key)) // TOKEN_BYTES
-        ours = np.frombuffer(data, np.int32, size, position)
-        differs = ours != np.frombuffer(key, np.int32, size)
-        first = int(differs.argmax())
-        same = first if differs[first] else size
-        return same // self.page_size * self._page_bytes
+    def _common_pages(self, tokens: Tokens, position: int, key: bytes) -> int:
+        """Tokens, in whole pages, that `tokens` from `position` on and `key` have in common, but not all of `key`."""
+        return _common_tokens(tokens[position:], np.frombuffer(key, np.int32)) // self.page_size * self.page_size
 
-    def _split(self, node: TreeNode, head_bytes: int) -> TreeNode:
-        """Cut `node`'s edge after `head_bytes`; returns the new upper node.
+    def _touch(self, node: TreeNode, on_matched: Callable[[TreeNode], None] | None) -> None:
+        """Mark the path from `node` to its root as used now."""
+        tick = self._tick
+        if on_matched is not None:
+            for used in reversed(node.path()):
+                on_matched(used)
+        current = node
+        while (parent := current.parent) is not None:
+            current.last_access = tick
+            current = parent
+        if node.entry is not None and not self._queue.is_lazy:
+            self._queue.update(node)
+
+    def _cut(self, node: TreeNode, head_tokens: int) -> TreeNode:
+        """Cut `node`'s edge after `head_tokens`; returns the new upper node.
 
         `node` stays the lower part, so whoever pinned it still holds the whole path.
         """
         parent = node.parent
-        assert parent is not None, "a root has no edge to split"
+        assert parent is not None, "a root has no edge to cut"
+        head_bytes = head_tokens * TOKEN_BYTES
         head_pages = head_bytes // self.page_size
-        upper = TreeNode(node.key[:head_bytes], node.pages[:head_pages], parent, node.last_access)
+        upper = TreeNode(
+            node.key[:head_bytes], node.pages[:head_pages], parent.end + head_tokens, parent, node.last_access
+        )
+        upper.created, upper.priority, upper.keep_until = node.created, node.priority, node.keep_until
         upper.lock_ref = node.lock_ref
+        upper.state = node.state
+        upper.cut = True
         parent.children[upper.key[: self._page_bytes]] = upper
         node.key = node.key[head_bytes:]
         node.pages = node.pages[head_pages:]
         node.parent = upper
         upper.children[node.key[: self._page_bytes]] = node
-        if node.queue_key is not None:  # a rank may depend on the edge
-            self._queue.remove(node)
-            self._queue.add(node)
+        if self._on_split is not None:
+            self._on_split(upper, node)
+        if node.entry is not None:  # a rank may depend on the edge
+            self._queue.update(node)
         return upper
 
-    def _add_leaf(self, parent: TreeNode, key: bytes, pages: bytes) -> TreeNode:
-        leaf = TreeNode(key, pages, parent, self._tick)
-        if parent.queue_key is not None:
+    def _merge_unclaimed(self) -> None:
+        node = self._unclaimed
+        self._unclaimed = None
+        if node is not None and node.cut and node.parent is not None:
+            self._merge(node)
+
+    def _merge(self, upper: TreeNode) -> None:
+        """Undo a cut, if the tree did not branch there and nobody pins exactly that prefix."""
+        if not upper.children:  # the lower part was evicted: what is left is a leaf like any other
+            upper.cut = False
+            if upper.lock_ref == 0 and upper.entry is None:
+                self._queue.add(upper)
+            return
+        (lower,) = upper.children.values()
+        if lower.lock_ref != upper.lock_ref:
+            return
+        parent = upper.parent
+        assert parent is not None, upper
+        if self._on_merged is not None:
+            self._on_merged(upper, lower)
+        lower.state = upper.state
+        lower.key = upper.key + lower.key
+        lower.pages = b"".join((upper.pages, lower.pages))
+        lower.last_access = upper.last_access
+        lower.priority = max(upper.priority, lower.priority)
+        lower.keep_until = max(upper.keep_until, lower.keep_until)
+        lower.parent = parent
+        parent.children[upper.key[: self._page_bytes]] = lower
+        upper.parent, upper.heir, upper.children = None, lower, {}
+        if lower.entry is not None:
+            self._queue.update(lower)
+
+    def _standing(self, node: TreeNode) -> TreeNode:
+        """`node`, or what it was merged into. Raises: InvalidRequestError if that was evicted."""
+        while node.heir is not None:
+            node = node.heir
+        if not node.in_tree:
+            raise InvalidRequestError(f"{node} was evicted; match the prefix again")
+        return node
+
+    def _add_leaf(self, parent: TreeNode, key: bytes, pages: PageBytes) -> TreeNode:
+        leaf = TreeNode(key, pages, parent.end + len(key) // TOKEN_BYTES, parent, self._tick)
+        if parent.entry is not None:
             self._queue.remove(parent)
-        parent.children[key[: self._page_bytes]] = leaf
+        parent.cut = False
+        first_page = key[: self._page_bytes]
+        parent.children[first_page] = leaf
+        if parent.ordered is not None:
+            parent.ordered.add(first_page)
+        self._evictable += len(pages)
+        self._total += len(pages)
+        if self._on_added is not None:
+            self._on_added(leaf)
         self._queue.add(leaf)
-        self._evictable_bytes += len(key)
-        self._total_bytes += len(key)
+        for observer in self._observers:
+            observer.stored(leaf)
         return leaf
 
     def _remove_leaf(self, leaf: TreeNode) -> None:
         parent = leaf.parent
         assert parent is not None, leaf
         assert leaf.lock_ref == 0, leaf
-        del parent.children[leaf.key[: self._page_bytes]]
+        if self._on_evicted is not None:
+            self._on_evicted(leaf)
+        for observer in self._observers:
+            observer.removed(leaf)
+        first_page = leaf.key[: self._page_bytes]
+        del parent.children[first_page]
+        if parent.ordered is not None:
+            parent.ordered.remove(first_page)
         leaf.parent = None
-        self._evictable_bytes -= len(leaf.key)
-        self._total_bytes -= len(leaf.key)
+        self._evictable -= len(leaf.pages)
+        self._total -= len(leaf.pages)
         if parent.children:
             return
         if parent.namespace is not None:
@@ -366,49 +543,24 @@ class RadixTree:
         elif parent.lock_ref == 0:
             self._queue.add(parent)
 
-    # -- proof -------------------------------------------------------------------------------------------------------
+    def _likest_children(self, node: TreeNode, wanted: bytes) -> list[bytes]:
+        """First pages of children, among them one that shares the most bytes with `wanted`.
+
+        In sorted order that is a neighbour of `wanted`.
+        """
+        if node.ordered is None and len(node.children) <= FEW_CHILDREN:
+            return list(node.children)
+        if node.ordered is None:
+            node.ordered = SortedList(node.children)
+        index = node.ordered.bisect_left(wanted)
+        return list(node.ordered[max(0, index - 1) : index + 1])
 
     def check_invariants(self) -> None:
         """Prove every invariant of the class docstring. O(tokens).
 
         Raises: InvariantError with what contradicts what.
         """
-        total = evictable = 0
-        leaves: set[int] = set()
-        pages: list[bytes] = []
-        for _, node in self.nodes():
-            self._check_links(node)
-            total += len(node.key)
-            evictable += len(node.key) if node.lock_ref == 0 else 0
-            pages.append(node.pages)
-            if not node.is_root and not node.children and node.lock_ref == 0:
-                leaves.add(id(node))
-            _require((node.queue_key is not None) == (id(node) in leaves), "wrongly in or out of the queue", node)
-        _require(leaves == {id(node) for node in self._queue}, "the queue is not the set of unpinned leaves", self)
-        _require(total == self._total_bytes, f"counted {total} bytes, recorded {self._total_bytes}", self)
-        _require(
-            evictable == self._evictable_bytes,
-            f"counted {evictable} bytes, recorded {self._evictable_bytes}",
-            self,
-        )
-        all_pages = np.frombuffer(b"".join(pages), np.int32)
-        _require(len(np.unique(all_pages)) == len(all_pages), "a page is in two places", self)
-
-    def _check_links(self, node: TreeNode) -> None:
-        if node.is_root:
-            _require(node.namespace is not None and self._roots.get(node.namespace) is node, "a lost root", node)
-            _require(bool(node.children) and node.lock_ref == 0, "an empty or pinned root", node)
-        else:
-            _require(len(node.key) % self._page_bytes == 0, "not whole pages", node)
-            _require(len(node.pages) * self.page_size == len(node.key), "pages and tokens differ in number", node)
-        pins_below = sum(child.lock_ref for child in node.children.values())
-        _require(node.is_root or node.lock_ref >= pins_below, "children are pinned more often than it", node)
-        for first_page, child in node.children.items():
-            _require(child.parent is node, "a child has another parent", child)
-            _require(not child.is_root, "an empty edge", child)
-            _require(child.key[: self._page_bytes] == first_page, "filed under another first page", child)
-            _require(child.lock_ref >= 0, "pinned a negative number of times", child)
-            _require(node.last_access >= child.last_access, "used later than its parent", child)
+        check_tree(self, self._roots, self._queue, num_pages=self.num_pages, num_evictable=self.num_evictable_pages)
 
     def __repr__(self) -> str:
         return (
@@ -417,19 +569,19 @@ class RadixTree:
         )
 
 
-def _new_root(namespace: Namespace, tick: int) -> TreeNode:
-    root = TreeNode(b"", b"", None, tick)
-    root.namespace = namespace
-    return root
+def _common_tokens(a: Tokens, b: Tokens) -> int:
+    """How many leading tokens of `a` and `b`, neither of them empty, are the same."""
+    size = min(len(a), len(b))
+    differs = a[:size] != b[:size]
+    first = int(differs.argmax())
+    return first if differs[first] else size
 
 
-def _page_bytes(pages: Any) -> bytes:
-    try:
-        return token_array(pages).tobytes()
-    except (InvalidTokenIdsError, TokenIdsTypeError) as error:
-        raise InvalidPagesError(f"page ids: {str(error).replace('token id', 'page id')}") from error
-
-
-def _require(holds: bool, what: str, where: object) -> None:
-    if not holds:
-        raise InvariantError(f"{what}: {where}")
+def _common_prefix_tokens(a: bytes, b: bytes) -> int:
+    """Leading tokens that `a` and `b` have in common."""
+    size = min(len(a), len(b))
+    differing_bits = int.from_bytes(a[:size], "little") ^ int.from_bytes(b[:size], "little")
+    if not differing_bits:
+        return size // TOKEN_BYTES
+    lowest_bit = (differing_bits & -differing_bits).bit_length() - 1
+    return lowest_bit // (8 * TOKEN_BYTES)

@@ -14,6 +14,7 @@ from radixkv.errors import InvalidTokenIdsError, TokenIdsTypeError
 
 TOKEN_BYTES = 4
 MAX_TOKEN_ID = 2**31 - 1
+_INT32 = np.dtype(np.int32)
 
 TokenIds: TypeAlias = "Sequence[int] | array.array[int] | NDArray[Any] | Any"
 """A list, tuple, range, `array.array`, numpy array (any integer dtype, any stride) or torch tensor of ids."""
@@ -28,6 +29,18 @@ def token_array(ids: TokenIds) -> NDArray[np.int32]:
         TokenIdsTypeError: something in it is not an integer.
         InvalidTokenIdsError: a value lies outside [0, 2**31), or `ids` is not one-dimensional.
     """
+    tokens = int32_array(ids)
+    check_tokens(tokens)
+    return tokens
+
+
+def int32_array(ids: TokenIds) -> NDArray[np.int32]:
+    """As `token_array`, but values that are int32 already may be negative: `check_tokens` tells.
+
+    What equals tokens that were checked before needs no second check. O(1) for a contiguous int32 array.
+    """
+    if type(ids) is np.ndarray and ids.dtype == _INT32 and ids.ndim == 1 and ids.flags.c_contiguous:
+        return ids
     values = _to_numpy(ids)
     if values.ndim != 1:
         raise InvalidTokenIdsError(f"token ids must be one sequence, not an array of shape {values.shape}")
@@ -36,10 +49,18 @@ def token_array(ids: TokenIds) -> NDArray[np.int32]:
             return np.empty(0, np.int32)
         shown = f"{values[0]} at position 0" if values.size else "no values"
         raise TokenIdsTypeError(f"token ids must be integers, not {values.dtype} ({shown})")
-    if values.size and (values.min() < 0 or values.max() > MAX_TOKEN_ID):
+    if values.dtype != _INT32 and values.size and (values.min() < 0 or values.max() > MAX_TOKEN_ID):
         position = int(((values < 0) | (values > MAX_TOKEN_ID)).argmax())
         raise _out_of_range(values[position], position)
     return np.ascontiguousarray(values, dtype=np.int32)
+
+
+def check_tokens(tokens: NDArray[np.int32], first: int = 0) -> None:
+    """Raise InvalidTokenIdsError if a token from position `first` on is negative. O(tokens)."""
+    rest = tokens[first:] if first else tokens
+    if len(rest) and rest.item(rest.argmin()) < 0:  # argmin costs half of what min does
+        position = first + int((rest < 0).argmax())
+        raise _out_of_range(tokens[position], position)
 
 
 def token_bytes(ids: TokenIds) -> bytes:

@@ -1,0 +1,51 @@
+"""What a prefix cache tells of itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class SizeEstimate(NamedTuple):
+    """The token hit rate that the traffic so far would have had in an LRU cache of `capacity_tokens` tokens.
+
+    `factor` is that size in units of the pool's.
+    """
+
+    factor: float
+    capacity_tokens: int
+    hit_rate: float
+
+
+class CacheStats(NamedTuple):
+    """What a `PrefixCache` holds now, and what it did so far.
+
+    `total_tokens = evictable_tokens + protected_tokens` are what the tree's pages have room for; `leased_pages` are
+    held by leases only. `hit_tokens` of `query_tokens` asked for by `acquire` were cached, `copied_tokens` of them in
+    a page that was shared in part; `evicted_tokens` made room for others (what `reset` forgot is not among them).
+    `estimated_hit_rates` tell, from a sample of the traffic, what pools of other sizes would bring (empty without
+    diagnostics).
+    """
+
+    num_pages: int
+    page_size: int
+    free_pages: int
+    leased_pages: int
+    total_tokens: int
+    evictable_tokens: int
+    protected_tokens: int
+    num_leases: int
+    query_tokens: int
+    hit_tokens: int
+    copied_tokens: int
+    evicted_tokens: int
+    estimated_hit_rates: tuple[SizeEstimate, ...] = ()
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the tokens asked for that were cached; 0 before the first query."""
+        return self.hit_tokens / self.query_tokens if self.query_tokens else 0.0
+
+    @property
+    def used_pages(self) -> int:
+        """Pages in the tree or held by leases."""
+        return self.num_pages - self.free_pages

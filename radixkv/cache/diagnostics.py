@@ -1,0 +1,206 @@
+"""What a prefix cache remembers of its past, to explain misses and to say what another size would bring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radixkv.cache.explain import CONTEXT_TOKENS, Explanation, MissReason, NearMiss
+from radixkv.cache.history import Eviction, EvictionHistory, Timeline
+from radixkv.cache.miss_ratio import MissRatioCurve
+from radixkv.cache.prefix_hash import namespace_seed, prefix_hashes
+from radixkv.cache.radix_tree import RadixTree
+from radixkv.cache.tree_node import Namespace, TreeNode
+
+MIN_HISTORY_PAGES, MAX_HISTORY_PAGES = 2**12, 2**18
+LARGEST_SIZE = 4  # times the pool: how far the hit rates of other sizes are estimated
+_NO_TOKEN = -1  # fills up the page of a tail, which then has the hash of no whole page
+
+
+class Diagnostics:
+    """The evictions and the traffic of one cache; listens to its tree.
+
+    Memory: the history of evictions remembers as many pages as the pool has, but 2**12 at least and 2**18 at most, in
+    8 bytes each and 340 for each evicted node: at most 0.2 MB for a small pool and 13 MB for a large one. The traffic
+    is sampled into at most 1.4 MB for pools of up to 4 million tokens, and a byte for 3 tokens beyond.
+
+    An evicted page is recognised as a whole, and what fills no page in its full length: a prompt that ends inside an
+    evicted page, where none ended before, looks as if it had never been seen from that page on.
+    """
+
+    def __init__(self, tree: RadixTree, num_pages: int, *, whole_pages: bool = False) -> None:
+        """`whole_pages`: whether the cache shares nothing less than a page."""
+        self._tree = tree
+        self._whole_pages = whole_pages
+        self._history = EvictionHistory(min(max(num_pages, MIN_HISTORY_PAGES), MAX_HISTORY_PAGES))
+        self._timeline = Timeline()
+        self._noted_tick = 0
+        self._cause: str | None = None
+        self._newest: TreeNode | None = None  # what the tree stored last
+        self.curve = MissRatioCurve(LARGEST_SIZE * num_pages * tree.page_size)
+        tree.add_observer(self)
+
+    def requested(self, tokens: NDArray[np.int32], namespace: Namespace) -> None:
+        """A request asks for `tokens`; the tree has just been searched for them."""
+        self._note_time()
+        self.curve.record(tokens, namespace_seed(*namespace))
+
+    def committed(self, tokens: NDArray[np.int32], namespace: Namespace) -> None:
+        """More tokens are cached now than were asked for."""
+        self._note_time()
+        self.curve.insert(tokens, namespace_seed(*namespace))
+
+    # -- what the tree tells -----------------------------------------------------------------------------------------
+
+    def stored(self, node: TreeNode) -> None:
+        """Note when; what is cached can be looked up."""
+        self._newest = node
+        self._note_time()
+
+    def removed(self, node: TreeNode) -> None:
+        """Remember the pages of `node`, unless a lease has just put a longer copy in its place."""
+        if self._is_replaced(node):
+            return
+        self._history.record(
+            self._page_hashes(node),
+            policy=self._tree.policy.name if self._cause is None else self._cause,
+            evicted_at_s=self._tree.clock(),
+            last_used_at_s=self._timeline.seconds_at(node.last_access),
+            evicted_tick=self._tree.tick,
+            last_use_tick=node.last_access,
+        )
+
+    def cleared(self) -> None:
+        """The cache starts anew."""
+        self._newest = None
+        self._history.clear()
+        self.curve.clear()
+
+    def reset(self, clear: Callable[[], NDArray[np.int32]]) -> NDArray[np.int32]:
+        """Clear the tree by `clear`; what this removes was not evicted by the policy."""
+        self._cause = "reset"
+        try:
+            return clear()
+        finally:
+            self._cause = None
+
+    def _note_time(self) -> None:
+        """Remember when this use of the cache was."""
+        if self._tree.tick > self._noted_tick:
+            self._noted_tick = self._tree.tick
+            self._timeline.add(self._noted_tick, self._tree.clock())
+
+    def _is_replaced(self, node: TreeNode) -> bool:
+        """Whether this very use of the cache has stored the tokens of `node` and more."""
+        newest = self._newest
+        if newest is None or newest is node or newest.created != self._tree.tick:
+            return False
+        return newest.parent is node.parent and newest.key.startswith(node.key)
+
+    # -- explanations ------------------------------------------------------------------------------------------------
+
+    def explain(self, tokens: NDArray[np.int32], namespace: Namespace, cached_tokens: int) -> Explanation:
+        """Why no more than `cached_tokens` of `tokens` would be found now. Changes nothing.
+
+        O(tokens × namespaces + page_size × pages remembered).
+        """
+        near_miss = self._near_miss(tokens, namespace)
+        eviction, evicted_tokens = self._eviction(tokens, namespace, cached_tokens)
+        others = self._other_namespaces(tokens, namespace, cached_tokens)
+        reason: MissReason = "never seen"
+        if cached_tokens == len(tokens):
+            reason = "hit"
+        elif eviction is not None:
+            reason = "evicted"
+        elif others:
+            reason = "other namespace"
+        elif self._is_rounded(len(tokens), cached_tokens, near_miss):
+            reason = "page"
+        return Explanation(
+            num_tokens=len(tokens),
+            cached_tokens=cached_tokens,
+            reason=reason,
+            eviction=eviction,
+            evicted_ago_s=None if eviction is None else self._tree.clock() - eviction.evicted_at_s,
+            evicted_tokens=evicted_tokens,
+            other_namespaces=others,
+            near_miss=near_miss,
+        )
+
+    def _is_rounded(self, num_tokens: int, cached_tokens: int, near_miss: NearMiss | None) -> bool:
+        """Whether it is for the page size alone that the next token is not found."""
+        if near_miss is not None and near_miss.position > cached_tokens:
+            return True
+        return self._whole_pages and num_tokens - cached_tokens < self._tree.page_size
+
+    def _eviction(
+        self, tokens: NDArray[np.int32], namespace: Namespace, cached_tokens: int
+    ) -> tuple[Eviction | None, int]:
+        """What evicted the tokens after `cached_tokens`, and how many of them are gone."""
+        page_size = self._tree.page_size
+        hashes = prefix_hashes(tokens, page_size, namespace_seed(*namespace))
+        num_pages = cached_tokens // page_size
+        eviction = self._history.find(hashes[num_pages:])
+        if eviction is not None:
+            num_pages += eviction.num_pages
+        end = num_pages * page_size
+        seed = int(hashes[num_pages - 1]) if num_pages else namespace_seed(*namespace)
+        for tail_end in range(min(len(tokens), end + page_size - 1), max(end, cached_tokens), -1):
+            tail = self._history.find(_tail_hash(tokens[end:tail_end], page_size, seed, num_pages))
+            if tail is not None:
+                return eviction or tail, tail_end - cached_tokens
+        return eviction, 0 if eviction is None else end - cached_tokens
+
+    def _other_namespaces(
+        self, tokens: NDArray[np.int32], namespace: Namespace, cached_tokens: int
+    ) -> dict[Namespace, int]:
+        held = {other: self._held(tokens, other) for other in self._tree.namespaces() if other != namespace}
+        return {other: num_tokens for other, num_tokens in held.items() if num_tokens > cached_tokens}
+
+    def _held(self, tokens: NDArray[np.int32], namespace: Namespace) -> int:
+        """How many leading tokens a namespace shares."""
+        extra_key, cache_salt = namespace
+        if self._whole_pages:
+            return self._tree.peek(tokens, extra_key=extra_key, cache_salt=cache_salt)
+        return self._tree.peek_path(tokens, extra_key=extra_key, cache_salt=cache_salt)[0]
+
+    def _near_miss(self, tokens: NDArray[np.int32], namespace: Namespace) -> NearMiss | None:
+        position, path = self._tree.peek_path(tokens, extra_key=namespace[0], cache_salt=namespace[1])
+        if not path or position == len(tokens):
+            return None
+        last = path[-1]
+        cached_ids = last.token_ids[last.num_tokens - (last.end - position) :][:CONTEXT_TOKENS].tolist()
+        while len(cached_ids) < CONTEXT_TOKENS and last.children:
+            last = max(last.children.values(), key=lambda child: child.last_access)
+            cached_ids += last.token_ids[: CONTEXT_TOKENS - len(cached_ids)].tolist()
+        return NearMiss(position, cached_ids, tokens[position : position + CONTEXT_TOKENS].tolist())
+
+    # -- hashes ------------------------------------------------------------------------------------------------------
+
+    def _page_hashes(self, node: TreeNode) -> NDArray[np.uint64]:
+        """The prefix hashes of `node`'s pages. O(its tokens), and those of ancestors not asked about before."""
+        hashes = np.empty(0, np.uint64)
+        root_namespace = node.root.namespace
+        assert root_namespace is not None, node
+        seed, end = namespace_seed(*root_namespace), 0
+        for above in node.path():
+            if above is node or above.path_hash is None:
+                hashes = prefix_hashes(above.token_ids, self._tree.page_size, seed, end // self._tree.page_size)
+                if len(hashes):
+                    above.path_hash = int(hashes[-1])
+            if above.path_hash is not None:
+                seed, end = above.path_hash, above.end
+        page_size = self._tree.page_size
+        return _tail_hash(node.token_ids, page_size, seed, end // page_size) if node.is_tail(page_size) else hashes
+
+
+def _tail_hash(tail: NDArray[np.int32], page_size: int, seed: int, num_pages: int) -> NDArray[np.uint64]:
+    """As `prefix_hashes` of less than a page, which follows the first `num_pages` pages; `seed` is their hash.
+
+    Returns: uint64, shape (1,).
+    """
+    page = np.full(page_size, _NO_TOKEN, np.int32)
+    page[: len(tail)] = tail
+    return prefix_hashes(page, page_size, seed, num_pages)

@@ -1,0 +1,104 @@
+"""Why a prompt was not cached further than it was."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from radixkv.cache.history import Eviction
+from radixkv.cache.tree_node import Namespace
+
+MissReason = Literal["hit", "evicted", "other namespace", "page", "never seen"]
+CONTEXT_TOKENS = 16  # of a near miss that are shown on either side
+_SHOWN_IDS = 4  # of these, in one line
+
+
+class NearMiss(NamedTuple):
+    """The cached sequence that agrees with the prompt the longest, and how both go on from there.
+
+    The first `position` tokens are the same. `cached_ids` and `asked_ids` are up to 16 tokens that follow; empty where
+    the cached sequence or the prompt ends.
+    """
+
+    position: int
+    cached_ids: list[int]
+    asked_ids: list[int]
+
+
+class Explanation(NamedTuple):
+    """How far a prompt is cached, and why not further; `str` says it in one line.
+
+    Attributes:
+        num_tokens: tokens in the prompt.
+        cached_tokens: leading tokens that `acquire` would find now.
+        reason: why it ends there; the first that holds of
+
+            "hit": it does not, all tokens are cached;
+            "evicted": the next page, or the end of a prompt in it, was cached and had to make room: see `eviction`;
+            "other namespace": another namespace holds more of it: see `other_namespaces`;
+            "page": whole pages alone are shared, and the next one is the same in part only, or the prompt ends in it;
+            "never seen": nobody asked for this continuation, or it is too long ago to be remembered.
+        eviction: when and how the next tokens were evicted.
+        evicted_ago_s: seconds since then.
+        evicted_tokens: tokens after `cached_tokens` that were evicted, by this eviction or others.
+        other_namespaces: how many leading tokens the other namespaces hold; those that hold more than this one.
+        near_miss: the cached sequence that agrees with it the longest; None if nothing agrees in the first token, or
+            if all tokens are cached.
+    """
+
+    num_tokens: int
+    cached_tokens: int
+    reason: MissReason
+    eviction: Eviction | None
+    evicted_ago_s: float | None
+    evicted_tokens: int
+    other_namespaces: dict[Namespace, int]
+    near_miss: NearMiss | None
+
+    def __str__(self) -> str:
+        text = f"{self.cached_tokens} of {self.num_tokens} tokens are cached"
+        return text if self.reason == "hit" else f"{text}; {self._why()}"
+
+    def _why(self) -> str:
+        if self.reason == "evicted":
+            return self._why_evicted()
+        if self.reason == "other namespace":
+            held = ", ".join(f"{name_of(space)} holds {tokens}" for space, tokens in self.other_namespaces.items())
+            return f"the rest was never seen in this namespace, but {held}"
+        if self.reason == "page":
+            return self._why_rounded()
+        if self.near_miss is None:
+            return "nothing cached begins like this prompt"
+        if not self.near_miss.cached_ids:
+            return "it goes on where the cached sequence ends"
+        asked, cached = map(_first_ids, (self.near_miss.asked_ids, self.near_miss.cached_ids))
+        return f"never seen from there on: {asked} is asked for where {cached} is cached"
+
+    def _why_evicted(self) -> str:
+        assert self.eviction is not None, self
+        unused_ticks, unused_s = self.eviction.unused_ticks, self.eviction.unused_s
+        uses = f"{unused_ticks} use{'' if unused_ticks == 1 else 's'} of the cache"
+        return (
+            f"the next {self.evicted_tokens} were evicted by {self.eviction.policy} {self.evicted_ago_s:.1f} s ago, "
+            f"{uses if unused_s is None else f'{unused_s:.1f} s and {uses}'} after their last use"
+        )
+
+    def _why_rounded(self) -> str:
+        same_tokens = 0 if self.near_miss is None else self.near_miss.position - self.cached_tokens
+        if same_tokens > 0:
+            return f"{same_tokens} more are the same, but only whole pages are shared"
+        return f"the last {self.num_tokens - self.cached_tokens} fill no page, and only whole pages are shared"
+
+
+def name_of(namespace: Namespace) -> str:
+    """A namespace in words, on one line.
+
+    >>> name_of(("tenant a", None)), name_of((None, None))
+    ("extra_key 'tenant a'", 'the default namespace')
+    """
+    parts = zip(("extra_key", "cache_salt"), namespace, strict=True)
+    return " and ".join(f"{name} {value!r}" for name, value in parts if value is not None) or "the default namespace"
+
+
+def _first_ids(ids: list[int]) -> str:
+    shown = " ".join(map(str, ids[:_SHOWN_IDS]))
+    return f"{shown} …" if len(ids) > _SHOWN_IDS else shown

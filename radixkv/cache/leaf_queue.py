@@ -1,0 +1,188 @@
+"""The unpinned leaves, in the order in which they are to be evicted."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from heapq import heapify, heappop, heappush
+from typing import Any
+
+from radixkv.cache.eviction import EvictionPolicy, hook
+from radixkv.cache.tree_node import TreeNode
+
+Entry = tuple[Any, int, TreeNode]
+"""(rank, serial, node): stands for the node as long as it is the node's `entry`; after that it is stale."""
+
+SLACK = 64  # stale entries that are not worth a sweep
+
+
+class _Run:
+    """Entries of one group, the smallest first.
+
+    Ranks mostly arrive in order (under LRU a leaf that was just used has the largest rank of all), so they are
+    appended to a deque; those that do not go to a heap. The smallest is the smaller of two heads.
+    """
+
+    __slots__ = ("in_order", "out_of_order")
+
+    def __init__(self) -> None:
+        self.in_order: deque[Entry] = deque()
+        self.out_of_order: list[Entry] = []
+
+    def __len__(self) -> int:
+        return len(self.in_order) + len(self.out_of_order)
+
+    def add(self, entry: Entry) -> None:
+        in_order = self.in_order
+        if not in_order or in_order[-1][0] <= entry[0]:  # serials grow, so equal ranks are in order too
+            in_order.append(entry)
+        else:
+            heappush(self.out_of_order, entry)
+
+    def pop(self) -> TreeNode | None:
+        """Take out the first node; None if all entries are stale."""
+        in_order, heap = self.in_order, self.out_of_order
+        while in_order or heap:
+            from_heap = bool(heap) and (not in_order or heap[0] < in_order[0])
+            entry = heappop(heap) if from_heap else in_order.popleft()
+            if entry[2].entry is entry:
+                return entry[2]
+        return None
+
+    def head(self) -> TreeNode | None:
+        """The node that `pop` would take out."""
+        in_order, heap = self.in_order, self.out_of_order
+        while in_order and in_order[0][2].entry is not in_order[0]:
+            in_order.popleft()
+        while heap and heap[0][2].entry is not heap[0]:
+            heappop(heap)
+        heads = [run[0] for run in (in_order, heap) if run]
+        return min(heads)[2] if heads else None
+
+    def sweep(self) -> None:
+        """Forget stale entries."""
+        self.in_order = deque(entry for entry in self.in_order if entry[2].entry is entry)
+        self.out_of_order = [entry for entry in self.out_of_order if entry[2].entry is entry]
+        heapify(self.out_of_order)
+
+    def entries(self) -> Iterator[Entry]:
+        for run in (self.in_order, self.out_of_order):
+            yield from (entry for entry in run if entry[2].entry is entry)
+
+
+class LeafQueue:
+    """The unpinned leaves in eviction order, kept in order at every change.
+
+    Adding, updating and popping cost O(log leaves) at most, and O(1) where ranks come in order; nothing ever scans or
+    re-sorts the leaves. Removing costs O(1): the entry goes stale and is skipped later; whenever more than half of
+    the entries are stale they are swept out, so the queue's size stays in proportion to the number of leaves.
+
+    Leaves with a `keep_until` in the future come after all others, the one that expires first in front: they are kept
+    as long as anything else can go, and can still go when nothing else is left.
+
+    Attributes:
+        is_lazy: whether leaves need no `update` when they are used: their ranks only grow, so an entry that comes up
+            too early is found out then, and entered anew.
+    """
+
+    def __init__(self, policy: EvictionPolicy, clock: Callable[[], float]) -> None:
+        self._rank = policy.rank
+        self._group = hook(policy, "group")
+        self._urgency = policy.urgency if self._group is not None else None
+        self.is_lazy = policy.ranks_only_grow and self._group is None
+        self._clock = clock
+        self._run = _Run()  # where there are no groups
+        self._groups: dict[Hashable, _Run] = {}
+        self._kept = _Run()
+        self._serial = 0
+        self._size = 0
+        self._num_entries = 0  # stale ones included, and some that were popped since the last sweep
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[TreeNode]:
+        """The leaves; within a group the next to be evicted comes first. O(leaves log leaves)."""
+        for run in (self._run, *self._groups.values(), self._kept):
+            order = self._current_order if self.is_lazy and run is not self._kept else _order
+            yield from (entry[2] for entry in sorted(run.entries(), key=order))
+
+    def add(self, node: TreeNode) -> None:
+        """Enter a node that is not in the queue."""
+        assert node.entry is None, node
+        self._size += 1
+        self.update(node)
+
+    def update(self, node: TreeNode) -> None:
+        """Give a node that is in the queue the place that its rank asks for now."""
+        self._serial = serial = self._serial + 1
+        if node.keep_until and node.keep_until > self._clock():
+            node.entry = entry = (node.keep_until, serial, node)
+            self._kept.add(entry)
+        elif self._group is not None:
+            node.entry = entry = (self._rank(node), serial, node)
+            self._groups.setdefault(self._group(node), _Run()).add(entry)
+        else:
+            rank = self._rank(node)
+            node.entry = entry = (rank, serial, node)
+            in_order = self._run.in_order
+            if in_order and in_order[-1][0] <= rank:  # the usual case, without a call
+                in_order.append(entry)
+            else:
+                self._run.add(entry)
+        self._num_entries += 1
+        if self._num_entries > 2 * self._size + SLACK:
+            self._sweep()
+
+    def remove(self, node: TreeNode) -> None:
+        """Take out a node that is in the queue."""
+        assert node.entry is not None, node
+        node.entry = None
+        self._size -= 1
+
+    def pop(self) -> TreeNode:
+        """Take out the node to be evicted next."""
+        if self._kept:
+            self._release_expired()
+        node = self._pop_first() if self._group is None else self._pop_most_urgent()
+        if node is None:
+            node = self._kept.pop()
+        assert node is not None, "pop from an empty queue"
+        node.entry = None
+        self._size -= 1
+        return node
+
+    def _release_expired(self) -> None:
+        now = self._clock()
+        while (node := self._kept.head()) is not None and node.keep_until <= now:
+            self.update(node)
+
+    def _pop_first(self) -> TreeNode | None:
+        while (node := self._run.pop()) is not None:
+            assert node.entry is not None, node
+            if not self.is_lazy or self._rank(node) == node.entry[0]:
+                return node
+            self.update(node)
+        return None
+
+    def _current_order(self, entry: Entry) -> tuple[Any, int]:
+        return self._rank(entry[2]), entry[1]
+
+    def _pop_most_urgent(self) -> TreeNode | None:
+        assert self._urgency is not None, "groups without urgency"
+        heads = [(head, run) for run in self._groups.values() if (head := run.head()) is not None]
+        if not heads:
+            return None
+        urgency = self._urgency
+        return min(heads, key=lambda item: urgency(item[0]))[1].pop()
+
+    def _sweep(self) -> None:
+        runs = (self._run, self._kept, *self._groups.values())
+        for run in runs:
+            run.sweep()
+        self._groups = {group: run for group, run in self._groups.items() if run}
+        self._num_entries = sum(map(len, runs))
+
+
+def _order(entry: Entry) -> tuple[Any, int]:
+    return entry[:2]

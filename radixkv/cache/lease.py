@@ -1,0 +1,203 @@
+"""One request's claim on the cache."""
+
+from __future__ import annotations
+
+import warnings
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, token_array
+from radixkv.cache.tree_node import Namespace, PartialPage, TreeNode
+from radixkv.errors import ClosedError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from radixkv.cache.prefix_cache import PrefixCache
+
+
+class Lease:
+    """One request's claim on the cache: the pinned prefix it reads and the pages it may write.
+
+    The KV of `[0, cached_tokens)` was there when the lease was made; the request computes the rest into `pages` and
+    calls `commit`. Use it as a context manager, or call `release`. What a lease that is dropped without either held
+    is taken back with the cache's next operation, and a ResourceWarning tells of it.
+
+    Attributes:
+        cached_tokens: leading tokens whose KV was found.
+        pages: int32, the page of each `page_size` tokens in order. A commit may replace entries, where another
+            request had shared the same tokens before: read it anew after each commit.
+    """
+
+    def __init__(
+        self,
+        cache: PrefixCache,
+        num_tokens: int,
+        known: bytes,
+        pages: NDArray[np.int32],
+        node: TreeNode,
+        namespace: Namespace,
+        *,
+        source: PartialPage | None,
+        priority: int,
+        keep_for_s: float | None,
+    ) -> None:
+        self.cached_tokens = len(known) // TOKEN_BYTES
+        self.pages = pages
+        self._cache = cache
+        self._announced_tokens = num_tokens  # of those it asked for, or committed since
+        self._known = known  # tokens whose KV is in `pages` for certain
+        self._node = node
+        self._namespace = namespace
+        self._source = source  # where the last of them were copied from
+        self._priority, self._keep_for_s = priority, keep_for_s
+        self._closed = False
+
+    @property
+    def node(self) -> TreeNode:
+        """Where the pinned prefix ends in the tree."""
+        return self._node
+
+    @property
+    def closed(self) -> bool:
+        """Whether the lease was released."""
+        return self._closed
+
+    @property
+    def committed_tokens(self) -> int:
+        """Leading tokens that are in the tree, and pinned there by this lease."""
+        return self._node.end
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens for which the lease holds pages."""
+        return len(self.pages) * self._cache.page_size
+
+    def grow(self, num_tokens: int) -> None:
+        """Hold pages for at least `num_tokens` tokens in all, evicting what is unused if need be.
+
+        Raises: OutOfPagesError if they do not suffice (the lease is as before); ClosedError.
+        """
+        self._check_open()
+        missing = self._cache.pages_for(num_tokens) - len(self.pages)
+        if missing > 0:
+            self.pages = np.concatenate([self.pages, self._cache._take(missing)])
+
+    def commit(self, ids: TokenIds) -> int:
+        """Share the KV of `ids`, all of which lies in `pages` by now. O(tokens + depth).
+
+        Whole pages enter the tree. A last page in part does too where the cache shares partial pages, and the lease
+        may go on writing behind these tokens; otherwise it stays this lease's alone. Where another request committed
+        the same tokens first, its whole pages replace this lease's in `pages`.
+
+        Returns: how many tokens of `ids` are shared now.
+        Raises: InvalidRequestError if `ids` does not begin with the tokens that were found or committed before, or is
+            longer than the lease's pages; ClosedError; TokenIdsTypeError, InvalidTokenIdsError.
+        """
+        self._check_open()
+        tokens = token_array(ids)
+        cache = self._cache
+        if len(tokens) > self.capacity_tokens:
+            raise InvalidRequestError(
+                f"{len(tokens)} tokens cannot be committed: the lease has pages for {self.capacity_tokens}; grow it"
+            )
+        num_pages = len(tokens) // cache.page_size
+        whole_tokens = num_pages * cache.page_size
+        known_tokens = len(self._known) // TOKEN_BYTES
+        if tokens[:known_tokens].tobytes() != self._known:
+            raise InvalidRequestError(
+                f"the ids to commit must begin with the {known_tokens} tokens that were found or committed before"
+            )
+        shared_pages = self.committed_tokens // cache.page_size
+        extra_key, cache_salt = self._namespace
+        inserted = cache.tree.insert(
+            tokens[:whole_tokens], self.pages[:num_pages], extra_key=extra_key, cache_salt=cache_salt
+        )
+        first_new = inserted.prefix_len // cache.page_size
+        cache.allocator.retain(self.pages[first_new:num_pages])  # the tree's own reference
+        self._move_pin(inserted.node)
+        self._adopt(shared_pages, first_new)
+        rest = tokens[whole_tokens:]
+        is_shared = cache.shares_partial_pages or not len(rest)
+        if is_shared and len(rest):
+            self._share_tail(rest, int(self.pages[num_pages]))
+        self._drop_source(len(tokens))
+        if self._priority or self._keep_for_s is not None:
+            cache.tree.retain(self._node, priority=self._priority, keep_for_s=self._keep_for_s)
+        if len(tokens) > self._announced_tokens:
+            self._announced_tokens = len(tokens)
+            cache.committed(tokens, self._namespace)
+        self._known = (tokens if is_shared else tokens[:whole_tokens]).tobytes()
+        return len(tokens) if is_shared else whole_tokens
+
+    def release(self) -> None:
+        """Unpin the prefix and give up the pages; what was not committed becomes free. Idempotent. O(pages + depth)."""
+        if self._closed:
+            return
+        self._closed = True
+        self._cache._leases.discard(self)
+        self._cache.tree.dec_lock_ref(self._node)
+        self._cache.allocator.release(self.pages)
+        self.pages = np.empty(0, np.int32)
+
+    def _move_pin(self, node: TreeNode) -> None:
+        """Pin `node` in place of what was pinned; a tail that this lease had put there goes, its tokens live on."""
+        tree, before = self._cache.tree, self._node
+        tree.inc_lock_ref(node)
+        tree.dec_lock_ref(before)
+        self._node = node
+        if before.is_tail(self._cache.page_size):
+            self._cache.allocator.release(tree.remove(before))
+
+    def _share_tail(self, rest: NDArray[np.int32], page: int) -> None:
+        """Let others copy the tokens of a last page in part; nothing to do if they can from somebody else's page."""
+        tree = self._cache.tree
+        found = tree.find_partial(self._node, rest)
+        if found is not None and found.num_tokens == len(rest):
+            return
+        tail = tree.insert_tail(self._node, rest, page)
+        self._cache.allocator.retain(np.array([page], np.int32))
+        tree.inc_lock_ref(tail)
+        tree.dec_lock_ref(self._node)
+        self._node = tail
+
+    def _drop_source(self, num_tokens: int) -> None:
+        """Forget the tail that was copied from, once a longer copy of it is shared."""
+        source, self._source = self._source, None
+        if source is None or not source.node.is_tail(self._cache.page_size) or source.node.entry is None:
+            return
+        if source.num_tokens == source.node.num_tokens and num_tokens > source.node.end:
+            self._cache.allocator.release(self._cache.tree.remove(source.node))
+
+    def _adopt(self, first: int, last: int) -> None:
+        """Read pages `[first, last)` from the tree, where another request's came first, and free this lease's own."""
+        if first >= last:
+            return
+        theirs = self._cache.tree.path_pages(self._node)[first:last]
+        self._cache.allocator.retain(theirs)
+        self._cache.allocator.release(self.pages[first:last])
+        self.pages = np.concatenate([self.pages[:first], theirs, self.pages[last:]])
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the lease was released; acquire a new one")
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self._cache._dropped.append((self._node, self.pages))
+            warnings.warn(f"{self!r} was dropped without release()", ResourceWarning, stacklevel=2, source=self)
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return "Lease(closed)"
+        return f"Lease({self.cached_tokens} tokens found, {self.committed_tokens} shared, {len(self.pages)} pages)"

@@ -1,0 +1,54 @@
+"""Page ids as the tree keeps them: int32 bytes, or a window on bytes that all nodes share."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radixkv.cache.token_ids import TOKEN_BYTES, check_tokens, int32_array
+from radixkv.errors import InvalidPagesError, InvalidTokenIdsError, TokenIdsTypeError
+
+PAGE_ID_BYTES = TOKEN_BYTES
+
+PageBytes: TypeAlias = "bytes | memoryview[int]"
+"""Little-endian int32 page ids; immutable."""
+
+# 0, 1, 2, …: an allocator hands out fresh pages in order, and pages that were freed together come back together, so
+# the pages of a node are often consecutive numbers. Such a node keeps a window on this constant (1 MiB) instead of a
+# copy: finding that out is one memcmp, a fraction of what writing to memory outside the cache costs.
+_CONSECUTIVE = np.arange(2**18, dtype=np.int32).tobytes()
+_CONSECUTIVE_VIEW = memoryview(_CONSECUTIVE)
+_WORTH_A_WINDOW = 64  # pages: a window is an object of 200 bytes
+
+
+def page_array(pages: Any) -> NDArray[np.int32]:
+    """`pages` as a contiguous int32 array; values that are int32 already are not looked at.
+
+    Raises: InvalidPagesError if they are not one sequence of integers that int32 can hold.
+    """
+    try:
+        return int32_array(pages)
+    except (InvalidTokenIdsError, TokenIdsTypeError) as error:
+        raise _invalid(error) from error
+
+
+def page_bytes(pages: NDArray[np.int32]) -> PageBytes:
+    """`pages` to be kept. O(pages). Raises: InvalidPagesError if one is negative."""
+    num_pages = len(pages)
+    if num_pages >= _WORTH_A_WINDOW:
+        first = pages.item(0)
+        if first >= 0 and pages.item(num_pages - 1) - first == num_pages - 1:
+            start = first * PAGE_ID_BYTES
+            if _CONSECUTIVE.startswith(pages.data, start):
+                return _CONSECUTIVE_VIEW[start : start + num_pages * PAGE_ID_BYTES]
+    try:
+        check_tokens(pages)
+    except InvalidTokenIdsError as error:
+        raise _invalid(error) from error
+    return pages.tobytes()
+
+
+def _invalid(error: Exception) -> InvalidPagesError:
+    return InvalidPagesError(f"page ids: {str(error).replace('token id', 'page id')}")
