@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from radixkv.cache.eviction import POLICIES
 from radixkv.config import EngineConfig
 from radixkv.errors import ConfigError
 
@@ -45,8 +46,11 @@ class EngineOptions:
             help="Share of the free memory that the KV pool takes.  [default: 0.85 on a GPU, 0.4 on the CPU]"
         ),
     ] = None
-    page_size: Annotated[int, _EngineOption(help="Tokens a page; prefixes are shared in whole pages.")] = (
+    page_size: Annotated[int, _EngineOption(help="Tokens a page; prefixes are shared to the token at any size.")] = (
         DEFAULTS.page_size
+    )
+    eviction_policy: Annotated[str, _EngineOption(help=f"Which unused prefixes go first: {', '.join(POLICIES)}.")] = (
+        DEFAULTS.eviction_policy
     )
     attention_backend: Annotated[str, _EngineOption(help="auto, or the name of a backend.")] = (
         DEFAULTS.attention_backend

@@ -118,7 +118,7 @@ def examine(engine: Engine, model: str, outputs: Sequence[RequestOutput]) -> tup
         hit_rate=saved_tokens / prompt_tokens,
         num_nodes=len(edges),
         total_tokens=radix_tree.total_size,
-        total_pages=radix_tree.total_size // radix_tree.page_size,
+        total_pages=radix_tree.num_pages,
         total_bytes=radix_tree.total_size * engine.kv_bytes_per_token,
         unshared_tokens=kept_tokens,
         evicted_tokens=engine.stats().cache.evicted_tokens,
@@ -135,7 +135,7 @@ def _edges(engine: Engine, uses: Counter[int]) -> Iterator[Edge]:
         yield Edge(
             depth=depth,
             num_tokens=node.num_tokens,
-            num_pages=node.num_tokens // radix_tree.page_size,
+            num_pages=len(node.page_ids),
             lock_ref=node.lock_ref,
             age=radix_tree.tick - node.last_access,
             num_prompts=uses[id(node)],

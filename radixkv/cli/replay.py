@@ -1,0 +1,285 @@
+"""`radixkv replay`: what a cache of this size and policy would have hit on a trace of requests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from radixkv.cache.belady import measure_reuse
+from radixkv.cache.eviction import POLICIES
+from radixkv.cache.replay import BELADY, ReplayResult, replay_optimum, whole_pages
+from radixkv.cache.replay import replay as replay_policy
+from radixkv.cache.traces import BLOCKS, MOONCAKE_BLOCK_TOKENS, ExpandedBlocks, Request, Trace
+from radixkv.cli.display import percent
+from radixkv.cli.trace_source import load_tokenizer, progress_on_stderr, read_trace_file
+from radixkv.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+REPLAY_EPILOG = f"""
+**Traces** are files of JSON lines, one object a request; the first good line tells which kind a file is:
+
+- "hash_ids" with "input_length", as Mooncake publishes them: ids of prefix-chained blocks of --block-tokens tokens.
+  Each block is hit, stored and evicted as a whole; with --keys token it becomes pseudo-random tokens.
+
+- "token_ids" or "input_tok_ids": token ids, with those of the output in "output_token_ids" or "output_tok_ids".
+
+- "input": text, with the text of the "output"; needs --tokenizer.
+
+Prompts are looked up; prompts and outputs are stored, but for the last token, as an engine does. Hits are whole pages.
+"timestamp" (milliseconds) or "arrival_time_ns" drives policies that look at the time.
+
+**Policies**: {", ".join(POLICIES)}.
+
+**What cannot be exceeded**: the *ceiling* is what a cache without limit hits. *{BELADY}*, always computed, is the
+clairvoyant optimum: of all caches of this size that hold whole pages, and all pages of the request that runs, none
+hits more, whatever it evicts and whatever it knows of the future.
+
+**Examples**
+
+Four sizes, two policies: `radixkv replay trace.jsonl --capacity-tokens 1000000,2000000,4000000,8000000 --policy
+lru,slru`
+
+With a picture, and figures for a script: `radixkv replay trace.jsonl --capacity-tokens 250000,500000 --plot hits.png
+--json hits.json`
+
+Texts of an agent, as Qwen3 would see them: `radixkv replay agent.jsonl --capacity-tokens 50000 --tokenizer
+Qwen/Qwen3-8B`
+"""
+
+
+class KeyKind(StrEnum):
+    """What the keys of a trace of blocks are."""
+
+    BLOCK = "block"
+    TOKEN = "token"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayReport:
+    """What was replayed, and what came of it. `page_tokens` tokens are hit, stored and evicted together."""
+
+    trace: str
+    requests: int
+    tokens: int
+    malformed_lines: int
+    keys: str
+    page_tokens: int
+    ceiling: float
+    results: list[ReplayResult]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All figures by name, for `--json`."""
+        return {
+            "trace": self.trace,
+            "requests": self.requests,
+            "tokens": self.tokens,
+            "malformed_lines": self.malformed_lines,
+            "keys": self.keys,
+            "page_tokens": self.page_tokens,
+            "ceiling": self.ceiling,
+            "results": [
+                {
+                    "policy": result.policy,
+                    "capacity_tokens": result.capacity_tokens,
+                    "hit_rate": result.hit_rate,
+                    "evicted_tokens": result.evicted_tokens,
+                    "us_per_request": result.us_per_request,
+                }
+                for result in self.results
+            ],
+        }
+
+
+def replay(
+    trace_file: Annotated[
+        Path, typer.Argument(metavar="TRACE", help="A file of JSON lines; see below.", show_default=False)
+    ],
+    capacity_tokens: Annotated[
+        str, typer.Option(help="Sizes of the cache in tokens, parted by commas.", show_default=False)
+    ],
+    policy: Annotated[str, typer.Option(help="Eviction policies, parted by commas.")] = "lru",
+    page_size: Annotated[int, typer.Option(help="Tokens a page; blocks that are keys are pages themselves.")] = 16,
+    block_tokens: Annotated[
+        int, typer.Option(help="Tokens that each of a trace's hash_ids stands for.")
+    ] = MOONCAKE_BLOCK_TOKENS,
+    keys: Annotated[
+        KeyKind | None,
+        typer.Option(help="What a trace of hash_ids is replayed as.  [default: block]", show_default=False),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help='For a trace of texts: "demo", a directory or a hub id.', show_default=False)
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at a malformed line instead of skipping it.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Requests to read at most.", show_default=False)] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT", help="Write all figures there.", show_default=False)
+    ] = None,
+    plot_file: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="OUT.png", help="Draw hit rate over size there.", show_default=False),
+    ] = None,
+) -> None:
+    """Replay a trace of requests through the radix tree, and tell what each policy hits at each size.
+
+    Shown are the share of prompt tokens found in the cache, the tokens evicted, and the time that the tree takes for
+    a request.
+    """
+    from radixkv.cli.replay_plot import check_plot, write_plot
+
+    capacities, policies = _capacities(capacity_tokens), _policies(policy)
+    for option, value in (("--page-size", page_size), ("--block-tokens", block_tokens), ("--limit", limit)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} must be at least 1, not {value}")
+    if json_file is not None:
+        _check_place("--json", json_file)
+    if plot_file is not None:
+        _check_place("--plot", plot_file)
+        check_plot(plot_file)
+    encode = None if tokenizer is None else load_tokenizer(tokenizer)
+    with progress_on_stderr() as progress:
+        trace, num_skipped = read_trace_file(
+            trace_file, progress, strict=strict, block_tokens=block_tokens, encode=encode, limit=limit
+        )
+        work = _workload(trace, keys, page_size)
+        ceiling, results = _replay_all(work, policies, capacities, progress)
+    report = ReplayReport(
+        trace=str(trace_file),
+        requests=len(trace.requests),
+        tokens=trace.num_tokens,
+        malformed_lines=num_skipped,
+        keys=work.keys,
+        page_tokens=work.page_tokens,
+        ceiling=ceiling,
+        results=results,
+    )
+    if json_file is not None:
+        _write(json_file, json.dumps(report.as_dict(), indent=2) + "\n")
+    if plot_file is not None:
+        write_plot(report, plot_file)
+    _print_table(report)
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def _capacities(text: str) -> list[int]:
+    try:
+        capacities = [int(part) for part in text.split(",")]
+    except ValueError:
+        capacities = []
+    if not capacities or min(capacities) < 1:
+        raise ConfigError(f"--capacity-tokens must be positive numbers of tokens, parted by commas, not {text!r}")
+    return list(dict.fromkeys(capacities))
+
+
+def _policies(text: str) -> list[str]:
+    """The names in `text`, and the optimum."""
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in POLICIES and name != BELADY:
+            raise ConfigError(f"unknown eviction policy {name!r}; the policies are {', '.join(POLICIES)} and {BELADY}")
+    return list(dict.fromkeys([*names, BELADY]))
+
+
+def _check_place(option: str, path: Path) -> None:
+    """Say so before the work that a file cannot be written. Raises: ConfigError."""
+    if path.is_dir():
+        raise ConfigError(f"{option} {path} is a directory; name a file in it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no directory {path.parent}")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+
+
+# --------------------------------------------------------------------------------------------------------------- work
+
+
+@dataclass(frozen=True, slots=True)
+class _Workload:
+    """What is replayed: requests whose keys stand for `key_tokens` tokens, and how many keys make a page."""
+
+    requests: list[Request] | ExpandedBlocks
+    keys: KeyKind
+    page_size: int
+    key_tokens: int
+
+    @property
+    def page_tokens(self) -> int:
+        return self.page_size * self.key_tokens
+
+
+def _workload(trace: Trace, keys: KeyKind | None, page_size: int) -> _Workload:
+    if trace.kind != BLOCKS:
+        if keys is KeyKind.BLOCK:
+            raise ConfigError(f'--keys block needs a trace of "{BLOCKS}", not of "{trace.kind}"')
+        return _Workload(trace.requests, KeyKind.TOKEN, page_size, 1)
+    if keys is KeyKind.TOKEN:
+        return _Workload(ExpandedBlocks(trace.requests, trace.key_tokens), KeyKind.TOKEN, page_size, 1)
+    return _Workload(trace.requests, KeyKind.BLOCK, 1, trace.key_tokens)
+
+
+def _replay_all(
+    work: _Workload, policies: Sequence[str], capacities: Sequence[int], progress: Progress
+) -> tuple[float, list[ReplayResult]]:
+    """The ceiling, and what each policy does with each capacity."""
+    for capacity in capacities:
+        whole_pages(capacity, work.page_tokens)
+    rounds = 1 + len(capacities) * sum(policy != BELADY for policy in policies)
+    bar = progress.add_task("", total=rounds * len(work.requests))
+    page_size, key_tokens = work.page_size, work.key_tokens
+    on_progress = partial(progress.advance, bar)
+    progress.update(bar, description="what is used again")
+    reuse = measure_reuse(work.requests, page_size, key_tokens=key_tokens, on_progress=on_progress)
+    results = []
+    for capacity, policy in product(capacities, policies):
+        if policy == BELADY:
+            results.append(replay_optimum(reuse, capacity, work.page_tokens))
+            continue
+        progress.update(bar, description=f"{policy}, {capacity:,} tokens")
+        results.append(
+            replay_policy(work.requests, policy, capacity, page_size, key_tokens=key_tokens, on_progress=on_progress)
+        )
+    return reuse.ceiling, results
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+
+
+def _print_table(report: ReplayReport) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(
+        title=f"{escape(Path(report.trace).name)}: {report.requests:,} requests, {report.tokens:,} tokens",
+        caption=f"{BELADY}: the clairvoyant optimum; ceiling, without limit: {percent(report.ceiling)}",
+        box=box.SIMPLE,
+    )
+    for column in ("capacity", "policy", "hit rate", "evicted tokens", "µs a request"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for result in report.results:
+        table.add_row(
+            f"{result.capacity_tokens:,}",
+            result.policy,
+            percent(result.hit_rate),
+            f"{result.evicted_tokens:,}",
+            f"{result.us_per_request:,.1f}",
+            end_section=result.policy == report.results[-1].policy,
+        )
+    Console().print(table)
