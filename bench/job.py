@@ -115,7 +115,7 @@ def run(task: Task, settings: Settings, progress_console: Console) -> tuple[repo
     found = list(dict.fromkeys(disagreements(played, reference)))
     config = {**task.config, "rounds": settings.rounds, "page_size": settings.page_size}
     config["hf_batch_size"] = settings.hf_batch_size
-    report = reports.build(task.workload, played, page_size=settings.page_size, tokens_equal=not found, config=config)
+    report = reports.build(task.workload, played, tokens_equal=not found, config=config)
     return report, [explain(task, played[reference][0], difference) for difference in found]
 
 

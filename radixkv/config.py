@@ -53,12 +53,13 @@ class EngineConfig:
     Attributes:
         dtype: of weights, activations and KV: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
         device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", …
-        page_size: tokens a page. Prefixes are shared in whole pages.
+        page_size: tokens a page. Prefixes are shared to the token at any size.
         kv_cache_tokens: size of the KV pool in tokens; None sizes it by `mem_fraction`.
         mem_fraction: share of the memory that is free after the model is loaded which the KV pool may take;
             None means 0.85 on a GPU and 0.4 on the CPU.
         attention_backend: "auto" or the name of a registered backend.
-        eviction_policy: order in which unused prefixes go; "lru".
+        eviction_policy: order in which unused prefixes go: "lru", "lfu", "slru", "fifo", "priority", "ttl", "cost" or
+            "adaptive".
         schedule_policy: "lpm" (longest cached prefix first, with bounded ageing) or "fcfs".
         max_batch_tokens: tokens computed in one step at most; longer prompts are computed in chunks.
         max_running_requests: requests that hold pages at one time at most; None takes 256, or `max_batch_tokens` if

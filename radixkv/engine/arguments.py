@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from radixkv.cache.token_ids import TokenIds
+from radixkv.cache.tree_node import Namespace
 from radixkv.engine.sampling import SamplingParams
 from radixkv.errors import InvalidRequestError
 
@@ -36,8 +37,29 @@ def as_list_of_params(params: SamplingParams | Sequence[SamplingParams] | None, 
     return list(params)
 
 
-def check_namespace(extra_key: object, cache_salt: object) -> None:
-    """Raise InvalidRequestError unless both are text or None."""
+class CacheOptions(NamedTuple):
+    """How a request uses the cache: in which namespace, and how long what it leaves there should outlive others."""
+
+    extra_key: str | None = None
+    cache_salt: str | None = None
+    priority: int = 0
+    keep_for_s: float | None = None
+
+    @property
+    def namespace(self) -> Namespace:
+        """(`extra_key`, `cache_salt`)."""
+        return self.extra_key, self.cache_salt
+
+
+def checked_cache_options(
+    extra_key: object, cache_salt: object, priority: object = 0, keep_for_s: object = None
+) -> CacheOptions:
+    """Raises: InvalidRequestError unless keys are text or None, `priority` is an integer and `keep_for_s` a time."""
     for name, value in (("extra_key", extra_key), ("cache_salt", cache_salt)):
         if value is not None and not isinstance(value, str):
             raise InvalidRequestError(f"{name} must be text or None, not {value!r}")
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise InvalidRequestError(f"priority must be an integer, not {priority!r}")
+    if keep_for_s is not None and (not isinstance(keep_for_s, int | float) or not keep_for_s >= 0):
+        raise InvalidRequestError(f"keep_for_s must be a number of seconds of at least 0, not {keep_for_s!r}")
+    return CacheOptions(extra_key, cache_salt, priority, keep_for_s)  # type: ignore[arg-type]

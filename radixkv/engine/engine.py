@@ -20,7 +20,7 @@ from radixkv.attention.backend import make_backend
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.config import EngineConfig
-from radixkv.engine.arguments import Prompt, as_list_of_params, as_list_of_prompts, check_namespace
+from radixkv.engine.arguments import CacheOptions, Prompt, as_list_of_params, as_list_of_prompts, checked_cache_options
 from radixkv.engine.detokenizer import Detokenizer
 from radixkv.engine.interrupts import DeferredInterrupt
 from radixkv.engine.request import Request, RequestOutput
@@ -72,10 +72,10 @@ class Engine:
         layers = plug_in_paged_attention(model.eval())
         self.kv_bytes_per_token = pool_bytes_per_token(layers, model.dtype)
         num_pages = self._num_pages(config, model)
-        self.cache = PrefixCache(num_pages, config.page_size, config.eviction_policy)
         self.pool = KVPool(
             layers, num_pages=num_pages, page_size=config.page_size, dtype=model.dtype, device=model.device
         )
+        self.cache = PrefixCache(num_pages, config.page_size, config.eviction_policy, copy_page=self.pool.copy_page)
         backend = make_backend(config.attention_backend, self.pool)
         pool_tokens = num_pages * config.page_size
         limits = {
@@ -141,6 +141,8 @@ class Engine:
         *,
         extra_key: str | None = None,
         cache_salt: str | None = None,
+        priority: int = 0,
+        keep_for_s: float | None = None,
         on_finish: Callable[[RequestOutput], object] | None = None,
     ) -> list[RequestOutput]:
         """Continue each prompt; returns the outputs in the order of the prompts.
@@ -152,19 +154,22 @@ class Engine:
             prompts: one prompt or several; a prompt is text or token ids.
             params: one for all, or one for each.
             extra_key, cache_salt: the namespace; requests in different ones never share a prefix.
+            priority: what the "priority" eviction policy orders by; tokens keep the highest they were given.
+            keep_for_s: for so many seconds after its end, what a request leaves in the cache is evicted only if nothing
+                else can be.
             on_finish: called with each output as it finishes (for progress bars).
 
         Raises: InvalidRequestError, InvalidTokenIdsError, TokenIdsTypeError.
         """
         prompt_list = as_list_of_prompts(prompts)
         params_list = as_list_of_params(params, len(prompt_list))
-        check_namespace(extra_key, cache_salt)
+        options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s)
         all_ids = self._check_all(prompt_list, params_list)
         requests: list[Request] = []
         reported: set[int] = set()
         try:
             for ids, p in zip(all_ids, params_list, strict=True):
-                requests.append(self._submit(ids, p, (extra_key, cache_salt), streams=False))
+                requests.append(self._submit(ids, p, options, streams=False))
             while not all(request.is_finished for request in requests):
                 self.step()
                 for request in requests:
@@ -184,6 +189,8 @@ class Engine:
         *,
         extra_key: str | None = None,
         cache_salt: str | None = None,
+        priority: int = 0,
+        keep_for_s: float | None = None,
     ) -> Generator[StreamChunk]:
         """Continue one prompt, piece by piece; the last chunk carries the `RequestOutput`.
 
@@ -193,9 +200,9 @@ class Engine:
         Raises: as `generate`, at once; and the request's own error where it occurs.
         """
         params = params or SamplingParams()
-        check_namespace(extra_key, cache_salt)
+        options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s)
         ids = self._check(prompt, params)
-        return self._stream(ids, params, (extra_key, cache_salt))
+        return self._stream(ids, params, options)
 
     def abort(self, request_id: int) -> bool:
         """End a waiting or running request now; whoever waits for it gets what it has, with the reason "abort".
@@ -211,11 +218,19 @@ class Engine:
         return bool(found)
 
     def session(
-        self, *, system: str | None = None, extra_key: str | None = None, cache_salt: str | None = None
+        self,
+        *,
+        system: str | None = None,
+        extra_key: str | None = None,
+        cache_salt: str | None = None,
+        priority: int = 0,
+        keep_for_s: float | None = None,
     ) -> Session:
-        """Start a conversation; the first `send` begins it with a system turn if `system` is given."""
-        check_namespace(extra_key, cache_salt)
-        return Session(self, system=system, extra_key=extra_key, cache_salt=cache_salt)
+        """Start a conversation; the first `send` begins it with a system turn if `system` is given.
+
+        The other arguments are those of `generate`, for each of its turns.
+        """
+        return Session(self, checked_cache_options(extra_key, cache_salt, priority, keep_for_s), system=system)
 
     def register_session(self, session: Session) -> None:
         """Know a session, as long as it lives, for what sessions have in common. Sessions call it."""
@@ -382,7 +397,7 @@ class Engine:
         return ids
 
     def _submit(
-        self, ids: NDArray[np.int32], params: SamplingParams, namespace: tuple[str | None, str | None], *, streams: bool
+        self, ids: NDArray[np.int32], params: SamplingParams, options: CacheOptions, *, streams: bool
     ) -> Request:
         eos_ids = frozenset() if params.ignore_eos else self._eos_ids
         needs_text = self.tokenizer is not None and (streams or params.stops)
@@ -391,7 +406,7 @@ class Engine:
                 id=self._next_id,
                 prompt_ids=ids,
                 params=params,
-                namespace=namespace,
+                cache_options=options,
                 max_new_tokens=min(params.max_tokens, self.max_context_tokens - len(ids)),
                 stop_ids=eos_ids | frozenset(params.stop_token_ids),
                 generator=self._generator(params),
@@ -424,10 +439,8 @@ class Engine:
             finally:
                 self._lock.release()
 
-    def _stream(
-        self, ids: NDArray[np.int32], params: SamplingParams, namespace: tuple[str | None, str | None]
-    ) -> Generator[StreamChunk]:
-        request = self._submit(ids, params, namespace, streams=True)
+    def _stream(self, ids: NDArray[np.int32], params: SamplingParams, options: CacheOptions) -> Generator[StreamChunk]:
+        request = self._submit(ids, params, options, streams=True)
         num_seen = 0
         try:
             while (output := self._step_for(request)) is None:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from radixkv.cache.prefix_cache import Lease
+from radixkv.cache.lease import Lease
+from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.detokenizer import Detokenizer, decode
 from radixkv.engine.sampling import SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-Namespace = tuple[str | None, str | None]
 
 
 class RequestMetrics(NamedTuple):
@@ -76,7 +76,7 @@ class Request:
     id: int
     prompt_ids: NDArray[np.int32]
     params: SamplingParams
-    namespace: Namespace
+    cache_options: CacheOptions
     max_new_tokens: int
     stop_ids: frozenset[int]
     generator: torch.Generator | None

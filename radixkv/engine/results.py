@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from radixkv.cache.prefix_cache import CacheStats
+from radixkv.cache.cache_stats import CacheStats, SizeEstimate
 from radixkv.engine.request import RequestOutput
 
 
@@ -38,6 +38,11 @@ class EngineStats(NamedTuple):
     def hit_rate(self) -> float:
         """Share of the prompt tokens that were found in the cache."""
         return self.cache.hit_rate
+
+    @property
+    def estimated_hit_rates(self) -> tuple[SizeEstimate, ...]:
+        """The hit rates that this traffic would have had with pools of other sizes."""
+        return self.cache.estimated_hit_rates
 
     @property
     def free_pages(self) -> int:

@@ -12,6 +12,7 @@ from radixkv.engine.request import Request
 from radixkv.errors import OutOfPagesError
 from radixkv.memory.req_to_token import ReqToTokenPool
 
+WORTH_WAITING_TOKENS = 16  # a prompt waits for another one's prefix if that spares at least so many
 LPM_WINDOW = 256  # the oldest waiting requests that compete for the longest prefix: bounds the cost of a step
 
 
@@ -165,20 +166,22 @@ class Scheduler:
     def _peek(self, request: Request) -> int:
         if not self._config.prefix_cache:
             return 0
-        extra_key, cache_salt = request.namespace
+        extra_key, cache_salt = request.cache_options.namespace
         return self._cache.peek(request.token_ids[:-1], extra_key=extra_key, cache_salt=cache_salt)
 
     def _will_be_computed(self, request: Request, cached_tokens: int) -> bool:
-        """Whether a prompt in progress is about to share at least one more page with `request`."""
+        """Whether a prompt in progress is about to share a good deal more with `request` than is cached now."""
         if not self._config.prefix_cache:
             return False
         wanted = request.token_ids[: request.num_tokens - 1]
-        next_page = cached_tokens + self._cache.page_size
-        if len(wanted) < next_page:
+        worth_it = cached_tokens + WORTH_WAITING_TOKENS
+        if len(wanted) < worth_it:
             return False
-        head = wanted[:next_page].tobytes()
+        head = wanted[:worth_it].tobytes()
         return any(
-            other.num_pending > 1 and other.namespace == request.namespace and _begins_with(other, head)
+            other.num_pending > 1
+            and other.cache_options.namespace == request.cache_options.namespace
+            and _begins_with(other, head)
             for other in self.running
         )
 
@@ -189,12 +192,9 @@ class Scheduler:
 
     def _start(self, request: Request) -> bool:
         """Move a waiting request to the running ones; False if its pages cannot be had."""
-        extra_key, cache_salt = request.namespace
         limit = request.num_tokens - 1 if self._config.prefix_cache else 0
         try:
-            lease = self._cache.acquire(
-                request.token_ids, extra_key=extra_key, cache_salt=cache_salt, max_cached_tokens=limit
-            )
+            lease = self._cache.acquire(request.token_ids, max_cached_tokens=limit, **request.cache_options._asdict())
         except OutOfPagesError as error:
             if not self.running:  # nothing will free a page: pages are leased by somebody outside
                 self.waiting.remove(request)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.cache.token_ids import TokenIds
+from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.request import RequestOutput
 from radixkv.engine.sampling import SamplingParams
 from radixkv.errors import ClosedError, InvalidRequestError, MissingChatTemplateError
@@ -54,11 +55,9 @@ class Session:
     (0, True)
     """
 
-    def __init__(
-        self, engine: Engine, *, system: str | None = None, extra_key: str | None = None, cache_salt: str | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, options: CacheOptions, *, system: str | None = None) -> None:
         self._engine = engine
-        self._namespace = (extra_key, cache_salt)
+        self._options = options
         self._ids: NDArray[np.int32] = np.empty(0, np.int32)
         self._messages: list[Message] = [{"role": "system", "content": system}] if system is not None else []
         self._closed = False
@@ -67,7 +66,7 @@ class Session:
     @property
     def namespace(self) -> tuple[str | None, str | None]:
         """(`extra_key`, `cache_salt`)."""
-        return self._namespace
+        return self._options.namespace
 
     @property
     def token_ids(self) -> list[int]:
@@ -118,7 +117,7 @@ class Session:
     def fork(self) -> Session:
         """A second conversation with the same past, which shares all its pages. O(tokens) of ids, no KV is copied."""
         self._check_open()
-        branch = Session(self._engine, extra_key=self._namespace[0], cache_salt=self._namespace[1])
+        branch = Session(self._engine, self._options)
         branch._ids, branch._messages = self._ids.copy(), self.messages
         return branch
 
@@ -130,17 +129,17 @@ class Session:
 
     def _kv_usage(self) -> KVUsage:
         cache = self._engine.cache
-        extra_key, cache_salt = self._namespace
+        extra_key, cache_salt = self.namespace
         tokens, path = cache.tree.peek_path(self._ids, extra_key=extra_key, cache_salt=cache_salt)
         shared = branching = 0
         for node in path:
             branching += node.num_tokens
             if len(node.children) > 1 or (branching > tokens):
                 shared = min(branching, tokens)
-        others = [s._ids for s in self._engine.open_sessions(self._namespace) if s is not self]
+        others = [s._ids for s in self._engine.open_sessions(self.namespace) if s is not self]
         in_common = max((_common_tokens(self._ids, ids) for ids in others), default=0)
-        shared = max(shared, min(tokens, in_common // cache.page_size * cache.page_size))
-        pages = tokens // cache.page_size
+        shared = max(shared, min(tokens, in_common))
+        pages = cache.pages_for(tokens)
         num_bytes = tokens * self._engine.kv_bytes_per_token
         return KVUsage(len(self._ids), tokens, pages, num_bytes, shared, tokens - shared)
 
@@ -158,8 +157,7 @@ class Session:
     def _run(
         self, prompt: NDArray[np.int32], params: SamplingParams | None, messages: list[Message] | None
     ) -> Generator[StreamChunk]:
-        extra_key, cache_salt = self._namespace
-        chunks = self._engine.stream(prompt, params, extra_key=extra_key, cache_salt=cache_salt)
+        chunks = self._engine.stream(prompt, params, **self._options._asdict())
         return self._record(prompt, messages, chunks)
 
     def _record(

@@ -70,6 +70,11 @@ class KVPool:
         self.k[layer].flatten(0, 1).index_copy_(0, slots, k.to(self.dtype))
         self.v[layer].flatten(0, 1).index_copy_(0, slots, v.to(self.dtype))
 
+    def copy_page(self, source: int, target: int, num_tokens: int) -> None:
+        """Copy the KV of the first `num_tokens` slots of page `source` to page `target`, in every layer."""
+        for pages in (*self.k, *self.v):
+            pages[target, :num_tokens].copy_(pages[source, :num_tokens])
+
 
 def pool_bytes_per_token(layers: Sequence[LayerKV], dtype: torch.dtype) -> int:
     """KV bytes of one token over `layers`."""
