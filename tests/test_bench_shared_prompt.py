@@ -27,6 +27,7 @@ import shared_prompt
 import workloads
 from errors import BenchError
 from measure import Answer, Round, Usage
+from radixkv.engine.scheduler import WORTH_WAITING_TOKENS
 from workloads import Request, Workload
 
 TINY = "hidden=32,layers=2,heads=2,kv_heads=1,vocab=2048"
@@ -398,8 +399,11 @@ def test_everything_once(workload: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert list(report["runs"]) == ["radixkv", "radixkv-nocache", "hf-generate", "hf-generate-batch"]
     assert list(report["speedup"]) == ["radixkv-nocache", "hf-generate", "hf-generate-batch"]
     assert report["tokens_equal"] is True
-    assert report["hit_rate"] == report["best_hit_rate"]
-    assert (report["hit_rate"] > 0) == (workload != "none")
+    # to the token, but that a request does not wait for another one's prefix to spare less than 16 tokens
+    prompt_tokens, num_requests = (report["runs"]["radixkv"][name] for name in ("prompt_tokens", "requests"))
+    lacking = (report["best_hit_rate"] - report["hit_rate"]) * prompt_tokens
+    assert 0 <= lacking < WORTH_WAITING_TOKENS * num_requests
+    assert (report["hit_rate"] > 0.2) == (workload != "none")
     for run in report["runs"].values():
         assert set(run) == RUN_FIELDS
         assert 0 < run["ttft_p50_s"] <= run["ttft_p95_s"] <= run["total_s"]

@@ -1,4 +1,4 @@
-"""Hypothesis drives the tree and the cache through random histories; plain dicts predict every answer exactly."""
+"""Hypothesis drives the tree and the cache through random histories; plain lists predict every answer exactly."""
 
 from __future__ import annotations
 
@@ -10,15 +10,28 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from radixkv import Lease, PrefixCache, RadixTree
-from radixkv.cache.radix_tree import Namespace, TreeNode
+from radixkv.cache.tree_node import Namespace, TreeNode
 from radixkv.errors import InvalidRequestError, OutOfPagesError
-from strategies import NAMESPACES, CachedPage, Key, TreeOracle, dump, namespaces, spell, tails, words
+from strategies import (
+    NAMESPACES,
+    RANKS,
+    Edge,
+    FakeClock,
+    Key,
+    TreeOracle,
+    check_partial,
+    dump,
+    namespaces,
+    rests,
+    snapshot,
+    spell,
+    words,
+)
 
 FIXED = settings(
-    max_examples=100,
     stateful_step_count=40,
     derandomize=True,
     database=None,
@@ -26,59 +39,103 @@ FIXED = settings(
     suppress_health_check=[HealthCheck.too_slow],
 )
 
-prompts = st.text("ab", min_size=1, max_size=4)
+prompts = st.text("acb", min_size=1, max_size=4)  # the pages of "a" and "c" part in their last token
 tenants = st.sampled_from([NAMESPACES[0], NAMESPACES[0], NAMESPACES[1]])
 choices = st.integers(0, 11)  # taken modulo the number of things to choose from
+priorities = st.sampled_from([0, 0, 1, 2])
+keeps = st.sampled_from([None, None, None, 0, 2, 5])  # seconds; the clock goes on by as many at a time
+
+
+def names(namespace: Namespace) -> dict[str, str | None]:
+    return {"extra_key": namespace[0], "cache_salt": namespace[1]}
 
 
 class TreeMachine(RuleBasedStateMachine):
-    """A `RadixTree` against `TreeOracle`: lengths, pages, uses, locks, node ends and the order of eviction."""
+    """A `RadixTree` against `TreeOracle`: lengths, pages, uses, locks, cuts, merges, tails, the order of eviction."""
 
     page_size: ClassVar[int]
+    policy: ClassVar[str]
 
     def __init__(self) -> None:
         super().__init__()
-        self.tree = RadixTree(self.page_size)
-        self.oracle = TreeOracle(self.page_size)
-        self.seen: list[tuple[CachedPage, TreeNode]] = []  # nodes that a match found, some of them evicted since
-        self.locked: list[tuple[CachedPage, TreeNode]] = []
+        self.clock = FakeClock()
+        self.tree = RadixTree(self.page_size, self.policy, clock=self.clock)
+        self.oracle = TreeOracle(self.page_size, self.policy, self.clock)
+        self.seen: list[tuple[Edge, TreeNode]] = []  # nodes that were found or made; some of them are gone
+        self.locked: list[tuple[Edge, TreeNode]] = []
         self.pages_given = 0
 
-    @rule(namespace=namespaces, word=words, tail=tails)
-    def match(self, namespace: Namespace, word: str, tail: int) -> None:
-        tokens = spell(word, self.page_size, tail)
-        expected = self.oracle.match(namespace, tokens)
-        found = self.tree.match_prefix(tokens, extra_key=namespace[0], cache_salt=namespace[1])
-        assert found.length == len(expected) * self.page_size
-        assert found.pages.tolist() == [page.page for page in expected]
-        if expected:
-            self.seen.append((expected[-1], found.node))
+    def spelled(self, word: str, rest: list[int]) -> list[int]:
+        return spell(word, self.page_size) + rest[: self.page_size - 1]
 
-    @rule(namespace=namespaces, word=words, tail=tails)
-    def insert(self, namespace: Namespace, word: str, tail: int) -> None:
-        tokens = spell(word, self.page_size, tail)
-        pages = list(range(self.pages_given, self.pages_given + len(word)))
-        self.pages_given += len(word)
-        known_tokens = len(self.oracle.cached(namespace, tokens)) * self.page_size
-        held = self.oracle.insert(namespace, tokens, pages)
-        result = self.tree.insert(tokens, pages, extra_key=namespace[0], cache_salt=namespace[1])
+    def new_pages(self, num_pages: int) -> list[int]:
+        self.pages_given += num_pages
+        return list(range(self.pages_given - num_pages, self.pages_given))
+
+    @rule(namespace=namespaces, word=words, rest=rests)
+    def match(self, namespace: Namespace, word: str, rest: list[int]) -> None:
+        tokens = self.spelled(word, rest)
+        expected_pages = self.oracle.pages(namespace, tokens)
+        edge = self.oracle.match(namespace, tokens)
+        found = self.tree.match_prefix(tokens, **names(namespace))
+        assert found.length == len(expected_pages) * self.page_size
+        assert found.pages.tolist() == expected_pages
+        check_partial(
+            self.tree.find_partial(found.node, tokens[found.length :]),
+            self.oracle.partials(edge, namespace, tokens[found.length :]),
+        )
+        if edge is not None:
+            self.seen.append((edge, found.node))
+
+    @rule(namespace=namespaces, word=words, rest=rests)
+    def insert(self, namespace: Namespace, word: str, rest: list[int]) -> None:
+        tokens = self.spelled(word, rest)
+        pages = self.new_pages(len(word))
+        known_tokens = self.oracle.whole_tokens(namespace, tokens)
+        edge = self.oracle.insert(namespace, tokens, pages)
+        result = self.tree.insert(tokens, pages, **names(namespace))
         assert result.prefix_len == known_tokens
-        assert self.tree.path_pages(result.node).tolist() == [page.page for page in held]
+        assert self.tree.path_pages(result.node).tolist() == self.oracle.pages(namespace, tokens)
+        if edge is not None:
+            self.seen.append((edge, result.node))
 
-    @rule(namespace=namespaces, word=words, tail=tails)
-    def peek(self, namespace: Namespace, word: str, tail: int) -> None:
-        tokens = spell(word, self.page_size, tail)
-        expected = len(self.oracle.cached(namespace, tokens)) * self.page_size
-        assert self.tree.peek(tokens, extra_key=namespace[0], cache_salt=namespace[1]) == expected
+    @precondition(lambda self: self.page_size > 1)
+    @rule(namespace=namespaces, word=words, rest=rests)
+    def insert_tail(self, namespace: Namespace, word: str, rest: list[int]) -> None:
+        edge = self.oracle.match(namespace, spell(word, self.page_size))
+        node = self.tree.match_prefix(spell(word, self.page_size), **names(namespace)).node
+        rest = rest[: self.page_size - 1]
+        known = [num for num, _ in self.oracle.partials(edge, namespace, rest).values()]
+        if not rest or len(rest) in known:
+            before = snapshot(self.tree)
+            with pytest.raises(InvalidRequestError, match="is none, or is cached already"):
+                self.tree.insert_tail(node, rest, self.pages_given)
+            assert snapshot(self.tree) == before
+        else:
+            (page,) = self.new_pages(1)
+            tail = self.oracle.insert_tail(edge, namespace, rest, page)
+            self.seen.append((tail, self.tree.insert_tail(node, rest, page)))
+
+    @rule(namespace=namespaces, word=words, rest=rests)
+    def peek(self, namespace: Namespace, word: str, rest: list[int]) -> None:
+        tokens = self.spelled(word, rest)
+        before = snapshot(self.tree)
+        assert self.tree.peek(tokens, **names(namespace)) == self.oracle.whole_tokens(namespace, tokens)
+        num_tokens, path = self.tree.peek_path(tokens, **names(namespace))
+        assert num_tokens == self.oracle.cached_tokens(namespace, tokens)
+        held = np.concatenate([[], *(node.token_ids for node in path)]).tolist()
+        assert held[:num_tokens] == tokens[:num_tokens]
+        assert len(held) - (path[-1].num_tokens if path else 0) < max(num_tokens, 1), "no node below those"
+        assert snapshot(self.tree) == before
 
     @precondition(lambda self: self.seen)
     @rule(choice=choices)
     def lock(self, choice: int) -> None:
-        page, node = self.seen[choice % len(self.seen)]
-        if page in self.oracle.pages.values():
-            page.locks += 1
+        edge, node = self.seen[choice % len(self.seen)]
+        if self.oracle.standing(edge) in self.oracle.edges:
+            self.oracle.lock(edge)
             self.tree.inc_lock_ref(node)
-            self.locked.append((page, node))
+            self.locked.append((edge, node))
         else:
             with pytest.raises(InvalidRequestError, match="was evicted"):
                 self.tree.inc_lock_ref(node)
@@ -86,22 +143,63 @@ class TreeMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.locked)
     @rule(choice=choices)
     def unlock(self, choice: int) -> None:
-        page, node = self.locked.pop(choice % len(self.locked))
-        page.locks -= 1
+        edge, node = self.locked.pop(choice % len(self.locked))
+        self.oracle.unlock(edge)
         self.tree.dec_lock_ref(node)
+
+    @precondition(lambda self: self.seen)
+    @rule(choice=choices, priority=priorities, keep_for_s=keeps)
+    def retain(self, choice: int, priority: int, keep_for_s: int | None) -> None:
+        edge, node = self.seen[choice % len(self.seen)]
+        if self.oracle.standing(edge) in self.oracle.edges:
+            self.oracle.retain(edge, priority, keep_for_s)
+            self.tree.retain(node, priority=priority, keep_for_s=keep_for_s)
+        else:
+            with pytest.raises(InvalidRequestError, match="was evicted"):
+                self.tree.retain(node, priority=priority, keep_for_s=keep_for_s)
+
+    @precondition(lambda self: self.seen)
+    @rule(choice=choices)
+    def remove(self, choice: int) -> None:
+        edge, node = self.seen[choice % len(self.seen)]
+        if edge in self.oracle.unpinned_leaves():
+            self.oracle.remove(edge)
+            assert self.tree.remove(node).tolist() == edge.pages
+        else:
+            with pytest.raises(InvalidRequestError, match="is no unpinned leaf"):
+                self.tree.remove(node)
 
     @rule(num_tokens=st.integers(0, 12))
     def evict(self, num_tokens: int) -> None:
-        assert self.tree.evict(num_tokens).tolist() == self.oracle.evict(num_tokens)
+        self.oracle.evict(num_tokens, self.tree.evict(num_tokens).tolist())
+
+    @rule()
+    def clear(self) -> None:
+        self.oracle.evict(self.oracle.num_evictable_pages * self.page_size, self.tree.clear().tolist())
+
+    @rule(seconds=st.sampled_from([1, 2, 5, 200]))
+    def wait(self, seconds: int) -> None:
+        self.clock.now_s += seconds
 
     @invariant()
     def agrees_with_oracle(self) -> None:
         self.tree.check_invariants()
         assert dump(self.tree) == self.oracle.states()
         assert self.tree.tick == self.oracle.tick
-        assert self.tree.total_size == len(self.oracle.pages) * self.page_size
-        assert self.tree.evictable_size == self.oracle.evictable_tokens
+        assert self.tree.num_pages == self.oracle.num_pages
+        assert self.tree.total_size == self.oracle.num_pages * self.page_size
+        assert self.tree.num_evictable_pages == self.oracle.num_evictable_pages
+        assert self.tree.evictable_size == self.oracle.num_evictable_pages * self.page_size
         assert self.tree.protected_size == self.tree.total_size - self.tree.evictable_size
+        assert set(self.tree.namespaces()) == {edge.namespace for edge in self.oracle.edges}
+
+    def teardown(self) -> None:
+        for _, node in self.locked:
+            self.tree.dec_lock_ref(node)
+        self.tree.check_invariants()
+        assert self.tree.protected_size == 0
+        assert len(self.tree.clear()) == self.oracle.num_pages
+        assert list(self.tree.nodes()) == []
 
 
 @dataclass
@@ -112,56 +210,137 @@ class Claim:
     namespace: Namespace
     tokens: list[int]
     pages: list[int]
-    pinned: CachedPage | None
+    pinned: Edge | None  # None if that is a root
+    known_tokens: int  # found or committed
     computed_tokens: int
+    source: tuple[int, Edge] | None
+    priority: int
+    keep_for_s: int | None
 
 
 class CacheMachine(RuleBasedStateMachine):
     """A `PrefixCache` with a pool that is always too small, and simulated KV.
 
     `kv[slot]` stands for the bytes: computing a token writes a value that depends on its namespace and on all tokens
-    up to it. After each step every cached page and every computed token of every lease still has its value, so no
-    page was handed out, freed or overwritten while somebody could read it.
+    up to it, and copying a page copies values. After each step every cached token, tails included, and every computed
+    token of every lease still has its value, so no page was handed out, freed or overwritten while somebody could
+    read it.
     """
 
     page_size: ClassVar[int]
+    policy: ClassVar[str]
+    copies: ClassVar[bool]  # whether partial pages are shared
     num_pages: ClassVar[int] = 8
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = PrefixCache(self.num_pages, self.page_size)
-        self.oracle = TreeOracle(self.page_size)
+        self.clock = FakeClock()
+        copy_page = self.copy_page if self.copies else None
+        self.cache = PrefixCache(self.num_pages, self.page_size, self.policy, copy_page=copy_page, clock=self.clock)
+        self.cache.tree.add_observer(self)
+        self.oracle = TreeOracle(self.page_size, self.policy, self.clock)
         self.claims: list[Claim] = []
-        self.kv = np.full(self.num_pages * self.page_size, -1)
+        self.kv = np.full((self.num_pages, self.page_size), -1)
         self.values: dict[Key, int] = {}
-        self.query_tokens = self.hit_tokens = self.evicted_tokens = 0
+        self.query_tokens = self.hit_tokens = self.evicted_tokens = self.copied_tokens = 0
+        self.gone: list[int] = []  # pages that left the tree in the current step, in this order
+        self.copied: list[tuple[int, int, int]] = []  # as the cache asked for in the current step
 
-    @rule(namespace=tenants, word=prompts, tail=tails, spared=st.sampled_from([None, None, 1, 99]), serve=st.booleans())
-    def acquire(self, namespace: Namespace, word: str, tail: int, spared: int | None, serve: bool) -> None:
-        """Start a request that computes its `spared` last tokens in any case; `serve` runs it to its end."""
-        tokens = spell(word, self.page_size, tail)
-        limit = None if spared is None else max(len(tokens) - spared, 0)
-        found = self.oracle.match(namespace, tokens[:limit])
-        pinned = self.pin(found)
-        needed = -(-len(tokens) // self.page_size) - len(found)
-        names = {"extra_key": namespace[0], "cache_salt": namespace[1]}
-        if shortage := self.take(needed):
-            assert complaint(lambda: self.cache.acquire(tokens, max_cached_tokens=limit, **names)) == shortage
+    # -- what the cache asks for and tells -------------------------------------------------------------------------
+
+    def copy_page(self, source: int, target: int, num_tokens: int) -> None:
+        self.kv[target, :num_tokens] = self.kv[source, :num_tokens]
+        self.copied.append((source, target, num_tokens))
+
+    def stored(self, node: TreeNode) -> None:
+        pass
+
+    def removed(self, node: TreeNode) -> None:
+        self.gone += node.page_ids.tolist()
+
+    def cleared(self) -> None:
+        pass
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    @rule(
+        namespace=tenants,
+        word=prompts,
+        rest=rests,
+        computes=st.sampled_from([None, None, 1, 99]),
+        priority=priorities,
+        keep_for_s=keeps,
+        serve=st.booleans(),
+    )
+    def acquire(
+        self,
+        namespace: Namespace,
+        word: str,
+        rest: list[int],
+        computes: int | None,
+        priority: int,
+        keep_for_s: int | None,
+        serve: bool,
+    ) -> None:
+        """Start a request that computes its last tokens in any case; `serve` runs it to its end."""
+        tokens = spell(word, self.page_size) + rest[: self.page_size - 1]
+        limit = None if computes is None else max(len(tokens) - computes, 0)
+        wanted = tokens[:limit]
+        pages = self.oracle.pages(namespace, wanted)
+        whole_tokens = len(pages) * self.page_size
+        pinned = self.oracle.match(namespace, wanted)
+        self.pin(pinned)
+        needed = -(-len(tokens) // self.page_size) - len(pages)
+        used = self.used_pages()
+        expected_error = self.shortage(needed)
+        partials = self.oracle.partials(pinned, namespace, wanted[whole_tokens:]) if self.copies else {}
+        best = max((num for num, _ in partials.values()), default=0)
+        free, available = self.num_pages - len(used), self.num_pages - len(used) + self.oracle.num_evictable_pages
+        leases: list[Lease] = []
+        error = complaint(
+            lambda: leases.append(
+                self.cache.acquire(
+                    tokens, max_cached_tokens=limit, priority=priority, keep_for_s=keep_for_s, **names(namespace)
+                )
+            )
+        )
+        assert error == expected_error
+        if error is not None:
             self.unpin(pinned)
             return
-        used = self.used_pages()
-        lease = self.cache.acquire(tokens, max_cached_tokens=limit, **names)
+        lease, source = leases[0], None
+        if self.copied:
+            ((source_page, target, copied_tokens),) = self.copied
+            source = partials[source_page]
+            assert copied_tokens == source[0] == best
+            assert target == lease.pages[len(pages)]
+            self.oracle.touch(source[1])
+            self.oracle.lock(source[1])
+        elif best:
+            held = [
+                len(edge.pages) for num, edge in partials.values() if num == best and not self.oracle.lock_ref(edge)
+            ]
+            assert needed > available - max(held, default=0), "it was not copied though there was room"
+        self.evicted((needed - free) * self.page_size)
+        if source:
+            self.oracle.unlock(source[1])
+        cached_tokens = whole_tokens + (source[0] if source else 0)
         self.query_tokens += len(tokens)
-        self.hit_tokens += lease.cached_tokens
-        pages = lease.pages.tolist()
-        assert lease.cached_tokens == len(found) * self.page_size
-        assert pages[: len(found)] == [page.page for page in found]
-        assert len(pages) == len(found) + needed
-        assert used.isdisjoint(pages[len(found) :])
-        self.claims.append(Claim(lease, namespace, tokens, pages, pinned, lease.cached_tokens))
+        self.hit_tokens += cached_tokens
+        self.copied_tokens += source[0] if source else 0
+        own = lease.pages.tolist()[len(pages) :]
+        assert lease.cached_tokens == cached_tokens
+        assert lease.pages.tolist()[: len(pages)] == pages
+        assert len(own) == needed
+        assert self.used_pages().isdisjoint(own)
+        claim = Claim(
+            lease, namespace, tokens, pages + own, pinned, cached_tokens, cached_tokens, source, priority, keep_for_s
+        )
+        self.claims.append(claim)
+        leases.clear()
         if serve:
-            self.compute_tokens(self.claims[-1], len(tokens))
-            self.commit_computed(self.claims[-1])
+            self.compute_tokens(claim, len(tokens))
+            self.commit_computed(claim)
             self.end(self.claims.pop())
 
     @precondition(lambda self: self.claims)
@@ -182,16 +361,16 @@ class CacheMachine(RuleBasedStateMachine):
         claim = self.claims[choice % len(self.claims)]
         tokens = claim.tokens + spell(word, self.page_size)[: len(word)]
         needed = -(-len(tokens) // self.page_size) - len(claim.pages)
-        if shortage := self.take(needed):
-            assert complaint(lambda: claim.lease.grow(len(tokens))) == shortage
-            return
-        used = self.used_pages()
-        claim.lease.grow(len(tokens))
-        new = claim.lease.pages.tolist()[len(claim.pages) :]
-        assert len(new) == needed
-        assert used.isdisjoint(new)
-        claim.pages += new
-        claim.tokens = tokens
+        free = self.num_pages - len(self.used_pages())
+        expected_error = self.shortage(needed)
+        assert complaint(lambda: claim.lease.grow(len(tokens))) == expected_error
+        if expected_error is None:
+            self.evicted((needed - free) * self.page_size)
+            new = claim.lease.pages.tolist()[len(claim.pages) :]
+            assert len(new) == max(needed, 0)
+            assert self.used_pages().isdisjoint(new)
+            claim.pages += new
+            claim.tokens = tokens
 
     @precondition(lambda self: self.claims)
     @rule(choice=choices)
@@ -206,38 +385,58 @@ class CacheMachine(RuleBasedStateMachine):
         with pytest.warns(ResourceWarning, match="dropped without release"):
             del claim
 
+    @rule(namespace=tenants, word=prompts, rest=rests)
+    def peek(self, namespace: Namespace, word: str, rest: list[int]) -> None:
+        tokens = spell(word, self.page_size) + rest[: self.page_size - 1]
+        expected = (self.oracle.cached_tokens if self.copies else self.oracle.whole_tokens)(namespace, tokens)
+        before = snapshot(self.cache.tree)
+        assert self.cache.peek(tokens, **names(namespace)) == expected
+        assert snapshot(self.cache.tree) == before
+
     @rule()
     def reset(self) -> None:
+        evictable = [page for leaf in self.oracle.edges if not self.oracle.lock_ref(leaf) for page in leaf.pages]
         self.cache.reset()
-        self.oracle.evict(self.oracle.evictable_tokens)
+        if self.oracle.num_evictable_pages < self.oracle.num_pages:
+            self.oracle.evict(len(evictable) * self.page_size, self.gone)
+        else:
+            assert self.gone == [], "`cleared` was told instead"
+            while leaves := self.oracle.unpinned_leaves():
+                self.oracle.remove(leaves[0])
+
+    @rule(seconds=st.sampled_from([1, 2, 5, 200]))
+    def wait(self, seconds: int) -> None:
+        self.clock.now_s += seconds
 
     @invariant()
     def agrees_with_oracle(self) -> None:
+        self.gone.clear()
+        self.copied.clear()
         self.cache.check_invariants()
         assert dump(self.cache.tree) == self.oracle.states()
         for claim in self.claims:
             assert claim.lease.pages.tolist() == claim.pages
         stats = self.cache.stats()
         assert stats.free_pages == self.num_pages - len(self.used_pages())
-        assert stats.leased_pages == len(self.used_pages()) - len(self.oracle.pages)
-        assert stats.total_tokens == len(self.oracle.pages) * self.page_size
-        assert stats.evictable_tokens == self.oracle.evictable_tokens
+        assert stats.leased_pages == len(self.used_pages()) - self.oracle.num_pages
+        assert stats.total_tokens == self.oracle.num_pages * self.page_size
+        assert stats.evictable_tokens == self.oracle.num_evictable_pages * self.page_size
         assert stats.protected_tokens == stats.total_tokens - stats.evictable_tokens
         assert stats.num_leases == len(self.claims)
         assert (stats.query_tokens, stats.hit_tokens) == (self.query_tokens, self.hit_tokens)
-        assert stats.evicted_tokens == self.evicted_tokens
+        assert (stats.evicted_tokens, stats.copied_tokens) == (self.evicted_tokens, self.copied_tokens)
 
     @invariant()
     def kv_is_intact(self) -> None:
-        for (namespace, tokens), page in self.oracle.pages.items():
-            for offset in range(self.page_size):
-                end = len(tokens) - self.page_size + offset + 1
-                expected = self.value(namespace, list(tokens[:end]))
-                assert self.kv[page.page * self.page_size + offset] == expected
+        for edge in self.oracle.edges:
+            for position in range(edge.first, len(edge.tokens)):
+                page = edge.pages[(position - edge.first) // self.page_size]
+                expected = self.value(edge.namespace, edge.tokens[: position + 1])
+                assert self.kv[page, position % self.page_size] == expected
         for claim in self.claims:
             for position in range(claim.computed_tokens):
                 expected = self.value(claim.namespace, claim.tokens[: position + 1])
-                assert self.kv[self.slot(claim.pages, position)] == expected
+                assert self.kv[claim.pages[position // self.page_size], position % self.page_size] == expected
 
     def teardown(self) -> None:
         for claim in self.claims:
@@ -251,60 +450,80 @@ class CacheMachine(RuleBasedStateMachine):
     def compute_tokens(self, claim: Claim, num_tokens: int) -> None:
         last = min(claim.computed_tokens + num_tokens, len(claim.tokens))
         for position in range(claim.computed_tokens, last):
-            self.kv[self.slot(claim.pages, position)] = self.value(claim.namespace, claim.tokens[: position + 1])
+            page = claim.pages[position // self.page_size]
+            self.kv[page, position % self.page_size] = self.value(claim.namespace, claim.tokens[: position + 1])
         claim.computed_tokens = last
 
     def commit_computed(self, claim: Claim) -> None:
-        shared_tokens = claim.computed_tokens // self.page_size * self.page_size
-        num_pages = shared_tokens // self.page_size
-        held = self.oracle.insert(claim.namespace, claim.tokens[:shared_tokens], claim.pages[:num_pages])
-        claim.pages[:num_pages] = [page.page for page in held]
-        self.unpin(claim.pinned)
-        claim.pinned = self.pin(held)
-        assert claim.lease.commit(claim.tokens[: claim.computed_tokens]) == shared_tokens
-        assert claim.lease.committed_tokens == shared_tokens
+        """Commit, and follow each of its steps: whole pages, the pin, what was there before, the tail."""
+        tokens = claim.tokens[: claim.computed_tokens]
+        whole_tokens = len(tokens) // self.page_size * self.page_size
+        num_pages = whole_tokens // self.page_size
+        node = self.oracle.insert(claim.namespace, tokens, claim.pages[:num_pages])
+        claim.pages[:num_pages] = self.oracle.pages(claim.namespace, tokens)
+        before = self.repin(claim, node)
+        if before is not None and self.oracle.is_tail(before):
+            self.oracle.remove(before)
+        rest = tokens[whole_tokens:]
+        if self.copies and rest:
+            if len(rest) not in [num for num, _ in self.oracle.partials(node, claim.namespace, rest).values()]:
+                page = claim.pages[num_pages]
+                self.repin(claim, self.oracle.insert_tail(node, claim.namespace, rest, page))
+            shared_tokens = len(tokens)
+        else:
+            shared_tokens = whole_tokens
+        if claim.source is not None:
+            (copied_tokens, source), claim.source = claim.source, None
+            is_spare = self.oracle.is_tail(source) and source in self.oracle.unpinned_leaves()
+            if is_spare and copied_tokens == len(source.tokens) - source.first and len(tokens) > len(source.tokens):
+                self.oracle.remove(source)
+        if claim.pinned is not None and (claim.priority or claim.keep_for_s is not None):
+            self.oracle.retain(claim.pinned, claim.priority, claim.keep_for_s)
+        assert claim.lease.commit(tokens) == shared_tokens
+        assert claim.lease.committed_tokens == (0 if claim.pinned is None else len(claim.pinned.tokens))
         assert claim.lease.pages.tolist() == claim.pages
+        claim.known_tokens = shared_tokens
 
     def end(self, claim: Claim) -> None:
         self.unpin(claim.pinned)
         claim.lease.release()
         claim.lease.release()
 
-    # -- what the oracle knows of pages ----------------------------------------------------------------------------
+    # -- what the oracle knows -------------------------------------------------------------------------------------
 
-    def slot(self, pages: list[int], position: int) -> int:
-        return pages[position // self.page_size] * self.page_size + position % self.page_size
-
-    def value(self, namespace: Namespace, tokens: list[int]) -> int:
+    def value(self, namespace: Namespace, tokens: list[int] | tuple[int, ...]) -> int:
         return self.values.setdefault((namespace, tuple(tokens)), len(self.values))
 
     def used_pages(self) -> set[int]:
         """Pages in the tree or of a lease."""
-        in_tree = {page.page for page in self.oracle.pages.values()}
+        in_tree = {page for edge in self.oracle.edges for page in edge.pages}
         return in_tree.union(*(claim.pages for claim in self.claims))
 
-    def take(self, needed: int) -> tuple[int, int, int, int] | None:
-        """Evict as the cache must to have `needed` pages free; the numbers of its complaint if it cannot."""
+    def shortage(self, needed: int) -> tuple[int, int, int, int] | None:
+        """The numbers of the cache's complaint if it cannot have `needed` pages free."""
         free = self.num_pages - len(self.used_pages())
-        evictable = self.oracle.evictable_tokens // self.page_size
-        if needed > free + evictable:
-            return (needed, free, evictable, self.num_pages)
-        if needed > free:
-            freed = self.oracle.evict((needed - free) * self.page_size)
-            self.evicted_tokens += len(freed) * self.page_size
-        return None
+        evictable = self.oracle.num_evictable_pages
+        return (needed, free, evictable, self.num_pages) if needed > free + evictable else None
 
-    @staticmethod
-    def pin(found: list[CachedPage]) -> CachedPage | None:
-        if not found:
-            return None
-        found[-1].locks += 1
-        return found[-1]
+    def evicted(self, num_tokens: int) -> None:
+        """The cache had to evict so much: what went must be what was to go."""
+        self.evicted_tokens += len(self.gone) * self.page_size
+        self.oracle.evict(num_tokens, self.gone)
 
-    @staticmethod
-    def unpin(pinned: CachedPage | None) -> None:
-        if pinned is not None:
-            pinned.locks -= 1
+    def pin(self, edge: Edge | None) -> None:
+        if edge is not None:
+            self.oracle.lock(edge)
+
+    def unpin(self, edge: Edge | None) -> None:
+        if edge is not None:
+            self.oracle.unlock(edge)
+
+    def repin(self, claim: Claim, edge: Edge | None) -> Edge | None:
+        """Pin `edge` in place of what was pinned, which is returned."""
+        before, claim.pinned = claim.pinned, edge
+        self.pin(edge)
+        self.unpin(before)
+        return before
 
 
 def complaint(call: Callable[[], object]) -> tuple[int, int, int, int] | None:
@@ -316,16 +535,24 @@ def complaint(call: Callable[[], object]) -> tuple[int, int, int, int] | None:
     return None
 
 
-def machine_test(machine: type[RuleBasedStateMachine], page_size: int) -> Any:
-    """The test case of `machine` at this page size."""
-    sized: Any = type(machine.__name__, (machine,), {"page_size": page_size})
-    sized.TestCase.settings = FIXED
-    return sized.TestCase
+def run(machine: type[RuleBasedStateMachine], max_examples: int, **fields: object) -> None:
+    """Drive `machine` with these class variables."""
+    sized: Any = type(machine.__name__, (machine,), fields)
+    run_state_machine_as_test(sized, settings=settings(FIXED, max_examples=max_examples))
 
 
-TestTreePageSize1 = machine_test(TreeMachine, 1)
-TestTreePageSize2 = machine_test(TreeMachine, 2)
-TestTreePageSize4 = machine_test(TreeMachine, 4)
-TestCachePageSize1 = machine_test(CacheMachine, 1)
-TestCachePageSize2 = machine_test(CacheMachine, 2)
-TestCachePageSize4 = machine_test(CacheMachine, 4)
+@pytest.mark.parametrize("policy", RANKS)
+@pytest.mark.parametrize("page_size", [1, 2, 4])
+def test_tree(policy: str, page_size: int) -> None:
+    run(TreeMachine, 100 if policy == "lru" else 25, page_size=page_size, policy=policy)
+
+
+@pytest.mark.parametrize("policy", RANKS)
+@pytest.mark.parametrize("page_size", [1, 2, 4])
+def test_cache(policy: str, page_size: int) -> None:
+    run(CacheMachine, 100 if policy == "lru" else 25, page_size=page_size, policy=policy, copies=True)
+
+
+@pytest.mark.parametrize("page_size", [2, 4])
+def test_cache_of_whole_pages(page_size: int) -> None:
+    run(CacheMachine, 50, page_size=page_size, policy="lru", copies=False)

@@ -171,11 +171,12 @@ def test_stats_tell_what_the_context_holds(chat: Chat, engine: Engine, capsys: p
     chat.take("/stats")
     context, cache = capsys.readouterr().out.splitlines()
     num_tokens = len(chat.session.token_ids)
-    kept = (num_tokens - 1) // 16 * 16
-    assert context.startswith(f"context  {num_tokens} tokens; the pool holds the KV of {kept} in {kept // 16} pages, ")
+    kept = num_tokens - 1  # the last one's KV was never computed
+    pages = -(-kept // 16)
+    assert context.startswith(f"context  {num_tokens} tokens; the pool holds the KV of {kept} in {pages} pages, ")
     assert context.endswith(f" KiB: 0 shared, {kept} own")
     stats = engine.stats()
-    assert f"pages: {stats.free_pages} free, {kept // 16} evictable, 0 protected" in cache
+    assert f"pages: {stats.free_pages} free, {pages} evictable, 0 protected" in cache
     chat.take("/fork")
     capsys.readouterr()
     chat.take("/stats")

@@ -64,7 +64,12 @@ def test_json_has_a_line_for_each_prompt_and_prefixes_are_shared(jsonl: Path, ex
     assert [row["prompt"] for row in rows] == [*TEXTS, None]
     for name in ("text", "token_ids", "prompt_tokens", "finish_reason"):
         assert [row[name] for row in rows] == [getattr(output, name) for output in expected]
-    assert sorted(row["cached_tokens"] for row in rows) == [0, 0, 0, 16]  # one of the two with the preamble goes first
+    assert sorted(row["cached_tokens"] for row in rows) == [
+        0,
+        0,
+        0,
+        26,
+    ]  # one of the two with the preamble goes first, and the other one shares all of it
     assert all(row["error"] is None for row in rows)
     assert all(0 <= row["queue_s"] <= row["ttft_s"] <= row["total_s"] for row in rows)
 
@@ -87,7 +92,7 @@ def test_several_texts_stand_under_headings(options: list[str], tmp_path: Path, 
     parts = [f"{heading}\n{output.text}\n" for heading, output in zip(headings, expected[:3], strict=True)]
     assert result.stdout == "\n".join(parts)
     prompt_tokens = sum(output.prompt_tokens for output in expected[:3])
-    assert f"3 prompts · {prompt_tokens} prompt tokens, 16 cached" in result.stderr
+    assert f"3 prompts · {prompt_tokens} prompt tokens, 26 cached" in result.stderr
     assert result.stderr.count("\n") == 1
 
 

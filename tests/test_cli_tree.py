@@ -13,6 +13,7 @@ from cli_runs import PREAMBLE, SMALL, TEXTS, assert_one_line_error, demo_copy, r
 from radixkv import Engine, SamplingParams
 from radixkv.cli.display import excerpt
 from radixkv.cli.tree import Edge, TreeReport, nested_json
+from strategies import common
 
 PROMPTS = [*TEXTS, f"{PREAMBLE}First Citizen: You are all resolved rather to die than to famish?"]
 TOKENS = 4
@@ -45,31 +46,34 @@ def walk(node: dict[str, Any], path: tuple[int, ...] = ()) -> Iterator[tuple[tup
         yield from walk(child, below)
 
 
-def page_prefixes(sequences: list[list[int]], page_size: int) -> set[tuple[int, ...]]:
-    return {tuple(ids[:end]) for ids in sequences for end in range(page_size, len(ids) + 1, page_size)}
+def prefixes(sequences: list[list[int]]) -> set[tuple[int, ...]]:
+    return {tuple(ids[:end]) for ids in sequences for end in range(1, len(ids) + 1)}
 
 
 def check(report: dict[str, Any], sequences: list[list[int]], page_size: int) -> None:
-    """Compare what was printed with the prefixes of `sequences`."""
-    expected = page_prefixes(sequences, page_size)
+    """Compare what was printed with the prefixes of `sequences`, all of which are cached to the token."""
     edges = list(walk(report))
-    printed = {
-        path[: len(path) - edge["num_tokens"] + end]
-        for path, edge in edges
-        for end in range(page_size, edge["num_tokens"] + 1, page_size)
-    }
-    assert printed == expected
+    printed = {path[:end] for path, edge in edges for end in range(len(path) - edge["num_tokens"] + 1, len(path) + 1)}
+    assert printed == prefixes(sequences)
     for path, edge in edges:
-        assert edge["num_tokens"] == len(edge["token_ids"]) == edge["num_pages"] * page_size
-        assert edge["num_prompts"] == sum(tuple(ids[: len(path)]) == path for ids in sequences)
+        assert edge["num_tokens"] == len(edge["token_ids"])
+        assert edge["num_pages"] == -(-edge["num_tokens"] // page_size)
+        is_tail = edge["num_tokens"] % page_size > 0
+        assert not is_tail or (edge["num_pages"] == 1 and not edge["children"])
+        passing = sum(tuple(ids[: len(path)]) == path for ids in sequences)
+        ending = sum(
+            len(path) - edge["num_tokens"] < len(ids) < len(path) and path[: len(ids)] == tuple(ids)
+            for ids in sequences
+        )
+        assert passing <= edge["num_prompts"] <= passing + ending
         assert edge["lock_ref"] == 0
         assert edge["age"] >= 0
         first_pages = [tuple(child["token_ids"][:page_size]) for child in edge["children"]]
         assert len(set(first_pages)) == len(first_pages)
     assert report["num_nodes"] == len(edges)
-    assert report["total_pages"] == len(expected)
-    assert report["total_tokens"] == len(expected) * page_size
-    assert report["unshared_tokens"] == sum(len(ids) // page_size * page_size for ids in sequences)
+    assert report["total_pages"] == sum(edge["num_pages"] for _, edge in edges)
+    assert report["total_tokens"] == report["total_pages"] * page_size
+    assert report["unshared_tokens"] == sum(map(len, sequences))
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON
@@ -91,9 +95,8 @@ def test_saved_tokens_are_what_prompts_share_with_earlier_ones(loaded: Engine, p
     report = json.loads(tree(prompts_file, "--json"))
     prompts = [loaded.encode(text).tolist() for text in PROMPTS]
     # of the last token at least the logits are computed anew, so a hit ends before it
-    distinct = page_prefixes([ids[:-1] for ids in prompts], 16)
-    all_pages = sum((len(ids) - 1) // 16 for ids in prompts)
-    assert report["saved_tokens"] == 16 * (all_pages - len(distinct))
+    hits = [max(common(ids[:-1], earlier) for earlier in [[], *prompts[:i]]) for i, ids in enumerate(prompts)]
+    assert report["saved_tokens"] == sum(hits) > 0
 
 
 def test_to_the_token_with_pages_of_one(prompts_file: Path, sequences: list[list[int]]) -> None:
@@ -162,11 +165,11 @@ def test_long_texts_are_shortened_and_escapes_visible(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("loaded")
-def test_prompts_below_a_page_leave_an_empty_tree(tmp_path: Path) -> None:
+def test_prompts_below_a_page_are_kept_too(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "prompts.txt", ["ROMEO:"])
-    assert "the tree is empty: no prompt fills a page of 16 tokens; try --page-size 1" in tree(file)
-    report = json.loads(tree(file, "--json"))
-    assert (report["num_nodes"], report["children"], report["hit_rate"]) == (0, [], 0)
+    assert "5 tokens · 1 page · 0 refs · age 0 · 1 prompt" in tree(file)
+    (edge,) = json.loads(tree(file, "--json"))["children"]
+    assert (edge["num_tokens"], edge["num_pages"], edge["children"]) == (5, 1, [])
 
 
 def test_a_deep_tree_is_drawn_whole(tmp_path: Path) -> None:

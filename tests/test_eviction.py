@@ -9,7 +9,7 @@ import pytest
 
 from radixkv import PrefixCache, RadixTree
 from radixkv.cache.eviction import EvictionPolicy, LRUPolicy, resolve_policy
-from radixkv.cache.radix_tree import TreeNode
+from radixkv.cache.tree_node import TreeNode
 from radixkv.errors import ConfigError, InvalidRequestError, OutOfPagesError
 from strategies import WordTree, spell
 
@@ -50,12 +50,31 @@ def test_peek_does_not_refresh(page_size: int) -> None:
     assert tree.evict(2) == ["a", "b"]
 
 
-def test_match_of_a_part_refreshes_that_part_alone(page_size: int) -> None:
+def test_use_of_a_part_refreshes_the_whole_edge(page_size: int) -> None:
+    for use in (WordTree.match, WordTree.insert):
+        for word in ("ab", "abx"):
+            tree = WordTree(page_size)
+            tree.insert("abc")
+            tree.insert("d")
+            use(tree, word)
+            assert tree.evict(1) == ["d"]
+            assert tree.evict(1) == ["abc"], "its lower part goes before its stem, and before what was inserted later"
+
+
+def test_use_that_leaves_an_edge_at_its_first_page_is_none_of_it(page_size: int) -> None:
     tree = WordTree(page_size)
     tree.insert("abc")
     tree.insert("d")
-    tree.match("ab")
-    assert tree.evict(4) == ["abc", "d", "a", "ab"]
+    tree.match("x")
+    assert tree.evict(4) == ["a", "ab", "abc", "d"]
+
+
+def test_use_of_a_stem_that_ends_a_node_refreshes_nothing_below(page_size: int) -> None:
+    tree = WordTree(page_size)
+    for word in ["sa", "sb", "t"]:
+        tree.insert(word)
+    tree.match("s")
+    assert tree.evict(4) == ["sa", "sb", "t", "s"]
 
 
 def test_use_of_a_branch_refreshes_the_stem_but_no_other_branch(page_size: int) -> None:
@@ -223,7 +242,7 @@ def test_evicted_node_cannot_be_pinned(page_size: int) -> None:
     tree.insert("a")
     found = tree.match("a")
     tree.evict(1)
-    with pytest.raises(InvalidRequestError, match="was evicted and cannot be pinned; match the prefix again"):
+    with pytest.raises(InvalidRequestError, match="was evicted; match the prefix again"):
         tree.tree.inc_lock_ref(found.node)
 
 
@@ -262,7 +281,7 @@ def test_root_goes_with_its_last_node(page_size: int) -> None:
 # -- policies --------------------------------------------------------------------------------------------------------
 
 
-class MostRecentFirst:
+class MostRecentFirst(EvictionPolicy):
     """The opposite of LRU."""
 
     name = "mru"
@@ -271,7 +290,7 @@ class MostRecentFirst:
         return -node.last_access
 
 
-class Indifferent:
+class Indifferent(EvictionPolicy):
     """Ranks all leaves alike."""
 
     name = "indifferent"

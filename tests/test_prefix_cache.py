@@ -163,16 +163,19 @@ def test_stats_add_up(cache: PrefixCache) -> None:
             num_leases=1,
             query_tokens=6 * PAGE + 1,
             hit_tokens=2 * PAGE,
+            copied_tokens=0,
             evicted_tokens=0,
+            estimated_hit_rates=stats.estimated_hit_rates,
         )
         assert stats.used_pages == 5
         assert stats.hit_rate == 8 / 25
         assert repr(cache) == "PrefixCache(8 pages of 4: 3 free, 12 tokens cached, 1 leases)"
         assert repr(lease) == "Lease(8 tokens found, 8 shared, 4 pages)"
-    with cache.acquire(ids("uvwxyz")):  # 5 pages are free once the lease above is closed: the leaf "c" must go
-        assert cache.stats().evicted_tokens == PAGE
+    with cache.acquire(ids("uvwxyz")):  # 5 pages are free once the lease above is closed: the leaf "abc" must go
+        assert cache.stats().evicted_tokens == 3 * PAGE
+    share(cache, "a")
     cache.reset()
-    assert cache.stats().evicted_tokens == PAGE  # what reset forgot made room for nobody
+    assert cache.stats().evicted_tokens == 3 * PAGE  # what reset forgot made room for nobody
 
 
 # -- documentation ---------------------------------------------------------------------------------------------------

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
+from collections.abc import Callable
+from itertools import permutations
 
 import numpy as np
 import pytest
 
 from radixkv import RadixTree
-from radixkv.cache.radix_tree import TreeNode
+from radixkv.cache.eviction import EvictionPolicy
+from radixkv.cache.tree_node import TreeNode
 from radixkv.errors import (
     ConfigError,
     InvalidPagesError,
@@ -17,7 +21,7 @@ from radixkv.errors import (
     InvalidTokenIdsError,
     TokenIdsTypeError,
 )
-from strategies import NAMESPACES, WordTree, dump, spell
+from strategies import NAMESPACES, FakeClock, WordTree, dump, snapshot, spell
 
 page_sizes = pytest.mark.parametrize("page_size", [1, 4, 16])
 
@@ -44,7 +48,7 @@ def test_longest_common_prefix_is_found(page_size: int) -> None:
 
 
 @page_sizes
-def test_match_splits_where_it_ends_and_keeps_the_lower_node(page_size: int) -> None:
+def test_match_cuts_where_it_ends_and_keeps_the_lower_node(page_size: int) -> None:
     tree = WordTree(page_size)
     leaf = tree.insert("abcd").node
     upper = tree.match("abx").node
@@ -52,9 +56,8 @@ def test_match_splits_where_it_ends_and_keeps_the_lower_node(page_size: int) -> 
     assert (upper.num_tokens, leaf.num_tokens) == (2 * page_size, 2 * page_size)
     assert leaf.parent is upper
     assert leaf.token_ids.tolist() == spell("cd", page_size)
-    assert tree.match("abcd").node is leaf
-    assert tree.match("ab").node is upper  # ends where a node ends: no new split
-    assert len(list(tree.tree.nodes())) == 3
+    assert upper.cut
+    assert not leaf.cut
 
 
 @page_sizes
@@ -117,24 +120,186 @@ def test_peek_changes_nothing(page_size: int) -> None:
         tree.insert(word)
     tree.lock("abc")
 
-    def state() -> object:
-        nodes = [(depth, id(node), node.queue_key) for depth, node in tree.tree.nodes()]
-        return (dump(tree.tree), nodes, tree.tree.tick, repr(tree.tree))
-
-    before = state()
+    before = snapshot(tree.tree)
     for word, expected in [("abcd", 4), ("abce", 3), ("abx", 2), ("a", 1), ("ghi", 2), ("x", 0), ("", 0)]:
         assert tree.tree.peek(spell(word, page_size, 3)) == expected * page_size
     assert tree.tree.peek(spell("a", page_size), extra_key="elsewhere") == 0
-    assert state() == before
+    assert snapshot(tree.tree) == before
 
 
 @page_sizes
-def test_peek_path_names_the_nodes_that_hold_the_prefix(page_size: int) -> None:
+def test_peek_path_is_exact_to_the_token_and_names_the_nodes(page_size: int) -> None:
     tree = WordTree(page_size)
     leaf = tree.insert("abcd").node
-    stem = tree.match("ab").node
-    assert tree.tree.peek_path(spell("abcx", page_size)) == (3 * page_size, [stem, leaf])
-    assert tree.tree.peek_path(spell("x", page_size)) == (0, [])
+    stem = tree.lock("ab").node
+    before = snapshot(tree.tree)
+    assert tree.tree.peek_path(spell("abcd", page_size)) == (4 * page_size, [stem, leaf])
+    assert tree.tree.peek_path(spell("ab", page_size)) == (2 * page_size, [stem])
+    # the pages of "a" and "c" differ in their last token only, those of "b" and "d" too
+    assert tree.tree.peek_path(spell("aba", page_size)) == (
+        3 * page_size - 1,
+        [stem, leaf] if page_size > 1 else [stem],
+    )
+    assert tree.tree.peek_path(spell("abcb", page_size)) == (4 * page_size - 1, [stem, leaf])
+    assert tree.tree.peek_path(spell("abb", page_size)) == (2 * page_size, [stem])
+    assert tree.tree.peek_path(spell("b", page_size)) == (0, [])
+    assert tree.tree.peek_path(spell("ab", page_size), extra_key="elsewhere") == (0, [])
+    assert snapshot(tree.tree) == before
+
+
+# -- cuts and merges -------------------------------------------------------------------------------------------------
+
+
+@page_sizes
+@pytest.mark.parametrize("use", [WordTree.match, WordTree.insert])
+def test_a_cut_that_nobody_pins_is_merged_with_the_next_use(
+    page_size: int, use: Callable[[WordTree, str], object]
+) -> None:
+    tree = WordTree(page_size)
+    leaf = tree.insert("abcd").node
+    use(tree, "ab")
+    assert tree.edges() == ["|ab", "ab|cd"]
+    tree.match("x")
+    assert tree.edges() == ["|abcd"]
+    use(tree, "abc")
+    assert tree.edges() == ["|abc", "abc|d"]
+    tree.insert("x")
+    assert sorted(tree.edges()) == ["|abcd", "|x"]
+    assert tree.match("abcd").node is leaf
+
+
+@page_sizes
+def test_probes_leave_the_tree_as_shallow_as_it_was(page_size: int) -> None:
+    tree = WordTree(page_size)
+    tree.insert("abcdefgh")
+    for end in (7, 3, 5, 1, 6, 2, 4):
+        tree.match("abcdefgh"[:end])
+        tree.insert("abcdefgh"[:end])
+    tree.match("abcdefgh")
+    assert tree.edges() == ["|abcdefgh"]
+
+
+@page_sizes
+def test_a_pinned_cut_is_merged_when_its_last_pin_goes(page_size: int) -> None:
+    tree = WordTree(page_size)
+    tree.insert("abcd")
+    first, second = tree.lock("ab"), tree.lock("ab")
+    assert first.node is second.node
+    for pinned in (first, second):
+        tree.match("abcd")
+        assert tree.edges() == ["|ab", "ab|cd"]
+        tree.unlock(pinned)
+    assert tree.edges() == ["|abcd"]
+
+
+@page_sizes
+def test_a_cut_within_what_another_pins_is_merged_all_the_same(page_size: int) -> None:
+    tree = WordTree(page_size)
+    tree.insert("abcd")
+    whole = tree.lock("abcd")
+    part = tree.lock("ab")
+    assert lock_refs(tree.tree) == [(2 * page_size, 2), (2 * page_size, 1)]
+    tree.unlock(part)
+    assert lock_refs(tree.tree) == [(4 * page_size, 1)]
+    tree.unlock(whole)
+    assert tree.tree.evictable_size == 4 * page_size
+
+
+@page_sizes
+def test_pins_at_several_depths_are_undone_in_any_order(page_size: int) -> None:
+    for order in permutations(range(3)):
+        tree = WordTree(page_size)
+        tree.insert("abcd")
+        pins = [tree.lock(word) for word in ("abc", "a", "ab")]
+        assert tree.edges() == ["|a", "a|b", "ab|c", "abc|d"]
+        for number in order:
+            tree.unlock(pins[number])
+        assert tree.edges() == ["|abcd"]
+        assert tree.tree.evictable_size == 4 * page_size
+
+
+@page_sizes
+def test_a_cut_where_the_tree_branched_stays(page_size: int) -> None:
+    tree = WordTree(page_size)
+    tree.insert("abcd")
+    found = tree.lock("ab")
+    tree.insert("abx")
+    tree.unlock(found)
+    tree.match("y")
+    assert tree.edges() == ["|ab", "ab|cd", "ab|x"]
+    assert tree.evict(2) == ["abc", "abcd"]
+    tree.match("y")
+    assert tree.edges() == ["|ab", "ab|x"]
+
+
+@page_sizes
+def test_a_cut_whose_lower_part_went_is_a_leaf(page_size: int) -> None:
+    tree = WordTree(page_size)
+    tree.insert("abcd")
+    found = tree.lock("ab")
+    assert tree.evict(99) == ["abc", "abcd"]
+    tree.unlock(found)
+    assert not found.node.cut
+    tree.insert("abe")
+    tree.match("x")
+    assert tree.edges() == ["|ab", "ab|e"], "it was no cut any more"
+    assert tree.evict(99) == ["abe", "a", "ab"]
+
+
+@page_sizes
+def test_what_a_probe_cut_is_evicted_from_its_end(page_size: int) -> None:
+    tree = WordTree(page_size)
+    tree.insert("abcd")
+    tree.match("ab")
+    assert tree.evict(1) == ["abc", "abcd"]
+    tree.match("x")
+    assert tree.edges() == ["|ab"]
+    assert tree.evict(1) == ["a", "ab"]
+
+
+@page_sizes
+def test_a_merged_node_speaks_for_its_heir(page_size: int) -> None:
+    tree = WordTree(page_size)
+    leaf = tree.insert("abcd").node
+    found = tree.match("ab")
+    tree.match("abc")  # merges "ab", and cuts at "abc"
+    assert found.node.heir is leaf
+    assert not found.node.in_tree
+    assert tree.names(tree.tree.path_pages(found.node).tolist()) == ["a", "ab"]
+    tree.tree.inc_lock_ref(found.node)
+    tree.match("x")
+    assert lock_refs(tree.tree) == [(4 * page_size, 1)], "all of the heir is pinned, which is more than was asked for"
+    tree.match("a")
+    assert lock_refs(tree.tree) == [(page_size, 1), (3 * page_size, 1)]
+    assert tree.evict(99) == []
+    tree.unlock(found)
+    assert tree.evict(99) == ["ab", "abc", "abcd", "a"]
+    for use in (tree.tree.inc_lock_ref, tree.tree.path_pages, tree.tree.retain):
+        with pytest.raises(InvalidRequestError, match="was evicted; match the prefix again"):
+            use(found.node)
+
+
+@page_sizes
+def test_what_a_merge_hands_on(page_size: int) -> None:
+    clock = FakeClock()
+    tree = WordTree(page_size, clock=clock)
+    leaf = tree.insert("abcd").node
+    found = tree.lock("ab")
+    tree.tree.retain(leaf, priority=1, keep_for_s=5)
+    tree.tree.retain(found.node, priority=2, keep_for_s=3)
+    used = tree.match("ab").node.last_access
+    tree.unlock(found)
+    assert (leaf.priority, leaf.keep_until, leaf.last_access, leaf.created) == (2, 5.0, used, 1)
+
+
+@page_sizes
+def test_what_a_cut_hands_on(page_size: int) -> None:
+    tree = WordTree(page_size)
+    tree.tree.retain(tree.insert("abcd").node, priority=1, keep_for_s=5)
+    upper = tree.match("ab").node
+    (lower,) = upper.children.values()
+    for node in (upper, lower):
+        assert (node.priority, node.keep_until, node.last_access, node.created) == (1, 5.0, 2, 1)
 
 
 # -- namespaces ------------------------------------------------------------------------------------------------------
@@ -175,14 +340,15 @@ def test_locks_count_along_the_path(page_size: int) -> None:
 
 
 @page_sizes
-def test_splitting_a_locked_node_pins_both_halves(page_size: int) -> None:
+def test_cutting_a_locked_node_pins_both_halves(page_size: int) -> None:
     tree = WordTree(page_size)
     tree.insert("abcd")
     found = tree.lock("abcd")
-    tree.match("ab")
-    tree.insert("abce")
-    assert lock_refs(tree.tree) == [(2 * page_size, 1), (page_size, 1), (page_size, 1), (page_size, 0)]
+    tree.insert("abe")
+    assert lock_refs(tree.tree) == [(2 * page_size, 1), (2 * page_size, 1), (page_size, 0)]
     assert tree.tree.protected_size == 4 * page_size
+    tree.insert("abcf")
+    assert lock_refs(tree.tree) == [(2 * page_size, 1), (page_size, 1), (page_size, 1), (page_size, 0), (page_size, 0)]
     tree.unlock(found)
     assert tree.tree.protected_size == 0
 
@@ -203,7 +369,7 @@ def test_unpinning_what_is_not_pinned() -> None:
     tree.insert("ab")
     found = tree.lock("a")
     tree.unlock(found)
-    with pytest.raises(InvalidRequestError, match=r"TreeNode\(1 tokens, 1 children, lock_ref=0, .* is not pinned"):
+    with pytest.raises(InvalidRequestError, match=r"TreeNode\(2 tokens, 0 children, lock_ref=0, .* is not pinned"):
         tree.unlock(found)
     tree.tree.check_invariants()
 
@@ -240,47 +406,62 @@ def test_bad_ids_are_refused_before_anything_changes() -> None:
 # -- depth -----------------------------------------------------------------------------------------------------------
 
 
-def chain(num_nodes: int) -> RadixTree:
-    """A tree that is one path of nodes of one token each, cut by halving, since matching each prefix is quadratic."""
-    tree = RadixTree()
-    whole = tree.insert(np.arange(num_nodes), np.arange(num_nodes)).node
-    uncut = [whole]
-    while uncut:
-        node = uncut.pop()
-        if node.num_tokens > 1:
-            uncut += [tree._split(node, node.num_tokens // 2 * 4), node]
+def chain(num_nodes: int, page_size: int = 1, policy: str = "lru") -> RadixTree:
+    """A tree that is one path of nodes of one page each: inserting every prefix of it would be quadratic."""
+    tree = RadixTree(page_size, policy)
+    node = tree.insert(range(page_size), [0]).node
+    ids = np.arange(num_nodes * page_size, dtype=np.int32)
+    pages = np.arange(num_nodes, dtype=np.int32)
+    for page in range(1, num_nodes):
+        key = ids[page * page_size : (page + 1) * page_size].tobytes()
+        node = tree._add_leaf(node, key, pages[page : page + 1].tobytes())
     return tree
 
 
-def test_chain_is_what_matching_every_prefix_gives() -> None:
-    matched = RadixTree()
-    matched.insert(np.arange(50), np.arange(50))
-    for end in range(49, 0, -1):
-        matched.match_prefix(range(end))
-    cut = chain(50)
-    assert [state._replace(last_use=0) for state in dump(matched).values()] == [
-        state._replace(last_use=0) for state in dump(cut).values()
-    ]
+def test_chain_is_what_inserting_every_prefix_gives() -> None:
+    inserted = RadixTree(page_size=2)
+    for end in range(1, 51):
+        inserted.insert(range(2 * end), range(end))
+    inserted.check_invariants()
+
+    def without_uses(tree: RadixTree) -> object:
+        return {key: state._replace(created=0, last_access=0) for key, state in dump(tree).items()}
+
+    assert without_uses(chain(50, page_size=2)) == without_uses(inserted)
 
 
-def test_a_hundred_thousand_nodes_deep() -> None:
+@pytest.mark.parametrize("policy", ["lru", "cost"])
+def test_a_hundred_thousand_nodes_deep(policy: str) -> None:
+    limit = sys.getrecursionlimit()
     depth = 100_000
-    tree = chain(depth)
-    ids = np.arange(depth)
+    tree = chain(depth, 2, policy)
+    ids, pages = np.arange(2 * depth), np.arange(depth)
     assert [level for level, _ in tree.nodes()] == list(range(depth + 1))
-    assert tree.peek(ids) == depth
+    assert tree.peek(ids) == 2 * depth
+    assert len(tree.peek_path(ids)[1]) == depth
     found = tree.match_prefix(ids)
-    assert np.array_equal(found.pages, ids)
+    assert np.array_equal(found.pages, pages)
+    assert np.array_equal(tree.path_pages(found.node), pages)
+    assert len(found.node.path()) == depth
+    assert found.node.root.is_root
     tree.inc_lock_ref(found.node)
-    assert tree.insert(np.append(ids, 7), np.append(ids, depth)).prefix_len == depth
-    assert (tree.protected_size, tree.evictable_size) == (depth, 1)
+    tree.touch(found.node)
+    tree.retain(found.node, priority=1, keep_for_s=0.5)
+    assert tree.insert([*ids, 7, 7], [*pages, depth]).prefix_len == 2 * depth
+    tail = tree.insert_tail(found.node, [8], depth + 1)
+    assert tree.find_partial(found.node, [8, 9]) == (1, depth + 1, tail)
+    assert (tree.num_pages, tree.num_evictable_pages) == (depth + 2, 2)
     tree.check_invariants()
+    assert tree.remove(tail).tolist() == [depth + 1]
     assert tree.evict(depth).tolist() == [depth]
     tree.dec_lock_ref(found.node)
     tree.check_invariants()
-    assert np.array_equal(tree.evict(depth), ids[::-1])
+    assert tree.match_prefix(ids[: depth + 1]).length == depth
+    assert np.array_equal(tree.evict(depth), pages[: depth // 2 - 1 : -1])
+    assert np.array_equal(tree.clear(), pages[depth // 2 - 1 :: -1])
     assert tree.total_size == 0
     tree.check_invariants()
+    assert sys.getrecursionlimit() == limit
 
 
 def count_nodes() -> int:
@@ -311,7 +492,7 @@ def test_errors_about_pages_say_so() -> None:
 
 
 def test_a_rank_that_depends_on_the_edge_is_asked_again_after_a_split() -> None:
-    class LongestFirst:
+    class LongestFirst(EvictionPolicy):
         name = "longest"
 
         def rank(self, node: TreeNode) -> int:

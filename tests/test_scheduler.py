@@ -9,8 +9,9 @@ import pytest
 
 from conftest import GreedyOracle, random_ids
 from radixkv import Engine, SamplingParams
+from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.request import Request
-from radixkv.engine.scheduler import Scheduler
+from radixkv.engine.scheduler import WORTH_WAITING_TOKENS, Scheduler
 
 MakeEngine = Callable[..., Engine]
 
@@ -28,7 +29,7 @@ def checked(engine: Engine) -> Engine:
 
 
 def submit(engine: Engine, prompt: list[int], params: SamplingParams) -> Request:
-    return engine._submit(engine._check(prompt, params), params, (None, None), streams=False)
+    return engine._submit(engine._check(prompt, params), params, CacheOptions(), streams=False)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -127,12 +128,31 @@ def test_ageing_bounds_how_often_a_request_is_overtaken(make_engine: MakeEngine,
 def test_a_request_waits_for_the_one_that_computes_its_prefix(
     make_engine: MakeEngine, order_of_starts: list[int]
 ) -> None:
-    engine = checked(make_engine(max_batch_tokens=12))
+    engine = checked(make_engine(max_batch_tokens=40))
     head = random_ids(1, 30)
     other = random_ids(2, 6)
     outputs = engine.generate([[*head, 7, 8], [*head, 9, 10], other], SamplingParams(max_tokens=1))
     assert order_of_starts == [0, 2, 1], "the stranger does not wait"
-    assert [output.cached_tokens for output in outputs] == [0, 28, 0]
+    assert [output.cached_tokens for output in outputs] == [0, 30, 0]
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("spared_tokens", [WORTH_WAITING_TOKENS - 1, WORTH_WAITING_TOKENS])
+def test_nobody_waits_to_be_spared_a_few_tokens(make_engine: MakeEngine, page_size: int, spared_tokens: int) -> None:
+    engine = checked(make_engine(page_size=page_size))
+    head = random_ids(1, spared_tokens)
+    outputs = engine.generate([[*head, 7, 8], [*head, 9, 10]], SamplingParams(max_tokens=1))
+    assert outputs[1].cached_tokens == (spared_tokens if spared_tokens >= WORTH_WAITING_TOKENS else 0)
+
+
+def test_what_is_cached_already_is_not_waited_for(make_engine: MakeEngine, order_of_starts: list[int]) -> None:
+    engine = checked(make_engine())
+    head = random_ids(1, 40)
+    params = SamplingParams(max_tokens=1)
+    engine.generate(head[: 40 - WORTH_WAITING_TOKENS + 1], params)
+    outputs = engine.generate([[*head, 7, 8], [*head, 9, 10]], params)
+    assert order_of_starts == [0, 1, 2]
+    assert [output.cached_tokens for output in outputs] == [25, 25]
 
 
 def test_prompts_in_progress_are_shared_chunk_by_chunk(make_engine: MakeEngine) -> None:

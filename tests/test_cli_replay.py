@@ -1,0 +1,259 @@
+"""`radixkv replay`: its table, JSON and picture, and errors of one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli_runs import FakeTerminal, assert_one_line_error, run, write_lines
+from radixkv import demo_model
+from radixkv.cache.belady import measure_reuse
+from radixkv.cache.replay import replay
+from radixkv.cache.traces import ExpandedBlocks, Request, Trace, read_trace
+from radixkv.cli.trace_source import load_tokenizer, progress_on_stderr, read_trace_file
+
+BLOCK = 8
+
+
+@pytest.fixture
+def blocks(tmp_path: Path) -> Path:
+    """Conversations of blocks: each request continues one of three, and ends in a block of its own."""
+    generator, next_id = random.Random(1), 100
+    histories = [[1], [1, 2], [3]]
+    rows = []
+    for time in range(40):
+        history = generator.choice(histories)
+        history.append(next_id)
+        num_tokens = BLOCK * len(history) - generator.randrange(BLOCK)
+        rows.append({"timestamp": time, "input_length": num_tokens, "output_length": 1, "hash_ids": list(history)})
+        next_id += 1
+        if num_tokens % BLOCK:
+            history.pop()
+    return write_lines(tmp_path / "blocks.jsonl", map(json.dumps, rows))
+
+
+def figures(tmp_path: Path, *arguments: object) -> dict[str, Any]:
+    """What `--json` writes."""
+    out = tmp_path / "out.json"
+    result = run("replay", *arguments, "--json", out)
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert isinstance(report, dict)
+    return report
+
+
+def rates(report: dict[str, Any]) -> dict[tuple[str, int], float]:
+    return {(row["policy"], row["capacity_tokens"]): row["hit_rate"] for row in report["results"]}
+
+
+def expected_rates(
+    requests: list[Request] | ExpandedBlocks,
+    policies: list[str],
+    capacities: list[int],
+    page_size: int,
+    key_tokens: int,
+) -> dict[tuple[str, int], float]:
+    return {
+        (policy, capacity): replay(requests, policy, capacity, page_size, key_tokens=key_tokens).hit_rate
+        for policy in policies
+        for capacity in capacities
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_json(tmp_path: Path, blocks: Path) -> None:
+    report = figures(
+        tmp_path, blocks, "--block-tokens", BLOCK, "--capacity-tokens", "64,128,1_000", "--policy", "lru,fifo"
+    )
+    trace = read_trace(blocks, block_tokens=BLOCK)
+    head = {name: value for name, value in report.items() if name != "results"}
+    assert head == {
+        "trace": str(blocks),
+        "requests": 40,
+        "tokens": trace.num_tokens,
+        "malformed_lines": 0,
+        "keys": "block",
+        "page_tokens": BLOCK,
+        "ceiling": measure_reuse(trace.requests, key_tokens=BLOCK).ceiling,
+    }
+    assert rates(report) == expected_rates(trace.requests, ["lru", "fifo", "belady"], [64, 128, 1000], 1, BLOCK)
+    assert len(report["results"]) == 9
+    assert 0 < rates(report)["lru", 64] < rates(report)["belady", 64] < report["ceiling"]
+    for row in report["results"]:
+        assert row.keys() == {"policy", "capacity_tokens", "hit_rate", "evicted_tokens", "us_per_request"}
+        assert row["us_per_request"] > 0
+        assert (row["evicted_tokens"] > 0) == (row["capacity_tokens"] < 1000)
+
+
+def test_blocks_as_tokens(tmp_path: Path, blocks: Path) -> None:
+    options = ["--block-tokens", BLOCK, "--capacity-tokens", 100, "--policy", "belady,lru", "--keys", "token"]
+    report = figures(tmp_path, blocks, *options, "--page-size", 4)
+    trace = read_trace(blocks, block_tokens=BLOCK)
+    assert (report["keys"], report["page_tokens"], report["tokens"]) == ("token", 4, trace.num_tokens)
+    expanded = ExpandedBlocks(trace.requests, BLOCK)
+    assert rates(report) == expected_rates(expanded, ["lru", "belady"], [100], 4, 1)
+
+
+def test_a_limit(tmp_path: Path, blocks: Path) -> None:
+    report = figures(tmp_path, blocks, "--block-tokens", BLOCK, "--capacity-tokens", 64, "--limit", 7)
+    assert report["requests"] == 7
+
+
+def test_token_ids(tmp_path: Path) -> None:
+    rows = [{"token_ids": [1, 2, 3, 4], "output_token_ids": [5, 6, 7]}, {"token_ids": [1, 2, 3, 4, 5, 6]}]
+    path = write_lines(tmp_path / "ids.jsonl", map(json.dumps, rows))
+    report = figures(tmp_path, path, "--capacity-tokens", 100, "--page-size", 2)
+    assert (report["keys"], report["page_tokens"]) == ("token", 2)
+    assert report["ceiling"] == rates(report)["lru", 100] == 6 / 10
+
+
+def test_texts(tmp_path: Path) -> None:
+    text = "First Citizen: Before we proceed any further, hear me speak."
+    rows = [{"input": text, "output": " All: Speak"}, {"input": text}]
+    path = write_lines(tmp_path / "texts.jsonl", map(json.dumps, rows))
+    for tokenizer in ("demo", demo_model.path()):
+        report = figures(tmp_path, path, "--capacity-tokens", 100, "--page-size", 1, "--tokenizer", tokenizer)
+        assert report["tokens"] == 2 * len(load_tokenizer("demo")(text))
+        assert report["ceiling"] == 0.5
+
+
+def test_the_table(blocks: Path) -> None:
+    result = run("replay", blocks, "--block-tokens", BLOCK, "--capacity-tokens", "64,1000")
+    assert (result.exit_code, result.stderr) == (0, "")
+    trace = read_trace(blocks, block_tokens=BLOCK)
+    for text in ("blocks.jsonl: 40 requests", f"{trace.num_tokens:,} tokens", "1,000", "lru", "belady", "ceiling"):
+        assert text in result.stdout
+    ceiling = 100 * measure_reuse(trace.requests, key_tokens=BLOCK).ceiling
+    assert result.stdout.count(f"{ceiling:.1f} %") == 3  # both policies reach it with 1,000 tokens
+
+
+@pytest.mark.parametrize("capacities", ["64", "64,128,1000", "1000,1001,1002"])
+def test_the_picture(tmp_path: Path, blocks: Path, capacities: str) -> None:
+    out = tmp_path / "out.png"
+    options = ["--block-tokens", BLOCK, "--capacity-tokens", capacities, "--policy", "lru,fifo"]
+    assert run("replay", blocks, *options, "--plot", out).exit_code == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert run("replay", blocks, *options, "--plot", tmp_path / "out.svg").exit_code == 0
+    svg = (tmp_path / "out.svg").read_text(encoding="utf-8")
+    for label in ("lru", "fifo", "belady (optimum)", "ceiling (no limit)", "capacity, tokens"):
+        assert f"<!-- {label} -->" in svg
+
+
+# ----------------------------------------------------------------------------------------------------- malformed lines
+
+
+def test_malformed_lines_are_told_of_and_skipped(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "t.jsonl", ["?", '{"token_ids": [1]}', '{"token_ids": "' + "x" * 999 + '"}'])
+    result = run("replay", path, "--capacity-tokens", 16, "--json", tmp_path / "out.json")
+    assert result.exit_code == 0
+    first, second = result.stderr.splitlines()
+    assert first.startswith("radixkv: skipped: ")
+    assert "line 1: this is no JSON" in first
+    assert 'line 3: "token_ids" must be a list of token ids, not str' in second
+    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["malformed_lines"] == 2
+
+
+def test_of_many_malformed_lines_the_first_are_told_of(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "t.jsonl", ['{"token_ids": [1]}', *["?"] * 1234])
+    errors = run("replay", path, "--capacity-tokens", 16).stderr.splitlines()
+    assert [error.split("line ")[1].split(":")[0] for error in errors[:-1]] == ["2", "3", "4", "5", "6"]
+    assert errors[-1] == "radixkv: skipped: 1,234 malformed lines; --strict stops at the first"
+
+
+def test_strict(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "t.jsonl", ['{"token_ids": [1]}', "", "?"])
+    assert_one_line_error(run("replay", path, "--capacity-tokens", 16, "--strict"), "t.jsonl, line 3: this is no JSON")
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--capacity-tokens", "64,"], "--capacity-tokens must be positive numbers of tokens, parted by commas"),
+        (["--capacity-tokens", "many"], "parted by commas, not 'many'"),
+        (["--capacity-tokens", "0"], "parted by commas, not '0'"),
+        (["--capacity-tokens", "64,-1"], "parted by commas, not '64,-1'"),
+        (["--capacity-tokens", "64,7"], "a capacity of 7 tokens holds no page or block of 8"),
+        ([], "Missing option '--capacity-tokens'"),
+        (["--policy", "lru,mru"], "unknown eviction policy 'mru'; the policies are lru, "),
+        (["--policy", ""], "unknown eviction policy ''"),
+        (["--page-size", "0"], "--page-size must be at least 1, not 0"),
+        (["--block-tokens", "-1"], "--block-tokens must be at least 1, not -1"),
+        (["--limit", "0"], "--limit must be at least 1, not 0"),
+        (["--keys", "word"], "--keys"),
+        (["--tokenizer", "./no/such/place"], "no tokenizer can be loaded from './no/such/place'"),
+        (["--json", "."], "--json . is a directory"),
+        (["--json", "no/such/out.json"], "--json no/such/out.json: there is no directory no/such"),
+        (["--plot", "no/such/out.png"], "--plot no/such/out.png: there is no directory no/such"),
+        (["--plot", "out.doc"], "--plot out.doc names no image format; end it with .png"),
+    ],
+)
+def test_bad_options(blocks: Path, options: list[str], message: str) -> None:
+    given = ["--block-tokens", BLOCK] if "--block-tokens" not in options else []
+    if options and "--capacity-tokens" not in options:
+        given += ["--capacity-tokens", "64"]
+    assert_one_line_error(run("replay", blocks, *given, *options), message)
+
+
+def test_bad_traces(tmp_path: Path, blocks: Path) -> None:
+    capacity = ["--capacity-tokens", 1000]
+    assert_one_line_error(run("replay", tmp_path / "missing.jsonl", *capacity), "missing.jsonl cannot be read: No such")
+    assert_one_line_error(run("replay", tmp_path, *capacity), "cannot be read")
+    assert_one_line_error(run("replay", write_lines(tmp_path / "empty", []), *capacity), "empty holds no requests")
+    texts = write_lines(tmp_path / "texts", ['{"input": "a"}'])
+    assert_one_line_error(run("replay", texts, *capacity), "give the tokenizer of the model they are meant for (--to")
+    ids = write_lines(tmp_path / "ids", ['{"token_ids": [1]}'])
+    message = '--keys block needs a trace of "hash_ids", not of "token_ids"'
+    assert_one_line_error(run("replay", ids, *capacity, "--keys", "block"), message)
+    wrong_size = run("replay", blocks, *capacity, "--strict")
+    assert_one_line_error(wrong_size, "is the number of tokens a block right?")
+
+
+def test_places_that_cannot_be_written(tmp_path: Path, blocks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    for option, file in (("--json", "out.json"), ("--plot", "out.png")):
+        result = run("replay", blocks, "--block-tokens", BLOCK, "--capacity-tokens", 64, option, tmp_path / file)
+        assert_one_line_error(result, f"{file} cannot be written: No space left on device")
+
+
+def test_without_matplotlib(blocks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("replay", blocks, "--capacity-tokens", 64, "--plot", "out.png")
+    assert_one_line_error(result, "--plot needs matplotlib: pip install 'radixkv[plot]'")
+
+
+# ------------------------------------------------------------------------------------------------------------ terminal
+
+
+def test_bars_are_for_terminals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_lines(tmp_path / "t.jsonl", ['{"token_ids": [1]}'] * 3)
+
+    def read(stderr: io.StringIO) -> Trace:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with progress_on_stderr() as progress:
+            return read_trace_file(path, progress, strict=True, block_tokens=BLOCK, encode=None, limit=None)[0]
+
+    terminal, pipe = FakeTerminal(), io.StringIO()
+    assert len(read(terminal).requests) == len(read(pipe).requests) == 3
+    assert "reading" in terminal.getvalue()
+    assert pipe.getvalue() == ""
+
+
+def test_help_says_what_the_bound_is() -> None:
+    text = " ".join(run("replay", "--help").stdout.replace("│", " ").split())
+    for part in ("clairvoyant", "hash_ids", "token_ids", "input", "radixkv replay trace.jsonl --capacity-tokens"):
+        assert part in text
