@@ -34,9 +34,8 @@ class EvictionPolicy:
     """
 
     name: str
-    ranks_only_grow = False
-    """Whether the rank of a leaf never shrinks while it is an unpinned leaf. It is then asked for again only when the
-    leaf's turn comes, and uses of the leaf cost nothing."""
+    ranks_by_last_access = False
+    """Whether `rank` is `node.last_access`: what is used goes to the end of the queue then, without further thought."""
     tree: RadixTree
 
     def bind(self, tree: RadixTree) -> None:
@@ -91,7 +90,7 @@ class LRUPolicy(EvictionPolicy):
     """Least recently used first."""
 
     name = "lru"
-    ranks_only_grow = True
+    ranks_by_last_access = True
     rank = staticmethod(attrgetter("last_access"))  # type: ignore[assignment]  # asked for at every use: this costs half of a method
 
 
@@ -99,7 +98,6 @@ class FIFOPolicy(EvictionPolicy):
     """First in, first out: in the order of insertion, however often they were used since."""
 
     name = "fifo"
-    ranks_only_grow = True
 
     def rank(self, node: TreeNode) -> int:
         return node.created
@@ -112,7 +110,6 @@ class PriorityPolicy(EvictionPolicy):
     """
 
     name = "priority"
-    ranks_only_grow = True
 
     def rank(self, node: TreeNode) -> tuple[int, int]:
         return node.priority, node.last_access
@@ -132,7 +129,6 @@ class LFUPolicy(_CountsMatches):
     """Least frequently matched first, and the least recently used of those that are equal."""
 
     name = "lfu"
-    ranks_only_grow = True
 
     def rank(self, node: TreeNode) -> tuple[int, int]:
         return node.state, node.last_access
@@ -191,7 +187,6 @@ class TTLPolicy(EvictionPolicy):
     """
 
     name = "ttl"
-    ranks_only_grow = True
 
     def __init__(self, ttl_s: float = 300.0) -> None:
         if not ttl_s >= 0:
@@ -228,7 +223,6 @@ class CostAwarePolicy(EvictionPolicy):
     """
 
     name = "cost"
-    ranks_only_grow = True
 
     def __init__(self, d0: float = 12 * 4096) -> None:
         if not d0 > 0:

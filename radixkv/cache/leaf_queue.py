@@ -32,13 +32,6 @@ class _Run:
     def __len__(self) -> int:
         return len(self.in_order) + len(self.out_of_order)
 
-    def add(self, entry: Entry) -> None:
-        in_order = self.in_order
-        if not in_order or in_order[-1][0] <= entry[0]:  # serials grow, so equal ranks are in order too
-            in_order.append(entry)
-        else:
-            heappush(self.out_of_order, entry)
-
     def pop(self) -> TreeNode | None:
         """Take out the first node; None if all entries are stale."""
         in_order, heap = self.in_order, self.out_of_order
@@ -73,39 +66,33 @@ class _Run:
 class LeafQueue:
     """The unpinned leaves in eviction order, kept in order at every change.
 
-    Adding, updating and popping cost O(log leaves) at most, and O(1) where ranks come in order; nothing ever scans or
-    re-sorts the leaves. Removing costs O(1): the entry goes stale and is skipped later; whenever more than half of
-    the entries are stale they are swept out, so the queue's size stays in proportion to the number of leaves.
+    Adding, updating and popping cost O(1) where ranks come in order, as they do under LRU, and O(log leaves) at most;
+    nothing ever re-sorts the leaves. Removing costs O(1): the entry goes stale and is skipped later. Whenever more
+    than half of the entries are stale they are swept out, which costs O(1) a change, amortised.
 
     Leaves with a `keep_until` in the future come after all others, the one that expires first in front: they are kept
     as long as anything else can go, and can still go when nothing else is left.
-
-    Attributes:
-        is_lazy: whether leaves need no `update` when they are used: their ranks only grow, so an entry that comes up
-            too early is found out then, and entered anew.
     """
 
     def __init__(self, policy: EvictionPolicy, clock: Callable[[], float]) -> None:
         self._rank = policy.rank
         self._group = hook(policy, "group")
         self._urgency = policy.urgency if self._group is not None else None
-        self.is_lazy = policy.ranks_only_grow and self._group is None
+        self._is_by_use = policy.ranks_by_last_access and self._group is None
         self._clock = clock
         self._run = _Run()  # where there are no groups
         self._groups: dict[Hashable, _Run] = {}
         self._kept = _Run()
         self._serial = 0
         self._size = 0
-        self._num_entries = 0  # stale ones included, and some that were popped since the last sweep
 
     def __len__(self) -> int:
         return self._size
 
     def __iter__(self) -> Iterator[TreeNode]:
         """The leaves; within a group the next to be evicted comes first. O(leaves log leaves)."""
-        for run in (self._run, *self._groups.values(), self._kept):
-            order = self._current_order if self.is_lazy and run is not self._kept else _order
-            yield from (entry[2] for entry in sorted(run.entries(), key=order))
+        for run in self._runs():
+            yield from (entry[2] for entry in sorted(run.entries(), key=lambda entry: entry[:2]))
 
     def add(self, node: TreeNode) -> None:
         """Enter a node that is not in the queue."""
@@ -118,20 +105,27 @@ class LeafQueue:
         self._serial = serial = self._serial + 1
         if node.keep_until and node.keep_until > self._clock():
             node.entry = entry = (node.keep_until, serial, node)
-            self._kept.add(entry)
-        elif self._group is not None:
-            node.entry = entry = (self._rank(node), serial, node)
-            self._groups.setdefault(self._group(node), _Run()).add(entry)
+            run = self._kept
         else:
-            rank = self._rank(node)
-            node.entry = entry = (rank, serial, node)
-            in_order = self._run.in_order
-            if in_order and in_order[-1][0] <= rank:  # the usual case, without a call
-                in_order.append(entry)
-            else:
-                self._run.add(entry)
-        self._num_entries += 1
-        if self._num_entries > 2 * self._size + SLACK:
+            node.entry = entry = (self._rank(node), serial, node)
+            run = self._run if self._group is None else self._groups.setdefault(self._group(node), _Run())
+        in_order = run.in_order
+        if not in_order or in_order[-1][0] <= entry[0]:  # serials grow, so equal ranks are in order too
+            in_order.append(entry)
+        else:
+            heappush(run.out_of_order, entry)
+        if len(in_order) + len(run.out_of_order) > 2 * self._size + SLACK:
+            self._sweep()
+
+    def use(self, node: TreeNode) -> None:
+        """As `update`, for a node in the queue that was just used: under LRU it goes to the end, at little cost."""
+        if node.keep_until or not self._is_by_use:
+            self.update(node)
+            return
+        node.entry = entry = (node.last_access, 0, node)  # a match or insert uses one leaf, so these are unique
+        in_order = self._run.in_order
+        in_order.append(entry)
+        if len(in_order) > 2 * self._size + SLACK:
             self._sweep()
 
     def remove(self, node: TreeNode) -> None:
@@ -142,9 +136,9 @@ class LeafQueue:
 
     def pop(self) -> TreeNode:
         """Take out the node to be evicted next."""
-        if self._kept:
+        if self._kept.in_order or self._kept.out_of_order:
             self._release_expired()
-        node = self._pop_first() if self._group is None else self._pop_most_urgent()
+        node = self._run.pop() if self._group is None else self._pop_most_urgent()
         if node is None:
             node = self._kept.pop()
         assert node is not None, "pop from an empty queue"
@@ -157,17 +151,6 @@ class LeafQueue:
         while (node := self._kept.head()) is not None and node.keep_until <= now:
             self.update(node)
 
-    def _pop_first(self) -> TreeNode | None:
-        while (node := self._run.pop()) is not None:
-            assert node.entry is not None, node
-            if not self.is_lazy or self._rank(node) == node.entry[0]:
-                return node
-            self.update(node)
-        return None
-
-    def _current_order(self, entry: Entry) -> tuple[Any, int]:
-        return self._rank(entry[2]), entry[1]
-
     def _pop_most_urgent(self) -> TreeNode | None:
         assert self._urgency is not None, "groups without urgency"
         heads = [(head, run) for run in self._groups.values() if (head := run.head()) is not None]
@@ -176,13 +159,10 @@ class LeafQueue:
         urgency = self._urgency
         return min(heads, key=lambda item: urgency(item[0]))[1].pop()
 
+    def _runs(self) -> list[_Run]:
+        return [self._run, self._kept, *self._groups.values()]
+
     def _sweep(self) -> None:
-        runs = (self._run, self._kept, *self._groups.values())
-        for run in runs:
+        for run in self._runs():
             run.sweep()
         self._groups = {group: run for group, run in self._groups.items() if run}
-        self._num_entries = sum(map(len, runs))
-
-
-def _order(entry: Entry) -> tuple[Any, int]:
-    return entry[:2]

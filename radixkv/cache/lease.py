@@ -168,7 +168,10 @@ class Lease:
         if source is None or not source.node.is_tail(self._cache.page_size) or source.node.entry is None:
             return
         if source.num_tokens == source.node.num_tokens and num_tokens > source.node.end:
-            self._cache.allocator.release(self._cache.tree.remove(source.node))
+            tree, tail = self._cache.tree, source.node
+            if tail.priority or tail.keep_until:  # its tokens live on, and so does what was asked for them
+                tree.retain(self._node, priority=tail.priority, keep_for_s=max(0.0, tail.keep_until - tree.clock()))
+            self._cache.allocator.release(tree.remove(tail))
 
     def _adopt(self, first: int, last: int) -> None:
         """Read pages `[first, last)` from the tree, where another request's came first, and free this lease's own."""

@@ -34,20 +34,21 @@ def page_array(pages: Any) -> NDArray[np.int32]:
         raise _invalid(error) from error
 
 
-def page_bytes(pages: NDArray[np.int32]) -> PageBytes:
-    """`pages` to be kept. O(pages). Raises: InvalidPagesError if one is negative."""
-    num_pages = len(pages)
+def page_bytes(pages: NDArray[np.int32], known: int = 0) -> PageBytes:
+    """`pages` to be kept, those after the first `known`. O(pages). Raises: InvalidPagesError if one is negative."""
+    kept = pages[known:]
+    num_pages = len(kept)
     if num_pages >= _WORTH_A_WINDOW:
-        first = pages.item(0)
-        if first >= 0 and pages.item(num_pages - 1) - first == num_pages - 1:
+        first = kept.item(0)
+        if first >= 0 and kept.item(num_pages - 1) - first == num_pages - 1:
             start = first * PAGE_ID_BYTES
-            if _CONSECUTIVE.startswith(pages.data, start):
+            if _CONSECUTIVE.startswith(kept.data, start):
                 return _CONSECUTIVE_VIEW[start : start + num_pages * PAGE_ID_BYTES]
     try:
-        check_tokens(pages)
+        check_tokens(pages, known)
     except InvalidTokenIdsError as error:
         raise _invalid(error) from error
-    return pages.tobytes()
+    return kept.tobytes()
 
 
 def _invalid(error: Exception) -> InvalidPagesError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,6 +24,7 @@ from radixkv.errors import (
     InvalidRequestError,
 )
 
+DEEP = 16  # nodes on a path that are worth a look whether they are needed, once in so many uses
 FEW_CHILDREN = 16  # up to that many are looked through one by one
 
 Tokens: TypeAlias = "NDArray[np.int32]"
@@ -37,7 +39,8 @@ class RadixTree:
     `match_prefix` never finds and `find_partial` does. Each namespace (`extra_key`, `cache_salt`) has its own root.
 
     A match that ends midway in an edge cuts it, so that exactly the prefix can be pinned. The cut is merged back when
-    the pin is gone, or with the next match or insert if nobody pinned it, unless the tree has branched there.
+    the pin is gone, or with the next match or insert if nobody pinned it, unless the tree has branched there. Where the
+    other branches were evicted since, matches along a deep path merge what is left.
 
     Invariants, proved by `check_invariants`:
 
@@ -160,6 +163,8 @@ class RadixTree:
             self._touch(partial, self._on_matched)
             node = self._unclaimed = self._cut(partial, common)
             runs.append(node.pages)
+        if len(runs) > DEEP and self._tick % DEEP == 0:
+            self._shorten(node.path())
         return _new_tuple(MatchResult, (length, node, runs))
 
     def peek(self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None) -> int:
@@ -255,7 +260,7 @@ class RadixTree:
             common = self._common_pages(tokens, length, partial.key)
             length += common
         check_tokens(tokens, length)
-        new_pages = page_bytes(page_ids[length // page_size :])
+        new_pages = page_bytes(page_ids, length // page_size)
         self._tick += 1
         self._touch(node if partial is None else partial, None)
         if partial is not None:
@@ -268,21 +273,29 @@ class RadixTree:
     def insert_tail(self, node: TreeNode, rest: TokenIds, page: int) -> TreeNode:
         """Keep `rest`, the less than one page of tokens that follow the path of `node`, whose KV is in `page`.
 
+        Counts as a use of that path along with the last match or insert. O(page_size), and what `find_partial` costs.
+
         Returns: the new leaf.
-        Raises: InvalidRequestError if `rest` fills a page, or another child of `node` begins with it.
+        Raises: InvalidRequestError if `rest` fills a page, another child of `node` begins with it, or `node` is a tail
+            or left the tree; InvalidPagesError, TokenIdsTypeError, InvalidTokenIdsError.
         """
         key = int32_array(rest).tobytes()
+        page_id = page_bytes(page_array([page]))
         if node.namespace is not None:  # the root may be new, or not be any more
             node = self._roots.get(node.namespace, node)
         elif not node.in_tree:
             raise InvalidRequestError(f"{node} is not in the tree any more; match the prefix again")
+        elif node.is_tail(self.page_size):
+            raise InvalidRequestError(f"{node} is a tail, which nothing can follow")
         found = self.find_partial(node, rest)
         if not 0 < len(key) < self._page_bytes or (found and found.num_tokens * TOKEN_BYTES == len(key)):
             raise InvalidRequestError(f"a tail of {len(key) // TOKEN_BYTES} tokens is none, or is cached already")
         check_tokens(int32_array(rest))
         if node.namespace is not None:
             self._roots[node.namespace] = node
-        return self._add_leaf(node, key, np.int32(page).tobytes())
+        elif node.last_access < self._tick:
+            self._touch(node, None)
+        return self._add_leaf(node, key, page_id)
 
     def remove(self, leaf: TreeNode) -> NDArray[np.int32]:
         """Forget an unpinned leaf out of turn. O(1).
@@ -297,7 +310,12 @@ class RadixTree:
         return leaf.page_ids
 
     def touch(self, node: TreeNode) -> None:
-        """Count as a use of the path to `node` that belongs to the last match. O(depth + log leaves)."""
+        """Count as a use of the path to `node` that belongs to the last match, which ended right above it.
+
+        O(depth + log leaves).
+        """
+        if self._on_matched is not None and node.last_access < self._tick:  # else it was part of that match
+            self._on_matched(node)
         self._touch(node, None)
 
     def retain(self, node: TreeNode, *, priority: int = 0, keep_for_s: float | None = None) -> None:
@@ -433,8 +451,8 @@ class RadixTree:
         while (parent := current.parent) is not None:
             current.last_access = tick
             current = parent
-        if node.entry is not None and not self._queue.is_lazy:
-            self._queue.update(node)
+        if node.entry is not None:
+            self._queue.use(node)
 
     def _cut(self, node: TreeNode, head_tokens: int) -> TreeNode:
         """Cut `node`'s edge after `head_tokens`; returns the new upper node.
@@ -451,7 +469,7 @@ class RadixTree:
         upper.created, upper.priority, upper.keep_until = node.created, node.priority, node.keep_until
         upper.lock_ref = node.lock_ref
         upper.state = node.state
-        upper.cut = True
+        upper.fork = upper.cut = True
         parent.children[upper.key[: self._page_bytes]] = upper
         node.key = node.key[head_bytes:]
         node.pages = node.pages[head_pages:]
@@ -470,28 +488,47 @@ class RadixTree:
             self._merge(node)
 
     def _merge(self, upper: TreeNode) -> None:
-        """Undo a cut, if the tree did not branch there and nobody pins exactly that prefix."""
+        """Undo a cut, if nobody pins exactly that prefix."""
         if not upper.children:  # the lower part was evicted: what is left is a leaf like any other
             upper.cut = False
             if upper.lock_ref == 0 and upper.entry is None:
                 self._queue.add(upper)
             return
         (lower,) = upper.children.values()
-        if lower.lock_ref != upper.lock_ref:
-            return
-        parent = upper.parent
-        assert parent is not None, upper
-        if self._on_merged is not None:
-            self._on_merged(upper, lower)
-        lower.state = upper.state
-        lower.key = upper.key + lower.key
-        lower.pages = b"".join((upper.pages, lower.pages))
-        lower.last_access = upper.last_access
-        lower.priority = max(upper.priority, lower.priority)
-        lower.keep_until = max(upper.keep_until, lower.keep_until)
+        if lower.lock_ref == upper.lock_ref:
+            self._absorb([upper], lower)
+
+    def _shorten(self, path: list[TreeNode]) -> None:
+        """Merge the forks on `path` that have one child left, and that nobody pins in particular."""
+        start = 0
+        while start < len(path):
+            end = start
+            while path[end].fork and len(path[end].children) == 1 and end + 1 < len(path):
+                if path[end].lock_ref != path[end + 1].lock_ref:
+                    break
+                end += 1
+            if end > start:
+                self._absorb(path[start:end], path[end])
+            start = end + 1
+
+    def _absorb(self, uppers: list[TreeNode], lower: TreeNode) -> None:
+        """Let `lower` take up the edges of `uppers`: the ancestors above it, top first, without other children."""
+        chain = [*uppers, lower]
+        for upper, below in pairwise(chain):
+            if self._on_merged is not None:
+                self._on_merged(upper, below)
+            below.state = upper.state
+            below.last_access = upper.last_access
+            below.priority = max(upper.priority, below.priority)
+            below.keep_until = max(upper.keep_until, below.keep_until)
+        top, parent = uppers[0], uppers[0].parent
+        assert parent is not None, top
+        parent.children[top.key[: self._page_bytes]] = lower
+        lower.key = b"".join([node.key for node in chain])
+        lower.pages = b"".join([node.pages for node in chain])
         lower.parent = parent
-        parent.children[upper.key[: self._page_bytes]] = lower
-        upper.parent, upper.heir, upper.children = None, lower, {}
+        for upper in uppers:
+            upper.parent, upper.heir, upper.children = None, lower, {}
         if lower.entry is not None:
             self._queue.update(lower)
 

@@ -33,7 +33,8 @@ class TreeNode:
         heir: the node that this one was merged into, after it was.
         namespace: set in roots alone.
         lock_ref: how many locks pin this node; a pinned node is never evicted.
-        cut: whether this node exists only because a match or insert ended here, so that it may be merged back.
+        fork: whether this node was made by cutting an edge.
+        cut: the same, as long as nothing has branched off here.
         created: tick of the insert that brought its tokens.
         last_access: tick of the last match or insert that came this way.
         priority: the highest of the requests that came this way.
@@ -49,6 +50,7 @@ class TreeNode:
         "cut",
         "end",
         "entry",
+        "fork",
         "heir",
         "keep_until",
         "key",
@@ -74,7 +76,7 @@ class TreeNode:
         self.heir: TreeNode | None = None
         self.namespace: Namespace | None = None
         self.lock_ref = 0
-        self.cut = False
+        self.fork = self.cut = False
         self.priority = 0
         self.keep_until = 0.0
         self.entry: Entry | None = None
