@@ -16,7 +16,6 @@ from radixkv.cache.tree_node import Namespace, TreeNode
 
 MIN_HISTORY_PAGES, MAX_HISTORY_PAGES = 2**12, 2**18
 LARGEST_SIZE = 4  # times the pool: how far the hit rates of other sizes are estimated
-_NO_TOKEN = -1  # fills up the page of a tail, which then has the hash of no whole page
 
 
 class Diagnostics:
@@ -148,7 +147,7 @@ class Diagnostics:
         end = num_pages * page_size
         seed = int(hashes[num_pages - 1]) if num_pages else namespace_seed(*namespace)
         for tail_end in range(min(len(tokens), end + page_size - 1), max(end, cached_tokens), -1):
-            tail = self._history.find(_tail_hash(tokens[end:tail_end], page_size, seed, num_pages))
+            tail = self._history.find(_tail_hash(tokens[end:tail_end].tobytes(), seed))
             if tail is not None:
                 return eviction or tail, tail_end - cached_tokens
         return eviction, 0 if eviction is None else end - cached_tokens
@@ -181,26 +180,24 @@ class Diagnostics:
 
     def _page_hashes(self, node: TreeNode) -> NDArray[np.uint64]:
         """The prefix hashes of `node`'s pages. O(its tokens), and those of ancestors not asked about before."""
-        hashes = np.empty(0, np.uint64)
-        root_namespace = node.root.namespace
-        assert root_namespace is not None, node
-        seed, end = namespace_seed(*root_namespace), 0
-        for above in node.path():
-            if above is node or above.path_hash is None:
-                hashes = prefix_hashes(above.token_ids, self._tree.page_size, seed, end // self._tree.page_size)
-                if len(hashes):
-                    above.path_hash = int(hashes[-1])
-            if above.path_hash is not None:
-                seed, end = above.path_hash, above.end
+        page_size, namespace = self._tree.page_size, node.root.namespace
+        assert namespace is not None, node
+        seed = namespace_seed(*namespace)
+        for above in node.path()[:-1]:
+            if above.path_hash is None:
+                above.path_hash = int(self._hashes_of(above, seed)[-1])
+            seed = above.path_hash
+        return _tail_hash(node.key, seed) if node.is_tail(page_size) else self._hashes_of(node, seed)
+
+    def _hashes_of(self, node: TreeNode, seed: int) -> NDArray[np.uint64]:
+        """The prefix hashes of a node of whole pages; `seed` is that of the pages above it."""
         page_size = self._tree.page_size
-        return _tail_hash(node.token_ids, page_size, seed, end // page_size) if node.is_tail(page_size) else hashes
+        return prefix_hashes(node.token_ids, page_size, seed, (node.end - node.num_tokens) // page_size)
 
 
-def _tail_hash(tail: NDArray[np.int32], page_size: int, seed: int, num_pages: int) -> NDArray[np.uint64]:
-    """As `prefix_hashes` of less than a page, which follows the first `num_pages` pages; `seed` is their hash.
+def _tail_hash(tail: bytes, seed: int) -> NDArray[np.uint64]:
+    """As `prefix_hashes`, of less than a page that follows pages of the hash `seed`. In this process alone.
 
     Returns: uint64, shape (1,).
     """
-    page = np.full(page_size, _NO_TOKEN, np.int32)
-    page[: len(tail)] = tail
-    return prefix_hashes(page, page_size, seed, num_pages)
+    return np.array([hash((seed, tail)) & 0xFFFF_FFFF_FFFF_FFFF], np.uint64)

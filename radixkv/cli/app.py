@@ -16,7 +16,9 @@ import typer
 from typer.core import TyperGroup
 
 from radixkv.cli.chat import CHAT_EPILOG, chat
+from radixkv.cli.explain import EXPLAIN_EPILOG, explain
 from radixkv.cli.generate import GENERATE_EPILOG, generate
+from radixkv.cli.replay import REPLAY_EPILOG, replay
 from radixkv.cli.size import SIZE_EPILOG, size
 from radixkv.cli.tree import TREE_EPILOG, tree
 from radixkv.errors import RadixKVError
@@ -108,3 +110,5 @@ app.command("generate", epilog=GENERATE_EPILOG)(generate)
 app.command("chat", epilog=CHAT_EPILOG)(chat)
 app.command("tree", epilog=TREE_EPILOG)(tree)
 app.command("size", epilog=SIZE_EPILOG)(size)
+app.command("replay", epilog=REPLAY_EPILOG)(replay)
+app.command("explain", epilog=EXPLAIN_EPILOG)(explain)
