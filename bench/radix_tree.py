@@ -24,8 +24,7 @@ from rich.progress import Progress
 import tree_growth
 import tree_memory
 import tree_plot
-from errors import BenchError
-from radixkv.errors import RadixKVError
+from errors import BenchError, exit_code
 from tree_growth import BYTES_A_LEAF, LEAF_TOKENS, LEAVES_A_TENANT, SHAPES, OnStep
 from tree_memory import Metadata, Replay
 from tree_plot import Report
@@ -263,18 +262,7 @@ def _config(sizes: Sizes, page_size: int, trace: Path | None, load: float) -> di
 
 def main() -> int:
     """The command; every mistake of its user is one line on stderr and exit code 2."""
-    try:
-        return int(app(standalone_mode=False) or 0)
-    except (BenchError, RadixKVError) as error:
-        message = str(error)
-    except typer.Abort:
-        message = "interrupted"
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # what typer raises for a wrong command line
-            raise
-        message = error.format_message()
-    print(f"radix_tree: {message}", file=sys.stderr)
-    return 2
+    return exit_code(app, "radix_tree")
 
 
 if __name__ == "__main__":

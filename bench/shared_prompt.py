@@ -18,9 +18,8 @@ import job
 import models
 import plot
 import report as reports
-from errors import BenchError
+from errors import BenchError, exit_code
 from job import BASELINES, Settings
-from radixkv.errors import RadixKVError
 
 SIZES = "Sizes of the workload"
 RUN = "How it is run"
@@ -181,18 +180,7 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
-    try:
-        return int(app(standalone_mode=False) or 0)
-    except (BenchError, RadixKVError) as error:
-        message = str(error)
-    except typer.Abort:
-        message = "interrupted"
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # what typer raises for a wrong command line
-            raise
-        message = error.format_message()
-    print(f"shared_prompt: {message}", file=sys.stderr)
-    return 2
+    return exit_code(app, "shared_prompt")
 
 
 if __name__ == "__main__":
