@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from radixkv.cache.belady import measure_reuse, optimal_hit_tokens
-from radixkv.cache.eviction import POLICIES
+from radixkv.cache.policies import POLICIES
 from radixkv.cache.replay import replay, replay_optimum
 from radixkv.cache.traces import Request
 from strategies import spell

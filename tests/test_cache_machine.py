@@ -1,9 +1,11 @@
-"""Hypothesis drives the tree and the cache through random histories; plain lists predict every answer exactly."""
+"""Hypothesis and seeded walks drive the tree and the cache at random; plain lists predict every answer exactly."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from radixkv import Lease, PrefixCache, RadixTree
+from radixkv.cache import radix_tree
 from radixkv.cache.tree_node import Namespace, TreeNode
 from radixkv.errors import InvalidRequestError, OutOfPagesError
 from strategies import (
@@ -24,11 +27,9 @@ from strategies import (
     TreeOracle,
     check_partial,
     dump,
-    namespaces,
     rests,
     snapshot,
     spell,
-    words,
 )
 
 FIXED = settings(
@@ -39,7 +40,8 @@ FIXED = settings(
     suppress_health_check=[HealthCheck.too_slow],
 )
 
-prompts = st.text("acb", min_size=1, max_size=4)  # the pages of "a" and "c" part in their last token
+words = st.text("ab", max_size=6) | st.text("acb", max_size=5)  # the pages of "a" and "c" part in their last token
+prompts = st.text("acb", min_size=1, max_size=4)
 tenants = st.sampled_from([NAMESPACES[0], NAMESPACES[0], NAMESPACES[1]])
 choices = st.integers(0, 11)  # taken modulo the number of things to choose from
 priorities = st.sampled_from([0, 0, 1, 2])
@@ -72,22 +74,25 @@ class TreeMachine(RuleBasedStateMachine):
         self.pages_given += num_pages
         return list(range(self.pages_given - num_pages, self.pages_given))
 
-    @rule(namespace=namespaces, word=words, rest=rests)
-    def match(self, namespace: Namespace, word: str, rest: list[int]) -> None:
+    @rule(namespace=tenants, word=words, rest=rests, copy=st.booleans())
+    def match(self, namespace: Namespace, word: str, rest: list[int], copy: bool) -> None:
+        """Match, and if `copy` use the page that holds most of what follows."""
         tokens = self.spelled(word, rest)
         expected_pages = self.oracle.pages(namespace, tokens)
         edge = self.oracle.match(namespace, tokens)
         found = self.tree.match_prefix(tokens, **names(namespace))
         assert found.length == len(expected_pages) * self.page_size
         assert found.pages.tolist() == expected_pages
-        check_partial(
-            self.tree.find_partial(found.node, tokens[found.length :]),
-            self.oracle.partials(edge, namespace, tokens[found.length :]),
-        )
+        partial = self.tree.find_partial(found.node, tokens[found.length :])
+        partials = self.oracle.partials(edge, namespace, tokens[found.length :])
+        check_partial(partial, partials)
+        if partial is not None and copy:
+            self.tree.touch(partial.node)
+            self.oracle.touch(partials[partial.page][1])
         if edge is not None:
             self.seen.append((edge, found.node))
 
-    @rule(namespace=namespaces, word=words, rest=rests)
+    @rule(namespace=tenants, word=words, rest=rests)
     def insert(self, namespace: Namespace, word: str, rest: list[int]) -> None:
         tokens = self.spelled(word, rest)
         pages = self.new_pages(len(word))
@@ -99,16 +104,25 @@ class TreeMachine(RuleBasedStateMachine):
         if edge is not None:
             self.seen.append((edge, result.node))
 
-    @precondition(lambda self: self.page_size > 1)
-    @rule(namespace=namespaces, word=words, rest=rests)
+    @rule(namespace=tenants, word=words, rest=rests)
     def insert_tail(self, namespace: Namespace, word: str, rest: list[int]) -> None:
         edge = self.oracle.match(namespace, spell(word, self.page_size))
         node = self.tree.match_prefix(spell(word, self.page_size), **names(namespace)).node
+        self.insert_tail_below(edge, node, namespace, rest)
+
+    @precondition(lambda self: self.seen)
+    @rule(choice=choices, rest=rests)
+    def insert_tail_late(self, choice: int, rest: list[int]) -> None:
+        edge, node = self.seen[choice % len(self.seen)]
+        self.insert_tail_below(edge, node, edge.namespace, rest)
+
+    def insert_tail_below(self, edge: Edge | None, node: TreeNode, namespace: Namespace, rest: list[int]) -> None:
         rest = rest[: self.page_size - 1]
         known = [num for num, _ in self.oracle.partials(edge, namespace, rest).values()]
-        if not rest or len(rest) in known:
+        is_gone = edge is not None and edge not in self.oracle.edges
+        if is_gone or (edge is not None and self.oracle.is_tail(edge)) or not rest or len(rest) in known:
             before = snapshot(self.tree)
-            with pytest.raises(InvalidRequestError, match="is none, or is cached already"):
+            with pytest.raises(InvalidRequestError, match=r"is none, or is cached already|not in the tree|is a tail"):
                 self.tree.insert_tail(node, rest, self.pages_given)
             assert snapshot(self.tree) == before
         else:
@@ -116,7 +130,7 @@ class TreeMachine(RuleBasedStateMachine):
             tail = self.oracle.insert_tail(edge, namespace, rest, page)
             self.seen.append((tail, self.tree.insert_tail(node, rest, page)))
 
-    @rule(namespace=namespaces, word=words, rest=rests)
+    @rule(namespace=tenants, word=words, rest=rests)
     def peek(self, namespace: Namespace, word: str, rest: list[int]) -> None:
         tokens = self.spelled(word, rest)
         before = snapshot(self.tree)
@@ -169,10 +183,12 @@ class TreeMachine(RuleBasedStateMachine):
             with pytest.raises(InvalidRequestError, match="is no unpinned leaf"):
                 self.tree.remove(node)
 
-    @rule(num_tokens=st.integers(0, 12))
+    @precondition(lambda self: self.oracle.num_pages > 12 or self.tree.tick % 8 == 7)  # else no tree would grow
+    @rule(num_tokens=st.sampled_from([1, 1, 2, 3, 0, 12]))
     def evict(self, num_tokens: int) -> None:
         self.oracle.evict(num_tokens, self.tree.evict(num_tokens).tolist())
 
+    @precondition(lambda self: self.tree.tick % 16 == 15)
     @rule()
     def clear(self) -> None:
         self.oracle.evict(self.oracle.num_evictable_pages * self.page_size, self.tree.clear().tolist())
@@ -373,14 +389,12 @@ class CacheMachine(RuleBasedStateMachine):
             claim.tokens = tokens
 
     @precondition(lambda self: self.claims)
-    @rule(choice=choices)
-    def release(self, choice: int) -> None:
-        self.end(self.claims.pop(choice % len(self.claims)))
-
-    @precondition(lambda self: self.claims)
-    @rule(choice=choices)
-    def drop(self, choice: int) -> None:
+    @rule(choice=choices, drop=st.sampled_from([False, False, False, True]))
+    def release(self, choice: int, drop: bool) -> None:
         claim = self.claims.pop(choice % len(self.claims))
+        if not drop:
+            self.end(claim)
+            return
         self.unpin(claim.pinned)
         with pytest.warns(ResourceWarning, match="dropped without release"):
             del claim
@@ -393,6 +407,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.peek(tokens, **names(namespace)) == expected
         assert snapshot(self.cache.tree) == before
 
+    @precondition(lambda self: self.cache.tree.tick % 16 == 15)  # else no tree would grow
     @rule()
     def reset(self) -> None:
         evictable = [page for leaf in self.oracle.edges if not self.oracle.lock_ref(leaf) for page in leaf.pages]
@@ -476,6 +491,9 @@ class CacheMachine(RuleBasedStateMachine):
             (copied_tokens, source), claim.source = claim.source, None
             is_spare = self.oracle.is_tail(source) and source in self.oracle.unpinned_leaves()
             if is_spare and copied_tokens == len(source.tokens) - source.first and len(tokens) > len(source.tokens):
+                if claim.pinned is not None and (source.priority or source.keep_until):
+                    left_s = max(0, source.keep_until - self.clock())
+                    self.oracle.retain(claim.pinned, source.priority, left_s)
                 self.oracle.remove(source)
         if claim.pinned is not None and (claim.priority or claim.keep_for_s is not None):
             self.oracle.retain(claim.pinned, claim.priority, claim.keep_for_s)
@@ -535,24 +553,90 @@ def complaint(call: Callable[[], object]) -> tuple[int, int, int, int] | None:
     return None
 
 
+@pytest.fixture(autouse=True)
+def _small_trees_are_deep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let forks along a path be merged in trees as small as these."""
+    monkeypatch.setattr(radix_tree, "DEEP", 1)
+
+
 def run(machine: type[RuleBasedStateMachine], max_examples: int, **fields: object) -> None:
-    """Drive `machine` with these class variables."""
+    """Let Hypothesis drive `machine` with these class variables."""
     sized: Any = type(machine.__name__, (machine,), fields)
     run_state_machine_as_test(sized, settings=settings(FIXED, max_examples=max_examples))
 
 
+DRAWS: dict[str, Callable[[random.Random], object]] = {
+    "namespace": lambda rng: NAMESPACES[rng.random() < 0.2],
+    "word": lambda rng: "".join(rng.choice("aaabc") for _ in range(rng.randint(1, 5))),
+    "rest": lambda rng: rng.choices([0, 1], [1, 3], k=rng.randint(0, 3)),
+    "copy": lambda rng: rng.random() < 0.7,
+    "choice": lambda rng: rng.randint(0, 1000),
+    "priority": lambda rng: rng.choice([0, 0, 1, 2]),
+    "keep_for_s": lambda rng: rng.choice([None, None, None, 0, 2, 5]),
+    "seconds": lambda rng: rng.choice([1, 2, 5, 200]),
+    "num_tokens": lambda rng: rng.choice([1, 1, 2, 3, 8]),
+    "computes": lambda rng: rng.choice([None, None, None, 1, 99]),
+    "serve": lambda rng: rng.random() < 0.5,
+    "drop": lambda rng: rng.random() < 0.1,
+}
+"""What a walk gives to the rules: not as small as what Hypothesis tries first, so that trees grow."""
+
+
+TREE_STEPS = {
+    "match": 12, "insert": 12, "insert_tail": 2, "insert_tail_late": 2, "peek": 2, "lock": 4, "unlock": 4, "retain": 2,
+    "remove": 1, "evict": 3, "clear": 0.1, "wait": 1,
+}  # fmt: skip
+CACHE_STEPS = {"acquire": 12, "compute": 2, "commit": 8, "grow": 4, "release": 6, "peek": 2, "reset": 0.1, "wait": 1}
+NEEDED = {  # what must not be empty for a step
+    "insert_tail_late": "seen", "lock": "seen", "unlock": "locked", "retain": "seen", "remove": "seen",
+    "compute": "claims", "commit": "claims", "grow": "claims", "release": "claims",
+}  # fmt: skip
+
+
+def walk(machine: type[TreeMachine | CacheMachine], num_steps: int, **fields: object) -> None:
+    """Drive `machine` at random, from a seed: further than Hypothesis goes, and into larger trees."""
+    rng = random.Random(str(fields))
+    state: Any = type(machine.__name__, (machine,), fields)()
+    weights = TREE_STEPS if machine is TreeMachine else CACHE_STEPS
+    try:
+        for name in rng.choices(list(weights), list(weights.values()), k=num_steps):
+            if name not in NEEDED or getattr(state, NEEDED[name]):
+                step = getattr(state, name)
+                step(**{argument: DRAWS[argument](rng) for argument in signature(step).parameters})
+                state.agrees_with_oracle()
+                if machine is CacheMachine:
+                    state.kv_is_intact()
+    finally:
+        state.teardown()
+
+
+page_sizes = pytest.mark.parametrize("page_size", [1, 2, 4])
+
+
 @pytest.mark.parametrize("policy", RANKS)
-@pytest.mark.parametrize("page_size", [1, 2, 4])
+@page_sizes
 def test_tree(policy: str, page_size: int) -> None:
-    run(TreeMachine, 100 if policy == "lru" else 25, page_size=page_size, policy=policy)
+    walk(TreeMachine, 300, page_size=page_size, policy=policy)
 
 
 @pytest.mark.parametrize("policy", RANKS)
-@pytest.mark.parametrize("page_size", [1, 2, 4])
+@page_sizes
 def test_cache(policy: str, page_size: int) -> None:
-    run(CacheMachine, 100 if policy == "lru" else 25, page_size=page_size, policy=policy, copies=True)
+    walk(CacheMachine, 300, page_size=page_size, policy=policy, copies=True)
 
 
-@pytest.mark.parametrize("page_size", [2, 4])
-def test_cache_of_whole_pages(page_size: int) -> None:
-    run(CacheMachine, 50, page_size=page_size, policy="lru", copies=False)
+@page_sizes
+def test_found_by_hypothesis(page_size: int) -> None:
+    run(TreeMachine, 50, page_size=page_size, policy="lru")
+    run(CacheMachine, 50, page_size=page_size, policy="lru", copies=True)
+    run(CacheMachine, 25, page_size=page_size, policy="lru", copies=False)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("policy", RANKS)
+@page_sizes
+def test_for_long(policy: str, page_size: int) -> None:
+    walk(TreeMachine, 10_000, page_size=page_size, policy=policy)
+    walk(CacheMachine, 10_000, page_size=page_size, policy=policy, copies=True)
+    run(TreeMachine, 100, page_size=page_size, policy=policy)
+    run(CacheMachine, 100, page_size=page_size, policy=policy, copies=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 
 from radixkv import PrefixCache, RadixTree
-from radixkv.cache.eviction import EvictionPolicy, LRUPolicy, resolve_policy
+from radixkv.cache.eviction import EvictionPolicy
+from radixkv.cache.policies import LRUPolicy, resolve_policy
 from radixkv.cache.tree_node import TreeNode
 from radixkv.errors import ConfigError, InvalidRequestError, OutOfPagesError
 from strategies import WordTree, spell

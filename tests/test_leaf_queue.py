@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radixkv.cache.eviction import EvictionPolicy, LRUPolicy
+from radixkv.cache.eviction import EvictionPolicy
 from radixkv.cache.leaf_queue import SLACK, LeafQueue
+from radixkv.cache.policies import LRUPolicy
 from radixkv.cache.tree_node import TreeNode
 from strategies import FakeClock
 

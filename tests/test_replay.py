@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from radixkv import RadixTree
 from radixkv.cache import replay as replay_module
 from radixkv.cache.belady import measure_reuse
-from radixkv.cache.eviction import POLICIES, LRUPolicy
+from radixkv.cache.policies import POLICIES, LRUPolicy
 from radixkv.cache.replay import ReplayResult, replay, replay_optimum
 from radixkv.cache.traces import Request
 from radixkv.cache.tree_node import TreeNode

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from radixkv import Lease, PrefixCache
-from radixkv.cache.eviction import POLICIES
+from radixkv.cache.policies import POLICIES
 from radixkv.cache.prefix_hash import namespace_seed, prefix_hashes
 from radixkv.cache.tree_node import Namespace
 from radixkv.errors import OutOfPagesError
@@ -203,7 +203,7 @@ def test_a_million_operations(page_size: int) -> None:
         total["deepest path"] = deepest
     assert sys.getrecursionlimit() == recursion_limit
     assert total["tokens evicted"] > 10 * POOL_TOKENS * rounds
-    assert 0.2 < total["tokens found"] / total["tokens asked for"] < 0.95
+    assert 0.1 < total["tokens found"] / total["tokens asked for"] < 0.95
     assert (total["tokens copied"] > 0) == (page_size > 1)
     figures = ", ".join(f"{name} {number:,}" for name, number in sorted(total.items()))
     print(f"\npages of {page_size}, {NUM_OPERATIONS:,} operations: {figures}")  # noqa: T201

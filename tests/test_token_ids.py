@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from radixkv import PrefixCache, RadixTree
 from radixkv.cache.token_ids import MAX_TOKEN_ID, token_array, token_bytes
 from radixkv.errors import InvalidTokenIdsError, TokenIdsTypeError
+from strategies import dump, snapshot
 
 IDS = [3, 0, 1, 127, 2, 127]
 
@@ -49,6 +50,16 @@ def spread(values: list[int]) -> list[int]:
     return [number for value in values for number in (value, 99)]
 
 
+def strided(values: list[int], dtype: str) -> Any:
+    """Every second number of a numpy array."""
+    return np.array(spread(values), dtype)[::2]
+
+
+def strided_tensor(values: list[int], dtype: torch.dtype) -> Any:
+    """Every second number of a torch tensor."""
+    return torch.tensor(spread(values), dtype=dtype)[::2]
+
+
 FORMS: dict[str, Callable[[list[int]], Any]] = {
     "list": list,
     "tuple": tuple,
@@ -58,12 +69,17 @@ FORMS: dict[str, Callable[[list[int]], Any]] = {
     **{f"numpy {dtype}": partial(np.array, dtype=dtype) for dtype in INT_DTYPES},
     "numpy strided": lambda values: np.array(spread(values), np.int64)[::2],
     "numpy reversed": lambda values: np.array(values[::-1], np.int32)[::-1],
+    "numpy reversed and strided": lambda values: np.array(spread(values[::-1]), np.int16)[::2][::-1],
+    **{f"numpy {dtype} strided": partial(strided, dtype=dtype) for dtype in INT_DTYPES},
     "numpy column": lambda values: np.array([values, values], np.int32).T[:, 1],
     "numpy read-only": read_only,
+    "numpy read-only and big-endian": lambda values: read_only(values).astype(">i4", copy=True).view(),
     "numpy unaligned": unaligned,
     **{str(dtype): partial(torch.tensor, dtype=dtype) for dtype in TORCH_DTYPES},
     "torch strided": lambda values: torch.tensor(spread(values), dtype=torch.int64)[::2],
+    **{f"{dtype} strided": partial(strided_tensor, dtype=dtype) for dtype in TORCH_DTYPES},
     "torch column": lambda values: torch.tensor([values, values], dtype=torch.int64).T[:, 1],
+    "torch int32 column": lambda values: torch.tensor([values, values], dtype=torch.int32).T[:, 1],
 }
 
 
@@ -84,13 +100,49 @@ def test_all_forms_of_no_ids(form: str) -> None:
     assert result.shape == (0,)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_what_one_form_inserts_another_finds(form: str) -> None:
+def use_tree(make: Callable[[list[int]], Any]) -> list[object]:
+    """Every verb of the tree that takes ids, and what it says."""
     tree = RadixTree(page_size=2)
-    tree.insert(FORMS[form](IDS), FORMS[form]([0, 1, 2]))
-    assert tree.match_prefix(IDS).pages.tolist() == [0, 1, 2]
-    with PrefixCache(num_pages=3, page_size=2).acquire(FORMS[form](IDS)) as lease:
-        assert lease.commit(IDS) == len(IDS)
+    said: list[object] = [
+        tree.insert(make(IDS), make([0, 1, 2])).prefix_len,
+        tree.insert(make([*IDS[:4], 5, 6, 7]), make([0, 1, 3])).prefix_len,
+    ]
+    found = tree.match_prefix(make([*IDS[:3], 9, 9]))
+    tail = tree.insert_tail(found.node, make([7]), 4)
+    partial = tree.find_partial(found.node, make([7, 8]))
+    assert partial is not None
+    assert partial.node is tail
+    said += [found.length, found.pages.tolist(), partial[:2], tree.peek(make(IDS)), tree.peek_path(make(IDS[:5]))[0]]
+    tree.check_invariants()
+    return [*said, dump(tree)]
+
+
+def use_cache(make: Callable[[list[int]], Any]) -> list[object]:
+    """Every verb of the cache that takes ids, and what it says."""
+    cache = PrefixCache(8, 2, copy_page=lambda source, target, num_tokens: None)
+    said: list[object] = []
+    for ids in (IDS, [*IDS[:5], 4, 4]):
+        with cache.acquire(make(ids)) as lease:
+            said += [cache.peek(make(ids)), lease.cached_tokens, lease.commit(make(ids[:5])), lease.commit(make(ids))]
+    cache.check_invariants()
+    return [*said, cache.peek(make(IDS)), cache.explain(make([*IDS[:4], 1])).cached_tokens, dump(cache.tree)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_verb_takes_every_form(form: str) -> None:
+    assert use_tree(FORMS[form]) == use_tree(list)
+    assert use_cache(FORMS[form]) == use_cache(list)
+
+
+def test_ranges_and_numbers_repeated_in_place() -> None:
+    tree = RadixTree(page_size=2)
+    tree.insert(range(3, 13, 2), range(2))
+    assert tree.match_prefix(np.arange(3, 13, 2)).length == 4
+    repeated = np.broadcast_to(np.int32(7), (6,))
+    assert repeated.strides == (0,)
+    tree.insert(repeated, [5, 6, 7])
+    assert tree.match_prefix([7] * 6).pages.tolist() == [5, 6, 7]
+    assert tree.peek(torch.tensor(7).expand(6)) == 6
 
 
 @pytest.mark.parametrize("ids", [range(5), range(4, -1, -1), range(0, 20, 7), range(0), range(5, 2)])
@@ -210,3 +262,61 @@ def test_what_is_not_one_sequence(ids: Any, shape: str) -> None:
     with pytest.raises(InvalidTokenIdsError, match=f"must be one sequence, not an array of shape {shape}") as caught:
         token_array(ids)
     assert isinstance(caught.value, ValueError)
+
+
+BAD: dict[str, tuple[Any, type[Exception]]] = {
+    "negative": ([3, 0, -1], InvalidTokenIdsError),
+    "negative int32": (np.array([3, 0, -1], np.int32), InvalidTokenIdsError),
+    "negative, strided": (np.array([3, 9, 0, 9, -1], np.int32)[::2], InvalidTokenIdsError),
+    "negative tensor": (torch.tensor([3, 0, -1], dtype=torch.int32), InvalidTokenIdsError),
+    "negative array": (array.array("b", [3, 0, -1]), InvalidTokenIdsError),
+    "too large": ([3, 0, 2**31], InvalidTokenIdsError),
+    "too large tensor": (torch.tensor([3, 0, 2**31]), InvalidTokenIdsError),
+    "too large for any integer": ([3, 0, 2**80], InvalidTokenIdsError),
+    "fraction": ([3, 0, 1.5], TokenIdsTypeError),
+    "fractions": (np.array([3.0, 0.0]), TokenIdsTypeError),
+    "tensor of fractions": (torch.tensor([3.0, 0.0]), TokenIdsTypeError),
+    "text": ("3 0 1", TokenIdsTypeError),
+    "truth": ([True, False], TokenIdsTypeError),
+    "matrix": (np.array([IDS, IDS]), InvalidTokenIdsError),
+    "nothing": (None, TokenIdsTypeError),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_ids_leave_everything_as_it_was(name: str) -> None:
+    bad, error = BAD[name]
+    cache = PrefixCache(8, 2, copy_page=lambda source, target, num_tokens: None)
+    tree = cache.tree
+    with cache.acquire(IDS) as lease:
+        lease.commit(IDS[:5])
+        before, stats, pages = snapshot(tree), cache.stats(), lease.pages.tolist()
+        for call in (
+            tree.match_prefix,
+            tree.peek,
+            tree.peek_path,
+            lambda ids: tree.insert(ids, [6]),
+            cache.peek,
+            cache.acquire,
+            cache.explain,
+            lease.commit,
+        ):
+            with pytest.raises(error):
+                call(bad)
+            assert snapshot(tree) == before
+        assert cache.stats() == stats
+        assert lease.pages.tolist() == pages
+        assert lease.commit(IDS) == len(IDS)
+    cache.check_invariants()
+
+
+def test_a_bad_match_after_a_probe_loses_nothing() -> None:
+    tree = RadixTree()
+    tree.insert([1, 2, 3], [0, 1, 2])
+    tree.match_prefix([1, 2])
+    for call in (tree.match_prefix, lambda ids: tree.insert(ids, [5])):
+        with pytest.raises(InvalidTokenIdsError):
+            call([-1])
+        tree.check_invariants()
+        assert tree.peek([1, 2, 3]) == 3
+        assert tree.tick == 2

@@ -52,6 +52,13 @@ class _Run:
         heads = [run[0] for run in (in_order, heap) if run]
         return min(heads)[2] if heads else None
 
+    def tail(self) -> TreeNode | None:
+        """The last node of those that came in order, unless it is the only one."""
+        in_order = self.in_order
+        while in_order and in_order[-1][2].entry is not in_order[-1]:
+            in_order.pop()
+        return in_order[-1][2] if len(in_order) > 1 else None
+
     def sweep(self) -> None:
         """Forget stale entries."""
         self.in_order = deque(entry for entry in self.in_order if entry[2].entry is entry)
@@ -78,6 +85,7 @@ class LeafQueue:
         self._rank = policy.rank
         self._group = hook(policy, "group")
         self._urgency = policy.urgency if self._group is not None else None
+        self._both_ends = policy.both_ends
         self._is_by_use = policy.ranks_by_last_access and self._group is None
         self._clock = clock
         self._run = _Run()  # where there are no groups
@@ -153,11 +161,10 @@ class LeafQueue:
 
     def _pop_most_urgent(self) -> TreeNode | None:
         assert self._urgency is not None, "groups without urgency"
-        heads = [(head, run) for run in self._groups.values() if (head := run.head()) is not None]
-        if not heads:
-            return None
-        urgency = self._urgency
-        return min(heads, key=lambda item: urgency(item[0]))[1].pop()
+        ends = [head for run in self._groups.values() if (head := run.head()) is not None]
+        if self._both_ends:
+            ends += [tail for run in self._groups.values() if (tail := run.tail()) is not None]
+        return min(ends, key=self._urgency, default=None)  # its entry goes stale
 
     def _runs(self) -> list[_Run]:
         return [self._run, self._kept, *self._groups.values()]

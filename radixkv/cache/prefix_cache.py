@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from radixkv.cache.allocator import TokenToKVPoolAllocator
 from radixkv.cache.cache_stats import CacheStats, SizeEstimate
 from radixkv.cache.diagnostics import LARGEST_SIZE, Diagnostics
-from radixkv.cache.eviction import EvictionPolicy, resolve_policy
+from radixkv.cache.eviction import EvictionPolicy
 from radixkv.cache.explain import Explanation
 from radixkv.cache.lease import Lease
+from radixkv.cache.policies import resolve_policy
 from radixkv.cache.radix_tree import RadixTree
 from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.cache.tree_node import Namespace, PartialPage, TreeNode

@@ -70,7 +70,7 @@ def replay(
 
     Args:
         requests: iterated over once. See `Request.of_tokens`, `read_trace`, `ExpandedBlocks`.
-        policy: a name in `radixkv.cache.eviction.POLICIES`, an `EvictionPolicy`, or "belady" for the clairvoyant
+        policy: a name in `radixkv.cache.policies.POLICIES`, an `EvictionPolicy`, or "belady" for the clairvoyant
             optimum (`radixkv.cache.belady`), which no policy exceeds.
         capacity_tokens: rounded down to whole pages.
         page_size: keys a page.

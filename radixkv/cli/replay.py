@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from radixkv.cache.belady import measure_reuse
-from radixkv.cache.eviction import POLICIES
+from radixkv.cache.policies import POLICIES
 from radixkv.cache.replay import BELADY, ReplayResult, replay_optimum, whole_pages
 from radixkv.cache.replay import replay as replay_policy
 from radixkv.cache.traces import BLOCKS, MOONCAKE_BLOCK_TOKENS, ExpandedBlocks, Request, Trace
