@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 
 from radixkv import PrefixCache
+from radixkv.cache import radix_tree
 from radixkv.cache.radix_tree import RadixTree
 from radixkv.cache.tree_node import InsertResult, MatchResult, Namespace, PartialPage, TreeNode
 
@@ -147,6 +148,7 @@ class NodeState(NamedTuple):
     created: int
     last_access: int
     lock_ref: int
+    fork: bool
     cut: bool
     priority: int
     keep_until: float
@@ -169,6 +171,7 @@ def dump(tree: RadixTree) -> dict[Key, NodeState]:
             created=node.created,
             last_access=node.last_access,
             lock_ref=node.lock_ref,
+            fork=node.fork,
             cut=node.cut,
             priority=node.priority,
             keep_until=node.keep_until,
@@ -204,6 +207,7 @@ class Edge:
     record: Record
     priority: int = 0
     keep_until: float = 0.0
+    fork: bool = False
     cut: bool = False
     locks: int = 0  # taken on exactly this prefix
     heir: Edge | None = None
@@ -222,6 +226,7 @@ RANKS: dict[str, Callable[[TreeOracle, Edge], Any]] = {
         edge.record.inflation + (edge.record.matches + 1) * (1 + (edge.first + len(edge.tokens)) / 2 / COST_D0),
         edge.last_use,
     ),
+    "adaptive": lambda *_: 0,  # it learns, and may let go any leaf; `test_adaptive.py` proves what it learns
 }
 """Of the unpinned leaves that of the smallest rank goes first."""
 
@@ -235,6 +240,7 @@ class TreeOracle:
     def __init__(self, page_size: int, policy: str = "lru", clock: Callable[[], float] | None = None) -> None:
         self.page_size = page_size
         self.clock = clock or FakeClock()
+        self.deep = radix_tree.DEEP  # as the machines set it: no test would grow a tree that deep
         self.tick = 0
         self.edges: list[Edge] = []
         self._rank = RANKS[policy]
@@ -332,6 +338,7 @@ class TreeOracle:
                 created=edge.created,
                 last_access=edge.last_use,
                 lock_ref=self.lock_ref(edge),
+                fork=edge.fork,
                 cut=edge.cut,
                 priority=edge.priority,
                 keep_until=edge.keep_until,
@@ -346,7 +353,12 @@ class TreeOracle:
         path = self._use(namespace, tokens)
         for edge in path:
             edge.record = Record(edge.record.matches + 1, self.clock(), self._inflation)
-        return self._end_at(path, self.whole_tokens(namespace, tokens))
+        node = self._end_at(path, self.whole_tokens(namespace, tokens))
+        if node is not None:
+            path = self.path_to(node)
+            if len(path) > self.deep and self.tick % self.deep == 0:
+                self._shorten(path)
+        return node
 
     def insert(self, namespace: Namespace, tokens: Sequence[int], pages: Sequence[int]) -> Edge | None:
         """Add what is missing of the whole pages of `tokens`; returns where they end."""
@@ -358,11 +370,15 @@ class TreeOracle:
         return self._add(node, namespace, tuple(tokens[:whole]), list(pages)[known // self.page_size :])
 
     def insert_tail(self, node: Edge | None, namespace: Namespace, rest: Sequence[int], page: int) -> Edge:
-        """Add less than a page below `node`."""
+        """Add less than a page below `node`, and use the path to it along with what was matched or inserted last."""
+        for above in [] if node is None else self.path_to(node):
+            above.last_use = self.tick
         return self._add(node, namespace, (*(() if node is None else node.tokens), *rest), [page])
 
     def touch(self, edge: Edge) -> None:
-        """Use the path to `edge` along with the last match."""
+        """Use the path to `edge`, which follows what was matched last."""
+        if edge.last_use < self.tick:
+            edge.record = Record(edge.record.matches + 1, self.clock(), self._inflation)
         for above in self.path_to(edge):
             above.last_use = self.tick
 
@@ -432,7 +448,7 @@ class TreeOracle:
         num_pages = (length - lower.first) // self.page_size
         upper = Edge(
             lower.namespace, lower.tokens[:length], lower.first, lower.pages[:num_pages], lower.created, lower.last_use,
-            lower.record, lower.priority, lower.keep_until, cut=True,
+            lower.record, lower.priority, lower.keep_until, fork=True, cut=True,
         )  # fmt: skip
         lower.first, lower.pages = length, lower.pages[num_pages:]
         self.edges.append(upper)
@@ -445,8 +461,16 @@ class TreeOracle:
             upper.cut = False
             return
         (lower,) = below
-        if self.lock_ref(lower) != self.lock_ref(upper):
-            return
+        if self.lock_ref(lower) == self.lock_ref(upper):
+            self._absorb(upper, lower)
+
+    def _shorten(self, path: list[Edge]) -> None:
+        for upper, lower in pairwise(path):
+            is_alone = self.children(upper, upper.namespace) == [lower]
+            if upper.fork and is_alone and self.lock_ref(lower) == self.lock_ref(upper):
+                self._absorb(upper, lower)
+
+    def _absorb(self, upper: Edge, lower: Edge) -> None:
         lower.first, lower.pages = upper.first, upper.pages + lower.pages
         lower.last_use, lower.record = upper.last_use, upper.record
         lower.priority = max(lower.priority, upper.priority)

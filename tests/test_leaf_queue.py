@@ -220,6 +220,49 @@ def test_what_is_used_under_lru_goes_to_the_end(steps: list[tuple[str, int, int]
         assert [node.last_access for node in queue] == sorted(node.last_access for node in nodes)
 
 
+class BothEnds(EvictionPolicy):
+    """The oldest or the youngest of each group goes, whichever is worth less; worths have nothing to do with age."""
+
+    name = "both ends"
+    both_ends = True
+
+    def rank(self, node: TreeNode) -> int:
+        return node.last_access
+
+    def group(self, node: TreeNode) -> int:
+        return node.end
+
+    def urgency(self, node: TreeNode) -> float:
+        return node.state
+
+
+@FIXED
+@given(operations, st.permutations(range(200)))
+def test_both_ends_of_each_group(steps: list[tuple[str, int, int]], worths: list[int]) -> None:
+    queue = LeafQueue(BothEnds(), FakeClock())
+    nodes: list[TreeNode] = []
+    for tick, (verb, choice, number) in enumerate(steps):
+        if verb == "add":
+            nodes.append(leaf(worths.pop(), group=number % 3))
+            nodes[-1].last_access = tick
+            queue.add(nodes[-1])
+        elif nodes and verb == "update":
+            used = nodes[choice % len(nodes)]
+            used.last_access, used.end = tick, number % 3
+            queue.use(used)
+        elif nodes and verb == "remove":
+            queue.remove(nodes.pop(choice % len(nodes)))
+        elif nodes and verb == "pop":
+            groups = [[node for node in nodes if node.end == group] for group in range(3)]
+            ends = [end(group, key=lambda node: node.last_access) for group in groups if group for end in (min, max)]
+            popped = queue.pop()
+            assert popped is min(ends, key=lambda node: node.state)
+            assert popped.entry is None
+            nodes.remove(popped)
+        assert len(queue) == len(nodes)
+        assert {id(node) for node in queue} == set(map(id, nodes))
+
+
 # -- keep_until ------------------------------------------------------------------------------------------------------
 
 

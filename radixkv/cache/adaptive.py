@@ -147,9 +147,9 @@ class AdaptivePolicy(EvictionPolicy):
 
     The hazards give for each kind and age the hits that a token in the cache can be expected to bring from now on,
     less what its room costs until then: `worth_of`. The price of room is half of the mean density of what was evicted
-    of late (all of it would hold for a cache whose load never changes). Of the oldest and the youngest leaf of each kind
-    that of the least surplus is evicted. The youngest may well be: where most reuse comes later than the cache can
-    wait, keeping some leaves long beats keeping all of them for too short a time.
+    of late (all of it would hold for a cache whose load never changes). Of the oldest and the youngest leaf of each
+    kind that of the least surplus is evicted. The youngest may well be: where most reuse comes later than the cache
+    can wait, keeping some leaves long beats keeping all of them for too short a time.
 
     Shadow and real cache duel: the policy knows what an LRU cache of the same size would hold, so it can count the
     tokens that only one of them had. As long as LRU is ahead by more than 0.2 % of the tokens asked for of late, LRU's
