@@ -57,6 +57,80 @@ def test_chunked_prefill(make_engine: MakeEngine, oracle: GreedyOracle, page_siz
     assert [output.cached_tokens for output in outputs[1:]] == [40] * 3
 
 
+def test_cached_tokens_are_the_same_at_every_page_size(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
+    head = random_ids(1, 37)
+    shared = (37, 35, 18, 37, 3, 2, 1, 0, 36)
+    prompts = [[*head[:end], *random_ids(seed, 5)] for seed, end in enumerate(shared, start=2)]
+    found: dict[int, list[int]] = {}
+    for page_size in (1, 3, 4, 16, 64):
+        engine = make_engine(page_size=page_size, kv_cache_tokens=2048)
+        one_by_one = [engine.generate(prompt, GREEDY_8)[0] for prompt in prompts]
+        again = engine.generate([[*o.prompt_token_ids, *o.token_ids, 5] for o in one_by_one], GREEDY_8)
+        for output in one_by_one + again:
+            assert output.token_ids == oracle.continuation(output.prompt_token_ids, 8)
+        found[page_size] = [output.cached_tokens for output in one_by_one + again]
+    assert found[1] == [0, *shared[1:], *(len(prompt) + 7 for prompt in prompts)]
+    assert all(cached_tokens == found[1] for cached_tokens in found.values()), found
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_what_was_copied_is_written_behind(make_engine: MakeEngine, oracle: GreedyOracle, backend: str) -> None:
+    """Requests that run together go on from the same partial page, each in its own copy."""
+    engine = make_engine(page_size=16, attention_backend=backend)
+    head = random_ids(1, 21)
+    engine.generate(head, SamplingParams(max_tokens=1))
+    prompts = [[*head, *random_ids(seed, length)] for seed, length in ((2, 1), (3, 2), (4, 12), (5, 30))]
+    outputs = engine.generate(prompts, GREEDY_8)
+    assert [output.token_ids for output in outputs] == [oracle.continuation(prompt, 8) for prompt in prompts]
+    assert [output.cached_tokens for output in outputs] == [21] * 4
+    assert engine.stats().cache.copied_tokens == 4 * 5
+    assert engine.generate(head, GREEDY_8)[0].token_ids == oracle.continuation(head, 8)
+
+
+def test_what_is_kept_outlives_what_is_not(make_engine: MakeEngine) -> None:
+    engine = make_engine(kv_cache_tokens=128)
+    params = SamplingParams(max_tokens=1)
+    kept, other = random_ids(1, 40), random_ids(2, 40)
+    engine.generate(kept, params, keep_for_s=1000)
+    list(engine.stream(other, params))
+    engine.generate(random_ids(3, 60), params)
+    assert engine.generate(kept, params)[0].cached_tokens == 39
+    assert engine.generate(other, params)[0].cached_tokens == 0
+    assert engine.generate(random_ids(4, 120), params)[0].finish_reason == "length", "it blocks nobody"
+    assert engine.generate(kept, params)[0].cached_tokens == 0
+
+
+def test_priority_of_requests(make_engine: MakeEngine) -> None:
+    engine = make_engine(kv_cache_tokens=128, eviction_policy="priority")
+    params = SamplingParams(max_tokens=1)
+    high, low = random_ids(1, 40), random_ids(2, 40)
+    engine.generate(high, params, priority=1)
+    list(engine.stream(low, params))
+    engine.generate(random_ids(3, 60), params)
+    assert engine.generate(high, params)[0].cached_tokens == 39
+    assert engine.generate(low, params)[0].cached_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"priority": "high"}, "priority must be an integer, not 'high'"),
+        ({"priority": 1.5}, "priority must be an integer, not 1.5"),
+        ({"priority": True}, "priority must be an integer, not True"),
+        ({"keep_for_s": -1}, "keep_for_s must be a number of seconds of at least 0, not -1"),
+        ({"keep_for_s": "long"}, "keep_for_s must be a number of seconds of at least 0, not 'long'"),
+        ({"keep_for_s": float("nan")}, "keep_for_s must be a number of seconds of at least 0, not nan"),
+    ],
+)
+def test_cache_options_are_checked(make_engine: MakeEngine, options: dict[str, object], message: str) -> None:
+    engine = make_engine()
+    for call in (engine.generate, engine.stream):
+        with pytest.raises(InvalidRequestError, match=message):
+            call(random_ids(1, 5), GREEDY_8, **options)
+    with pytest.raises(InvalidRequestError, match=message):
+        engine.session(**options)
+
+
 def test_budget_of_one_token_a_step(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
     engine = make_engine(max_batch_tokens=1)
     prompts = [random_ids(1, 9), random_ids(1, 9)]

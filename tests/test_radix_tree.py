@@ -13,12 +13,14 @@ import pytest
 
 from radixkv import RadixTree
 from radixkv.cache.eviction import EvictionPolicy
+from radixkv.cache.radix_tree import DEEP
 from radixkv.cache.tree_node import TreeNode
 from radixkv.errors import (
     ConfigError,
     InvalidPagesError,
     InvalidRequestError,
     InvalidTokenIdsError,
+    InvariantError,
     TokenIdsTypeError,
 )
 from strategies import NAMESPACES, FakeClock, WordTree, dump, snapshot, spell
@@ -300,6 +302,108 @@ def test_what_a_cut_hands_on(page_size: int) -> None:
     (lower,) = upper.children.values()
     for node in (upper, lower):
         assert (node.priority, node.keep_until, node.last_access, node.created) == (1, 5.0, 2, 1)
+
+
+def deep_word(num_letters: int) -> str:
+    """A word in which no letter comes twice."""
+    return "".join(map(chr, range(ord("A"), ord("A") + num_letters)))
+
+
+@page_sizes
+def test_forks_left_alone_on_a_deep_path_are_merged_in_time(page_size: int) -> None:
+    tree = WordTree(page_size)
+    stem = deep_word(DEEP + 2)
+    for end in range(len(stem) - 1, 0, -1):
+        tree.insert(stem)
+        tree.insert(stem[:end] + "!")  # a fork after each letter
+    assert len(tree.edges()) == len(stem) + len(stem) - 1
+    pinned = tree.lock(stem[:5])
+    whole = tree.lock(stem)
+    tree.evict(len(stem) - 1)  # the other branches
+    tree.unlock(whole)
+    assert len(tree.edges()) == len(stem)
+    for _ in range(DEEP):
+        found = tree.match(stem)
+    assert tree.edges() == [f"|{stem[:5]}", f"{stem[:5]}|{stem[5:]}"], "but not across a pin"
+    assert tree.names(found.pages.tolist())[-1] == stem
+    tree.unlock(pinned)
+    assert tree.match(stem).length == len(stem) * page_size
+    assert tree.names(tree.tree.path_pages(whole.node).tolist())[-1] == stem
+
+
+@page_sizes
+def test_what_was_inserted_step_by_step_is_no_fork(page_size: int) -> None:
+    tree = WordTree(page_size)
+    stem = deep_word(DEEP + 2)
+    for end in range(1, len(stem) + 1):
+        tree.insert(stem[:end])
+    before = tree.edges()
+    for _ in range(DEEP):
+        tree.match(stem)
+    assert tree.edges() == before
+
+
+# -- page ids --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [
+        range(300),
+        range(1000, 1300),
+        range(2**18 - 300, 2**18),
+        range(2**18 - 100, 2**18 + 200),
+        range(2**31 - 300, 2**31),
+        range(300, 0, -1),
+        [*range(150), *range(200, 350)],
+        [0, *range(2, 299), 1, 299],
+        [*range(0, 600, 2)],
+    ],
+    ids=["first", "consecutive", "end", "across", "largest", "falling", "gap", "swapped", "even"],
+)
+def test_any_page_ids_are_kept_exactly(pages: list[int]) -> None:
+    """Long runs of consecutive pages are kept otherwise than others: nobody may see that."""
+    pages = list(pages)
+    tree = RadixTree()
+    leaf = tree.insert(range(300), np.array(pages, np.int32)).node
+    assert leaf.page_ids.tolist() == tree.path_pages(leaf).tolist() == pages
+    found = tree.match_prefix(range(100))
+    assert found.pages.tolist() == pages[:100]
+    assert leaf.page_ids.tolist() == pages[100:]
+    tree.match_prefix([7])
+    assert leaf.page_ids.tolist() == pages
+    tree.insert([*range(200), 999], [*pages[:200], 2**31 - 400])
+    tree.check_invariants()
+    assert tree.match_prefix(range(300)).pages.tolist() == pages
+    assert sorted(tree.evict(10**6).tolist()) == sorted([*pages, 2**31 - 400])
+
+
+def test_a_page_of_two_nodes_is_found_whichever_way_it_is_kept() -> None:
+    tree = RadixTree()
+    tree.insert(range(100), range(100))
+    tree.insert([7, 8], [3, 200])
+    with pytest.raises(InvariantError, match="a page is in two places"):
+        tree.check_invariants()
+
+
+def test_page_ids_need_not_be_kept_by_the_caller() -> None:
+    for pages in (np.arange(100, dtype=np.int32), np.arange(0, 200, 2, dtype=np.int32)):
+        expected = pages.tolist()
+        tree = RadixTree()
+        node = tree.insert(range(100), pages).node
+        pages[:] = 7
+        assert node.page_ids.tolist() == expected
+
+
+@pytest.mark.parametrize("known", [0, 1, 80])
+def test_wrong_page_ids_are_named_with_their_position(known: int) -> None:
+    tree = RadixTree()
+    tree.insert(range(known), range(known))
+    before = snapshot(tree)
+    for wrong in (np.array([*range(99), -5], np.int32), [*range(99), -5], [*range(99), 2**31]):
+        with pytest.raises(InvalidPagesError, match=f"page id {wrong[99]} at position 99"):
+            tree.insert(range(100), wrong)
+        assert snapshot(tree) == before
 
 
 # -- namespaces ------------------------------------------------------------------------------------------------------

@@ -70,6 +70,40 @@ def test_forks_share_and_part(make_engine: MakeEngine, oracle: GreedyOracle) -> 
     assert usage.num_bytes == 48 * engine.kv_bytes_per_token
 
 
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_forks_share_to_the_token_at_every_page_size(
+    make_engine: MakeEngine, oracle: GreedyOracle, page_size: int
+) -> None:
+    engine = make_engine(page_size=page_size)
+    trunk = engine.session()
+    trunk.append(random_ids(0, 21))
+    trunk.generate(SHORT)
+    branches = [trunk.fork() for _ in range(3)]
+    for number, (branch, cached_tokens) in enumerate(zip(branches, (26, 27, 27), strict=True)):
+        branch.append(random_ids(10 + number, 3))
+        before = branch.token_ids
+        output = branch.generate(SHORT)
+        assert output.cached_tokens == cached_tokens
+        assert output.token_ids == oracle.continuation(before, 6)
+    assert engine.stats().protected_pages == 0
+    for branch in branches:
+        usage = branch.kv_usage()
+        assert usage[:3] == (36, 35, -(-35 // page_size))
+        assert (usage.shared_tokens, usage.own_tokens) == (27, 8)
+    assert engine.stats().cache.copied_tokens == 26 % page_size + 2 * (27 % page_size)
+
+
+def test_a_conversation_is_kept_as_long_as_it_asked_for(make_engine: MakeEngine) -> None:
+    engine = make_engine(kv_cache_tokens=128)
+    kept, other = engine.session(keep_for_s=1000), engine.session()
+    branch = kept.fork()
+    for number, session in enumerate((branch, other)):
+        session.append(random_ids(number, 30))
+        session.generate(SHORT)
+    engine.generate(random_ids(9, 80), SamplingParams(max_tokens=1))
+    assert (branch.kv_usage().tokens, other.kv_usage().tokens) == (35, 0)
+
+
 def test_usage_counts_what_a_closed_branch_left_as_shared(make_engine: MakeEngine) -> None:
     engine = make_engine()
     trunk = engine.session()

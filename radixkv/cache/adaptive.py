@@ -23,10 +23,10 @@ NUM_KINDS = LEFT_BEHIND + 1
 
 FIRST_LESSON, LESSON_EVERY = 8, 128  # requests
 MIN_REUSES = 32  # before that many were seen it is LRU
-HALF_LIFE = 3000  # requests after which an observation counts half
+HALF_LIFE = 2000  # requests after which an observation counts half
 PRICE_SHARE, PRICE_RATE = 0.5, 0.02
 
-GHOST_SHARE = 4  # tokens of evicted nodes that are remembered for each token in the tree
+GHOST_SHARE = 4  # tokens of evicted nodes that are remembered, for each token that the tree held at most, of late
 MAX_GHOSTS = 1 << 16
 PROBE_TOKENS = 16
 
@@ -173,6 +173,7 @@ class AdaptivePolicy(EvictionPolicy):
         self._num_requests = self._last_lesson = 0
         self._next_lesson = FIRST_LESSON
         self._asked = self._ahead = 0.0  # tokens, of late
+        self._room = 0.0  # the most tokens in the tree, of late
         self._matched_tokens = 0
         self._learn(0)
 
@@ -211,6 +212,7 @@ class AdaptivePolicy(EvictionPolicy):
         self._asked = self._asked * _DUEL_FADE + len(tokens)
         limit = DUEL_OPEN if self.follows_lru else DUEL_LOST
         self.follows_lru = not self._has_learned or self._ahead < -limit * self._asked
+        self._room = max(self.tree.total_size, self._room * _DUEL_FADE)
         self._num_requests += 1
         if self._num_requests == self._next_lesson:
             self._table.discount(0.5 ** ((self._num_requests - self._last_lesson) / HALF_LIFE))
@@ -253,7 +255,7 @@ class AdaptivePolicy(EvictionPolicy):
         older = self._ghosts.add(node.end - node.num_tokens, node.key, record)
         if older is not None:
             self._forget(older)
-        most_tokens = GHOST_SHARE * self.tree.total_size
+        most_tokens = GHOST_SHARE * max(self._room, self.tree.total_size)
         while self._ghosts.num_tokens > most_tokens or len(self._ghosts) > MAX_GHOSTS:
             self._forget(self._ghosts.pop_oldest())
 
@@ -273,6 +275,8 @@ class AdaptivePolicy(EvictionPolicy):
         record: Record = upper.state
         rest: Record = lower.state
         self._forget(rest)
+        if not rest.is_rest:  # what evicts first is the end of the path, so its kind holds
+            record.describe(rest.turn, rest.uses, is_rest=False)
         was_cached = self._shadow.discard(record)
         record.num_tokens += rest.num_tokens
         if was_cached:

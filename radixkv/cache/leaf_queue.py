@@ -36,10 +36,11 @@ class _Run:
         """Take out the first node; None if all entries are stale."""
         in_order, heap = self.in_order, self.out_of_order
         while in_order or heap:
-            from_heap = bool(heap) and (not in_order or heap[0] < in_order[0])
+            from_heap = heap and (not in_order or heap[0] < in_order[0])
             entry = heappop(heap) if from_heap else in_order.popleft()
-            if entry[2].entry is entry:
-                return entry[2]
+            node = entry[2]
+            if node.entry is entry:
+                return node
         return None
 
     def head(self) -> TreeNode | None:
@@ -108,6 +109,15 @@ class LeafQueue:
         self._size += 1
         self.update(node)
 
+    def add_used(self, node: TreeNode) -> None:
+        """As `add`, for a node that is used now and was not in the tree before."""
+        if node.keep_until or not self._is_by_use:
+            self.add(node)
+            return
+        self._size += 1
+        node.entry = entry = (node.last_access, 1, node)  # after what the same insert came through
+        self._run.in_order.append(entry)
+
     def update(self, node: TreeNode) -> None:
         """Give a node that is in the queue the place that its rank asks for now."""
         self._serial = serial = self._serial + 1
@@ -144,7 +154,8 @@ class LeafQueue:
 
     def pop(self) -> TreeNode:
         """Take out the node to be evicted next."""
-        if self._kept.in_order or self._kept.out_of_order:
+        kept = self._kept
+        if kept.in_order or kept.out_of_order:
             self._release_expired()
         node = self._run.pop() if self._group is None else self._pop_most_urgent()
         if node is None:

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv.cache.token_ids import TOKEN_BYTES, check_tokens, int32_array
+from radixkv.cache.token_ids import TOKEN_BYTES, int32_array
 from radixkv.errors import InvalidPagesError, InvalidTokenIdsError, TokenIdsTypeError
 
 PAGE_ID_BYTES = TOKEN_BYTES
@@ -31,7 +31,7 @@ def page_array(pages: Any) -> NDArray[np.int32]:
     try:
         return int32_array(pages)
     except (InvalidTokenIdsError, TokenIdsTypeError) as error:
-        raise _invalid(error) from error
+        raise InvalidPagesError(f"page ids: {str(error).replace('token id', 'page id')}") from error
 
 
 def page_bytes(pages: NDArray[np.int32], known: int = 0) -> PageBytes:
@@ -44,12 +44,7 @@ def page_bytes(pages: NDArray[np.int32], known: int = 0) -> PageBytes:
             start = first * PAGE_ID_BYTES
             if _CONSECUTIVE.startswith(kept.data, start):
                 return _CONSECUTIVE_VIEW[start : start + num_pages * PAGE_ID_BYTES]
-    try:
-        check_tokens(pages, known)
-    except InvalidTokenIdsError as error:
-        raise _invalid(error) from error
+    if num_pages and kept.item(kept.argmin()) < 0:
+        position = known + int((kept < 0).argmax())
+        raise InvalidPagesError(f"page ids: page id {pages[position]} at position {position} lies outside [0, 2**31)")
     return kept.tobytes()
-
-
-def _invalid(error: Exception) -> InvalidPagesError:
-    return InvalidPagesError(f"page ids: {str(error).replace('token id', 'page id')}")

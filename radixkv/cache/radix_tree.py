@@ -554,7 +554,7 @@ class RadixTree:
         self._total += len(pages)
         if self._on_added is not None:
             self._on_added(leaf)
-        self._queue.add(leaf)
+        self._queue.add_used(leaf)
         for observer in self._observers:
             observer.stored(leaf)
         return leaf
