@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from radixkv import RadixTree, replay
+from radixkv.cache import adaptive
 from radixkv.cache.adaptive import GHOST_SHARE, AdaptivePolicy, Ghosts, LRUShadow, Record
-from radixkv.cache.reuse_table import EDGES, NUM_BINS, ReuseTable, Wait, bin_of, worth_of
+from radixkv.cache.reuse_table import EDGES, NUM_BINS, Floats, ReuseTable, Wait, Worth, bin_of, worth_of
 from radixkv.cache.traces import Request
-from strategies import spell
+from strategies import WordTree, spell
 
 # -- the table -------------------------------------------------------------------------------------------------------
 
@@ -137,6 +138,29 @@ def chats(rng: np.random.Generator) -> Iterator[list[int]]:
             going.append(chat)
 
 
+def late_chats(rng: np.random.Generator) -> Iterator[list[int]]:
+    """Conversations that come back after 40 to 60 other requests, when a small cache under LRU has let go of them."""
+    due: dict[int, list[list[int]]] = {}
+    for now in range(4000):
+        for chat in due.pop(now, []):
+            turns = len(chat) // 16
+            yield chat
+            if rng.random() < (0.9 if turns < 6 else 0.0):
+                due.setdefault(now + int(rng.integers(40, 61)), []).append(chat + rng.integers(0, 9999, 16).tolist())
+        if now % 4 == 0:
+            question = rng.integers(0, 9999, 16).tolist()
+            yield question
+            if rng.random() < 0.2:
+                due.setdefault(now + int(rng.integers(40, 61)), []).append(question + [7] * 16)
+
+
+def scans(rng: np.random.Generator) -> Iterator[list[int]]:
+    """A few prompts that are asked for again and again, between long runs of what nobody asks for twice."""
+    prompts = rng.integers(0, 9999, (4, 16)).tolist()
+    for number in range(2500):
+        yield prompts[number // 10 % 4] if number % 10 == 0 else rng.integers(0, 9999, 16).tolist()
+
+
 def recency(rng: np.random.Generator) -> Iterator[list[int]]:
     """What LRU is made for: what was asked for last is asked for again."""
     prompts = rng.integers(0, 9999, (200, 16)).tolist()
@@ -147,7 +171,9 @@ def recency(rng: np.random.Generator) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("workload", "gain"), [(loops, 0.4), (chats, -0.005), (recency, -0.005)], ids=["loops", "chats", "recency"]
+    ("workload", "gain"),
+    [(loops, 0.4), (scans, 0.05), (late_chats, 0.03), (chats, -0.005), (recency, -0.005)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @pytest.mark.parametrize("capacity", [160, 256])
 def test_hits_beside_lru(workload: type[Iterator[list[int]]], gain: float, capacity: int) -> None:
@@ -182,3 +208,107 @@ def test_it_keeps_its_books(page_size: int) -> None:
         assert policy._table.num_waiting <= len(nodes) + len(policy._ghosts)
     assert policy._table.num_reuses > 0
     assert abs(policy.lead) < 1
+
+
+def test_the_same_requests_always_have_the_same_hits() -> None:
+    requests = [Request.of_tokens(prompt, [0]) for prompt in late_chats(np.random.default_rng(8))]
+    assert len({replay(requests, "adaptive", 200, 1).hit_tokens for _ in range(2)}) == 1
+
+
+# -- the duel --------------------------------------------------------------------------------------------------------
+
+
+def the_opposite(hazards: Floats, price: float) -> Worth:
+    """What to keep if all that was learned were wrong."""
+    worth = worth_of(hazards, price)
+    return Worth(worth.density, -worth.surplus)
+
+
+def test_wrong_lessons_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptive, "worth_of", the_opposite)
+    requests = [Request.of_tokens(prompt, [0]) for prompt in recency(np.random.default_rng(3))]
+    lru, with_duel = (replay(requests, policy, 160, 1).hit_rate for policy in ("lru", "adaptive"))
+    monkeypatch.setattr(adaptive, "DUEL_LOST", 1.0)
+    without = replay(requests, "adaptive", 160, 1).hit_rate
+    assert with_duel > lru - 0.02
+    assert without < lru - 0.1
+
+
+def test_it_is_lru_until_it_has_seen_reuse() -> None:
+    rng = np.random.default_rng(4)
+    requests = [Request.of_tokens(rng.integers(0, 9999, 16), [0]) for _ in range(200)]
+    policy = AdaptivePolicy()
+    assert replay(requests, policy, 256, 1).hit_tokens == replay(requests, "lru", 256, 1).hit_tokens
+    assert policy.follows_lru
+    assert policy.lead == 0
+
+
+# -- what it knows of a node -----------------------------------------------------------------------------------------
+
+
+def known(tree: WordTree) -> dict[str, tuple[int, int, bool]]:
+    """(turn, uses, is_rest) of the nodes, by the words that end in them."""
+    nodes = [node for _, node in tree.tree.nodes() if not node.is_root]
+    names = [tree.names([int(node.page_ids[-1])])[0] for node in nodes]
+    return {
+        name: (node.state.turn, node.state.uses, node.state.is_rest) for name, node in zip(names, nodes, strict=True)
+    }
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_turns_and_uses(page_size: int) -> None:
+    tree = WordTree(page_size, AdaptivePolicy())
+    tree.insert("sa")
+    tree.insert("sab")  # what the same request computed later
+    assert known(tree) == {"sa": (1, 0, False), "sab": (1, 0, False)}
+    found = tree.lock("sabx")
+    tree.insert("sabx")
+    tree.unlock(found)
+    assert known(tree) == {"sa": (1, 1, False), "sab": (1, 1, False), "sabx": (2, 0, False)}
+    found = tree.lock("sabz")
+    tree.unlock(found)
+    assert known(tree)["sabx"] == (2, 0, False), "no match came through"
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_what_a_match_leaves_behind(page_size: int) -> None:
+    tree = WordTree(page_size, AdaptivePolicy())
+    tree.insert("abc")
+    found = tree.lock("abx")
+    assert known(tree) == {"ab": (1, 1, False), "abc": (1, 1, True)}
+    tree.insert("abx")
+    tree.unlock(found)
+    assert known(tree) == {"ab": (1, 1, False), "abc": (1, 1, True), "abx": (2, 0, False)}
+    tree.match("abc")
+    assert known(tree)["abc"] == (1, 2, False), "it was not for good"
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_an_unclaimed_cut_changes_nothing(page_size: int) -> None:
+    tree = WordTree(page_size, AdaptivePolicy())
+    tree.insert("abc")
+    tree.match("ab")
+    tree.match("d")
+    assert known(tree) == {"abc": (1, 1, False)}
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_what_comes_back_is_known(page_size: int) -> None:
+    tree = WordTree(page_size, AdaptivePolicy())
+    for word in ["abcd", "other", "words", "fill"]:
+        tree.insert(word)
+    assert tree.evict(1) == ["a", "ab", "abc", "abcd"]
+    tree.insert("abcdef")
+    assert known(tree)["abcdef"] == (2, 1, False), "matched once, had it stayed, and then gone on with"
+
+
+def test_after_a_reset_nothing_is_left() -> None:
+    policy = AdaptivePolicy()
+    tree = WordTree(4, policy)
+    for word in ["abc", "abd", "x"]:
+        tree.match(word)
+        tree.insert(word)
+    tree.tree.clear()
+    tree.insert("y")
+    assert policy._shadow.num_tokens == 4
+    assert policy._table.num_waiting == 1 + len(policy._ghosts)

@@ -156,8 +156,8 @@ class AdaptivePolicy(EvictionPolicy):
     choice is evicted; so is it before 32 reuses were seen.
 
     Cost: O(kinds) for each eviction, O(1) for each node a match comes through, and some 0.5 ms for every 128 requests.
-    Memory: about 0.2 kB a node, and 0.6 kB for each evicted node, of which it remembers as many as had four times the
-    tokens in the tree, and 65,536 at most.
+    Memory: about 0.2 kB a node, and 0.5 kB for each evicted node, of which it remembers as many as have four times the
+    tokens that were in the tree at most of late, and 65,536 at most.
     """
 
     name = "adaptive"

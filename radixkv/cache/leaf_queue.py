@@ -62,7 +62,9 @@ class _Run:
 
     def sweep(self) -> None:
         """Forget stale entries."""
-        self.in_order = deque(entry for entry in self.in_order if entry[2].entry is entry)
+        entries = [entry for entry in self.in_order if entry[2].entry is entry]
+        self.in_order.clear()
+        self.in_order.extend(entries)
         self.out_of_order = [entry for entry in self.out_of_order if entry[2].entry is entry]
         heapify(self.out_of_order)
 
@@ -90,6 +92,8 @@ class LeafQueue:
         self._is_by_use = policy.ranks_by_last_access and self._group is None
         self._clock = clock
         self._run = _Run()  # where there are no groups
+        self._used = self._run.in_order
+        self._most_used = SLACK  # entries that may gather there before `use` has them swept
         self._groups: dict[Hashable, _Run] = {}
         self._kept = _Run()
         self._serial = 0
@@ -116,7 +120,7 @@ class LeafQueue:
             return
         self._size += 1
         node.entry = entry = (node.last_access, 1, node)  # after what the same insert came through
-        self._run.in_order.append(entry)
+        self._used.append(entry)
 
     def update(self, node: TreeNode) -> None:
         """Give a node that is in the queue the place that its rank asks for now."""
@@ -141,9 +145,9 @@ class LeafQueue:
             self.update(node)
             return
         node.entry = entry = (node.last_access, 0, node)  # a match or insert uses one leaf, so these are unique
-        in_order = self._run.in_order
-        in_order.append(entry)
-        if len(in_order) > 2 * self._size + SLACK:
+        used = self._used
+        used.append(entry)
+        if len(used) > self._most_used:
             self._sweep()
 
     def remove(self, node: TreeNode) -> None:
@@ -184,3 +188,4 @@ class LeafQueue:
         for run in self._runs():
             run.sweep()
         self._groups = {group: run for group, run in self._groups.items() if run}
+        self._most_used = 2 * self._size + SLACK

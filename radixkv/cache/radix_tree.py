@@ -158,10 +158,13 @@ class RadixTree:
         self._tick += 1
         if self._on_requested is not None:
             self._on_requested(tokens, length, namespace)
+        if self._on_matched is not None:
+            for used in reversed((partial or node).path()):
+                self._on_matched(used)
         if partial is None:
-            self._touch(node, self._on_matched)
+            self._touch(node)
         else:
-            self._touch(partial, self._on_matched)
+            self._touch(partial)
             node = self._unclaimed = self._cut(partial, common)
             runs.append(node.pages)
         if len(runs) > DEEP and self._tick % DEEP == 0:
@@ -263,7 +266,7 @@ class RadixTree:
         check_tokens(tokens, length)
         new_pages = page_bytes(page_ids, length // page_size)
         self._tick += 1
-        self._touch(node if partial is None else partial, None)
+        self._touch(partial or node)
         if partial is not None:
             node = self._unclaimed = self._cut(partial, common)
         if new_pages:
@@ -295,7 +298,7 @@ class RadixTree:
         if node.namespace is not None:
             self._roots[node.namespace] = node
         elif node.last_access < self._tick:
-            self._touch(node, None)
+            self._touch(node)
         return self._add_leaf(node, key, page_id)
 
     def remove(self, leaf: TreeNode) -> NDArray[np.int32]:
@@ -317,7 +320,7 @@ class RadixTree:
         """
         if self._on_matched is not None and node.last_access < self._tick:  # else it was part of that match
             self._on_matched(node)
-        self._touch(node, None)
+        self._touch(node)
 
     def retain(self, node: TreeNode, *, priority: int = 0, keep_for_s: float | None = None) -> None:
         """Let the path from the root to `node` outlive others. O(depth + log leaves).
@@ -442,12 +445,9 @@ class RadixTree:
         """Tokens, in whole pages, that `tokens` from `position` on and `key` have in common, but not all of `key`."""
         return _common_tokens(tokens[position:], np.frombuffer(key, np.int32)) // self.page_size * self.page_size
 
-    def _touch(self, node: TreeNode, on_matched: Callable[[TreeNode], None] | None) -> None:
+    def _touch(self, node: TreeNode) -> None:
         """Mark the path from `node` to its root as used now."""
         tick = self._tick
-        if on_matched is not None:
-            for used in reversed(node.path()):
-                on_matched(used)
         current = node
         while (parent := current.parent) is not None:
             current.last_access = tick
