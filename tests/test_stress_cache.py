@@ -23,7 +23,7 @@ from strategies import NAMESPACES
 
 pytestmark = pytest.mark.stress
 
-NUM_OPERATIONS = 50_000
+NUM_OPERATIONS = 1_000_000
 POOL_TOKENS = 4096
 MAX_TOKENS = 200
 MOST_OPEN = 6
