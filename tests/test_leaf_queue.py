@@ -263,6 +263,22 @@ def test_both_ends_of_each_group(steps: list[tuple[str, int, int]], worths: list
         assert {id(node) for node in queue} == set(map(id, nodes))
 
 
+def test_leaves_of_the_same_use_never_tie() -> None:
+    """An insert may make two leaves, of a whole page and of less, and touch a third one."""
+    queue = LeafQueue(LRUPolicy(), FakeClock())
+    nodes = [leaf(None) for _ in range(8)]
+    for node in nodes[:2]:
+        queue.add_used(node)
+    nodes[2].last_access = 9
+    queue.add_used(nodes[2])
+    for node in nodes[3:]:
+        queue.add(node)  # out of order
+    for node in nodes[:2]:
+        queue.use(node)
+    assert [node.last_access for node in queue] == [0] * 7 + [9]
+    assert {id(queue.pop()) for _ in range(8)} == {id(node) for node in nodes}
+
+
 # -- keep_until ------------------------------------------------------------------------------------------------------
 
 

@@ -119,7 +119,8 @@ class LeafQueue:
             self.add(node)
             return
         self._size += 1
-        node.entry = entry = (node.last_access, 1, node)  # after what the same insert came through
+        self._serial = serial = self._serial + 1
+        node.entry = entry = (node.last_access, serial, node)
         self._used.append(entry)
 
     def update(self, node: TreeNode) -> None:
@@ -144,7 +145,8 @@ class LeafQueue:
         if node.keep_until or not self._is_by_use:
             self.update(node)
             return
-        node.entry = entry = (node.last_access, 0, node)  # a match or insert uses one leaf, so these are unique
+        self._serial = serial = self._serial + 1
+        node.entry = entry = (node.last_access, serial, node)
         used = self._used
         used.append(entry)
         if len(used) > self._most_used:
