@@ -545,11 +545,6 @@ def test_bad_settings(settings: dict[str, object], error: type[Exception], messa
         )
 
 
-def test_a_backend_that_cannot_serve_says_what_can() -> None:
-    with pytest.raises(UnsupportedBackendError, match=r"'numba' reads float32 KV, .*bfloat16; torch, reference can"):
-        Engine.from_pretrained("demo", kv_cache_tokens=64, dtype="bfloat16", attention_backend="numba")
-
-
 def test_the_pool_is_sized_by_free_memory() -> None:
     engine = Engine.from_pretrained("demo", mem_fraction=0.001)
     assert engine.config.kv_cache_tokens == engine.cache.num_pages * 16 > 0

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from radixkv.attention.backend import ReferenceBackend, register_backend
+from radixkv.attention.backend import BackendSpec, ReferenceBackend, register_backend
 from radixkv.attention.numba_backend import NumbaBackend
 from radixkv.attention.torch_backend import TorchBackend
 
 # the order in which "auto" tries them
-register_backend("numba", NumbaBackend, NumbaBackend.why_not)
-register_backend("torch", TorchBackend, TorchBackend.why_not)
-register_backend("reference", ReferenceBackend, TorchBackend.why_not)
+register_backend(BackendSpec("numba", NumbaBackend, NumbaBackend.why_not, NumbaBackend.layout))
+register_backend(BackendSpec("torch", TorchBackend, TorchBackend.why_not, TorchBackend.layout))
+register_backend(BackendSpec("reference", ReferenceBackend, TorchBackend.why_not, TorchBackend.layout))

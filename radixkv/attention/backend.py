@@ -12,7 +12,8 @@ from torch import Tensor
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.errors import UnsupportedBackendError
 from radixkv.kernels.torch_reference import paged_attention
-from radixkv.memory.kv_pool import KVPool
+from radixkv.memory.kv_pool import KVLayout, KVPool
+from radixkv.memory.kv_shape import LayerKV
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,32 @@ class AttentionParams:
     chunk_size: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """One layer's attention: what it keeps per token, how many query heads read it, and how."""
+
+    kv: LayerKV
+    num_q_heads: int
+    params: AttentionParams
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionNeeds:
+    """What a model asks of a backend, and of the pool that it reads.
+
+    Attributes:
+        layers: first layer first.
+        page_size: tokens a page.
+        dtype: of the KV.
+        device: where the model runs.
+    """
+
+    layers: tuple[LayerAttention, ...]
+    page_size: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 class AttentionBackend(Protocol):
@@ -62,20 +89,26 @@ class AttentionBackend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BackendSpec:
-    """A registered backend: how to make it, and why it cannot serve a pool (None if it can)."""
+    """A registered backend.
 
-    make: Callable[[KVPool], AttentionBackend]
-    why_not: Callable[[KVPool], str | None]
+    Attributes:
+        make: the backend over a pool, which has the layout that it wants.
+        why_not: why it cannot serve a model; None if it can.
+        layout: how it wants the KV to lie.
+    """
+
+    name: str
+    make: Callable[[KVPool, AttentionNeeds], AttentionBackend]
+    why_not: Callable[[AttentionNeeds], str | None]
+    layout: Callable[[AttentionNeeds], KVLayout]
 
 
 _REGISTRY: dict[str, BackendSpec] = {}
 
 
-def register_backend(
-    name: str, make: Callable[[KVPool], AttentionBackend], why_not: Callable[[KVPool], str | None]
-) -> None:
-    """Make a backend known by `name`; "auto" takes the first registered one that can serve the pool."""
-    _REGISTRY[name] = BackendSpec(make, why_not)
+def register_backend(spec: BackendSpec) -> None:
+    """Make a backend known by its name; "auto" takes the first registered one that can serve the model."""
+    _REGISTRY[spec.name] = spec
 
 
 def backend_names() -> Sequence[str]:
@@ -83,20 +116,26 @@ def backend_names() -> Sequence[str]:
     return list(_REGISTRY)
 
 
-def make_backend(name: str, pool: KVPool) -> AttentionBackend:
-    """The backend of that name over `pool`; "auto" takes the first that can serve it.
+def why_not(name: str, needs: AttentionNeeds) -> str | None:
+    """Why the registered backend of that name cannot serve the model; None if it can."""
+    return _REGISTRY[name].why_not(needs)
+
+
+def choose_backend(name: str, needs: AttentionNeeds) -> BackendSpec:
+    """The backend of that name; "auto" takes the first that can serve the model.
 
     Raises: UnsupportedBackendError that says why, and what can.
     """
-    able = [known for known, spec in _REGISTRY.items() if spec.why_not(pool) is None]
-    if name == "auto":
-        return _REGISTRY[able[0]].make(pool)
-    if name not in _REGISTRY:
+    if name != "auto" and name not in _REGISTRY:
         raise UnsupportedBackendError(f"unknown attention backend {name!r}; there are auto, {', '.join(_REGISTRY)}")
-    reason = _REGISTRY[name].why_not(pool)
+    able = [spec for spec in _REGISTRY.values() if spec.why_not(needs) is None]
+    if name == "auto":
+        return able[0]
+    reason = _REGISTRY[name].why_not(needs)
     if reason is not None:
-        raise UnsupportedBackendError(f"attention backend {name!r} {reason}; {', '.join(able)} can serve this model")
-    return _REGISTRY[name].make(pool)
+        names = ", ".join(spec.name for spec in able)
+        raise UnsupportedBackendError(f"attention backend {name!r} {reason}; {names} can serve this model")
+    return _REGISTRY[name]
 
 
 class ReferenceBackend:
@@ -104,7 +143,7 @@ class ReferenceBackend:
 
     name = "reference"
 
-    def __init__(self, pool: KVPool) -> None:
+    def __init__(self, pool: KVPool, needs: AttentionNeeds) -> None:
         self._pool = pool
         self._metadata: AttentionMetadata | None = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,15 +12,38 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
+class PathNode(NamedTuple):
+    """A node of the radix tree on the path of a sequence, whose tokens up to `end` lie in pages that its users share.
+
+    `key` tells nodes apart.
+    """
+
+    key: Hashable
+    end: int
+
+
 class SequenceSpan(NamedTuple):
     """The part of one request that a batch computes: its tokens `[first, last)`, whose KV will lie in `pages`.
 
-    `pages` (int32) hold the tokens `[0, last)`.
+    `pages` (int32) hold the tokens `[0, last)`; `path` are the nodes that hold the first of them, root side first, each
+    ending on a page's border.
     """
 
     first: int
     last: int
     pages: NDArray[np.int32]
+    path: Sequence[PathNode] = ()
+
+
+class SharedNode(NamedTuple):
+    """A node that several decodes of a batch read: their tokens `[first, last)` lie in the same pages.
+
+    `sequences` are places in the batch, ascending.
+    """
+
+    sequences: tuple[int, ...]
+    first: int
+    last: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +58,7 @@ class AttentionMetadata:
         kv_lens: tokens in all of them; the last ones are those computed now.
         positions: int64 [num_tokens] on the device, place of each flattened token in its sequence.
         slots: int64 [num_tokens] on the device, where its KV goes.
+        shared_nodes: the nodes of the tree that two or more decodes read, parents before children.
     """
 
     page_size: int
@@ -45,6 +69,7 @@ class AttentionMetadata:
     kv_lens: NDArray[np.int32]
     positions: Tensor
     slots: Tensor
+    shared_nodes: tuple[SharedNode, ...] = ()
 
     @property
     def num_sequences(self) -> int:
@@ -78,7 +103,23 @@ def build_metadata(
         kv_lens=kv_lens,
         positions=torch.from_numpy(positions).to(device),
         slots=torch.from_numpy(slots).to(device),
+        shared_nodes=tuple(_shared_nodes(spans)),
     )
+
+
+def _shared_nodes(spans: Sequence[SequenceSpan]) -> Iterator[SharedNode]:
+    """The nodes that at least two decodes have on their paths, parents before children. O(nodes on the paths)."""
+    readers: dict[Hashable, list[int]] = {}
+    bounds: dict[Hashable, tuple[int, int]] = {}
+    for i, span in enumerate(spans):
+        start = 0
+        for node in span.path if span.last - span.first == 1 else ():
+            readers.setdefault(node.key, []).append(i)
+            bounds[node.key] = (start, node.end)
+            start = node.end
+    for key in sorted(readers, key=lambda key: bounds[key]):
+        if len(readers[key]) > 1:
+            yield SharedNode(tuple(readers[key]), *bounds[key])
 
 
 def _indptr(counts: NDArray[np.integer]) -> NDArray[np.int32]:

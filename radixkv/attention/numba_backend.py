@@ -1,125 +1,231 @@
-"""Attention on the CPU: decodes by our compiled kernel on the pages in place, extends by torch."""
+"""Attention on the CPU by our compiled kernel, on the pages in place."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count
-from typing import Any
+import logging
+import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radixkv.attention.backend import AttentionParams
+from radixkv.attention.backend import AttentionNeeds, AttentionParams
+from radixkv.attention.dense_extends import first_visible
 from radixkv.attention.metadata import AttentionMetadata
-from radixkv.attention.shared_prefix import SharedPrefix, attend_shared, find_shared_prefixes, merge
-from radixkv.attention.torch_backend import TorchBackend
-from radixkv.kernels import numba_cpu
-from radixkv.memory.kv_pool import KVPool
+from radixkv.attention.numba_tasks import Heads, Read, Work, plan_work
+from radixkv.attention.shared_prefix import NEVER, NO_CASCADE, BreakEven, plan_cascade
+from radixkv.kernels import numba_cpu, numba_ir, openmp
+from radixkv.memory.kv_pool import KVLayout, KVPool
 
-MIN_TOKENS_PER_THREAD = 256  # below it waking a thread costs more than it computes
-CHUNKS_PER_THREAD = 4  # threads take chunks as they can: another one may be kept from its core
+MIN_TOKENS_PER_THREAD = 128  # below it waking a thread costs more than it computes
+COMPILE_NOTICE_S = 1.0  # loading from disk takes less
+
+LARGEST_GROUP_TO_SHARE = 4
+
+logger = logging.getLogger(__name__)
 
 
-class NumbaBackend(TorchBackend):
-    """Float32 KV on the CPU. Decodes read each page once, without a copy, on as many threads as torch uses."""
+class _Visible(NamedTuple):
+    """What decides which positions a token sees; layers that agree on it share their tasks."""
+
+    heads: Heads
+    sliding_window: int | None
+    chunk_size: int | None
+    has_sinks: bool
+
+
+class NumbaBackend:
+    """Decodes and short extends read each page once, without a copy, on the threads that torch has.
+
+    KV is float32, bfloat16 or float16. Float32 is computed as such; products of bfloat16 are added in float32, and by
+    the processor's own dot products of bfloat16 where it has them, for which weights are rounded to bfloat16.
+    """
 
     name = "numba"
 
-    def __init__(self, pool: KVPool) -> None:
-        super().__init__(pool)
+    def __init__(self, pool: KVPool, needs: AttentionNeeds) -> None:
+        self.pool = pool
+        self._metadata: AttentionMetadata | None = None
+        self._mode = mode_of(pool.dtype)
         self._num_threads = torch.get_num_threads()
-        self._helpers = ThreadPoolExecutor(max(1, self._num_threads - 1), "radixkv-decode")
-        self._k = [pages.numpy() for pages in pool.k]  # the same memory
-        self._v = [pages.numpy() for pages in pool.v]
-        self._decode_indptr = self._decode_indices = self._decode_lens = np.empty(0, np.int32)
-        self._shared: list[SharedPrefix] = []
-        numba_cpu.warm_up()
+        self._work: dict[_Visible, Work] = {}
+        self._pages = np.empty(0, np.int32)
+        words = torch.int32 if pool.dtype == torch.float32 else torch.int16
+        self._word = words
+        self._k_words = [pages.view(words).numpy() for pages in pool.k]  # the same memory
+        self._v_words = [pages.view(words).numpy() for pages in pool.v]
+        self._compile(needs)
 
     @staticmethod
-    def why_not(pool: KVPool) -> str | None:
-        if pool.device.type != "cpu":
-            return f"runs on the CPU, and the model is on {pool.device}"
-        if pool.dtype != torch.float32:
-            return f"reads float32 KV, and the model's is {pool.dtype}"
+    def why_not(needs: AttentionNeeds) -> str | None:
+        if needs.device.type != "cpu":
+            return f"runs on the CPU, and the model is on {needs.device}"
+        if needs.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"reads float32, bfloat16 and float16 KV, and the model's is {needs.dtype}"
+        if needs.dtype == torch.float16 and not numba_ir.can_widen_f16():
+            return "cannot read float16 KV on this processor"
+        if needs.dtype != torch.float32:
+            odd = [dim for layer in needs.layers for dim in (layer.kv.k_head_dim, layer.kv.v_head_dim) if dim % 2]
+            if odd:
+                return f"takes 16-bit KV in pairs, and the model's heads have {odd[0]} components"
         return None
 
+    @staticmethod
+    def layout(needs: AttentionNeeds) -> KVLayout:
+        """In lanes where a page fills registers; else the kernel sorts tokens into lanes as it reads them."""
+        return "lanes" if needs.page_size % numba_ir.LANES == 0 else "nhd"
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the pool."""
+        return len(self.pool.layers)
+
+    @property
+    def metadata(self) -> AttentionMetadata:
+        """The planned batch."""
+        assert self._metadata is not None, "run before plan"
+        return self._metadata
+
     def plan(self, metadata: AttentionMetadata) -> None:
-        super().plan(metadata)
-        decodes = self._decodes
-        counts = np.diff(metadata.kv_indptr)[decodes]
-        self._decode_indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        pages = [metadata.kv_indices[metadata.kv_indptr[i] : metadata.kv_indptr[i + 1]] for i in decodes]
-        self._decode_indices = np.concatenate(pages) if pages else np.empty(0, np.int32)
-        self._decode_lens = metadata.kv_lens[decodes]
-        self._shared = find_shared_prefixes(pages, self._decode_lens, metadata.page_size)
+        self._metadata = metadata
+        self._work.clear()
+        self._pages = np.ascontiguousarray(metadata.kv_indices, np.int32)
 
-    def _decode(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
-        q = q.contiguous()
-        if self._shared and params.sliding_window is None and params.chunk_size is None:
-            return self._decode_with_shared(layer, q, params)
-        kv_lens = self._decode_lens
-        starts = np.zeros_like(kv_lens)
-        if params.sliding_window is not None:
-            starts = np.maximum(starts, kv_lens - params.sliding_window)
-        if params.chunk_size is not None:
-            starts = np.maximum(starts, (kv_lens - 1) // params.chunk_size * params.chunk_size)
-        return self._decode_from(layer, q, starts, params)[0]
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        if self.pool.layout != "lanes":
+            self.pool.write(layer, slots, k, v)
+            return
+        k_words, v_words = (x.to(self.pool.dtype).contiguous().view(self._word).numpy() for x in (k, v))
+        write = numba_cpu.write_lanes_32 if self._mode == "f32" else numba_cpu.write_lanes_16
+        write(slots.numpy(), self.pool.page_size, k_words, v_words, self._k_words[layer], self._v_words[layer])
 
-    def _decode_with_shared(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
-        starts = np.zeros_like(self._decode_lens)
-        for sequences, pages in self._shared:
-            starts[sequences] = len(pages) * self.pool.page_size
-        out, lse = self._decode_from(layer, q, starts, params)
-        for sequences, pages in self._shared:
-            rows, page_ids = self._tensor(sequences), self._tensor(pages)
-            k = self.pool.k[layer].index_select(0, page_ids).flatten(0, 1)
-            v = self.pool.v[layer].index_select(0, page_ids).flatten(0, 1)
-            out[rows] = merge(out[rows], lse[rows], *attend_shared(q[rows], k, v, params))
-        return out
+    def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
+        kv = self.pool.layers[layer]
+        out = torch.empty(q.shape[0], q.shape[1], kv.v_head_dim)
+        heads = Heads(q.shape[1], kv.num_kv_heads)
+        key = _Visible(heads, params.sliding_window, params.chunk_size, params.sinks is not None)
+        if key not in self._work:
+            self._work[key] = self._plan_work(key)
+        self._attend(layer, self._work[key], q.float().contiguous(), params, out)
+        return out.to(q.dtype)
 
-    def _decode_from(
-        self, layer: int, q: Tensor, starts: NDArray[np.int32], params: AttentionParams
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs and log-sum-exps of each decode over its tokens from `starts` on."""
-        sinks = np.full(q.shape[1], numba_cpu.NO_SINK, np.float32)
-        if params.sinks is not None:
-            sinks = params.sinks.detach().float().numpy()
-        out = np.empty((q.shape[0], q.shape[1], self.pool.layers[layer].v_head_dim), np.float32)
-        lse = np.empty(q.shape[:2], np.float32)
-        num_tokens = int((self._decode_lens - starts).sum())
-        self._share_out(
-            num_tokens,
-            q.numpy(),
-            self._k[layer],
-            self._v[layer],
-            self._decode_indptr,
-            self._decode_indices,
-            starts,
-            self._decode_lens,
-            np.float32(params.scale),
-            np.float32(params.softcap or 0.0),
-            sinks,
-            out,
-            lse,
-        )
-        return torch.from_numpy(out), torch.from_numpy(lse)
+    # -- planning ----------------------------------------------------------------------------------------------------
 
-    def _share_out(self, num_tokens: int, q: NDArray[np.float32], k: NDArray[np.float32], *arguments: Any) -> None:
-        """Run the kernel's tasks, over `num_tokens` in all, on this thread and the helpers, and wait for all."""
-        num_tasks = len(q) * k.shape[2]
-        num_threads = min(self._num_threads, num_tasks, 1 + num_tokens // MIN_TOKENS_PER_THREAD)
-        bounds = np.linspace(0, num_tasks, min(num_tasks, num_threads * CHUNKS_PER_THREAD) + 1, dtype=np.int64)
-        chunks = count()
+    def _plan_work(self, key: _Visible) -> Work:
+        """The tasks of layers that see as `key` says."""
+        metadata = self.metadata
+        limits = AttentionParams(1.0, key.sliding_window, key.chunk_size)
+        cascade = NO_CASCADE
+        if key.sliding_window is None and key.chunk_size is None:
+            cascade = plan_cascade(metadata, break_even(key.heads.group))
+        reads = []
+        for i in range(metadata.num_sequences):
+            tokens = np.arange(metadata.qo_indptr[i], metadata.qo_indptr[i + 1])
+            ends = np.arange(len(tokens)) + metadata.kv_lens[i] - len(tokens) + 1
+            starts = first_visible(ends - 1, limits)
+            if cascade.parts:
+                starts = np.maximum(starts, cascade.private_starts[i])
+            reads.append(Read(int(metadata.kv_indptr[i]), tokens, starts, ends))
+        for part in cascade.parts:
+            tokens = metadata.qo_indptr[part.sequences].astype(np.int64)
+            page_list = int(metadata.kv_indptr[part.sequences[0]])
+            same = np.ones_like(tokens)
+            reads.append(Read(page_list, tokens, same * part.first, same * part.last))
+        return plan_work(reads, key.heads, num_threads=self._num_threads, merge_all=key.has_sinks)
 
-        def work() -> None:
-            while (chunk := next(chunks)) < len(bounds) - 1:  # next() is atomic
-                numba_cpu.paged_decode(bounds[chunk], bounds[chunk + 1], q, k, *arguments)
+    # -- running -----------------------------------------------------------------------------------------------------
 
-        helpers = [self._helpers.submit(work) for _ in range(num_threads - 1)]
-        try:
-            work()
-        finally:
-            for helper in helpers:
-                helper.result()
+    def _attend(self, layer: int, work: Work, q: Tensor, params: AttentionParams, out: Tensor) -> None:
+        pool, kv = self.pool, self.pool.layers[layer]
+        num_rows = q.shape[0] * q.shape[1]
+        partial_out = torch.empty(work.num_partials, kv.v_head_dim)
+        lse = torch.empty(num_rows + work.num_partials)
+        factors = _factors(params)
+        counter = np.zeros(1, np.int64)
+        arguments = np.zeros(numba_cpu.NUM_ARGUMENTS, np.int64)
+        arguments[numba_cpu.COUNTER] = counter.ctypes.data
+        arguments[numba_cpu.PAGES :] = [
+            self._pages.ctypes.data,
+            q.data_ptr(),
+            pool.k[layer].data_ptr(),
+            pool.v[layer].data_ptr(),
+            out.data_ptr(),
+            lse.data_ptr(),
+            partial_out.data_ptr(),
+            lse.data_ptr() + num_rows * lse.element_size(),
+            factors.ctypes.data,
+            kv.k_head_dim,
+            kv.v_head_dim,
+            kv.num_kv_heads,
+            pool.page_size,
+            pool.layout == "lanes",
+        ]
+        num_threads = min(self._num_threads, 1 + work.num_tokens // MIN_TOKENS_PER_THREAD)
+        for table in work.tables:
+            counter[0] = 0
+            arguments[numba_cpu.NUM_TASKS : numba_cpu.PAGES] = [
+                len(table.tasks),
+                *(array.ctypes.data for array in table),
+            ]
+            worker = numba_cpu.attention_worker(self._mode, table.rows)
+            openmp.run(worker, arguments.ctypes.data, min(num_threads, len(table.tasks)))
+        if len(work.merged_rows):
+            self._merge(work, arguments, counter, params, q.shape[1], num_threads)
+
+    @staticmethod
+    def _merge(
+        work: Work,
+        arguments: NDArray[np.int64],
+        counter: NDArray[np.int64],
+        params: AttentionParams,
+        num_q_heads: int,
+        num_threads: int,
+    ) -> None:
+        counter[0] = 0
+        sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
+        arguments[numba_cpu.NUM_TASKS : numba_cpu.NUM_Q_HEADS + 1] = [
+            len(work.merged_rows),
+            work.merged_rows.ctypes.data,
+            work.merged_indptr.ctypes.data,
+            work.merged_partials.ctypes.data,
+            0 if sinks is None else sinks.data_ptr(),
+            num_q_heads,
+        ]
+        num_chunks = -(-len(work.merged_rows) // numba_cpu.MERGED_AT_ONCE)
+        openmp.run(numba_cpu.merge_worker(), arguments.ctypes.data, min(num_threads, num_chunks))
+
+    def _compile(self, needs: AttentionNeeds) -> None:
+        """Compile what the model needs, or load it from disk, so that no request waits for it."""
+        started = time.perf_counter()
+        groups = {layer.num_q_heads // layer.kv.num_kv_heads for layer in needs.layers}
+        for rows in sorted({min(group, numba_cpu.MAX_ROWS) for group in groups} | {numba_cpu.MAX_ROWS}):
+            numba_cpu.attention_worker(self._mode, rows)
+        numba_cpu.merge_worker()
+        seconds = time.perf_counter() - started
+        if seconds > COMPILE_NOTICE_S:
+            logger.warning("compiled the CPU's attention kernels in %.0f s; the next start loads them", seconds)
+
+
+def break_even(group: int) -> BreakEven:
+    """From where on reading a prefix once pays on a CPU, for groups of so many query heads; see docs/benchmarks.md.
+
+    The heads of a group use what was loaded for one of them. So the more they are, the nearer the kernel is to what the
+    processor can multiply, however often it loads; the fewer, the more there is to spare.
+    """
+    if group > LARGEST_GROUP_TO_SHARE:
+        return NEVER
+    return BreakEven(min_sequences=8, min_tokens=128, min_saved_tokens=4096 * group)
+
+
+def mode_of(dtype: torch.dtype) -> str:
+    """How the kernel reads KV of `dtype` on this processor."""
+    return {torch.float32: "f32", torch.bfloat16: numba_ir.best_bf16_mode(), torch.float16: "f16"}[dtype]
+
+
+def _factors(params: AttentionParams) -> NDArray[np.float32]:
+    log2_e = float(numba_cpu.LOG2_E)
+    if params.softcap is None:
+        return np.array([params.scale * log2_e, 0, 0], np.float32)
+    return np.array([params.scale, params.softcap * log2_e, 1 / params.softcap], np.float32)

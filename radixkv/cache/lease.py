@@ -59,6 +59,13 @@ class Lease:
         """Where the pinned prefix ends in the tree."""
         return self._node
 
+    def whole_path(self) -> list[TreeNode]:
+        """The nodes of the pinned prefix that hold whole pages, root side first; `pages` begins with theirs."""
+        path = self._node.path()
+        if path and path[-1].is_tail(self._cache.page_size):
+            path.pop()
+        return path
+
     @property
     def closed(self) -> bool:
         """Whether the lease was released."""

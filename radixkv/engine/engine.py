@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from radixkv.attention.backend import make_backend
+from radixkv.attention.backend import AttentionNeeds, choose_backend
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.config import EngineConfig
@@ -38,7 +38,7 @@ from radixkv.errors import (
     PromptTooLongError,
     RadixKVError,
 )
-from radixkv.memory.kv_pool import KVPool, num_pages_that_fit, pool_bytes_per_token
+from radixkv.memory.kv_pool import make_pool, num_pages_that_fit, pool_bytes_per_token
 from radixkv.memory.req_to_token import ReqToTokenPool
 from radixkv.models.loader import eos_token_ids, load, max_context_tokens
 from radixkv.models.probe import plug_in_paged_attention
@@ -70,13 +70,21 @@ class Engine:
         """
         config = config or EngineConfig()
         layers = plug_in_paged_attention(model.eval())
-        self.kv_bytes_per_token = pool_bytes_per_token(layers, model.dtype)
+        needs = AttentionNeeds(layers, config.page_size, model.dtype, model.device)
+        chosen = choose_backend(config.attention_backend, needs)
+        kept = [layer.kv for layer in layers]
+        self.kv_bytes_per_token = pool_bytes_per_token(kept, model.dtype)
         num_pages = self._num_pages(config, model)
-        self.pool = KVPool(
-            layers, num_pages=num_pages, page_size=config.page_size, dtype=model.dtype, device=model.device
+        self.pool = make_pool(
+            chosen.layout(needs),
+            kept,
+            num_pages=num_pages,
+            page_size=config.page_size,
+            dtype=model.dtype,
+            device=model.device,
         )
         self.cache = PrefixCache(num_pages, config.page_size, config.eviction_policy, copy_page=self.pool.copy_page)
-        backend = make_backend(config.attention_backend, self.pool)
+        backend = chosen.make(self.pool, needs)
         pool_tokens = num_pages * config.page_size
         limits = {
             "as the model was made": max_context_tokens(model.config),

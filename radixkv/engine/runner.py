@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from radixkv.attention.backend import AttentionBackend
-from radixkv.attention.metadata import SequenceSpan, build_metadata
+from radixkv.attention.metadata import PathNode, SequenceSpan, build_metadata
 from radixkv.engine.scheduler import Span
 from radixkv.memory.req_to_token import ReqToTokenPool
 from radixkv.models.paged_attention import PagedContext, flattened_forward
@@ -46,5 +46,8 @@ class ModelRunner:
         return logits.float()
 
     def _sequence_span(self, span: Span) -> SequenceSpan:
-        assert span.request.row is not None, span.request
-        return SequenceSpan(span.first, span.last, self._req_to_token.pages(span.request.row, span.last))
+        request = span.request
+        assert request.row is not None, request
+        assert request.lease is not None, request
+        path = [PathNode(node, node.end) for node in request.lease.whole_path()]
+        return SequenceSpan(span.first, span.last, self._req_to_token.pages(request.row, span.last), path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -16,7 +18,12 @@ CGROUP_FILES = (  # (limit, usage) of version 2 and version 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+REGISTER_BYTES = 64
 DEFAULT_MEM_FRACTION = {"cpu": 0.4, "cuda": 0.85}
+
+
+KVLayout = Literal["nhd", "lanes"]
+"""How the KV of a page lies: see `KVPool` ("nhd") and `LaneKVPool` ("lanes")."""
 
 
 class KVPool:
@@ -30,6 +37,8 @@ class KVPool:
     Raises: ConfigError if the memory does not suffice.
     """
 
+    layout: KVLayout = "nhd"
+
     def __init__(
         self,
         layers: Sequence[LayerKV],
@@ -42,13 +51,9 @@ class KVPool:
         self.layers = tuple(layers)
         self.num_pages, self.page_size = num_pages, page_size
         self.dtype, self.device = dtype, torch.device(device)
-
-        def pages(num_heads: int, head_dim: int) -> Tensor:
-            return torch.empty(num_pages, page_size, num_heads, head_dim, dtype=dtype, device=device)
-
         try:
-            self.k = [pages(layer.num_kv_heads, layer.k_head_dim) for layer in self.layers]
-            self.v = [pages(layer.num_kv_heads, layer.v_head_dim) for layer in self.layers]
+            self.k = [self._empty(*self._k_shape(layer)) for layer in self.layers]
+            self.v = [self._empty(*self._v_shape(layer)) for layer in self.layers]
         except RuntimeError as error:  # torch has no narrower error for the CPU's memory
             raise ConfigError(
                 f"no room on {device} for a KV pool of {num_pages * page_size} tokens of {self.bytes_per_token} bytes; "
@@ -70,10 +75,87 @@ class KVPool:
         self.k[layer].flatten(0, 1).index_copy_(0, slots, k.to(self.dtype))
         self.v[layer].flatten(0, 1).index_copy_(0, slots, v.to(self.dtype))
 
+    def gather(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """A copy of the KV in `pages` (int64 [n]): K and V as [n * page_size, num_kv_heads, head_dim]."""
+        return self.k[layer].index_select(0, pages).flatten(0, 1), self.v[layer].index_select(0, pages).flatten(0, 1)
+
     def copy_page(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the KV of the first `num_tokens` slots of page `source` to page `target`, in every layer."""
         for pages in (*self.k, *self.v):
             pages[target, :num_tokens].copy_(pages[source, :num_tokens])
+
+    def _empty(self, *page_shape: int) -> Tensor:
+        return torch.empty(self.num_pages, *page_shape, dtype=self.dtype, device=self.device)
+
+    def _k_shape(self, layer: LayerKV) -> tuple[int, ...]:
+        return (self.page_size, layer.num_kv_heads, layer.k_head_dim)
+
+    def _v_shape(self, layer: LayerKV) -> tuple[int, ...]:
+        return (self.page_size, layer.num_kv_heads, layer.v_head_dim)
+
+
+class LaneKVPool(KVPool):
+    """KV laid out for vector registers: the tokens of a page lie side by side in K, so that a register holds one
+    component of many tokens and scores need no sums across its lanes.
+
+    Attributes:
+        k: [num_pages, num_kv_heads, k_head_dim / w, page_size, w] per layer
+        v: [num_pages, num_kv_heads, page_size / w, v_head_dim, w]
+
+    with w = 1 in float32, and w = 2 in 16 bit: the processor's dot products of 16 bit take neighbouring pairs. The
+    tensors' memory goes on for a register's width, so that one that begins inside may be read whole.
+    """
+
+    layout: KVLayout = "lanes"
+
+    @property
+    def width(self) -> int:
+        """Values that lie together, w above."""
+        return 4 // self.dtype.itemsize
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        page, offset, width = slots // self.page_size, slots % self.page_size, self.width
+        self.k[layer][page, :, :, offset] = k.to(self.dtype).unflatten(2, (-1, width))
+        self.v[layer][page, :, offset // width, :, offset % width] = v.to(self.dtype)
+
+    def gather(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
+        k = self.k[layer].index_select(0, pages).permute(0, 3, 1, 2, 4)  # [n, page_size, heads, dim / w, w]
+        v = self.v[layer].index_select(0, pages).permute(0, 2, 4, 1, 3)  # [n, page_size / w, w, heads, dim]
+        return k.flatten(3, 4).flatten(0, 1), v.flatten(0, 2)
+
+    def copy_page(self, source: int, target: int, num_tokens: int) -> None:
+        whole, width = num_tokens // self.width, self.width
+        for k, v in zip(self.k, self.v, strict=True):
+            k[target, :, :, :num_tokens].copy_(k[source, :, :, :num_tokens])
+            v[target, :, :whole].copy_(v[source, :, :whole])
+            if num_tokens % width:
+                rest = num_tokens % width
+                v[target, :, whole, :, :rest].copy_(v[source, :, whole, :, :rest])
+
+    def _empty(self, *page_shape: int) -> Tensor:
+        num_values = self.num_pages * math.prod(page_shape)
+        whole = torch.empty(num_values + REGISTER_BYTES // self.dtype.itemsize, dtype=self.dtype, device=self.device)
+        return whole[:num_values].view(self.num_pages, *page_shape)
+
+    def _k_shape(self, layer: LayerKV) -> tuple[int, ...]:
+        return (layer.num_kv_heads, layer.k_head_dim // self.width, self.page_size, self.width)
+
+    def _v_shape(self, layer: LayerKV) -> tuple[int, ...]:
+        return (layer.num_kv_heads, self.page_size // self.width, layer.v_head_dim, self.width)
+
+
+def make_pool(
+    layout: KVLayout,
+    layers: Sequence[LayerKV],
+    *,
+    num_pages: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> KVPool:
+    """A pool of that layout. Raises: ConfigError if the memory does not suffice."""
+    kind = {"nhd": KVPool, "lanes": LaneKVPool}[layout]
+    return kind(layers, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
 
 
 def pool_bytes_per_token(layers: Sequence[LayerKV], dtype: torch.dtype) -> int:

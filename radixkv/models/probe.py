@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from radixkv.attention.backend import AttentionParams
+from radixkv.attention.backend import AttentionParams, LayerAttention
 from radixkv.errors import UnsupportedModelError
 from radixkv.kernels.torch_reference import dense_attention, visible_mask
 from radixkv.memory.kv_shape import LayerKV
@@ -23,14 +23,13 @@ class _ProbeContext:
 
     def __init__(self, lengths: tuple[int, ...]) -> None:
         self._lengths = lengths
-        self.layers: dict[int, LayerKV] = {}
-        self.has_window = False
+        self.layers: dict[int, LayerAttention] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
         if layer in self.layers:
             raise UnsupportedModelError(f"layer {layer} runs attention twice")
-        self.layers[layer] = LayerKV(num_kv_heads=k.shape[1], k_head_dim=k.shape[2], v_head_dim=v.shape[2])
-        self.has_window |= params.sliding_window is not None
+        kv = LayerKV(num_kv_heads=k.shape[1], k_head_dim=k.shape[2], v_head_dim=v.shape[2])
+        self.layers[layer] = LayerAttention(kv, q.shape[1], params)
         outputs = []
         for own_q, own_k, own_v in zip(*(t.split(self._lengths) for t in (q, k, v)), strict=True):
             positions = torch.arange(len(own_q), device=q.device)
@@ -46,17 +45,17 @@ class _ProbeContext:
 
 
 @torch.inference_mode()
-def plug_in_paged_attention(model: PreTrainedModel) -> list[LayerKV]:
+def plug_in_paged_attention(model: PreTrainedModel) -> tuple[LayerAttention, ...]:
     """Switch `model` to paged attention and prove on two short sequences that it still computes the same.
 
-    Returns: what each layer keeps per token, in order.
+    Returns: each layer's attention, in order.
     Raises: UnsupportedModelError that says why the model cannot be served; the model is as before then.
     """
     config = model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
         raise _unsupported(model, "it is an encoder-decoder, and only decoders are served")
     before = model.config._attn_implementation
-    known: list[LayerKV] | None = getattr(model, "_radixkv_layers", None)
+    known: tuple[LayerAttention, ...] | None = getattr(model, "_radixkv_layers", None)
     if before == INTERFACE_NAME and known is not None:  # another engine has this model, and may be running it
         return known
     if before == INTERFACE_NAME:  # asked for when the model was loaded
@@ -75,7 +74,7 @@ def plug_in_paged_attention(model: PreTrainedModel) -> list[LayerKV]:
             raise
         # whatever a model of unknown code does with what it was given
         raise _unsupported(model, f"a flattened batch fails in it ({type(error).__name__}: {error})") from error
-    layers = [context.layers[index] for index in range(config.num_hidden_layers)]
+    layers = tuple(context.layers[index] for index in range(config.num_hidden_layers))
     model._radixkv_layers = layers
     return layers
 
@@ -118,7 +117,8 @@ def _check_limits(model: PreTrainedModel, context: _ProbeContext) -> None:
         raise _unsupported(model, f"it has layers of the types {', '.join(unknown)}")
     window = getattr(config, "sliding_window", None)
     slides = not layer_types or "sliding_attention" in layer_types
-    if window and slides and not context.has_window:
+    has_window = any(layer.params.sliding_window is not None for layer in context.layers.values())
+    if window and slides and not has_window:
         raise _unsupported(model, f"its sliding window of {window} tokens does not reach its attention function")
 
 

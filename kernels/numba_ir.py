@@ -1,0 +1,432 @@
+"""Vector code for the CPU's attention kernel, as Numba intrinsics that emit LLVM IR.
+
+Numba's own loops leave it to LLVM to find vectors, and it finds poor ones here. These say which values stay in
+registers: a tile's accumulators, 16 lanes of float32 each (LLVM splits them where registers are narrower).
+
+All addresses are int64. "Groups" are 16 tokens of a page, as `LaneKVPool` lays them out; `ROWS` are query rows. What a
+value of 16 bit is, a mode says:
+
+- "f32": float32
+- "bf16": bfloat16, widened to float32 in registers
+- "bf16dot": bfloat16, multiplied in pairs by the processor (AVX512_BF16)
+- "f16": float16, widened to float32 in registers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16
+MODES = ("f32", "bf16", "bf16dot", "f16")
+
+F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+VEC, IVEC = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+FAST = ("reassoc", "contract", "nsz", "arcp")  # not nnan and ninf: NaN must come through, not become anything
+EXP2_COEFFICIENTS = (1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158)  # ln(2)**n / n!
+EXP2_COEFFICIENTS += (0.009618129107628477, 0.0013333558146428443, 0.00015403530393381608, 1.5252733804059841e-05)
+LOG2_E = 1.4426950408889634
+
+
+class _BFloat(ir.Type):  # llvmlite has no such type of its own
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+_BFLOAT = _BFloat()
+
+
+def best_bf16_mode() -> str:
+    """The fastest mode for bfloat16 on this processor."""
+    return "bf16dot" if llvm.get_host_cpu_features().get("avx512bf16", False) else "bf16"
+
+
+def can_widen_f16() -> bool:
+    """Whether the processor converts float16 itself."""
+    features = llvm.get_host_cpu_features()
+    return bool(features.get("f16c", False) or features.get("neon", False) or features.get("fullfp16", False))
+
+
+class _Emitter:
+    """An IR builder with the few operations on vectors that the tiles need."""
+
+    def __init__(self, builder: Any) -> None:
+        self.b = builder
+
+    def pointer(self, address: Any, offset: Any, kind: Any) -> Any:
+        return self.b.inttoptr(self.b.add(address, offset), kind.as_pointer())
+
+    def load(self, address: Any, offset: Any, kind: Any, align: int = 4) -> Any:
+        return self.b.load(self.pointer(address, offset, kind), align=align)
+
+    def store(self, value: Any, address: Any, offset: Any, align: int = 4) -> None:
+        self.b.store(value, self.pointer(address, offset, value.type), align=align)
+
+    def const(self, value: int) -> Any:
+        return ir.Constant(I64, value)
+
+    def splat(self, scalar: Any) -> Any:
+        """A vector of `scalar` in every lane."""
+        kind = ir.VectorType(scalar.type, LANES)
+        one = self.b.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(I32, 0))
+        return self.b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(IVEC, [0] * LANES))
+
+    def vec(self, value: float) -> Any:
+        return ir.Constant(VEC, [value] * LANES)
+
+    def ivec(self, value: int) -> Any:
+        return ir.Constant(IVEC, [value] * LANES)
+
+    def call(self, name: str, kind: Any, *args: Any) -> Any:
+        function = cgutils.get_or_insert_function(
+            self.b.module, ir.FunctionType(kind, [arg.type for arg in args]), name
+        )
+        return self.b.call(function, args)
+
+    def fma(self, x: Any, y: Any, acc: Any) -> Any:
+        return self.call("llvm.fma.v16f32", VEC, x, y, acc)
+
+    def dot(self, acc: Any, pairs: Any, other: Any) -> Any:
+        """acc + both products of each lane's pair of bfloat16; the pairs come as <16 x i32>."""
+        kind = ir.VectorType(_BFLOAT, 2 * LANES)
+        return self.call(
+            "llvm.x86.avx512bf16.dpbf16ps.512", VEC, acc, self.b.bitcast(pairs, kind), self.b.bitcast(other, kind)
+        )
+
+    def prefetch(self, address: Any, offset: Any, locality: int) -> None:
+        pointer = self.pointer(address, offset, ir.IntType(8))
+        function = cgutils.get_or_insert_function(
+            self.b.module, ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32]), "llvm.prefetch.p0"
+        )
+        self.b.call(function, [pointer, ir.Constant(I32, 0), ir.Constant(I32, locality), ir.Constant(I32, 1)])
+
+    def widen(self, pairs: Any, mode: str) -> tuple[Any, Any]:
+        """The first and the second values, as float32, of <16 x i32> pairs of 16-bit values."""
+        if mode == "f16":
+            halves = self.b.bitcast(pairs, ir.VectorType(ir.HalfType(), 2 * LANES))
+            undefined = ir.Constant(halves.type, ir.Undefined)
+            picks = [ir.Constant(IVEC, list(range(first, 2 * LANES, 2))) for first in (0, 1)]
+            first, second = (self.b.shuffle_vector(halves, undefined, pick) for pick in picks)
+            return self.b.fpext(first, VEC), self.b.fpext(second, VEC)
+        first = self.b.shl(pairs, self.ivec(16))
+        second = self.b.and_(pairs, self.ivec(-65536))
+        return self.b.bitcast(first, VEC), self.b.bitcast(second, VEC)
+
+    def exp2(self, x: Any) -> Any:
+        """2**x for x <= 0 to 2e-7: 2**i exactly, times the Taylor series of what is left in [-0.5, 0.5]."""
+        b = self.b
+        x = b.select(b.fcmp_ordered("<", x, self.vec(-126.0)), self.vec(-126.0), x)
+        i = self.call("llvm.floor.v16f32", VEC, b.fadd(x, self.vec(0.5)))
+        f = b.fsub(x, i)
+        p = self.vec(EXP2_COEFFICIENTS[-1])
+        for coefficient in reversed(EXP2_COEFFICIENTS[:-1]):
+            p = self.fma(p, f, self.vec(coefficient))
+        exponent = b.shl(b.add(b.fptosi(i, IVEC), self.ivec(127)), self.ivec(23))
+        return b.fmul(p, b.bitcast(exponent, VEC))
+
+    def tanh(self, x: Any) -> Any:
+        b = self.b
+        magnitude = self.call("llvm.fabs.v16f32", VEC, x)
+        e = self.exp2(b.fmul(magnitude, self.vec(-2 * LOG2_E)))
+        value = b.fdiv(b.fsub(self.vec(1.0), e), b.fadd(self.vec(1.0), e))
+        return self.call("llvm.copysign.v16f32", VEC, value, x)
+
+    @contextmanager
+    def loop(self, count: Any) -> Iterator[Any]:
+        with cgutils.for_range(self.b, count) as at:
+            yield at.index
+
+    def variables(self, count: int, start: Callable[[int], Any]) -> list[Any]:
+        """Vectors that change within loops and end up in registers."""
+        slots = [cgutils.alloca_once(self.b, VEC) for _ in range(count)]
+        for i, slot in enumerate(slots):
+            self.b.store(start(i), slot)
+        return slots
+
+
+class Tile(NamedTuple):
+    """What is known of a tile at compile time.
+
+    Compiled code gets it as `shape`: tuples whose lengths, and so whose types, are the numbers. (Functions that differ
+    in a type are cached on disk; functions made in a function that differ in a value of its are not.)
+    """
+
+    rows: int
+    groups: int
+    vectors: int
+    mode: str
+
+    @property
+    def shape(self) -> tuple[tuple[int, ...], ...]:
+        """As compiled code gets it."""
+        return tuple((0,) * number for number in (self.rows, self.groups, self.vectors, 1 + MODES.index(self.mode)))
+
+    @classmethod
+    def of_type(cls, shape: Any) -> Tile:
+        """From the Numba type of a shape."""
+        rows, groups, vectors, mode = (kind.count for kind in shape)
+        return cls(rows, groups, vectors, MODES[mode - 1])
+
+
+@intrinsic
+def score_tile(  # type: ignore[no-untyped-def]
+    typing, k, k_next, k_step, q, scores, scores_stride, num_steps, shape
+):
+    """scores[r, 16 * p + lane] = <q_r, k of that token>, for the tile's groups p of 16 tokens.
+
+    k, k_next: addresses of the groups' K, and of those that come next (to be prefetched), int64 [GROUPS]
+    k_step: bytes from one step to the next of K; a step is one component of 16 tokens, or a pair of 16-bit ones
+    q: the rows' queries [num_steps, ROWS], 4 bytes each (pairs in "bf16dot"); [2 * num_steps, ROWS] in "bf16" and "f16"
+    """
+    tile = Tile.of_type(shape)
+    num_rows, num_groups, mode_name = tile.rows, tile.groups, tile.mode
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = _Emitter(builder)
+        k_array, k_next_array, step, q_address, out, out_stride, steps = args[:7]
+        k_at = [e.load(k_array, e.const(8 * p), I64, 8) for p in range(num_groups)]
+        next_at = [e.load(k_next_array, e.const(8 * p), I64, 8) for p in range(num_groups)]
+        acc = e.variables(num_rows * num_groups, lambda i: e.vec(0.0))
+        width = 1 if mode_name in ("f32", "bf16dot") else 2
+        with e.loop(steps) as d:
+            at = builder.mul(d, step)
+            q_at = builder.mul(d, e.const(4 * num_rows * width))
+            keys = []
+            for p in range(num_groups):
+                e.prefetch(next_at[p], at, 3)
+                raw = e.load(k_at[p], at, VEC if mode_name == "f32" else IVEC)
+                keys.append((raw,) if width == 1 else e.widen(raw, mode_name))
+            for half in range(width):
+                for r in range(num_rows):
+                    offset = builder.add(q_at, e.const(4 * (half * num_rows + r)))
+                    query = e.splat(e.load(q_address, offset, I32 if mode_name == "bf16dot" else F32))
+                    for p in range(num_groups):
+                        slot = acc[r * num_groups + p]
+                        old = builder.load(slot)
+                        if mode_name == "bf16dot":
+                            builder.store(e.dot(old, keys[p][0], query), slot)
+                        else:
+                            builder.store(e.fma(keys[p][half], query, old), slot)
+        for r in range(num_rows):
+            row = builder.mul(out_stride, e.const(r))
+            for p in range(num_groups):
+                e.store(builder.load(acc[r * num_groups + p]), out, builder.add(row, e.const(64 * p)))
+        return context.get_dummy_value()
+
+    return types.void(k, k_next, k_step, q, scores, scores_stride, num_steps, shape), codegen
+
+
+@intrinsic
+def value_tile(  # type: ignore[no-untyped-def]
+    typing, v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, shape
+):
+    """acc[r, :] = acc[r, :] * rescale[r] + sum over tokens t of p[r, t] * v[t, :], for 16 * VECTORS components.
+
+    v: addresses of the groups' V at the first component, int64 [ceil(num_tokens / 16)]
+    v_step: bytes from a token to the next, or from a pair of tokens to the next in 16 bit
+    p: float32 [ROWS, ...], or bfloat16 in "bf16dot", rows `p_stride` bytes apart
+    acc: float32 [ROWS, ...], rows `acc_stride` bytes apart
+    rescale: float32 [ROWS]
+    """
+    tile = Tile.of_type(shape)
+    num_rows, num_vectors, mode_name = tile.rows, tile.vectors, tile.mode
+    width = 1 if mode_name == "f32" else 2
+    p_bytes = 2 if mode_name == "bf16dot" else 4
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = _Emitter(builder)
+        v_array, step, tokens, p_address, p_row, acc_address, acc_row, rescale_address = args[:8]
+
+        def accumulator(i: int) -> tuple[Any, Any]:
+            r, c = divmod(i, num_vectors)
+            return acc_address, builder.add(builder.mul(acc_row, e.const(r)), e.const(64 * c))
+
+        def start(i: int) -> Any:
+            factor = e.splat(e.load(rescale_address, e.const(4 * (i // num_vectors)), F32))
+            return builder.fmul(e.load(*accumulator(i), VEC), factor)
+
+        sums = e.variables(num_rows * num_vectors, start)
+
+        def add(v_at: Any, v_offset: Any, p_offset: Any, keep: int) -> None:
+            """Add `width` tokens; of them, those whose bits `keep` has."""
+            values = []
+            for c in range(num_vectors):
+                raw = e.load(v_at, builder.add(v_offset, e.const(64 * c)), VEC if width == 1 else IVEC)
+                if keep != -1:
+                    raw = builder.and_(raw, e.ivec(keep))
+                values.append((raw,) if width == 1 or mode_name == "bf16dot" else e.widen(raw, mode_name))
+            for half in range(len(values[0])):
+                for r in range(num_rows):
+                    at = builder.add(builder.add(builder.mul(p_row, e.const(r)), p_offset), e.const(4 * half))
+                    weight = e.splat(e.load(p_address, at, I32 if mode_name == "bf16dot" else F32))
+                    for c in range(num_vectors):
+                        slot = sums[r * num_vectors + c]
+                        old = builder.load(slot)
+                        if mode_name == "bf16dot":
+                            builder.store(e.dot(old, values[c][0], weight), slot)
+                        else:
+                            builder.store(e.fma(values[c][half], weight, old), slot)
+
+        groups = builder.sdiv(builder.add(tokens, e.const(LANES - 1)), e.const(LANES))
+        with e.loop(groups) as group:
+            v_at = e.load(v_array, builder.mul(group, e.const(8)), I64, 8)
+            first = builder.mul(group, e.const(LANES))
+            left = builder.sub(tokens, first)
+            whole = builder.icmp_signed("<", left, e.const(LANES))
+            count = builder.sdiv(builder.select(whole, left, e.const(LANES)), e.const(width))
+            with e.loop(count) as t:
+                token = builder.add(first, builder.mul(t, e.const(width)))
+                add(v_at, builder.mul(t, step), builder.mul(token, e.const(p_bytes)), -1)
+        if width == 2:
+            with builder.if_then(builder.trunc(tokens, ir.IntType(1)), likely=False):  # a token without a neighbour
+                last = builder.sub(tokens, e.const(1))
+                v_at = e.load(v_array, builder.mul(builder.sdiv(last, e.const(LANES)), e.const(8)), I64, 8)
+                pair = builder.sdiv(builder.srem(last, e.const(LANES)), e.const(2))
+                add(v_at, builder.mul(pair, step), builder.mul(last, e.const(p_bytes)), 0xFFFF)
+        for i, slot in enumerate(sums):
+            e.store(builder.load(slot), *accumulator(i))
+        return context.get_dummy_value()
+
+    return types.void(v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, shape), codegen
+
+
+@intrinsic
+def limit_row(typing, scores, num_vectors, low, high, factor, softcap, inverse_softcap):  # type: ignore[no-untyped-def]
+    """Scale (and cap) a row of scores in place, -1e30 outside [low, high); returns the largest.
+
+    score * factor, or softcap * tanh(score * factor * inverse_softcap) where softcap > 0
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = _Emitter(builder)
+        address, count, first, last, scale, cap, inverse_cap = args
+        (largest,) = e.variables(1, lambda i: e.vec(-1e30))
+        low32, high32 = (e.splat(builder.trunc(bound, I32)) for bound in (first, last))
+        factor_vec, cap_vec = e.splat(scale), e.splat(cap)
+        inverse_vec = e.splat(inverse_cap)
+        lanes = ir.Constant(IVEC, list(range(LANES)))
+        has_cap = builder.fcmp_ordered(">", cap, ir.Constant(F32, 0.0))
+
+        def finish(offset: Any, token: Any, value: Any) -> None:
+            position = builder.add(e.splat(builder.trunc(token, I32)), lanes)
+            inside = builder.and_(
+                builder.icmp_signed(">=", position, low32), builder.icmp_signed("<", position, high32)
+            )
+            value = builder.select(inside, value, e.vec(-1e30))
+            old = builder.load(largest)
+            builder.store(builder.select(builder.fcmp_ordered(">", value, old), value, old), largest)
+            e.store(value, address, offset)
+
+        with builder.if_else(has_cap) as (capped, plain):
+            with capped, e.loop(count) as i:
+                offset = builder.mul(i, e.const(64))
+                value = builder.fmul(e.load(address, offset, VEC), factor_vec)
+                value = builder.fmul(cap_vec, e.tanh(builder.fmul(value, inverse_vec)))
+                finish(offset, builder.mul(i, e.const(LANES)), value)
+            with plain, e.loop(count) as i:
+                offset = builder.mul(i, e.const(64))
+                value = builder.fmul(e.load(address, offset, VEC), factor_vec)
+                finish(offset, builder.mul(i, e.const(LANES)), value)
+        return e.call("llvm.vector.reduce.fmax.v16f32", F32, builder.load(largest))
+
+    signature = types.float32(scores, num_vectors, low, high, factor, softcap, inverse_softcap)
+    return signature, codegen
+
+
+@intrinsic
+def exp2_row(typing, scores, weights, num_vectors, largest, shape):  # type: ignore[no-untyped-def]
+    """weights = 2**(scores - largest), in bfloat16 in "bf16dot"; returns their sum. May be in place."""
+    mode_name = Tile.of_type(shape).mode
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = _Emitter(builder)
+        source, target, count, maximum = args[:4]
+        maximum_vec = e.splat(maximum)
+        (total,) = e.variables(1, lambda i: e.vec(0.0))
+        with e.loop(count) as i:
+            value = e.exp2(builder.fsub(e.load(source, builder.mul(i, e.const(64)), VEC), maximum_vec))
+            if mode_name == "bf16dot":
+                bits = builder.bitcast(value, IVEC)
+                odd = builder.and_(builder.lshr(bits, e.ivec(16)), e.ivec(1))
+                bits = builder.add(builder.add(bits, e.ivec(0x7FFF)), odd)  # round to nearest, ties to even
+                short = builder.trunc(builder.lshr(bits, e.ivec(16)), ir.VectorType(ir.IntType(16), LANES))
+                e.store(short, target, builder.mul(i, e.const(32)), 2)
+                value = builder.bitcast(builder.and_(bits, e.ivec(-65536)), VEC)  # the sum is of what is multiplied
+            else:
+                e.store(value, target, builder.mul(i, e.const(64)))
+            builder.store(builder.fadd(builder.load(total), value), total)
+        return e.b.call(
+            cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(F32, [F32, VEC]), "llvm.vector.reduce.fadd.v16f32"
+            ),
+            [ir.Constant(F32, 0.0), builder.load(total)],
+            fastmath=FAST,
+        )
+
+    return types.float32(scores, weights, num_vectors, largest, shape), codegen
+
+
+@intrinsic
+def next_number(typing, address):  # type: ignore[no-untyped-def]
+    """Take the next number of a counter that threads share, int64 at `address`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], I64.as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(I64, 1), "monotonic")
+
+    return types.int64(address), codegen
+
+
+@intrinsic
+def load_i64(typing, address, index):  # type: ignore[no-untyped-def]
+    """int64 number `index` from `address` on."""
+    return types.int64(address, index), _loader(8, I64)
+
+
+@intrinsic
+def load_i32(typing, address, index):  # type: ignore[no-untyped-def]
+    """int32 number `index` from `address` on."""
+    return types.int32(address, index), _loader(4, I32)
+
+
+@intrinsic
+def load_f32(typing, address, index):  # type: ignore[no-untyped-def]
+    """float32 number `index` from `address` on."""
+    return types.float32(address, index), _loader(4, F32)
+
+
+@intrinsic
+def store_f32(typing, address, index, value):  # type: ignore[no-untyped-def]
+    """Set float32 number `index` from `address` on."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = _Emitter(builder)
+        e.store(args[2], args[0], builder.mul(_as_i64(builder, args[1]), e.const(4)))
+        return context.get_dummy_value()
+
+    return types.void(address, index, value), codegen
+
+
+def _loader(size: int, kind: Any) -> Callable[[Any, Any, Any, Any], Any]:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = _Emitter(builder)
+        return e.load(args[0], builder.mul(_as_i64(builder, args[1]), e.const(size)), kind, size)
+
+    return codegen
+
+
+def _as_i64(builder: Any, index: Any) -> Any:
+    return index if index.type == I64 else builder.sext(index, I64)

@@ -1,0 +1,160 @@
+"""Extends by torch's own kernels, over KV that is gathered into one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from radixkv.attention.backend import AttentionParams
+from radixkv.attention.metadata import AttentionMetadata
+from radixkv.kernels.torch_reference import dense_attention, visible_mask
+from radixkv.memory.kv_pool import KVPool
+
+CHUNK_TOKENS = 1 << 16  # KV tokens gathered at a time
+BLOCK_SCORES = 1 << 22  # entries of one mask: 16 MiB in float32, however long the context
+
+
+class _Extends(NamedTuple):
+    """Sequences that compute equally many tokens over equally long contexts, so that they run as one dense batch."""
+
+    rows: Tensor  # int64 [batch * qo_len], their places in the flattened batch
+    pages: Tensor  # int64 [batch, pages]
+    qo_len: int
+    kv_len: int
+
+
+class DenseExtends:
+    """Attention of sequences that compute several tokens each, by `scaled_dot_product_attention`.
+
+    Cost of a layer: one copy of all KV that they read, and dense attention.
+    """
+
+    def __init__(self, pool: KVPool) -> None:
+        self.pool = pool
+        self._extends: list[_Extends] = []
+        self._masks: dict[tuple[object, ...], Tensor] = {}  # of this batch; the same in most layers
+        self._metadata: AttentionMetadata | None = None
+
+    @property
+    def metadata(self) -> AttentionMetadata:
+        """The planned batch."""
+        assert self._metadata is not None, "run before plan"
+        return self._metadata
+
+    def plan(self, metadata: AttentionMetadata, sequences: NDArray[np.intp]) -> None:
+        """Get ready for those sequences of a batch."""
+        self._metadata = metadata
+        self._masks.clear()
+        by_shape: dict[tuple[int, int, int], list[int]] = {}
+        for i in sequences:
+            for shape in _blocks(int(metadata.qo_lens[i]), int(metadata.kv_lens[i])):
+                by_shape.setdefault(shape, []).append(int(i))
+        self._extends = [
+            self._plan_extends(alike[first : first + size], *shape)
+            for shape, alike in by_shape.items()
+            for size in [max(1, CHUNK_TOKENS // shape[2])]
+            for first in range(0, len(alike), size)
+        ]
+
+    def run(self, layer: int, q: Tensor, params: AttentionParams, out: Tensor) -> None:
+        """Write the rows of those sequences into `out`; q and out are of the whole batch."""
+        for extends in self._extends:
+            out[extends.rows] = self._extend(layer, q[extends.rows], extends, params)
+
+    def _plan_extends(self, sequences: list[int], first_row: int, qo_len: int, kv_len: int) -> _Extends:
+        metadata = self.metadata
+        rows = metadata.qo_indptr[sequences][:, None] + first_row + np.arange(qo_len)
+        pages = metadata.kv_indptr[sequences][:, None] + np.arange(-(-kv_len // metadata.page_size))
+        return _Extends(self._tensor(rows.ravel()), self._tensor(metadata.kv_indices[pages]), qo_len, kv_len)
+
+    def _extend(self, layer: int, q: Tensor, extends: _Extends, params: AttentionParams) -> Tensor:
+        qo_len, kv_len = extends.qo_len, extends.kv_len
+        page_size = self.pool.page_size
+        start = int(first_visible(np.array(kv_len - qo_len), params)) // page_size * page_size
+        pages = extends.pages[:, start // page_size :]  # those that any query sees
+        q = q.unflatten(0, (-1, qo_len))  # [batch, qo_len, num_q_heads, k_head_dim]
+        k, v = self._gather(layer, pages, kv_len - start)  # [batch, kv_len - start, num_kv_heads, head_dim]
+        if params.softcap is None and params.sinks is None:
+            return _sdpa(q, k, v, self._extend_bias(q, extends, start, params), params.scale).flatten(0, 1)
+        visible = self._extend_visible(extends, start, params)
+        return torch.cat(
+            [
+                dense_attention(*one, visible, scale=params.scale, softcap=params.softcap, sinks=params.sinks)
+                for one in zip(q, k, v, strict=True)
+            ]
+        )
+
+    def _gather(self, layer: int, page_ids: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """KV as [batch, num_tokens, heads, dim]; what a last page holds beyond is cut off unread."""
+        k, v = self.pool.gather(layer, page_ids.flatten())
+        shape = (page_ids.shape[0], -1)
+        return k.unflatten(0, shape)[:, :num_tokens], v.unflatten(0, shape)[:, :num_tokens]
+
+    def _extend_bias(self, q: Tensor, extends: _Extends, start: int, params: AttentionParams) -> Tensor | None:
+        """What is added to the scores, [qo_len, kv_len - start]; None where the plain causal mask is meant."""
+        window = params.sliding_window or extends.kv_len
+        if extends.qo_len == extends.kv_len and params.chunk_size is None and window >= extends.kv_len:
+            return None
+        key = ("bias", extends.qo_len, extends.kv_len, start, params.sliding_window, params.chunk_size)
+        if key not in self._masks:
+            visible = self._extend_visible(extends, start, params)
+            self._masks[key] = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
+        return self._masks[key]
+
+    def _extend_visible(self, extends: _Extends, start: int, params: AttentionParams) -> Tensor:
+        key = ("visible", extends.qo_len, extends.kv_len, start, params.sliding_window, params.chunk_size)
+        if key not in self._masks:
+            positions = torch.arange(extends.kv_len - extends.qo_len, extends.kv_len, device=self.pool.device)
+            self._masks[key] = visible_mask(positions, extends.kv_len, **limits(params))[:, start:]
+        return self._masks[key]
+
+    def _tensor(self, indices: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(indices).to(self.pool.device, torch.int64)
+
+
+def _blocks(qo_len: int, kv_len: int) -> Iterator[tuple[int, int, int]]:
+    """Cut one extend into (first row, rows, keys) whose scores have at most `BLOCK_SCORES` entries a head.
+
+    A token sees no later key, so a block of queries is itself an extend, over the keys up to its end.
+    """
+    first_key = kv_len - qo_len
+    row = 0
+    while row < qo_len:
+        size = min(qo_len - row, max(1, BLOCK_SCORES // kv_len))
+        yield row, size, first_key + row + size
+        row += size
+
+
+def limits(params: AttentionParams) -> dict[str, int | None]:
+    """What limits a query's sight, as keywords of `visible_mask`."""
+    return {"sliding_window": params.sliding_window, "chunk_size": params.chunk_size}
+
+
+def first_visible(positions: NDArray[Any], params: AttentionParams) -> NDArray[Any]:
+    """The first position that each query sees."""
+    starts = np.zeros_like(positions)
+    if params.sliding_window is not None:
+        starts = np.maximum(starts, positions - params.sliding_window + 1)
+    if params.chunk_size is not None:
+        starts = np.maximum(starts, positions // params.chunk_size * params.chunk_size)
+    return starts
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Dense attention of [batch, tokens, heads, dim] tensors; causal from the first key on where `bias` is None."""
+    out = scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=bias,
+        is_causal=bias is None,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
