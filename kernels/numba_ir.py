@@ -14,8 +14,10 @@ value of 16 bit is, a mode says:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
@@ -30,12 +32,11 @@ MODES = ("f32", "bf16", "bf16dot", "f16")
 F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 VEC, IVEC = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 FAST = ("reassoc", "contract", "nsz", "arcp")  # not nnan and ninf: NaN must come through, not become anything
-EXP2_COEFFICIENTS = (1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158)  # ln(2)**n / n!
-EXP2_COEFFICIENTS += (0.009618129107628477, 0.0013333558146428443, 0.00015403530393381608, 1.5252733804059841e-05)
+EXP2_COEFFICIENTS = tuple(math.log(2) ** n / math.factorial(n) for n in range(8))
 LOG2_E = 1.4426950408889634
 
 
-class _BFloat(ir.Type):  # llvmlite has no such type of its own
+class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no such type of its own
     def _to_string(self) -> str:
         return "bfloat"
 
@@ -49,11 +50,13 @@ class _BFloat(ir.Type):  # llvmlite has no such type of its own
 _BFLOAT = _BFloat()
 
 
+@cache
 def best_bf16_mode() -> str:
     """The fastest mode for bfloat16 on this processor."""
     return "bf16dot" if llvm.get_host_cpu_features().get("avx512bf16", False) else "bf16"
 
 
+@cache
 def can_widen_f16() -> bool:
     """Whether the processor converts float16 itself."""
     features = llvm.get_host_cpu_features()
@@ -136,6 +139,32 @@ class _Emitter:
             p = self.fma(p, f, self.vec(coefficient))
         exponent = b.shl(b.add(b.fptosi(i, IVEC), self.ivec(127)), self.ivec(23))
         return b.fmul(p, b.bitcast(exponent, VEC))
+
+    def sum_lanes(self, x: Any) -> Any:
+        function = cgutils.get_or_insert_function(
+            self.b.module, ir.FunctionType(F32, [F32, VEC]), "llvm.vector.reduce.fadd.v16f32"
+        )
+        return self.b.call(function, [ir.Constant(F32, 0.0), x], fastmath=FAST)
+
+    def sums(self, vectors: list[Any]) -> Any:
+        """A vector of the sums over the lanes of each of up to 16 vectors, in order; other lanes mean nothing.
+
+        Neighbours are folded together, halving what is left of each: 15 additions for 16 vectors, not 64.
+        """
+        kept = LANES  # lanes that are left of each vector
+        while kept > 1:
+            half, per_vector = kept // 2, LANES // kept
+            firsts = [v * kept + i for v in range(per_vector) for i in range(half)]
+            lower = firsts + [LANES + lane for lane in firsts]
+            upper = [lane + half for lane in lower]
+            folded = []
+            for i in range(0, len(vectors), 2):
+                one = vectors[i]
+                other = vectors[i + 1] if i + 1 < len(vectors) else ir.Constant(VEC, ir.Undefined)
+                halves = [self.b.shuffle_vector(one, other, ir.Constant(IVEC, lanes)) for lanes in (lower, upper)]
+                folded.append(self.b.fadd(*halves, flags=FAST))
+            vectors, kept = folded, half
+        return vectors[0]
 
     def tanh(self, x: Any) -> Any:
         b = self.b
@@ -368,13 +397,7 @@ def exp2_row(typing, scores, weights, num_vectors, largest, shape):  # type: ign
             else:
                 e.store(value, target, builder.mul(i, e.const(64)))
             builder.store(builder.fadd(builder.load(total), value), total)
-        return e.b.call(
-            cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(F32, [F32, VEC]), "llvm.vector.reduce.fadd.v16f32"
-            ),
-            [ir.Constant(F32, 0.0), builder.load(total)],
-            fastmath=FAST,
-        )
+        return e.sum_lanes(builder.load(total))
 
     return types.float32(scores, weights, num_vectors, largest, shape), codegen
 
@@ -430,3 +453,66 @@ def _loader(size: int, kind: Any) -> Callable[[Any, Any, Any, Any], Any]:
 
 def _as_i64(builder: Any, index: Any) -> Any:
     return index if index.type == I64 else builder.sext(index, I64)
+
+
+@intrinsic
+def product_tile(typing, w, w_stride, x, x_stride, num_steps, out, shape):  # type: ignore[no-untyped-def]
+    """out[c, r] = <w_r, x_c> for ROWS rows r of weights and GROUPS rows c of inputs, of one dtype.
+
+    w, x: addresses of the first rows; the strides are bytes from one row to the next
+    num_steps: how many times 64 bytes of each row; a row ends with a whole step
+    out: float32 [GROUPS, ROWS], in memory for a multiple of 16 numbers
+    """
+    tile = Tile.of_type(shape)
+    num_rows, num_columns, mode_name = tile.rows, tile.groups, tile.mode
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = _Emitter(builder)
+        w_address, w_row, x_address, x_row, steps, out_address = args[:6]
+        acc = e.variables(num_rows * num_columns, lambda i: e.vec(0.0))
+        kind = VEC if mode_name == "f32" else IVEC
+
+        def load_parts(address: Any, stride: Any, row: int, at: Any) -> tuple[Any, ...]:
+            raw = e.load(address, builder.add(builder.mul(stride, e.const(row)), at), kind)
+            return e.widen(raw, mode_name) if mode_name in ("bf16", "f16") else (raw,)
+
+        with e.loop(steps) as step:
+            at = builder.mul(step, e.const(64))
+            weights = [load_parts(w_address, w_row, r, at) for r in range(num_rows)]
+            for r in range(num_rows):  # those of the next tile
+                e.prefetch(w_address, builder.add(builder.mul(w_row, e.const(num_rows + r)), at), 3)
+            for c in range(num_columns):
+                inputs = load_parts(x_address, x_row, c, at)
+                for r in range(num_rows):
+                    slot = acc[c * num_rows + r]
+                    for weight, value in zip(weights[r], inputs, strict=True):
+                        old = builder.load(slot)
+                        add = e.dot if mode_name == "bf16dot" else lambda old, w, x: e.fma(w, x, old)
+                        builder.store(add(old, weight, value), slot)
+        for first in range(0, len(acc), LANES):
+            sums = e.sums([builder.load(slot) for slot in acc[first : first + LANES]])
+            e.store(sums, out_address, e.const(4 * first))
+        return context.get_dummy_value()
+
+    return types.void(w, w_stride, x, x_stride, num_steps, out, shape), codegen
+
+
+@intrinsic
+def store_as(typing, address, index, value, shape):  # type: ignore[no-untyped-def]
+    """Set number `index` from `address` on, in the dtype of the shape's mode, to a float32."""
+    mode_name = Tile.of_type(shape).mode
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = _Emitter(builder)
+        number, size = args[2], 4 if mode_name == "f32" else 2
+        if mode_name == "f16":
+            number = builder.fptrunc(number, ir.HalfType())
+        elif mode_name != "f32":
+            bits = builder.bitcast(number, I32)
+            odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+            bits = builder.add(builder.add(bits, ir.Constant(I32, 0x7FFF)), odd)
+            number = builder.trunc(builder.lshr(bits, ir.Constant(I32, 16)), ir.IntType(16))
+        e.store(number, args[0], builder.mul(_as_i64(builder, args[1]), e.const(size)), size)
+        return context.get_dummy_value()
+
+    return types.void(address, index, value, shape), codegen

@@ -22,7 +22,7 @@ def run(worker: Any, data: int, num_threads: int) -> None:
     Returns when all have returned. The workers share the work out among themselves.
     """
     if num_threads == 1:
-        worker.ctypes(ctypes.cast(data, worker.ctypes.argtypes[0]))
+        _call(worker, data)
     else:
         _parallel()(worker, data, num_threads)
 
@@ -60,9 +60,14 @@ def _torchs_openmp() -> ctypes.CDLL | None:
 
 
 def _on_plain_threads(worker: Any, data: int, num_threads: int) -> None:
-    threads = [threading.Thread(target=worker.ctypes, args=(data,)) for _ in range(num_threads - 1)]
+    threads = [threading.Thread(target=_call, args=(worker, data)) for _ in range(num_threads - 1)]
     for thread in threads:
         thread.start()
-    worker.ctypes(data)
+    _call(worker, data)
     for thread in threads:
         thread.join()
+
+
+def _call(worker: Any, data: int) -> None:
+    function = worker.ctypes
+    function(ctypes.cast(data, function.argtypes[0]))

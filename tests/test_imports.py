@@ -25,6 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "models": {"errors", "config", "attention", "kernels", "memory", "demo_model"},
     "engine": {"errors", "config", "models", "cache", "memory", "attention"},
 }
+ARROWS["hf"] = {"errors", "config", "cache", "memory"}
 ARROWS["radixkv"] = set(ARROWS)
 ARROWS["cli"] = set(ARROWS)
 

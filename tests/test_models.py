@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from radixkv import Engine, EngineConfig, SamplingParams
-from radixkv.attention import torch_backend
+from radixkv.attention import dense_extends
 from radixkv.errors import UnsupportedModelError
 from radixkv.models.probe import plug_in_paged_attention
 from tiny_models import FAMILIES, REFUSED, VOCAB_SIZE, tiny_model
@@ -127,10 +127,10 @@ def _stretched_by_length(forward):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "llama4"])
 def test_long_extends_are_cut_into_blocks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_backend, "BLOCK_SCORES", 200)  # three to five rows a block
+    monkeypatch.setattr(dense_extends, "BLOCK_SCORES", 200)  # three to five rows a block
     model = tiny_model(family)
     expected = oracle_tokens(copy.deepcopy(model), prompt := random_prompts(4, [47], shared=0)[0])
-    engine = Engine(model, config=EngineConfig(page_size=4, kv_cache_tokens=512))
+    engine = Engine(model, config=EngineConfig(page_size=4, kv_cache_tokens=512, attention_backend="torch"))
     engine.generate(prompt[:14], SamplingParams(max_tokens=1))
     assert engine.generate(prompt, GREEDY)[0].token_ids == expected
 

@@ -55,7 +55,7 @@ class TaskTable(NamedTuple):
     @property
     def rows(self) -> int:
         """Query rows of a task."""
-        return self.row_ids.shape[1]
+        return int(self.row_ids.shape[1])
 
 
 class Work(NamedTuple):
@@ -157,9 +157,10 @@ def _with_merges(tables: list[TaskTable], num_tokens: int, *, merge_all: bool) -
     rows: list[NDArray[np.int32]] = []
     partials: list[NDArray[np.int64]] = []
     num_partials = 0
+    first: NDArray[np.int64]
     for table in tables:
-        is_partial = merge_all | (parts[np.maximum(table.row_ids, 0)] > 1) & (table.row_ids >= 0)
-        is_partial = is_partial.any(axis=1)  # all rows of a task or none
+        is_split = (parts[np.maximum(table.row_ids, 0)] > 1) & (table.row_ids >= 0)
+        is_partial = np.any(is_split, axis=1) | merge_all  # all rows of a task or none
         first = num_partials + (np.cumsum(is_partial) - is_partial) * table.rows
         table.tasks[:, 4] = np.where(is_partial, first, NOT_SPLIT)
         num_partials += int(is_partial.sum()) * table.rows

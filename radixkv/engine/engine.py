@@ -42,6 +42,7 @@ from radixkv.memory.kv_pool import make_pool, num_pages_that_fit, pool_bytes_per
 from radixkv.memory.req_to_token import ReqToTokenPool
 from radixkv.models.loader import eos_token_ids, load, max_context_tokens
 from radixkv.models.probe import plug_in_paged_attention
+from radixkv.models.skinny_linear import speed_up_linears
 
 
 class Engine:
@@ -70,6 +71,7 @@ class Engine:
         """
         config = config or EngineConfig()
         layers = plug_in_paged_attention(model.eval())
+        speed_up_linears(model)
         needs = AttentionNeeds(layers, config.page_size, model.dtype, model.device)
         chosen = choose_backend(config.attention_backend, needs)
         kept = [layer.kv for layer in layers]

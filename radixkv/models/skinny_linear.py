@@ -1,0 +1,87 @@
+"""Linear layers of a decoding model on the CPU, by our own kernel where few tokens come at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from radixkv.kernels import numba_ir, numba_linear, openmp
+
+STEP_BYTES = 64
+MAX_TOKENS = {"f32": 64, "bf16dot": 32, "bf16": 4, "f16": 64}  # more are faster in torch's dense products, as measured
+MIN_BYTES_PER_THREAD = 1 << 16  # below it waking a thread costs more than it reads
+WARM_UP_TOKENS = (1, 2, 4, 8)  # one for each tile
+
+
+class SkinnyLinear(nn.Linear):
+    """An `nn.Linear` on the CPU that reads its weights at the memory's bandwidth when it is given few tokens.
+
+    Made of a plain one by `speed_up_linears`, which changes its class and nothing else.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        num_tokens = input.numel() // weight.shape[1]
+        mode = _mode(weight)
+        if mode is None or not 0 < num_tokens <= MAX_TOKENS[mode] or input.dtype != weight.dtype:
+            return super().forward(input)
+        if torch.is_grad_enabled() and (weight.requires_grad or input.requires_grad):
+            return super().forward(input)
+        return _multiply(input.contiguous(), weight, self.bias, mode, num_tokens)
+
+
+def speed_up_linears(model: nn.Module) -> None:
+    """Let the linear layers of `model` use our kernel where they can: those on the CPU, of plain classes and layouts.
+
+    The kernels for them are compiled, or loaded from disk.
+    """
+    modes = set()
+    for module in model.modules():
+        if type(module) is nn.Linear and _mode(module.weight) is not None:
+            module.__class__ = SkinnyLinear
+            modes.add(_mode(module.weight))
+    for mode in sorted(mode for mode in modes if mode is not None):
+        for num_tokens in WARM_UP_TOKENS:
+            if num_tokens <= MAX_TOKENS[mode]:
+                numba_linear.linear_worker(mode, num_tokens)
+
+
+def _mode(weight: Tensor) -> str | None:
+    """How the kernel reads `weight`; None if it cannot."""
+    fits = (
+        weight.device.type == "cpu"
+        and weight.is_contiguous()
+        and weight.shape[1] * weight.element_size() % STEP_BYTES == 0
+        and weight.shape[0] >= numba_linear.MIN_ROWS
+    )
+    if not fits:
+        return None
+    if weight.dtype == torch.float32:
+        return "f32"
+    if weight.dtype == torch.bfloat16:
+        return numba_ir.best_bf16_mode()
+    return "f16" if weight.dtype == torch.float16 and numba_ir.can_widen_f16() else None
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str, num_tokens: int) -> Tensor:
+    out_features, in_features = weight.shape
+    out = x.new_empty(*x.shape[:-1], out_features)
+    wide_bias = None if bias is None else bias.float().contiguous()
+    counter = np.zeros(1, np.int64)
+    arguments = np.array(
+        [
+            counter.ctypes.data,
+            weight.data_ptr(),
+            x.data_ptr(),
+            0 if wide_bias is None else wide_bias.data_ptr(),
+            out.data_ptr(),
+            num_tokens,
+            out_features,
+            in_features * weight.element_size(),
+        ],
+        np.int64,
+    )
+    num_threads = min(torch.get_num_threads(), 1 + weight.nbytes // MIN_BYTES_PER_THREAD)
+    openmp.run(numba_linear.linear_worker(mode, num_tokens), arguments.ctypes.data, num_threads)
+    return out

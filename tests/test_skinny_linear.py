@@ -1,0 +1,89 @@
+"""Linear layers on few tokens give what torch gives, in every dtype and for every number of tokens."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from radixkv.kernels import numba_ir, numba_linear, openmp
+from radixkv.models import skinny_linear
+from radixkv.models.skinny_linear import MAX_TOKENS, SkinnyLinear, speed_up_linears
+
+DTYPES = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}  # relative: the output's rounding
+
+
+def linear(in_features: int, out_features: int, dtype: torch.dtype, *, bias: bool) -> nn.Linear:
+    torch.manual_seed(in_features + out_features)
+    return nn.Linear(in_features, out_features, bias=bias, dtype=dtype).requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("out_features", "bias"), [(6, True), (33, False), (131, True)])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 7, 8, 9, 64, 65])
+def test_same_as_torch(dtype: torch.dtype, out_features: int, bias: bool, num_tokens: int) -> None:
+    layer = linear(96, out_features, dtype, bias=bias)
+    x = torch.randn(1, num_tokens, 96).to(dtype)
+    expected = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    speed_up_linears(layer)
+    assert type(layer) is SkinnyLinear
+    found = layer(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=DTYPES[dtype], atol=DTYPES[dtype])
+
+
+@pytest.mark.parametrize("mode", [mode for mode in numba_ir.MODES if mode != "bf16dot"])
+def test_every_mode_computes_the_same(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modes that this processor would not choose, too."""
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[mode]
+    monkeypatch.setattr(skinny_linear, "_mode", lambda weight: mode)
+    layer = linear(64, 40, dtype, bias=False)
+    x = torch.randn(3, 64).to(dtype)
+    expected = layer(x)
+    speed_up_linears(layer)
+    torch.testing.assert_close(layer(x), expected, rtol=DTYPES[dtype], atol=DTYPES[dtype])
+
+
+def test_what_the_kernel_cannot_read_is_left_as_it_is() -> None:
+    odd, narrow = linear(40, 32, torch.bfloat16, bias=False), linear(64, 2, torch.float32, bias=False)
+    double, transposed = linear(64, 32, torch.float64, bias=False), linear(64, 32, torch.float32, bias=False)
+    transposed.weight.data = torch.randn(64, 32).T
+    model = nn.ModuleList([odd, narrow, double, transposed])
+    speed_up_linears(model)
+    assert [type(module) for module in model] == [nn.Linear] * 4
+
+
+def test_gradients_and_other_dtypes_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(64, 32)
+    speed_up_linears(layer)
+    monkeypatch.setattr(skinny_linear, "_multiply", None)  # calling it would fail
+    layer(torch.randn(2, 64)).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad():
+        assert layer(torch.empty(0, 64)).shape == (0, 32)
+        assert layer(torch.randn(MAX_TOKENS["f32"] + 1, 64)).shape == (65, 32)
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(torch.randn(2, 64, dtype=torch.float64))
+
+
+def test_a_copy_has_weights_of_its_own() -> None:
+    layer = linear(64, 32, torch.float32, bias=False)
+    speed_up_linears(layer)
+    other = copy.deepcopy(layer)
+    other.weight.data.zero_()
+    x = torch.randn(1, 64)
+    assert other(x).abs().max() == 0 < layer(x).abs().max()
+
+
+def test_threads_share_the_rows_out() -> None:
+    """On more threads than there are cores, and without OpenMP, every row is computed once."""
+    weight, x = torch.randn(1000, 64), torch.randn(1, 64)
+    for run in (openmp.run, openmp._on_plain_threads):
+        out, counter = torch.full((1, 1000), torch.nan), np.zeros(1, np.int64)
+        addresses = [counter.ctypes.data, weight.data_ptr(), x.data_ptr(), 0, out.data_ptr(), 1, 1000, 256]
+        arguments = np.array(addresses, np.int64)
+        run(numba_linear.linear_worker("f32", 1), arguments.ctypes.data, 7)
+        torch.testing.assert_close(out, x @ weight.T)
