@@ -1,0 +1,97 @@
+"""What goes into a cache during one call of generate."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from radixkv.hf.page_store import Tokens
+from radixkv.hf.support import left_padding
+
+
+class Call:
+    """The tokens and the padding of the columns that the layers of a cache hold.
+
+    Attributes:
+        ids: the tokens of the columns, int64 [batch, columns]; None before the first forward pass.
+        padding: columns of padding on the left of each row.
+        exact_columns: leading columns whose KV is that of any longer or shorter sequence with these tokens.
+    """
+
+    def __init__(self, eos_token_ids: frozenset[int]) -> None:
+        self.ids: Tensor | None = None
+        self.padding: list[int] = []
+        self.exact_columns = 0
+        self._prompt_columns = 0
+        self._mask: Tensor | None = None
+        self._eos_token_ids = eos_token_ids
+
+    @property
+    def num_columns(self) -> int:
+        """Columns noted, those of the next forward pass included."""
+        return 0 if self.ids is None else int(self.ids.shape[1])
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences in the batch."""
+        return len(self.padding)
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens in the row with the least padding."""
+        return self.num_columns - min(self.padding)
+
+    def note(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Add the columns of the next forward pass, [batch, columns]; the mask is [batch, all columns].
+
+        Raises: InvalidRequestError for a mask that is not padding on the left.
+        """
+        is_step = self.ids is not None and input_ids.shape[1] == 1
+        self.ids = input_ids if self.ids is None else torch.cat([self.ids, input_ids], dim=1)
+        self._mask = attention_mask
+        if not is_step:  # a prompt, or a chunk of it: steps add ones to the mask, which need no look
+            self.measure_padding()
+            self._prompt_columns = self.num_columns
+
+    def measure_padding(self) -> None:
+        """Read each row's padding off the last mask. Raises: InvalidRequestError, as `note`."""
+        assert self.ids is not None, "a forward pass was noted"
+        self.padding = left_padding(self._mask, self.ids.shape[0])
+
+    def has_prompt(self, padding: int) -> bool:
+        """Whether a row with so much padding has a token in its prompt: without one, positions begin elsewhere."""
+        return padding < self._prompt_columns
+
+    def crop(self, num_columns: int) -> None:
+        """Forget the columns from `num_columns` on."""
+        assert self.ids is not None, "a forward pass was noted"
+        self.ids = self.ids[:, :num_columns]
+        self.exact_columns = min(self.exact_columns, num_columns)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Give row i what row `rows[i]` held: beams of one prompt, so their padding is the same."""
+        assert self.ids is not None, "a forward pass was noted"
+        self.ids = self.ids.index_select(0, rows.to(self.ids.device))
+
+    def row_tokens(self) -> list[Tokens]:
+        """The tokens of each row, without padding."""
+        assert self.ids is not None, "a forward pass was noted"
+        columns = self.ids.cpu().numpy().astype(np.int32)
+        return [np.ascontiguousarray(row[padding:]) for row, padding in zip(columns, self.padding, strict=True)]
+
+    def common_prefix(self) -> Tokens:
+        """The tokens that all rows begin with."""
+        first, *others = self.row_tokens()
+        length = len(first)
+        for row in others:
+            length = min(length, len(row))
+            differ = np.flatnonzero(row[:length] != first[:length])
+            length = int(differ[0]) if len(differ) else length
+        return first[:length]
+
+    def end_of_output(self, tokens: Tokens, padding: int) -> int:
+        """How many of a row's `tokens` come before the padding that follows its end-of-sequence token."""
+        first = self._prompt_columns - padding
+        ends = np.flatnonzero(np.isin(tokens[first:], list(self._eos_token_ids)))
+        return first + int(ends[0]) + 1 if len(ends) else len(tokens)

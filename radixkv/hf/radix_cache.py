@@ -1,0 +1,329 @@
+"""A cache for `model.generate` that remembers prefixes from one call to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from radixkv.errors import ConfigError, InvalidRequestError, UnsupportedModelError
+from radixkv.hf.call import Call
+from radixkv.hf.chunk_buffer import ByteMeter
+from radixkv.hf.chunked_cache import DEFAULT_CHUNK_TOKENS, ChunkedLayer, check_chunk_tokens
+from radixkv.hf.page_store import LayerStates, PageStore
+from radixkv.hf.support import check_inputs, check_model, check_positions, position_limit, sees_columns
+
+MIN_SHARED_TOKENS = 64
+"""What computing the common prefix of a batch first must save, in tokens over all rows: a forward pass costs time."""
+
+
+class RadixCacheStats(NamedTuple):
+    """What a `RadixCache` did so far and holds now.
+
+    `hit_tokens` of `query_tokens` in the prompts of all calls were read, not computed. `stored_tokens` is what the
+    pages in use have room for, of `capacity_tokens` in all, which take `pool_bytes` once the first call has ended;
+    `evicted_tokens` made room for others.
+    """
+
+    query_tokens: int
+    hit_tokens: int
+    stored_tokens: int
+    evicted_tokens: int
+    capacity_tokens: int
+    pool_bytes: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the prompts' tokens that were not computed; 0 before the first call."""
+        return self.hit_tokens / self.query_tokens if self.query_tokens else 0.0
+
+
+class RadixCache(Cache):  # type: ignore[misc]
+    """Lets `model.generate` skip what an earlier call has computed: the longest stored prefix of each prompt.
+
+        cache = RadixCache(model, max_tokens=100_000)
+        model.generate(**inputs, past_key_values=cache)
+
+    Pass the same object to every call. After a call the KV of prompt and output is in the pages of this cache, shared
+    with what begins alike, and the least recently used goes first when room is needed. Tokens are those of a call
+    without it; prompts are reused to the token. Sampling, streamers, beams, several sequences a prompt, prompt lookup
+    and assistants work as they do without it. A call that raises stores nothing.
+
+    In a batch, padded on the left, all rows are computed from one column on: the first that some row lacks. So a
+    batch skips `min over rows of (padding + stored prefix)` columns, and hidden states and attentions of the prompt,
+    where asked for, begin there. What all rows begin with and nobody has computed yet is computed once, before them.
+
+    Between calls the object looks empty to transformers. Call `reset` when the weights or the adapters of the model
+    change. Not thread-safe: a second call at the same time is refused.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_tokens: int,
+        page_size: int = 16,
+        policy: str = "lru",
+        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    ) -> None:
+        """Teach `model.generate`, of this one model, to attend RadixCaches. With other caches it does what it did.
+
+        Args:
+            max_tokens: tokens to keep between calls, rounded up to whole pages. Their memory is taken in the first
+                call. A running call holds its own on top, in layers with sliding windows too.
+            page_size: tokens a page: the unit of eviction.
+            policy: name of the eviction policy.
+            chunk_tokens: by how many columns the buffers of a running call grow.
+
+        Raises: ConfigError; UnsupportedModelError if the KV of the model's tokens cannot be kept, or depends on more
+            than the tokens before them.
+        """
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+            raise ConfigError(f"max_tokens must be an integer of at least 1, not {max_tokens!r}")
+        if isinstance(page_size, bool) or not isinstance(page_size, int) or page_size < 1:
+            raise ConfigError(f"page_size must be an integer of at least 1, not {page_size!r}")
+        check_chunk_tokens(chunk_tokens)
+        check_model(model)
+        super().__init__(layer_class_to_replicate=partial(ChunkedLayer, chunk_tokens, ByteMeter()))
+        self.store = PageStore(-(-max_tokens // page_size), page_size, policy)
+        self._model = model
+        self._position_limit = position_limit(model.config)
+        self._sees_columns = sees_columns(model.config)
+        self._call: Call | None = None
+        self._cached_tokens: tuple[int, ...] = ()
+        self._query_tokens = self._hit_tokens = 0
+        model.generate = MethodType(generate, model)
+
+    @property
+    def cached_tokens(self) -> tuple[int, ...]:
+        """For each row of the last call, how many tokens of its prompt were read, not computed."""
+        return self._cached_tokens
+
+    def stats(self) -> RadixCacheStats:
+        """Hits, evictions and room so far. O(1)."""
+        stats = self.store.stats()
+        return RadixCacheStats(
+            query_tokens=self._query_tokens,
+            hit_tokens=self._hit_tokens,
+            stored_tokens=stats.total_tokens,
+            evicted_tokens=stats.evicted_tokens,
+            capacity_tokens=self.store.max_tokens,
+            pool_bytes=self.store.num_bytes,
+        )
+
+    def reset(self) -> None:
+        """Forget every prefix and free the pages' memory. Raises: InvalidRequestError in a call."""
+        if self._call is not None:
+            raise InvalidRequestError("a RadixCache cannot be reset while generate uses it")
+        self.store.reset()
+
+    def check_invariants(self) -> None:
+        """Prove the bookkeeping of the pages, and that no call left any of them pinned. Raises: InvariantError."""
+        self.store.prefixes.check_invariants()
+        assert self.store.stats().num_leases == 0, "leases live within a method of the store"
+
+    @contextmanager
+    def serving(self, model: PreTrainedModel, eos_token_ids: frozenset[int]) -> Iterator[None]:
+        """One call of `model.generate`: sees every forward pass in it, and stores its KV unless it raises."""
+        if model is not self._model:
+            raise InvalidRequestError("a RadixCache serves the model it was made with; make one for each model")
+        if self._call is not None:
+            raise InvalidRequestError("this RadixCache serves another call of generate; make one for each thread")
+        hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        try:
+            with self._recording(Call(eos_token_ids)):
+                yield
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def _recording(self, call: Call) -> Iterator[None]:
+        """Let the layers, which are empty, hold what `call` notes; store it in the end, unless something raises."""
+        outer, self._call = self._call, call
+        try:
+            yield
+            self._store(call)
+        finally:
+            self._call = outer
+            self.layers.clear()
+
+    # ------------------------------------------------------------------------- what transformers calls
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add the columns of one layer. Raises: InvalidRequestError outside `generate` of the cache's model."""
+        if self._call is None:
+            raise InvalidRequestError(
+                "a RadixCache serves generate of the model it was made with, where it learns which tokens it holds"
+            )
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return keys, values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last columns, as `ChunkedLayer.crop` does: assistants take back what was not accepted."""
+        super().crop(tokens_to_remove)
+        if self._call is not None:
+            self._call.crop(self.get_seq_length())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give row i what row `beam_idx[i]` held."""
+        super().reorder_cache(beam_idx)
+        if self._call is not None:
+            self._call.reorder(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refused: no way to decode in transformers itself drops rows."""
+        raise InvalidRequestError("rows of a RadixCache cannot be dropped; generate without it")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused: no way to decode in transformers itself repeats rows after the first forward pass."""
+        raise InvalidRequestError("rows of a RadixCache cannot be repeated; generate without it")
+
+    # --------------------------------------------------------------------------- before a forward pass
+
+    def _before_forward(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Note the tokens of a forward pass, load what is stored of them, and leave the rest to the model."""
+        call = self._call
+        if call is None or kwargs.get("past_key_values") is not self:
+            return None  # another cache's forward pass inside the same call: guidance, an assistant
+        check_inputs(kwargs)
+        first = self._check_complete(call)
+        if first and not self.store.is_allocated:
+            self.store.allocate(self._states(0, 0))  # so that a lack of memory shows before there is an output to lose
+        call.note(kwargs["input_ids"], kwargs.get("attention_mask"))
+        if self._position_limit is None or call.longest_row < self._position_limit:
+            call.exact_columns = call.num_columns
+        limit = call.num_columns - _num_logits(kwargs)
+        if first and limit <= first:
+            return None  # a step, or an assistant's proposal, behind the prompt
+        check_positions(kwargs.get("position_ids"), first, call.padding)
+        last = self._load_prefixes(call, first, limit)
+        return (args, _without_leading_columns(kwargs, last - first)) if last > first else None
+
+    def _load_prefixes(self, call: Call, first: int, limit: int) -> int:
+        """Load columns from `first` on that every row has stored, up to column `limit`. Returns: where they end."""
+        last = first
+        if call.exact_columns == call.num_columns:
+            if first == 0:
+                self._compute_common_prefix(call, limit)
+            stored = [
+                padding + self.store.peek(row[: max(0, limit - padding)], self._namespace(padding))
+                for row, padding in zip(call.row_tokens(), call.padding, strict=True)
+            ]
+            last = max(first, min(*stored, limit))
+        loaded = [max(0, last - max(first, padding)) for padding in call.padding]
+        self._note_prompt(call, first, loaded)
+        if not any(loaded):
+            return first
+        self._load_columns(call, first, last)
+        return last
+
+    def _compute_common_prefix(self, call: Call, limit: int) -> None:
+        """Compute and store what all rows begin with, once for all of them, if that saves enough."""
+        num_useful = min(max(0, limit - max(call.padding)), self.store.max_tokens)
+        common = call.common_prefix()[:num_useful]
+        missing = len(common) - self.store.peek(common, None)
+        if (call.num_rows - 1) * missing < MIN_SHARED_TOKENS or (self._sees_columns and any(call.padding)):
+            return
+        assert call.ids is not None, "its rows begin alike"
+        input_ids = torch.from_numpy(common).to(call.ids)[None]
+        with self._recording(Call(frozenset())):
+            self._model(input_ids=input_ids, past_key_values=self, use_cache=True, logits_to_keep=1)
+
+    def _load_columns(self, call: Call, first: int, last: int) -> None:
+        """Put the stored KV of columns `[first, last)` behind what the layers hold; padding becomes zeros."""
+        fresh: list[LayerStates] = []
+        for index, (k, v) in enumerate(self.store.like(call.num_rows)):
+            if index == len(self.layers):
+                self.layers.append(self.layer_class_to_replicate())
+            self.layers[index].reserve(k, v, call.num_columns)
+            fresh.append(self.layers[index].extend(last - first))
+        for row, (tokens, padding) in enumerate(zip(call.row_tokens(), call.padding, strict=True)):
+            blank = max(0, min(padding, last) - first)
+            for k, v in fresh:
+                k[row, :, :blank] = v[row, :, :blank] = 0
+            if last > padding:
+                states = [(k[row, :, blank:], v[row, :, blank:]) for k, v in fresh]
+                self.store.load(tokens[: last - padding], self._namespace(padding), max(0, first - padding), states)
+
+    def _note_prompt(self, call: Call, first: int, loaded: list[int]) -> None:
+        before = self._cached_tokens if first else (0,) * len(loaded)
+        self._cached_tokens = tuple(map(sum, zip(before, loaded, strict=True)))
+        self._hit_tokens += sum(loaded)
+        self._query_tokens += sum(call.num_columns - max(first, padding) for padding in call.padding)
+
+    def _store(self, call: Call) -> None:
+        """Keep the KV of every row, up to where its output ended."""
+        if not self._check_complete(call):
+            return
+        call.measure_padding()  # once more: a prompt that came in chunks may have ended in one column
+        for row, (tokens, padding) in enumerate(zip(call.row_tokens(), call.padding, strict=True)):
+            num_tokens = min(len(tokens), call.exact_columns - padding)
+            if num_tokens > 0 and call.has_prompt(padding):
+                kept = tokens[: min(num_tokens, call.end_of_output(tokens, padding))]
+                self.store.save(kept, self._namespace(padding), self._states(row, padding))
+
+    def _states(self, row: int, first: int) -> list[LayerStates]:
+        """What the layers hold of one row, from column `first` on."""
+        return [(layer.keys[row, :, first:], layer.values[row, :, first:]) for layer in self.layers]
+
+    def _check_complete(self, call: Call) -> int:
+        """How many columns the layers hold: all that were noted. Raises: UnsupportedModelError if they do not."""
+        held = {layer.get_seq_length() for layer in self.layers} or {0}
+        if held != {call.num_columns}:
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__} was given {call.num_columns} columns and wrote {sorted(held)} to the "
+                "layers of its cache; such a model cannot reuse prefixes"
+            )
+        return call.num_columns
+
+    def _namespace(self, padding: int) -> str | None:
+        return f"{padding} columns of padding" if padding and self._sees_columns else None
+
+
+def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """`generate` of the model's class, which a `RadixCache` among the keywords attends.
+
+    It takes the place of the method on one model, as a method, so that copies of the model have their own.
+    """
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, RadixCache):
+        return type(model).generate(model, *args, **kwargs)
+    with cache.serving(model, _eos_token_ids(model, kwargs)):
+        return type(model).generate(model, *args, **kwargs)
+
+
+def _eos_token_ids(model: PreTrainedModel, kwargs: dict[str, Any]) -> frozenset[int]:
+    """What ends an output of this call: only to leave out the padding behind it, which would be stored as tokens."""
+    config = kwargs.get("generation_config") or model.generation_config
+    ids = kwargs.get("eos_token_id", config.eos_token_id)
+    if isinstance(ids, Tensor):
+        ids = ids.tolist()
+    if ids is None:
+        return frozenset()
+    return frozenset(ids if isinstance(ids, list | tuple) else [ids])
+
+
+def _num_logits(kwargs: dict[str, Any]) -> int:
+    """Of how many last columns the logits are wanted: so many must be computed."""
+    wanted = kwargs.get("logits_to_keep", 0)
+    num_columns: int = kwargs["input_ids"].shape[1]
+    return wanted if isinstance(wanted, int) and wanted else num_columns
+
+
+def _without_leading_columns(kwargs: dict[str, Any], num_columns: int) -> dict[str, Any]:
+    """The inputs of a forward pass that begins later. The attention mask covers what is cached, and stays."""
+    shorter = dict(kwargs)
+    for name in ("input_ids", "position_ids", "cache_position"):
+        if shorter.get(name) is not None:
+            shorter[name] = shorter[name][..., num_columns:]
+    return shorter

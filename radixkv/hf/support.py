@@ -1,0 +1,112 @@
+"""What a `RadixCache` can serve: a model, and the inputs of one forward call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from radixkv.errors import InvalidRequestError, UnsupportedModelError
+from radixkv.hf.chunked_cache import kv_layers
+
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+KNOWN_INPUTS = ("input_ids", "attention_mask", "position_ids", "cache_position", "past_key_values", "logits_to_keep")
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError unless the KV of a token depends on the tokens up to it alone, and can be kept."""
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"a RadixCache is made for a transformers model, not {type(model).__name__}")
+    config = model.config.get_text_config()
+    _check_layers(model)
+    if getattr(model, "_is_stateful", False):
+        raise _unsupported(model, "it keeps a recurrent state, which cannot be cut back to a prefix")
+    if getattr(config, "cross_attention_layers", None) or getattr(config, "add_cross_attention", False):
+        raise _unsupported(model, "it attends to other inputs than its tokens (cross attention)")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise _unsupported(model, "its tokens see the tokens behind them, so a prefix alone has other KV")
+    if not model.can_generate() or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise _unsupported(model, "it is no decoder that generates with logits_to_keep")
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """How long a sequence may get before the keys of its first tokens change; None if they never do.
+
+    Rotary embeddings that stretch with the length of the context (dynamic NTK, LongRoPE) turn all keys of a long
+    prompt by other angles than those of a short one.
+    """
+    text_config = config.get_text_config()
+    rope: Mapping[str, Any] = getattr(text_config, "rope_parameters", None) or {}
+    sections = [rope, *(section for section in rope.values() if isinstance(section, Mapping))]
+    limits = []
+    for section in sections:
+        if section.get("rope_type") in LENGTH_DEPENDENT_ROPE:
+            original = section.get("original_max_position_embeddings") or getattr(
+                text_config, "original_max_position_embeddings", None
+            )
+            limits.append(int(original or text_config.max_position_embeddings))
+    return min(limits, default=None)
+
+
+def sees_columns(config: PretrainedConfig) -> bool:
+    """Whether KV depends on the number of padding columns too: Llama 4 tunes its temperature by columns."""
+    return bool(getattr(config.get_text_config(), "attn_temperature_tuning", False))
+
+
+def check_inputs(kwargs: Mapping[str, Any]) -> None:
+    """Raise InvalidRequestError unless tokens are all that the KV of this forward call depends on."""
+    for name, value in kwargs.items():
+        if name not in KNOWN_INPUTS and (isinstance(value, Tensor) or (isinstance(value, Mapping) and value)):
+            raise InvalidRequestError(
+                f"a RadixCache knows prefixes by their token ids alone, and KV depends on {name} too; "
+                f"leave {name} out, or generate without the cache"
+            )
+    if kwargs.get("use_cache") is False:
+        raise InvalidRequestError("use_cache=False computes every token anew; leave it or the RadixCache out")
+    if kwargs.get("input_ids") is None:
+        raise InvalidRequestError("a RadixCache needs input_ids")
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise InvalidRequestError("a RadixCache needs an attention_mask of shape [batch, tokens]")
+
+
+def left_padding(attention_mask: Tensor | None, batch_size: int) -> list[int]:
+    """Leading columns that each row masks. Raises: InvalidRequestError for any other mask."""
+    if attention_mask is None:
+        return [0] * batch_size
+    real = attention_mask.bool().cpu()
+    padding = (~real).sum(1)
+    expected = torch.arange(real.shape[1]) >= padding[:, None]
+    for row in range(batch_size):
+        if not torch.equal(real[row], expected[row]):
+            raise InvalidRequestError(
+                f"row {row} of attention_mask masks tokens behind the first one; a RadixCache needs padding on the left"
+            )
+    return [int(columns) for columns in padding]
+
+
+def check_positions(position_ids: Tensor | None, first: int, padding: list[int]) -> None:
+    """Raise InvalidRequestError unless tokens are counted from 0, padding left out; `first` is the first column."""
+    if position_ids is None:
+        return
+    columns = torch.arange(first, first + position_ids.shape[-1])
+    expected = columns - torch.tensor(padding)[:, None]  # [batch, columns]
+    if not ((position_ids.cpu() == expected) | (expected < 0)).all():
+        raise InvalidRequestError(
+            "a RadixCache needs position_ids that count each row's tokens from 0; leave position_ids out"
+        )
+
+
+def _check_layers(model: PreTrainedModel) -> None:
+    """Refuse layers that keep something else than KV, and gaps: the layers of a call are those that kept something."""
+    placeholders = [type(layer).__name__ == "DummyLayer" for layer in kv_layers(model.config)]
+    if placeholders != sorted(placeholders):
+        raise _unsupported(model, f"layer {placeholders.index(True)} keeps nothing per token, and later ones do")
+
+
+def _unsupported(model: PreTrainedModel, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{type(model).__name__} cannot reuse prefixes: {why}")
