@@ -66,6 +66,7 @@ class EngineConfig:
             that is less.
         max_context_tokens: prompt and output of one request at most; None takes the model's own limit.
         max_skips: under "lpm", how many later arrivals may overtake a waiting request before it goes first.
+        cuda_graphs: whether a GPU replays steps of decodes as CUDA graphs; None does where backend and model can.
         prefix_cache: False computes every prompt from its first token (to measure what the cache brings).
         seed: from which requests without a seed of their own draw theirs.
     """
@@ -82,6 +83,7 @@ class EngineConfig:
     max_running_requests: int | None = None
     max_context_tokens: int | None = None
     max_skips: int = 64
+    cuda_graphs: bool | None = None
     prefix_cache: bool = True
     seed: int = 0
 

@@ -6,11 +6,15 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: tests never ask the network
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when transformers imports Triton: its kernels run on the CPU
+
 import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
-import torch
 from transformers import PreTrainedModel
 
 from cli_runs import small_engine

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from attention_cases import Case
-from radixkv.attention.backend import AttentionParams, backend_names, choose_backend, why_not
+from attention_cases import Case, Spans
+from radixkv.attention.backend import AttentionParams, choose_backend, why_not
 from radixkv.attention.numba_backend import break_even
 from radixkv.attention.shared_prefix import BreakEven, plan_cascade
 from radixkv.errors import UnsupportedBackendError
@@ -24,53 +24,66 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": True},
     "window, softcap and sinks": {"sliding_window": 11, "softcap": 3.0, "sinks": True},
 }
+# (backend, device); Triton's and FlashInfer's own tests run them without a GPU
+TARGETS = [(name, "cpu") for name in ("numba", "torch", "reference")]
+if torch.cuda.is_available():
+    TARGETS += [(name, "cuda") for name in ("flashinfer", "triton", "torch", "reference")]
+ON_TARGETS = pytest.mark.parametrize(
+    "target",
+    [pytest.param(target, marks=[pytest.mark.gpu] * (target[1] == "cuda"), id="-".join(target)) for target in TARGETS],
+)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def check(backend: str, case: Case, **options: Any) -> None:
-    """`backend` agrees with the reference; where it cannot serve the case, that is for `test_backend_choice`."""
-    params = case.params(**options)
-    if why_not(backend, case.needs(params)) is None:
+def check(target: tuple[str, str], spans: Spans, option: str = "plain", **shape: Any) -> None:
+    """The backend agrees with the reference, or says why it cannot serve the case."""
+    backend, device = target
+    case = Case(spans, device=device, **shape)
+    params = case.params(**OPTIONS[option])
+    reason = why_not(backend, case.needs(params))
+    if reason is None:
         case.check(backend, params)
+    else:
+        assert backend == "flashinfer", reason  # the others take everything here
 
 
-@pytest.mark.parametrize("backend", backend_names())
+@ON_TARGETS
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_options(backend: str, option: str, page_size: int, dtype: torch.dtype) -> None:
-    check(backend, Case(SPANS, page_size=page_size, dtype=dtype), **OPTIONS[option])
+def test_options(target: tuple[str, str], option: str, page_size: int, dtype: torch.dtype) -> None:
+    check(target, SPANS, option, page_size=page_size, dtype=dtype)
 
 
-@pytest.mark.parametrize("backend", backend_names())
+@ON_TARGETS
 @pytest.mark.parametrize(("group", "head_dim"), [*itertools.product(range(1, 9), [64]), (7, 80), (2, 96), (1, 256)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_groups_and_head_sizes(backend: str, group: int, head_dim: int, dtype: torch.dtype) -> None:
-    check(backend, Case(SPANS[2:6], num_q_heads=2 * group, head_dim=head_dim, dtype=dtype))
+def test_groups_and_head_sizes(target: tuple[str, str], group: int, head_dim: int, dtype: torch.dtype) -> None:
+    check(target, SPANS[2:6], num_q_heads=2 * group, head_dim=head_dim, dtype=dtype)
 
 
-@pytest.mark.parametrize("backend", backend_names())
-def test_values_of_another_size_than_keys(backend: str) -> None:
-    check(backend, Case(SPANS, page_size=4, num_q_heads=4, num_kv_heads=4, head_dim=24, v_head_dim=16))
+@ON_TARGETS
+def test_values_of_another_size_than_keys(target: tuple[str, str]) -> None:
+    check(target, SPANS, page_size=4, num_q_heads=4, num_kv_heads=4, head_dim=24, v_head_dim=16)
 
 
-@pytest.mark.parametrize("backend", backend_names())
+@ON_TARGETS
 @pytest.mark.parametrize("last", range(14, 35))
-def test_extends_over_prefixes_of_every_length_around_page_borders(backend: str, last: int) -> None:
+def test_extends_over_prefixes_of_every_length_around_page_borders(target: tuple[str, str], last: int) -> None:
     spans = [(first, last) for first in range(max(0, last - 18), last)]
-    check(backend, Case(spans, num_q_heads=2, num_kv_heads=1, head_dim=16))
+    check(target, spans, num_q_heads=2, num_kv_heads=1, head_dim=16)
 
 
 NESTED = {(0, 1, 2, 3, 4, 5, 6, 7, 8): 1536, (0, 1, 2, 3, 4, 5, 6, 7): 2304, (1, 2): 2320}
 
 
-@pytest.mark.parametrize("backend", backend_names())
+@ON_TARGETS
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_shared_prefixes_count_the_same(backend: str, option: str, dtype: torch.dtype) -> None:
+def test_shared_prefixes_count_the_same(target: tuple[str, str], option: str, dtype: torch.dtype) -> None:
     lasts = [2305, 2340, 2333, 2400, 2306, 2499, 2310, 2370, 1700, 30]
     spans = [*((last - 1, last) for last in lasts), (20, 45)]
-    check(backend, Case(spans, num_q_heads=4, num_kv_heads=4, dtype=dtype, shared=NESTED), **OPTIONS[option])
+    check(target, spans, option, num_q_heads=4, num_kv_heads=4, dtype=dtype, shared=NESTED)
 
 
 def test_what_is_shared_by_many_is_read_once_on_every_level() -> None:

@@ -344,8 +344,7 @@ def test_without_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = FlashInferBackend.why_not(needs_of("cpu"))
     assert reason is not None
     assert "pip install radixkv[flashinfer]" in reason
-    with pytest.raises(ImportError, match="flashinfer"):
-        sampling_kernels()
+    assert sampling_kernels() is None
 
 
 @on_gpu

@@ -16,7 +16,7 @@ from torch import Tensor
 import fake_flashinfer
 from radixkv import SamplingParams
 from radixkv.engine.gpu_sampling import MIN_TEMPERATURE, DeviceSampler, RowSampling, SamplingKernels
-from radixkv.engine.sampling import Sampler, filtered_probabilities
+from radixkv.engine.sampling import filtered_probabilities
 from radixkv.kernels import flashinfer_paged
 
 HAS_FLASHINFER = torch.cuda.is_available() and importlib.util.find_spec("flashinfer") is not None
@@ -33,7 +33,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.fixture
 def sampler(device: str) -> DeviceSampler:
-    return DeviceSampler(flashinfer_paged, Sampler(), torch.device(device), seed=7)
+    return DeviceSampler(flashinfer_paged, torch.device(device), seed=7)
 
 
 def row(seeded: int | None = None, **params: Any) -> RowSampling:
@@ -48,7 +48,7 @@ def random_logits(num_rows: int, vocab_size: int, device: str) -> Tensor:
 
 def test_greedy_rows_take_the_likeliest(sampler: DeviceSampler, device: str) -> None:
     logits = random_logits(4, 50, device)
-    ids, finite = sampler.choose(logits, [row(), row(temperature=0.7, top_k=1), row(), row()])
+    ids, finite = sampler.start(logits, [row(), row(temperature=0.7, top_k=1), row(), row()]).read()
     assert ids == logits.argmax(-1).tolist()
     assert finite == [True] * 4
 
@@ -83,7 +83,7 @@ def test_draws_follow_the_filtered_distribution(
 ) -> None:
     logits = random_logits(1, 12, device)
     sampled = row(temperature=temperature, **options)
-    ids, _ = sampler.choose(logits.expand(NUM_DRAWS, -1).contiguous(), [sampled] * NUM_DRAWS)
+    ids, _ = sampler.start(logits.expand(NUM_DRAWS, -1).contiguous(), [sampled] * NUM_DRAWS).read()
     check_draws(ids, logits[0], sampled.params)
 
 
@@ -92,21 +92,28 @@ def test_rows_that_ask_for_different_things(sampler: DeviceSampler, device: str)
     logits = random_logits(1, 12, device)
     kinds = [row(), *(row(temperature=0.9, **options) for options in FILTERS)]
     rows = kinds * (NUM_DRAWS // 3)
-    ids, _ = sampler.choose(logits.expand(len(rows), -1).contiguous(), rows)
+    ids, _ = sampler.start(logits.expand(len(rows), -1).contiguous(), rows).read()
     assert set(ids[:: len(kinds)]) == {int(logits.argmax())}
     for place, kind in enumerate(kinds[1:], 1):
         check_draws(ids[place :: len(kinds)], logits[0], kind.params)
 
 
-def test_a_seed_gives_what_the_sampler_alone_gives(sampler: DeviceSampler, device: str) -> None:
-    """Whatever the rest of the batch draws."""
+def test_rows_with_a_seed_are_left_to_the_sampler(sampler: DeviceSampler, device: str) -> None:
     logits = random_logits(3, 40, device)
     rows = [row(temperature=1.0), row(seeded=11, temperature=1.0, top_p=0.9), row()]
-    alone = torch.Generator().manual_seed(11)
-    for _ in range(5):
-        ids, _ = sampler.choose(logits, rows)
-        assert ids[1] == Sampler().draw(logits[1], rows[1].params, alone)
-        assert ids[2] == int(logits[2].argmax())
+    assert [sampler.draws(one) for one in rows] == [True, False, False]
+    state = rows[1].generator.get_state()
+    ids, _ = sampler.start(logits, rows).read()
+    assert ids[1:] == logits[1:].argmax(-1).tolist()
+    assert torch.equal(rows[1].generator.get_state(), state)
+
+
+def test_without_kernels_nothing_is_drawn() -> None:
+    sampler = DeviceSampler(None, torch.device("cpu"), seed=0)
+    logits = random_logits(2, 40, "cpu")
+    assert not sampler.draws(row(temperature=1.0))
+    pending = sampler.start(logits, [row(temperature=1.0), row()])
+    assert pending.ids.tolist() == pending.read()[0] == logits.argmax(-1).tolist()
 
 
 def test_a_tiny_temperature_is_for_the_sampler() -> None:
@@ -119,13 +126,13 @@ def test_a_tiny_temperature_is_for_the_sampler() -> None:
 @pytest.mark.parametrize("temperature", [1e-300, 1e-5, MIN_TEMPERATURE])
 def test_a_temperature_near_zero_is_greedy(sampler: DeviceSampler, device: str, temperature: float) -> None:
     logits = torch.tensor([[0.0, 5.0, 4.9]], device=device)
-    assert sampler.choose(logits, [row(temperature=temperature)])[0] == [1]
+    assert sampler.start(logits, [row(temperature=temperature)]).read()[0] == [1]
 
 
 def test_rows_that_cannot_be_sampled_from_are_told(sampler: DeviceSampler, device: str) -> None:
     values = [[0.0, math.nan, 1.0], [0.0, 9.0, -math.inf], [-math.inf] * 3, [math.inf, 0.0, 0.0], [0.0, 0.0, 50.0]]
     for rows in ([row(temperature=0.5)] * 5, [row(seeded=1, temperature=0.5)] * 5, [row()] * 5):
-        ids, finite = sampler.choose(torch.tensor(values, device=device), rows)
+        ids, finite = sampler.start(torch.tensor(values, device=device), rows).read()
         assert finite == [False, True, False, False, True]
         assert ids[4] == 2
         assert ids[1] in (0, 1)
@@ -135,7 +142,7 @@ def test_the_same_seed_draws_the_same(device: str) -> None:
     logits = random_logits(64, 100, device)
     rows = [row(temperature=1.0)] * 64
     first, second, other = (
-        DeviceSampler(flashinfer_paged, Sampler(), torch.device(device), seed).choose(logits, rows)[0]
+        DeviceSampler(flashinfer_paged, torch.device(device), seed).start(logits, rows).read()[0]
         for seed in (1, 1, 2)
     )
     assert first == second
@@ -159,13 +166,13 @@ class CountingKernels:
 def test_one_call_a_batch_and_only_the_filters_that_somebody_asks() -> None:
     kernels = CountingKernels()
     typed: SamplingKernels = kernels
-    sampler = DeviceSampler(typed, Sampler(), torch.device("cpu"), seed=0)
+    sampler = DeviceSampler(typed, torch.device("cpu"), seed=0)
     logits = random_logits(3, 9, "cpu")
-    sampler.choose(logits, [row(temperature=1.0), row(), row(temperature=2.0)])
-    sampler.choose(logits, [row(temperature=1.0, top_k=4)] * 3)
-    sampler.choose(logits, [row(temperature=1.0, top_k=4), row(temperature=1.0, top_p=0.5), row(temperature=1.0)])
-    sampler.choose(logits, [row()] * 3)
-    sampler.choose(logits, [row(temperature=1.0, top_k=100)] * 3)
+    sampler.start(logits, [row(temperature=1.0), row(), row(temperature=2.0)]).read()
+    sampler.start(logits, [row(temperature=1.0, top_k=4)] * 3).read()
+    sampler.start(logits, [row(temperature=1.0, top_k=4), row(temperature=1.0, top_p=0.5), row(temperature=1.0)]).read()
+    sampler.start(logits, [row()] * 3).read()
+    sampler.start(logits, [row(temperature=1.0, top_k=100)] * 3).read()
     filters = [{name: asked[name] for name in ("top_k", "top_p", "min_p")} for asked in kernels.asked]
     assert filters[0] == {"top_k": None, "top_p": None, "min_p": None}
     assert filters[1] == {"top_k": 4, "top_p": None, "min_p": None}, "one for all is a plain number, which is faster"

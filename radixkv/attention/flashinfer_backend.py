@@ -170,12 +170,12 @@ class FixedFlashInferBackend:
         return out
 
 
-def sampling_kernels() -> ModuleType:
-    """FlashInfer's sampling, `softmax` and `draw`, for the engine, which imports no kernels itself.
-
-    Raises: ImportError that says how to get FlashInfer.
-    """
-    load()
+def sampling_kernels() -> ModuleType | None:
+    """FlashInfer's sampling, `softmax` and `draw`, for the engine, which imports no kernels itself; None without it."""
+    try:
+        load()
+    except ImportError:
+        return None
     return flashinfer_paged
 
 

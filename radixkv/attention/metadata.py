@@ -101,10 +101,18 @@ def build_metadata(
         kv_indices=np.concatenate([span.pages[:count] for span, count in zip(spans, num_pages, strict=True)]),
         kv_last_page_len=kv_lens - (num_pages - 1) * page_size,
         kv_lens=kv_lens,
-        positions=torch.from_numpy(positions).to(device),
-        slots=torch.from_numpy(slots).to(device),
+        positions=to_device(positions, device),
+        slots=to_device(slots, device),
         shared_nodes=tuple(_shared_nodes(spans)),
     )
+
+
+def to_device(values: NDArray[np.int64], device: torch.device | str) -> Tensor:
+    """`values` as a tensor on `device`, without waiting for what the device does before."""
+    tensor = torch.from_numpy(values)
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _shared_nodes(spans: Sequence[SequenceSpan]) -> Iterator[SharedNode]:

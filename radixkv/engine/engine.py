@@ -17,24 +17,27 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from radixkv.attention.backend import AttentionNeeds, choose_backend
+from radixkv.attention.flashinfer_backend import sampling_kernels
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.config import EngineConfig
 from radixkv.engine.arguments import CacheOptions, Prompt, as_list_of_params, as_list_of_prompts, checked_cache_options
 from radixkv.engine.detokenizer import Detokenizer
+from radixkv.engine.executor import Executor
+from radixkv.engine.gpu_sampling import DeviceSampler
+from radixkv.engine.graphs import make_graphs
 from radixkv.engine.interrupts import DeferredInterrupt
 from radixkv.engine.request import Request, RequestOutput
 from radixkv.engine.results import EngineStats, StreamChunk
 from radixkv.engine.runner import ModelRunner
 from radixkv.engine.sampling import Sampler, SamplingParams
-from radixkv.engine.scheduler import Scheduler, Span
+from radixkv.engine.scheduler import Scheduler
 from radixkv.engine.session import Session
 from radixkv.errors import (
     InvalidRequestError,
     InvalidSamplingParamsError,
     InvalidTokenIdsError,
     MissingTokenizerError,
-    NonFiniteLogitsError,
     PromptTooLongError,
     RadixKVError,
 )
@@ -77,10 +80,11 @@ class Engine:
         kept = [layer.kv for layer in layers]
         self.kv_bytes_per_token = pool_bytes_per_token(kept, model.dtype)
         num_pages = self._num_pages(config, model)
+        on_gpu = model.device.type == "cuda"
         self.pool = make_pool(
             chosen.layout(needs),
             kept,
-            num_pages=num_pages,
+            num_pages=num_pages + on_gpu,  # CUDA graphs pad batches with a page that the cache does not know
             page_size=config.page_size,
             dtype=model.dtype,
             device=model.device,
@@ -114,15 +118,18 @@ class Engine:
             page_size=self.config.page_size,
         )
         self._scheduler = Scheduler(self.config, self.cache, req_to_token)
-        self._runner = ModelRunner(model, backend, req_to_token)
+        graphs = make_graphs(model, backend, self.config, scratch_page=num_pages) if on_gpu else None
+        device_sampler = DeviceSampler(sampling_kernels(), model.device, config.seed) if on_gpu else None
+        self._runner = ModelRunner(model, backend, req_to_token, graphs)
         self._sampler = Sampler()
+        self._executor = Executor(self._runner, self._scheduler, self._sampler, device_sampler)
         self._seeds = np.random.default_rng(config.seed)
         self._lock = threading.RLock()
         self._busy = False  # whether somebody is inside `exclusive`
         self._abandoned: deque[Request] = deque()  # of streams that were closed or dropped
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._next_id = 0
-        self._steps = self._computed_tokens = self._generated_tokens = self._peak_used_pages = 0
+        self._steps = self._peak_used_pages = 0
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **settings: Any) -> Engine:
@@ -260,8 +267,8 @@ class Engine:
                 running=len(self._scheduler.running),
                 waiting=len(self._scheduler.waiting),
                 steps=self._steps,
-                computed_tokens=self._computed_tokens,
-                generated_tokens=self._generated_tokens,
+                computed_tokens=self._executor.computed_tokens,
+                generated_tokens=self._executor.generated_tokens,
                 retractions=self._scheduler.num_retractions,
                 peak_used_pages=self._peak_used_pages,
                 kv_bytes_per_token=self.kv_bytes_per_token,
@@ -328,50 +335,14 @@ class Engine:
     def step(self) -> None:
         """Run one batch: schedule, compute, sample, and finish what is done."""
         with self.exclusive():
-            batch = self._scheduler.next_batch()
+            batch = self._executor.step()
             if not batch:
                 return
-            self._run(batch)
             self._steps += 1
             self._peak_used_pages = max(self._peak_used_pages, self.cache.allocator.num_used)
             for span in batch:
                 if span.request.is_finished:
                     self._scheduler.release(span.request)
-
-    def _run(self, batch: list[Span]) -> None:
-        try:
-            logits = self._runner.forward(batch)
-        except Exception as error:
-            if len(batch) == 1:
-                batch[0].request.finish("error", error)
-                return
-            for span in batch:  # find out whose fault it was: alone, the others succeed
-                self._run([span])
-            return
-        likeliest, finite = self._sampler.likeliest(logits)
-        self._computed_tokens += sum(span.last - span.first for span in batch)
-        for row, span in enumerate(batch):
-            try:
-                if not finite[row]:
-                    raise NonFiniteLogitsError(f"the model gave NaN or infinite logits for request {span.request.id}")
-                if span.samples:
-                    self._accept(span.request, likeliest[row], logits[row])
-            except Exception as error:  # of this request's logits or tokenizer: the others go on
-                span.request.finish("error", error)
-        # After the tokens, not before: whoever interrupts in between leaves requests that compute a token once more,
-        # never one that has nothing to compute. What gave bad logits is not shared.
-        for span in batch:
-            if span.request.finish_reason != "error":
-                self._scheduler.computed(span)
-
-    def _accept(self, request: Request, likeliest: int, logits: torch.Tensor) -> None:
-        token_id = likeliest
-        if request.generator is not None:
-            token_id = self._sampler.draw(logits, request.params, request.generator)
-        if request.params.logprobs is not None:
-            request.logprobs.append(self._sampler.logprobs(logits, token_id, request.params.logprobs))
-        request.append(token_id)
-        self._generated_tokens += 1
 
     # -- requests ----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from radixkv.engine.sampling import Sampler, SamplingParams
+from radixkv.engine.sampling import SamplingParams
 
 MIN_TEMPERATURE = 1e-3  # below it the float32 of the kernels is coarse; `Sampler` has float64
 
@@ -45,52 +45,81 @@ class RowSampling(NamedTuple):
         return self.generator is not None and self.params.seed is None and self.params.temperature >= MIN_TEMPERATURE
 
 
+class PendingTokens:
+    """Tokens that the device is choosing. The next step may take `ids` as they lie there; `read` waits for them.
+
+    Attributes:
+        ids: int64 [rows], on the device.
+    """
+
+    def __init__(self, ids: Tensor, finite: Tensor) -> None:
+        self.ids = ids
+        on_device = torch.stack([ids, finite.long()])
+        self._copied: torch.cuda.Event | None = None
+        if on_device.is_cuda:
+            self._values = torch.empty(on_device.shape, dtype=torch.int64, pin_memory=True)
+            self._values.copy_(on_device, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._values = on_device
+
+    def read(self) -> tuple[list[int], list[bool]]:
+        """A token for each row, and whether the row can be sampled from.
+
+        It cannot if it holds NaN or plus infinity, or nothing above minus infinity; its token means nothing then.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()  # not the stream: the next step may be running in it
+        token_ids, finite = self._values.tolist()
+        return token_ids, [bool(flag) for flag in finite]
+
+
 class DeviceSampler:
     """Chooses the tokens of a batch on the device where the logits are.
 
-    Rows without a seed of their own draw from one generator, so what they draw depends on the batches they were in.
-    Rows with a seed go through `sampler`, one by one, and give the same everywhere. The filters are those of
-    `filtered_probabilities`, in its order, up to rounding and to tokens of equal probability at the edge of top_k.
+    Rows without a seed of their own draw from one generator, so what they draw depends on the batches they were in. The
+    filters are those of `filtered_probabilities`, in its order, up to rounding and to tokens of equal probability at
+    the edge of top_k. Rows with a seed are not drawn here: `Sampler` gives them the same everywhere.
 
     Args:
+        kernels: None where there are none; nothing is drawn then.
         seed: of the generator.
     """
 
-    def __init__(self, kernels: SamplingKernels, sampler: Sampler, device: torch.device, seed: int) -> None:
+    def __init__(self, kernels: SamplingKernels | None, device: torch.device, seed: int) -> None:
         self._kernels = kernels
-        self._sampler = sampler
         self._generator = torch.Generator(device).manual_seed(seed)
         self._planned: tuple[tuple[int, SamplingParams], ...] = ()
         self._filters: _Filters | None = None
 
-    def choose(self, logits: Tensor, rows: Sequence[RowSampling]) -> tuple[list[int], list[bool]]:
-        """A token for each row of `logits` [rows, vocab_size], and whether the row can be sampled from.
+    def draws(self, row: RowSampling) -> bool:
+        """Whether `start` draws that row; it takes the likeliest token otherwise."""
+        return self._kernels is not None and row.is_drawn_on_device
 
-        It cannot if it holds NaN or plus infinity, or nothing above minus infinity; its token means nothing then.
-        """
+    def start(self, logits: Tensor, rows: Sequence[RowSampling]) -> PendingTokens:
+        """Choose a token for each row of `logits` [rows, vocab_size], without waiting for it."""
         best = logits.max(dim=-1)
         ids, finite = best.indices, torch.isfinite(best.values)
-        drawn = tuple((i, row.params) for i, row in enumerate(rows) if row.is_drawn_on_device)
+        drawn = tuple((i, row.params) for i, row in enumerate(rows) if self.draws(row))
         if drawn:
             ids = self._draw(logits, ids, finite, drawn)
-        token_ids, is_finite = torch.stack([ids, finite.long()]).tolist()
-        for i, row in enumerate(rows):
-            if row.generator is not None and not row.is_drawn_on_device and is_finite[i]:
-                token_ids[i] = self._sampler.draw(logits[i], row.params, row.generator)
-        return token_ids, [bool(flag) for flag in is_finite]
+        return PendingTokens(ids, finite)
 
     def _draw(
         self, logits: Tensor, ids: Tensor, finite: Tensor, drawn: tuple[tuple[int, SamplingParams], ...]
     ) -> Tensor:
         """`ids` with those of the `drawn` rows drawn."""
+        kernels = self._kernels
+        assert kernels is not None
         if self._filters is None or drawn != self._planned:  # the same from step to step, mostly
             self._planned, self._filters = drawn, _filters(drawn, logits.shape[1], logits.device)
         filters = self._filters
         if len(drawn) < len(logits):
             logits, finite = logits.index_select(0, filters.rows), finite.index_select(0, filters.rows)
         logits = logits.where(finite[:, None], 0.0)  # the kernels are not made for NaN
-        probabilities = self._kernels.softmax(logits, filters.temperatures)
-        found = self._kernels.draw(
+        probabilities = kernels.softmax(logits, filters.temperatures)
+        found = kernels.draw(
             probabilities,
             top_k=filters.top_k,
             top_p=filters.top_p,

@@ -15,6 +15,7 @@ graphs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -25,11 +26,16 @@ from transformers import PreTrainedModel
 
 from radixkv.attention.backend import AttentionBackend
 from radixkv.attention.metadata import AttentionMetadata
-from radixkv.errors import UnsupportedModelError
+from radixkv.config import EngineConfig
+from radixkv.errors import UnsupportedBackendError, UnsupportedModelError
 from radixkv.models.paged_attention import PagedContext, flattened_forward
 
 WARM_UPS = 2  # libraries allocate and choose kernels in the first runs
+MAX_BATCH_SIZE = 256
+MAX_PAGES = 1 << 22  # of a batch; 16 MiB of indices on the device
 RUNG = 8  # between the sizes from there on: at most so many rows are computed for nothing
+
+logger = logging.getLogger(__name__)
 
 Replay = Callable[[], Tensor]
 """Runs what was captured once more; its output lies where the capture's did."""
@@ -82,6 +88,43 @@ class CudaCapturer:
             return output
 
         return replay
+
+
+def make_graphs(
+    model: PreTrainedModel, backend: AttentionBackend, config: EngineConfig, *, scratch_page: int
+) -> GraphRunner | None:
+    """Graphs for all batch sizes that an engine of that (resolved) config may have, captured; None to go without.
+
+    Raises: UnsupportedModelError, UnsupportedBackendError if the config asks for graphs that cannot be had.
+    """
+    if config.cuda_graphs is False:
+        return None
+    if not isinstance(backend, GraphableBackend):
+        if config.cuda_graphs is None:
+            return None
+        raise UnsupportedBackendError(
+            f"attention backend {backend.name!r} cannot run in CUDA graphs; set cuda_graphs=None"
+        )
+    assert config.max_running_requests is not None, "resolved"
+    assert config.max_context_tokens is not None, "resolved"
+    pages_per_request = -(-config.max_context_tokens // config.page_size)
+    graphs = GraphRunner(
+        model,
+        backend,
+        max_batch_size=min(MAX_BATCH_SIZE, config.max_running_requests),
+        max_pages=min(MAX_PAGES, config.max_running_requests * pages_per_request),
+        page_size=config.page_size,
+        scratch_page=scratch_page,
+        on_capture=lambda done, of: logger.info("captured %d of %d CUDA graphs", done, of),
+    )
+    try:
+        graphs.capture()
+    except UnsupportedModelError as error:
+        if config.cuda_graphs:
+            raise
+        logger.warning("going on without CUDA graphs: %s", error)
+        return None
+    return graphs
 
 
 class _Graph(NamedTuple):

@@ -10,36 +10,54 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from radixkv.attention.backend import AttentionBackend
-from radixkv.attention.metadata import PathNode, SequenceSpan, build_metadata
+from radixkv.attention.metadata import PathNode, SequenceSpan, build_metadata, to_device
+from radixkv.engine.graphs import GraphRunner
 from radixkv.engine.scheduler import Span
 from radixkv.memory.req_to_token import ReqToTokenPool
 from radixkv.models.paged_attention import PagedContext, flattened_forward
 
 
 class ModelRunner:
-    """The model, the attention backend and the table of pages, behind one call."""
+    """The model, the attention backend and the table of pages, behind one call.
 
-    def __init__(self, model: PreTrainedModel, backend: AttentionBackend, req_to_token: ReqToTokenPool) -> None:
+    Args:
+        graphs: runs what it can of them by CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        backend: AttentionBackend,
+        req_to_token: ReqToTokenPool,
+        graphs: GraphRunner | None = None,
+    ) -> None:
         self.model = model
         self.backend = backend
         self._req_to_token = req_to_token
+        self._graphs = graphs
 
-    @torch.inference_mode()
     def forward(self, batch: Sequence[Span]) -> Tensor:
         """Compute the KV of all tokens of `batch`, and the logits of the last token of each span.
 
         Spans that do not sample have theirs too: logits that are not finite betray KV that must not be shared.
 
-        Returns: [spans, vocab_size], float32.
+        Returns: [spans, vocab_size], float32, valid until the next call.
         Raises: UnsupportedModelError if the model did not run on the pages, whoever switched it.
         """
-        device = self.model.device
-        metadata = build_metadata(
-            [self._sequence_span(span) for span in batch], page_size=self._req_to_token.page_size, device=device
-        )
         tokens = np.concatenate([span.request.token_ids[span.first : span.last] for span in batch])
-        input_ids = torch.from_numpy(tokens).to(device, torch.int64)
-        last_rows = torch.from_numpy(metadata.qo_indptr[1:] - 1).to(device, torch.int64)
+        return self.forward_on(batch, to_device(tokens.astype(np.int64), self.model.device))
+
+    @torch.inference_mode()
+    def forward_on(self, batch: Sequence[Span], input_ids: Tensor) -> Tensor:
+        """As `forward`, of tokens that the device knows already: int64 [tokens]."""
+        metadata = build_metadata(
+            [self._sequence_span(span) for span in batch],
+            page_size=self._req_to_token.page_size,
+            device=self.model.device,
+        )
+        if self._graphs is not None and self._graphs.can_run(metadata):
+            return self._graphs.run(input_ids, metadata)
+        last_rows = to_device(metadata.qo_indptr[1:].astype(np.int64) - 1, self.model.device)
         context = PagedContext(self.backend, metadata)
         logits = flattened_forward(self.model, input_ids, metadata.positions, last_rows, context)
         context.check_complete()

@@ -76,6 +76,26 @@ class Scheduler:
             span.request.started_at = span.request.started_at or now
         return batch
 
+    def look_ahead(self, requests: list[Request]) -> list[Span] | None:
+        """The step after one that computes the last token of each of `requests`, before its tokens are known.
+
+        It is certain if they are all that run and nobody waits, and takes nobody's pages: those that the next tokens
+        need must be free or evictable.
+
+        Returns: None if it is not certain.
+        """
+        if self.waiting or len(requests) != len(self.running):
+            return None
+        for request in requests:
+            assert request.lease is not None, request
+            try:
+                if request.lease.capacity_tokens <= request.num_tokens:
+                    request.lease.grow(request.num_tokens + 1)
+                    self._write_row(request)
+            except OutOfPagesError:
+                return None
+        return [Span(request, request.num_tokens, request.num_tokens + 1) for request in requests]
+
     def computed(self, span: Span) -> None:
         """Note that the KV of `span` is in the pages now, and share it while the prompt is being computed."""
         request = span.request

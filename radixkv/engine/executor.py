@@ -1,0 +1,154 @@
+"""Runs the scheduler's batches and hands out their tokens; on a GPU one step ahead of the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from radixkv.engine.gpu_sampling import DeviceSampler, PendingTokens, RowSampling
+from radixkv.engine.request import Request
+from radixkv.engine.runner import ModelRunner
+from radixkv.engine.sampling import Sampler
+from radixkv.engine.scheduler import Scheduler, Span
+from radixkv.errors import NonFiniteLogitsError
+
+
+class _Launched(NamedTuple):
+    """A batch whose forward pass is under way, or done."""
+
+    batch: list[Span]
+    logits: Tensor  # [spans, vocab_size]
+    pending: PendingTokens | None  # None where tokens are chosen on the CPU
+
+
+class Executor:
+    """One step after another: schedule, compute, choose tokens.
+
+    Where a device sampler is given, a step of decodes is launched before the tokens of the last one are read: the model
+    takes them where they lie on the device, and what the CPU does for a step (pages, index arrays, launches, and after
+    it text and stop conditions) is done while the device computes. A request that turns out to have ended has then a
+    token computed for nothing. Its pages may go to others at once: the device works in order, so what it wrote there in
+    vain is overwritten before it is read.
+
+    Attributes:
+        computed_tokens, generated_tokens: counts since the executor was made.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, scheduler: Scheduler, sampler: Sampler, device_sampler: DeviceSampler | None
+    ) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._sampler = sampler
+        self._device_sampler = device_sampler
+        self._ahead: _Launched | None = None
+        self.computed_tokens = self.generated_tokens = 0
+
+    def step(self) -> list[Span]:
+        """Run one batch, and give its requests their tokens; those that ended are still to be released.
+
+        Returns: the batch; empty if there is nothing to do.
+        """
+        launched, self._ahead = self._ahead, None
+        if launched is None or all(span.request.is_finished for span in launched.batch):
+            batch = self._scheduler.next_batch()
+            try:
+                launched = self._launch(batch) if batch else None
+            except Exception as error:
+                self._run_apart(batch, error)
+                return batch
+        if launched is None:
+            return []
+        ahead = self._look_ahead(launched)
+        try:
+            token_ids, finite = self._read(launched)
+        except Exception as error:  # of the device, which tells late
+            self._run_apart(launched.batch, error)
+            return launched.batch
+        self._hand_out(launched, token_ids, finite)
+        self._ahead = ahead
+        return launched.batch
+
+    def _launch(self, batch: list[Span], input_ids: Tensor | None = None) -> _Launched:
+        logits = self._runner.forward(batch) if input_ids is None else self._runner.forward_on(batch, input_ids)
+        if self._device_sampler is None:
+            return _Launched(batch, logits, None)
+        return _Launched(batch, logits, self._device_sampler.start(logits, [_row(span) for span in batch]))
+
+    def _look_ahead(self, launched: _Launched) -> _Launched | None:
+        """Launch the next step of the same requests, if it is certain that they are the next step."""
+        if launched.pending is None or not all(self._surely_goes_on(span) for span in launched.batch):
+            return None
+        batch = self._scheduler.look_ahead([span.request for span in launched.batch])
+        if batch is None:
+            return None
+        try:
+            return self._launch(batch, launched.pending.ids)
+        except Exception:
+            return None  # the step is scheduled again when the tokens are there, and fails then if it must
+
+    def _surely_goes_on(self, span: Span) -> bool:
+        """Whether nothing but a stop token or string can end the request with this step's token."""
+        request, sampler = span.request, self._device_sampler
+        chosen_on_device = request.generator is None or (sampler is not None and sampler.draws(_row(span)))
+        return (
+            not request.is_finished
+            and span.samples
+            and len(request.output_ids) + 1 < request.max_new_tokens
+            and request.params.logprobs is None
+            and chosen_on_device
+        )
+
+    def _read(self, launched: _Launched) -> tuple[list[int], list[bool]]:
+        if launched.pending is None:
+            return self._sampler.likeliest(launched.logits)
+        return launched.pending.read()
+
+    def _run_apart(self, batch: Sequence[Span], error: Exception) -> None:
+        """After a batch failed, find out whose fault it was: alone, the others succeed."""
+        if len(batch) == 1:
+            batch[0].request.finish("error", error)
+            return
+        for span in batch:
+            if span.request.is_finished:
+                continue
+            try:
+                launched = self._launch([span])
+                self._hand_out(launched, *self._read(launched))
+            except Exception as own_error:
+                span.request.finish("error", own_error)
+
+    def _hand_out(self, launched: _Launched, token_ids: list[int], finite: list[bool]) -> None:
+        live = [(row, span) for row, span in enumerate(launched.batch) if not span.request.is_finished]
+        self.computed_tokens += sum(span.last - span.first for _, span in live)
+        for row, span in live:
+            try:
+                if not finite[row]:
+                    raise NonFiniteLogitsError(f"the model gave NaN or infinite logits for request {span.request.id}")
+                if span.samples:
+                    self._accept(span, token_ids[row], launched.logits[row])
+            except Exception as error:  # of this request's logits or tokenizer: the others go on
+                span.request.finish("error", error)
+        # After the tokens, not before: whoever interrupts in between leaves requests that compute a token once more,
+        # never one that has nothing to compute. What gave bad logits is not shared.
+        for _, span in live:
+            if span.request.finish_reason != "error":
+                self._scheduler.computed(span)
+
+    def _accept(self, span: Span, token_id: int, logits: Tensor) -> None:
+        request = span.request
+        is_drawn = self._device_sampler is not None and self._device_sampler.draws(_row(span))
+        if request.generator is not None and not is_drawn:
+            token_id = self._sampler.draw(logits, request.params, request.generator)
+        if request.params.logprobs is not None:
+            request.logprobs.append(self._sampler.logprobs(logits, token_id, request.params.logprobs))
+        request.append(token_id)
+        self.generated_tokens += 1
+
+
+def _row(span: Span) -> RowSampling:
+    """How the span's token is chosen; spans that end before their request's last token need none."""
+    request: Request = span.request
+    return RowSampling(request.params, request.generator if span.samples else None)

@@ -1,0 +1,154 @@
+"""A step ahead of the tokens changes nothing but the time at which things are launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import GreedyOracle
+from radixkv import Engine, SamplingParams
+from radixkv.engine.executor import Executor
+from radixkv.engine.gpu_sampling import DeviceSampler
+from radixkv.engine.scheduler import Span
+from tiny_models import VOCAB_SIZE
+
+GREEDY = SamplingParams(max_tokens=9)
+
+
+def random_ids(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(1, VOCAB_SIZE, length).tolist()
+
+
+class Ahead:
+    """An engine whose executor launches ahead, as on a GPU, and a log of its launches."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.launched_ahead = 0
+        sampler = DeviceSampler(None, torch.device("cpu"), seed=0)
+        engine._executor = Executor(engine._runner, engine._scheduler, engine._sampler, sampler)
+        self._forward_on = engine._runner.forward_on
+        engine._runner.forward = self._forward  # type: ignore[method-assign]
+        engine._runner.forward_on = self._count  # type: ignore[method-assign]
+
+    def _forward(self, batch: list[Span]) -> torch.Tensor:
+        tokens = np.concatenate([span.request.token_ids[span.first : span.last] for span in batch])
+        return self._forward_on(batch, torch.from_numpy(tokens).long())
+
+    def _count(self, batch: list[Span], input_ids: torch.Tensor) -> torch.Tensor:
+        self.launched_ahead += 1
+        return self._forward_on(batch, input_ids)
+
+
+@pytest.fixture
+def make_ahead(make_engine: Callable[..., Engine]) -> Callable[..., Ahead]:
+    return lambda **settings: Ahead(make_engine(**settings))
+
+
+def test_same_tokens(make_ahead: Callable[..., Ahead], oracle: GreedyOracle) -> None:
+    ahead = make_ahead()
+    prompts = [random_ids(seed, 6 + seed) for seed in range(5)]
+    params = [SamplingParams(max_tokens=3 + 4 * seed) for seed in range(5)]
+    outputs = ahead.engine.generate(prompts, params)
+    for output, prompt, p in zip(outputs, prompts, params, strict=True):
+        assert output.token_ids == oracle.continuation(prompt, p.max_tokens)
+    assert ahead.launched_ahead > 8
+    assert ahead.engine.stats().generated_tokens == sum(p.max_tokens for p in params)
+
+
+def test_a_stop_token_that_nobody_foresaw(make_ahead: Callable[..., Ahead], oracle: GreedyOracle) -> None:
+    """The one that stops has a token computed in vain; the others keep theirs, and its pages are free."""
+    ahead = make_ahead()
+    prompts = [random_ids(seed, 8) for seed in range(3)]
+    expected = [oracle.continuation(prompt, 9) for prompt in prompts]
+    stop = expected[1][3]
+    params = [SamplingParams(max_tokens=9, stop_token_ids=[stop] if i == 1 else []) for i in range(3)]
+    outputs = ahead.engine.generate(prompts, params)
+    assert [output.finish_reason for output in outputs] == ["length", "stop", "length"]
+    assert outputs[1].token_ids == expected[1][: expected[1].index(stop) + 1]
+    assert (outputs[0].token_ids, outputs[2].token_ids) == (expected[0], expected[2])
+    ahead.engine.check_invariants()
+    again = ahead.engine.generate(prompts, GREEDY)
+    assert [output.token_ids for output in again] == expected, "nothing that was computed in vain is shared"
+
+
+def test_a_small_pool_with_retractions(make_ahead: Callable[..., Ahead], oracle: GreedyOracle) -> None:
+    ahead = make_ahead(kv_cache_tokens=72)
+    prompts = [random_ids(seed, 9) for seed in range(4)]
+    outputs = ahead.engine.generate(prompts, SamplingParams(max_tokens=20))
+    assert [output.token_ids for output in outputs] == [oracle.continuation(prompt, 20) for prompt in prompts]
+    assert ahead.engine.stats().retractions > 0
+
+
+def test_aborted_between_launch_and_tokens(make_ahead: Callable[..., Ahead], oracle: GreedyOracle) -> None:
+    ahead = make_ahead()
+    first, second = (ahead.engine.stream(random_ids(seed, 7), SamplingParams(max_tokens=12)) for seed in (1, 2))
+    pieces = [next(first), next(second), next(first), next(first)]
+    assert ahead.launched_ahead > 0
+    assert ahead.engine.abort(pieces[1].request_id)
+    rest = [token for chunk in [pieces[0], *pieces[2:], *first] for token in chunk.token_ids]
+    assert rest == oracle.continuation(random_ids(1, 7), 12)
+    assert next(second).output.finish_reason == "abort"  # type: ignore[union-attr]
+
+
+def test_all_aborted_between_launch_and_tokens(make_ahead: Callable[..., Ahead], oracle: GreedyOracle) -> None:
+    ahead = make_ahead()
+    stream = ahead.engine.stream(random_ids(1, 7), SamplingParams(max_tokens=12))
+    next(stream), next(stream)
+    stream.close()
+    prompt = random_ids(2, 7)
+    assert ahead.engine.generate(prompt, GREEDY)[0].token_ids == oracle.continuation(prompt, 9)
+
+
+def test_a_new_request_joins_after_what_is_under_way(make_ahead: Callable[..., Ahead], oracle: GreedyOracle) -> None:
+    ahead = make_ahead()
+    stream = ahead.engine.stream(random_ids(1, 7), SamplingParams(max_tokens=12))
+    chunks = [next(stream), next(stream)]
+    prompt = random_ids(2, 7)
+    assert ahead.engine.generate(prompt, GREEDY)[0].token_ids == oracle.continuation(prompt, 9)
+    tokens = [token for chunk in [*chunks, *stream] for token in chunk.token_ids]
+    assert tokens == oracle.continuation(random_ids(1, 7), 12)
+
+
+@pytest.mark.parametrize("params", [{"logprobs": 2}, {"temperature": 1.0, "seed": 3}], ids=str)
+def test_what_needs_the_cpu_waits_for_it(
+    make_ahead: Callable[..., Ahead], make_engine: Callable[..., Engine], params: dict[str, object]
+) -> None:
+    ahead, prompt = make_ahead(), random_ids(1, 7)
+    (output,) = ahead.engine.generate(prompt, SamplingParams(max_tokens=6, **params))
+    (expected,) = make_engine().generate(prompt, SamplingParams(max_tokens=6, **params))
+    assert (output.token_ids, output.logprobs) == (expected.token_ids, expected.logprobs)
+    assert ahead.launched_ahead == 0
+
+
+def test_a_launch_ahead_that_fails_is_tried_again(make_ahead: Callable[..., Ahead], oracle: GreedyOracle) -> None:
+    ahead = make_ahead()
+
+    def out_of_memory(batch: list[Span], input_ids: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    ahead.engine._runner.forward_on = out_of_memory  # type: ignore[method-assign]
+    prompts = [random_ids(seed, 7) for seed in range(2)]
+    outputs = ahead.engine.generate(prompts, GREEDY)
+    assert [output.token_ids for output in outputs] == [oracle.continuation(prompt, 9) for prompt in prompts]
+
+
+def test_one_bad_row_ahead_fails_alone(make_ahead: Callable[..., Ahead], oracle: GreedyOracle) -> None:
+    ahead = make_ahead()
+    prompts = [random_ids(seed, 7) for seed in range(3)]
+    forward_on = ahead.engine._runner.forward_on
+
+    def poisoned(batch: list[Span], input_ids: torch.Tensor) -> torch.Tensor:
+        logits = forward_on(batch, input_ids).clone()
+        for row, span in enumerate(batch):
+            if span.request.prompt_ids.tolist() == prompts[1]:
+                logits[row] = torch.nan
+        return logits
+
+    ahead.engine._runner.forward_on = poisoned  # type: ignore[method-assign]
+    outputs = ahead.engine.generate(prompts, GREEDY)
+    assert [output.finish_reason for output in outputs] == ["length", "error", "length"]
+    assert outputs[0].token_ids == oracle.continuation(prompts[0], 9)
