@@ -22,17 +22,23 @@ from numba import types
 
 from radixkv.kernels import numba_ir
 from radixkv.kernels.numba_ir import (
+    ALL_MODES,
+    CODE_MODES,
     LANES,
-    MODES,
     Tile,
+    copy_words,
     exp2_row,
+    interleave_halves,
     limit_row,
     load_f32,
     load_i32,
     load_i64,
     next_number,
+    scale_scores,
+    scale_weights,
     score_tile,
     store_f32,
+    transpose_words,
     value_tile,
 )
 
@@ -42,7 +48,11 @@ MERGED_AT_ONCE = 16  # rows that a thread takes at a time
 LN_2, LOG2_E = np.float32(math.log(2)), np.float32(math.log2(math.e))
 NO_SCORE = np.float32(-1e30)
 NOT_SPLIT = -1
-F32_MODE, DOT_MODE = 1 + MODES.index("f32"), 1 + MODES.index("bf16dot")  # as the length of a shape's last tuple
+
+# Modes as the length of a shape's last tuple; from FIRST_CODES on they are of codes.
+F32_MODE, DOT_MODE = 1 + ALL_MODES.index("f32"), 1 + ALL_MODES.index("bf16dot")
+INT8_MODE, INT4_MODE = 1 + ALL_MODES.index("int8"), 1 + ALL_MODES.index("int4")
+FIRST_CODES = 1 + ALL_MODES.index(CODE_MODES[0])
 NO_SOURCE = -1
 
 # The places of the arguments in the int64 array that a worker gets: addresses and sizes.
@@ -57,10 +67,12 @@ Q = 7  # float32 [num_rows, k_dim]
 K, V = 8, 9  # as `LaneKVPool` lays them out, or `KVPool`; behind V's last value up to 15 may be read
 OUT, LSE = 10, 11  # float32 [num_rows, v_dim] and [num_rows]
 PARTIAL_OUT, PARTIAL_LSE = 12, 13  # the same of partial rows
-FACTORS = 14  # float32 [3]: scale * log2(e), 0, 0; or with a soft cap: scale, softcap * log2(e), 1 / softcap
+FACTORS = 14  # float32 [4]: scale * log2(e), 0, 0; or with a soft cap: scale, softcap * log2(e), 1 / softcap; V's unit
 K_DIM, V_DIM, NUM_KV_HEADS, PAGE_SIZE = 15, 16, 17, 18
-IN_LANES = 19
-NUM_ARGUMENTS = 20
+IN_LANES = 19  # always, where K and V are codes
+K_HEAD_BYTES, V_HEAD_BYTES = 20, 21  # from one head of a page to the next, in lanes
+K_SCALES, V_SCALES = 22, 23  # bfloat16 [pages, heads, scale (and zero), page_size]; of "int8" and "int4"
+NUM_ARGUMENTS = 24
 
 # of a worker that merges
 MERGED_ROWS = 2  # int32 [NUM_TASKS]
@@ -73,7 +85,8 @@ NUM_Q_HEADS = 6
 def tile_of(mode: str, rows: int) -> Tile:
     """The tile for so many query rows: sums enough to hide the multiplier's latency, not more than registers."""
     groups = 8 if rows <= 2 else 4 if rows <= 5 else 2
-    return Tile(rows, groups, 4 if rows <= 6 else 2, mode)
+    vectors = 4 if rows <= 6 else 2
+    return Tile(rows, groups, vectors // 2 if mode == "int4" else vectors, mode)
 
 
 @cache
@@ -97,16 +110,19 @@ def attention_worker(mode: str, rows: int) -> Any:
 @nb.njit
 def run_attention(a, shape):
     rows, groups = len(shape[0]), len(shape[1])
-    width = values_in_4_bytes(shape)
+    width, parts = values_in_4_bytes(shape), parts_of_components(shape)
     k_dim, v_dim = a[K_DIM], a[V_DIM]
     queries = np.empty(k_dim * rows, np.uint32)
     row_tokens = BLOCK_TOKENS + groups * LANES
     scores = np.empty((rows, row_tokens), np.float32)
     weights = np.empty((rows, row_tokens * bytes_of_weight(shape)), np.uint8)
     # a vector may reach beyond V's last component: what it finds there stays in lanes that are never written out
-    acc = np.empty((rows, padded(v_dim)), np.float32)
+    acc = np.empty((rows, parts * padded(v_dim // parts)), np.float32)
     maximum, total, rescale = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(rows, np.float32)
-    k_at, v_at = np.empty(BLOCK_TOKENS // LANES + groups, np.int64), np.empty(BLOCK_TOKENS // LANES, np.int64)
+    query_sums, zeros = np.zeros(rows, np.float32), np.zeros(rows, np.float32)  # what zeros of K and V are weighed by
+    # of a block, and of what follows: the next block, or the last group again
+    k_at, v_at = np.empty(BLOCK_TOKENS // LANES + groups, np.int64), np.empty(BLOCK_TOKENS // LANES + groups, np.int64)
+    scales_at = np.empty((2, BLOCK_TOKENS // LANES), np.int64)  # of K and of V
     staged_tokens = 0 if a[IN_LANES] else BLOCK_TOKENS
     k_lanes = np.empty(staged_tokens * k_dim // width, np.int32)
     v_lanes = np.empty(staged_tokens * v_dim // width + LANES, np.int32)
@@ -117,24 +133,29 @@ def run_attention(a, shape):
         kv_head, page_list = load_i64(a[TASKS], task * 5), load_i64(a[TASKS], task * 5 + 1)
         start, end = load_i64(a[TASKS], task * 5 + 2), load_i64(a[TASKS], task * 5 + 3)
         first_row = task * rows
-        pack_queries(a, first_row, queries, shape)
+        pack_queries(a, first_row, queries, query_sums, shape)
         acc[:] = 0
+        zeros[:] = 0
         maximum[:] = NO_SCORE
         total[:] = 0
         for first_token in range(start // LANES * LANES, end, BLOCK_TOKENS):
             size = min(BLOCK_TOKENS, end - first_token)
             if a[IN_LANES]:
-                locate(a, kv_head, page_list, first_token, size, k_at, v_at, width)
-            elif width == 1:
-                stage_rows(a, kv_head, page_list, first_token, size, k_lanes, v_lanes)
+                locate(a, kv_head, page_list, first_token, size, k_at, v_at, scales_at, shape)
             else:
-                stage_rows_of_pairs(a, kv_head, page_list, first_token, size, k_lanes, v_lanes)
+                stage_keys(a, kv_head, page_list, first_token, size, k_dim // width, k_lanes)
+            if not a[IN_LANES] and width == 1:
+                stage_values(a, kv_head, page_list, first_token, size, v_lanes)
+            elif not a[IN_LANES]:
+                stage_pairs_of_values(a, kv_head, page_list, first_token, size, v_lanes)
             if not a[IN_LANES]:
                 locate_staged(a, size, k_lanes, v_lanes, k_at, v_at, width)
-            score(a, size, k_at, queries, scores, shape)
+            score(a, size, min(end - first_token, size + groups * LANES), k_at, v_at, queries, scores, shape)
+            scale_keys(a, size, scales_at, scores, query_sums, shape)
             weigh(a, first_row, first_token, size, scores, weights, maximum, total, rescale, shape)
+            scale_values(a, first_row, first_token, size, scales_at, weights, rescale, zeros, shape)
             add_values(a, size, v_at, weights, acc, rescale, shape)
-        finish(a, first_row, load_i64(a[TASKS], task * 5 + 4), acc, maximum, total)
+        finish(a, first_row, load_i64(a[TASKS], task * 5 + 4), acc, maximum, total, zeros, shape)
 
 
 @nb.njit
@@ -144,7 +165,21 @@ def padded(v_dim):
 
 @nb.njit
 def values_in_4_bytes(shape):
+    if len(shape[3]) >= FIRST_CODES:
+        return 4
     return 1 if len(shape[3]) == F32_MODE else 2
+
+
+@nb.njit
+def parts_of_components(shape):
+    """How many components share a byte, each from a part of its own of all components."""
+    return 2 if len(shape[3]) == INT4_MODE else 1
+
+
+@nb.njit
+def num_scales(shape):
+    """Scales of a token and head: one, and a zero."""
+    return 2 if len(shape[3]) == INT4_MODE else 1 if len(shape[3]) == INT8_MODE else 0
 
 
 @nb.njit
@@ -153,9 +188,9 @@ def bytes_of_weight(shape):
 
 
 @nb.njit
-def pack_queries(a, first_row, queries, shape):
-    """The task's queries by component, so that a tile reads them in order."""
-    rows, k_dim = len(shape[0]), a[K_DIM]
+def pack_queries(a, first_row, queries, query_sums, shape):
+    """The task's queries by component, so that a tile reads them in order, and their sums over the components."""
+    rows, k_dim, parts = len(shape[0]), a[K_DIM], parts_of_components(shape)
     for r in range(rows):
         q = max(np.int64(load_i32(a[ROW_IDS], first_row + r)), 0) * k_dim
         if len(shape[3]) == DOT_MODE:
@@ -163,21 +198,33 @@ def pack_queries(a, first_row, queries, shape):
                 low = np.uint32(load_i32(a[Q], q + 2 * d)) >> np.uint32(16)  # what bfloat16 keeps of a float32
                 high = np.uint32(load_i32(a[Q], q + 2 * d + 1)) & np.uint32(0xFFFF0000)
                 queries[d * rows + r] = low | high
+        elif parts > 1:
+            bytes_of_key, total = k_dim // parts, np.float32(0)
+            for d in range(k_dim):
+                part, byte = d // bytes_of_key, d % bytes_of_key
+                step = (byte // 4 * parts + part) * 4 + byte % 4
+                queries[step * rows + r] = np.uint32(load_i32(a[Q], q + d))
+                total += load_f32(a[Q], q + d)
+            query_sums[r] = total
         else:
             for d in range(k_dim):
                 queries[d * rows + r] = np.uint32(load_i32(a[Q], q + d))
 
 
 @nb.njit
-def locate(a, kv_head, page_list, first_token, size, k_at, v_at, width):
-    """Addresses of the K and V of a block's groups, where pages hold them in lanes."""
+def locate(a, kv_head, page_list, first_token, size, k_at, v_at, scales_at, shape):
+    """Addresses of the K and V of a block's groups, and of their scales, where pages hold them in lanes."""
     page_groups = a[PAGE_SIZE] // LANES
+    width, parts, scales = values_in_4_bytes(shape), parts_of_components(shape), num_scales(shape)
+    v_bytes = a[V_DIM] // parts * 4 // width  # of a token
     for i in range((size + LANES - 1) // LANES):
         at = first_token // LANES + i
         head = np.int64(load_i32(a[PAGES], page_list + at // page_groups)) * a[NUM_KV_HEADS] + kv_head
         first = at % page_groups * LANES
-        k_at[i] = a[K] + head * a[K_DIM] * a[PAGE_SIZE] * 4 // width + first * 4
-        v_at[i] = a[V] + (head * a[PAGE_SIZE] + first) * a[V_DIM] * 4 // width
+        k_at[i] = a[K] + head * a[K_HEAD_BYTES] + first * 4
+        v_at[i] = a[V] + head * a[V_HEAD_BYTES] + first * v_bytes
+        for kind in range(2 if scales else 0):
+            scales_at[kind, i] = a[K_SCALES + kind] + (head * scales * a[PAGE_SIZE] + first) * 2
 
 
 @nb.njit
@@ -196,52 +243,103 @@ def row_of(a, kv_head, page_list, position):
 
 
 @nb.njit
-def stage_rows(a, kv_head, page_list, first_token, size, k_lanes, v_lanes):
-    """Copy tokens of 4-byte values into lanes."""
-    k_dim, v_dim = a[K_DIM], a[V_DIM]
-    for t in range(size):
-        row = row_of(a, kv_head, page_list, first_token + t)
-        group, lane = t // LANES, t % LANES
-        for d in range(k_dim):
-            k_lanes[(group * k_dim + d) * LANES + lane] = load_i32(a[K], row * k_dim + d)
-        for d in range(v_dim):
-            v_lanes[t * v_dim + d] = load_i32(a[V], row * v_dim + d)
+def stage_keys(a, kv_head, page_list, first_token, size, words, k_lanes):
+    """Copy a block's K into lanes, `words` of 4 bytes a token."""
+    rows = np.empty(LANES, np.int64)
+    whole = words // LANES * LANES
+    for group in range((size + LANES - 1) // LANES):
+        for i in range(LANES):  # where the tokens end, the last one stands in
+            position = first_token + min(group * LANES + i, size - 1)
+            rows[i] = a[K] + row_of(a, kv_head, page_list, position) * words * 4
+        out = group * words * LANES
+        for c in range(0, whole, LANES):
+            transpose_words(rows.ctypes.data, c * 4, k_lanes.ctypes.data + (out + c * LANES) * 4)
+        for c in range(whole, words):
+            for i in range(LANES):
+                k_lanes[out + c * LANES + i] = load_i32(rows[i], c)
 
 
 @nb.njit
-def stage_rows_of_pairs(a, kv_head, page_list, first_token, size, k_lanes, v_lanes):
-    """Copy tokens of 2-byte values into lanes: K's pairs are neighbours in a row, V's are two tokens."""
-    k_pairs, v_pairs = a[K_DIM] // 2, a[V_DIM] // 2
+def stage_values(a, kv_head, page_list, first_token, size, v_lanes):
+    """Copy a block's V of 4-byte values, token after token."""
+    v_dim = a[V_DIM]
+    whole = v_dim // LANES * LANES
     for t in range(size):
-        row = row_of(a, kv_head, page_list, first_token + t)
-        group, lane = t // LANES, t % LANES
-        for d in range(k_pairs):
-            k_lanes[(group * k_pairs + d) * LANES + lane] = load_i32(a[K], row * k_pairs + d)
-        at = t // 2 * 2 * v_pairs
-        for d in range(v_pairs):
-            two = np.uint32(load_i32(a[V], row * v_pairs + d))
-            first, second = two & np.uint32(0xFFFF), two >> np.uint32(16)
-            if t % 2 == 0:  # the other halves come with the next token; a last one without is masked
-                v_lanes[at + 2 * d], v_lanes[at + 2 * d + 1] = np.int32(first), np.int32(second)
-            else:
-                v_lanes[at + 2 * d] |= np.int32(first << np.uint32(16))
-                v_lanes[at + 2 * d + 1] |= np.int32(second << np.uint32(16))
+        row = a[V] + row_of(a, kv_head, page_list, first_token + t) * v_dim * 4
+        for d in range(0, whole, LANES):
+            copy_words(row + d * 4, v_lanes.ctypes.data + (t * v_dim + d) * 4)
+        for d in range(whole, v_dim):
+            v_lanes[t * v_dim + d] = load_i32(row, d)
 
 
 @nb.njit
-def score(a, size, k_at, queries, scores, shape):
-    """scores = <queries, K> of a block, tile by tile; past the block's end stand scores of its last group."""
+def stage_pairs_of_values(a, kv_head, page_list, first_token, size, v_lanes):
+    """Copy a block's V of 2-byte values, two tokens interleaved; a last one without a neighbour comes twice."""
+    words = a[V_DIM] // 2
+    whole = words // LANES * LANES
+    for t in range(0, size, 2):
+        first = a[V] + row_of(a, kv_head, page_list, first_token + t) * words * 4
+        second = a[V] + row_of(a, kv_head, page_list, first_token + min(t + 1, size - 1)) * words * 4
+        out = t * words
+        for c in range(0, whole, LANES):
+            interleave_halves(first + c * 4, second + c * 4, v_lanes.ctypes.data + (out + 2 * c) * 4)
+        for c in range(whole, words):
+            one, other = np.uint32(load_i32(first, c)), np.uint32(load_i32(second, c))
+            v_lanes[out + 2 * c] = np.int32((one & np.uint32(0xFFFF)) | (other << np.uint32(16)))
+            v_lanes[out + 2 * c + 1] = np.int32((one >> np.uint32(16)) | (other & np.uint32(0xFFFF0000)))
+
+
+@nb.njit
+def score(a, size, located, k_at, v_at, queries, scores, shape):
+    """scores = <queries, K> of a block, tile by tile; past the tokens that were located stand scores of the last group.
+
+    While a tile is computed, its V and the next tile's K are fetched.
+    """
     groups = len(shape[1])
     num_groups = (size + LANES - 1) // LANES
-    in_pairs = len(shape[3]) != F32_MODE
     k_step = a[PAGE_SIZE] * 4 if a[IN_LANES] else LANES * 4
-    num_steps = a[K_DIM] // 2 if in_pairs else a[K_DIM]
-    for i in range(num_groups, num_groups + groups):
-        k_at[i] = k_at[num_groups - 1]
+    num_steps = a[K_DIM] // (values_in_4_bytes(shape) * parts_of_components(shape))
+    for i in range((located + LANES - 1) // LANES, num_groups + groups):
+        k_at[i], v_at[i] = k_at[i - 1], v_at[i - 1]
+    v_lines = a[V_DIM] // a[K_DIM] if a[IN_LANES] else 0  # as many of V as of K
     for i in range(0, num_groups, groups):
         now, following = k_at.ctypes.data + i * 8, k_at.ctypes.data + min(i + groups, num_groups) * 8
         out = scores.ctypes.data + i * LANES * 4
-        score_tile(now, following, k_step, queries.ctypes.data, out, scores.strides[0], num_steps, shape)
+        v_now = v_at.ctypes.data + i * 8
+        score_tile(
+            now, following, k_step, v_now, v_lines, queries.ctypes.data, out, scores.strides[0], num_steps, shape
+        )
+
+
+@nb.njit
+def scale_keys(a, size, scales_at, scores, query_sums, shape):
+    """Make the scores of codes those of keys."""
+    if num_scales(shape):
+        at, to_zeros, num_vectors = scales_at.ctypes.data, a[PAGE_SIZE] * 2, (size + LANES - 1) // LANES
+        for r in range(len(shape[0])):
+            row_scores = scores.ctypes.data + r * scores.strides[0]
+            scale_scores(row_scores, at, to_zeros, query_sums[r], num_vectors, shape)
+
+
+@nb.njit
+def scale_values(a, first_row, first_token, size, scales_at, weights, rescale, zeros, shape):
+    """Make the weights of values those of their codes, and renew the rows' sums of weighted zeros."""
+    if num_scales(shape):
+        num_vectors = (size + LANES - 1) // LANES
+        at, to_zeros = scales_at.ctypes.data + scales_at.strides[0], a[PAGE_SIZE] * 2
+        for r in range(len(shape[0])):
+            row_weights = weights.ctypes.data + r * weights.strides[0]
+            low, high = seen(a, first_row + r, first_token, size)
+            zeros[r] *= rescale[r]
+            if high > low:
+                zeros[r] += scale_weights(row_weights, at, to_zeros, low, high, num_vectors, shape)
+
+
+@nb.njit
+def seen(a, row, first_token, size):
+    """Which tokens of a block a row sees, [low, high)."""
+    low = max(np.int64(load_i32(a[ROW_STARTS], row)) - first_token, 0)
+    return low, min(np.int64(load_i32(a[ROW_ENDS], row)) - first_token, size)
 
 
 @nb.njit
@@ -252,8 +350,7 @@ def weigh(a, first_row, first_token, size, scores, weights, maximum, total, resc
     for r in range(len(shape[0])):
         row_scores = scores.ctypes.data + r * scores.strides[0]
         row_weights = weights.ctypes.data + r * weights.strides[0]
-        low = max(np.int64(load_i32(a[ROW_STARTS], first_row + r)) - first_token, 0)
-        high = min(np.int64(load_i32(a[ROW_ENDS], first_row + r)) - first_token, size)
+        low, high = seen(a, first_row + r, first_token, size)
         if high <= low:
             rescale[r] = 1
             weights[r] = 0
@@ -268,26 +365,28 @@ def weigh(a, first_row, first_token, size, scores, weights, maximum, total, resc
 @nb.njit
 def add_values(a, size, v_at, weights, acc, rescale, shape):
     """acc = acc * rescale + weights @ V of a block; moves `v_at` on."""
-    v_dim, vectors = a[V_DIM], len(shape[2])
+    vectors = len(shape[2])
+    v_lanes, acc_lanes = a[V_DIM] // parts_of_components(shape), acc.shape[1] // parts_of_components(shape)
     p, p_row = weights.ctypes.data, weights.strides[0]
     at, factors, acc_at = v_at.ctypes.data, rescale.ctypes.data, acc.ctypes.data
     single = (shape[0], shape[1], (0,), shape[3])
     c = 0
-    while c < v_dim:
-        taken = vectors if c + vectors * LANES <= acc.shape[1] else 1
+    while c < v_lanes:
+        taken = vectors if c + vectors * LANES <= acc_lanes else 1
         if taken == vectors:
-            value_tile(at, v_dim * 4, size, p, p_row, acc_at + c * 4, acc.strides[0], factors, shape)
+            value_tile(at, v_lanes * 4, size, p, p_row, acc_at + c * 4, acc.strides[0], factors, shape)
         else:
-            value_tile(at, v_dim * 4, size, p, p_row, acc_at + c * 4, acc.strides[0], factors, single)
+            value_tile(at, v_lanes * 4, size, p, p_row, acc_at + c * 4, acc.strides[0], factors, single)
         c += taken * LANES
         for i in range((size + LANES - 1) // LANES):
             v_at[i] += taken * LANES * 4
 
 
 @nb.njit
-def finish(a, first_row, partial, acc, maximum, total):
+def finish(a, first_row, partial, acc, maximum, total, zeros, shape):
     """Write the rows' outputs and log-sum-exps, as results or as parts of them."""
-    v_dim = a[V_DIM]
+    parts = parts_of_components(shape)
+    v_part, acc_part, unit = a[V_DIM] // parts, acc.shape[1] // parts, load_f32(a[FACTORS], 3)
     for r in range(len(acc)):
         row = np.int64(load_i32(a[ROW_IDS], first_row + r))
         if row < 0:
@@ -297,9 +396,11 @@ def finish(a, first_row, partial, acc, maximum, total):
             out, lse, row = a[PARTIAL_OUT], a[PARTIAL_LSE], partial + r
         inverse, log = np.float32(0), NO_SCORE
         if total[r] != 0:
-            inverse, log = np.float32(1) / total[r], np.float32(math.log2(total[r]))
-        for d in range(v_dim):
-            store_f32(out, row * v_dim + d, acc[r, d] * inverse)
+            inverse, log = unit / total[r], np.float32(math.log2(total[r]))
+        for part in range(parts):
+            for d in range(v_part):
+                value = (acc[r, part * acc_part + d] + zeros[r]) * inverse
+                store_f32(out, row * a[V_DIM] + part * v_part + d, value)
         store_f32(lse, row, (maximum[r] + log) * LN_2)
 
 
@@ -362,3 +463,15 @@ def write_lanes_16(slots, page_size, k, v, k_pages, v_pages):
                 k_pages[page, h, d // 2, at, d % 2] = k[i, h, d]
             for d in range(v.shape[2]):
                 v_pages[page, h, at // 2, d, at % 2] = v[i, h, d]
+
+
+@nb.njit(cache=True, nogil=True)
+def write_lanes_8(slots, page_size, k, v, k_pages, v_pages):
+    """Store tokens of single bytes."""
+    for i in range(len(slots)):
+        page, at = slots[i] // page_size, slots[i] % page_size
+        for h in range(k.shape[1]):
+            for d in range(k.shape[2]):
+                k_pages[page, h, d // 4, at, d % 4] = k[i, h, d]
+            for d in range(v.shape[2]):
+                v_pages[page, h, at // 4, d, at % 4] = v[i, h, d]

@@ -34,9 +34,9 @@ NO_SOURCE = -1
 
 
 def tile_of(mode: str, num_tokens: int) -> Tile:
-    """The tile for so many tokens: sums enough to hide the multiplier's latency, not more than registers."""
+    """The tile for so many tokens, as measured: few streams of weights, and no more sums than registers."""
     columns = 8 if num_tokens >= 8 else 4 if num_tokens >= 4 else 2 if num_tokens >= 2 else 1
-    return Tile({1: 4, 2: 4, 4: 6, 8: 3}[columns], columns, 1, mode)
+    return Tile({1: 1, 2: 4, 4: 6, 8: 3}[columns], columns, 1, mode)
 
 
 def linear_worker(mode: str, num_tokens: int) -> Any:

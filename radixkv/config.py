@@ -8,6 +8,7 @@ from typing import Literal
 from radixkv.errors import ConfigError
 
 SchedulePolicy = Literal["lpm", "fcfs"]
+KV_CACHE_DTYPES = ("auto", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 SCHEDULE_POLICIES: tuple[SchedulePolicy, ...] = ("lpm", "fcfs")
 
 
@@ -57,6 +58,7 @@ class EngineConfig:
         kv_cache_tokens: size of the KV pool in tokens; None sizes it by `mem_fraction`.
         mem_fraction: share of the memory that is free after the model is loaded which the KV pool may take;
             None means 0.85 on a GPU and 0.4 on the CPU.
+        kv_cache_dtype: what the pool keeps KV as: "auto" (`dtype`), "fp8_e4m3", "fp8_e5m2", "int8" or "int4".
         attention_backend: "auto" or the name of a registered backend.
         eviction_policy: order in which unused prefixes go: "lru", "lfu", "slru", "fifo", "priority", "ttl", "cost" or
             "adaptive".
@@ -76,6 +78,7 @@ class EngineConfig:
     page_size: int = 16
     kv_cache_tokens: int | None = None
     mem_fraction: float | None = None
+    kv_cache_dtype: str = "auto"
     attention_backend: str = "auto"
     eviction_policy: str = "lru"
     schedule_policy: SchedulePolicy = "lpm"
@@ -104,6 +107,10 @@ class EngineConfig:
             raise ConfigError(f"mem_fraction must lie in (0, 1], not {self.mem_fraction}")
         if self.mem_fraction is not None and self.kv_cache_tokens is not None:
             raise ConfigError("kv_cache_tokens and mem_fraction both set the pool's size; give one of them")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(
+                f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, not {self.kv_cache_dtype!r}"
+            )
         if self.schedule_policy not in SCHEDULE_POLICIES:
             raise ConfigError(
                 f"schedule_policy must be one of {', '.join(SCHEDULE_POLICIES)}, not {self.schedule_policy!r}"

@@ -13,8 +13,9 @@ from torch import Tensor
 from radixkv.attention.backend import AttentionBackend, AttentionNeeds, AttentionParams, LayerAttention, choose_backend
 from radixkv.attention.metadata import AttentionMetadata, PathNode, SequenceSpan, build_metadata
 from radixkv.kernels.torch_reference import paged_attention
-from radixkv.memory.kv_pool import KVPool, make_pool
+from radixkv.memory.kv_pool import KVPool
 from radixkv.memory.kv_shape import LayerKV
+from radixkv.memory.quantized_pool import QuantizedKVPool, make_kv_pool
 
 Spans = Sequence[tuple[int, int]]  # [first, last) of each sequence
 
@@ -37,10 +38,12 @@ class Case:
         head_dim: int = 16,
         v_head_dim: int | None = None,
         dtype: torch.dtype = torch.float32,
+        kv_dtype: str = "auto",
         device: str = "cpu",
         shared: dict[tuple[int, ...], int] | None = None,
     ) -> None:
         self.page_size, self.dtype, self.device = page_size, dtype, torch.device(device)
+        self.kv_dtype = kv_dtype
         self.layer = LayerKV(num_kv_heads, head_dim, v_head_dim or head_dim)
         self.num_q_heads = num_q_heads
         generator = torch.Generator().manual_seed(page_size * 1000 + num_q_heads * 100 + head_dim)
@@ -75,20 +78,20 @@ class Case:
 
     def needs(self, params: AttentionParams) -> AttentionNeeds:
         layer = LayerAttention(self.layer, self.num_q_heads, params)
-        return AttentionNeeds((layer,), self.page_size, self.dtype, self.device)
+        return AttentionNeeds((layer,), self.page_size, self.dtype, self.device, self.kv_dtype)
 
     def pool(self, layout: Any) -> KVPool:
         """A pool of that layout that holds the sequences, and NaN wherever nothing was written."""
-        pool = make_pool(
+        pool = make_kv_pool(
             layout,
             [self.layer],
+            kv_dtype=self.kv_dtype,
             num_pages=self.num_pages,
             page_size=self.page_size,
             dtype=self.dtype,
             device=self.device,
         )
-        pool.k[0].fill_(math.nan)
-        pool.v[0].fill_(math.nan)
+        poison(pool)
         slots = self._everything.slots
         pool.write(0, slots, self.k[slots.cpu()].to(self.device), self.v[slots.cpu()].to(self.device))
         return pool
@@ -101,12 +104,19 @@ class Case:
         backend.plan(self.metadata)
         return backend
 
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """K and V as the pool keeps them, [pages, page_size, heads, dim] in float64."""
+        if self.kv_dtype == "auto":
+            k, v = self.k, self.v
+        else:
+            k, v = self.pool("nhd").gather(0, torch.arange(self.num_pages, device=self.device))
+        return k.double().cpu().unflatten(0, (-1, self.page_size)), v.double().cpu().unflatten(0, (-1, self.page_size))
+
     def expected(self, params: AttentionParams) -> Tensor:
         """The reference, in float64."""
         return paged_attention(
             self.q.double().cpu(),
-            self.k.double().unflatten(0, (-1, self.page_size)),
-            self.v.double().unflatten(0, (-1, self.page_size)),
+            *self.kept(),
             qo_indptr=self.metadata.qo_indptr.tolist(),
             kv_indptr=self.metadata.kv_indptr.tolist(),
             kv_indices=torch.from_numpy(self.metadata.kv_indices),
@@ -123,3 +133,15 @@ class Case:
         found = self.backend(name, params).run(0, self.q, params)
         tolerance = tolerance or TOLERANCE[self.dtype]
         torch.testing.assert_close(found.double().cpu(), self.expected(params), rtol=0, atol=tolerance)
+
+
+def poison(pool: KVPool) -> None:
+    """Make every slot NaN."""
+    if isinstance(pool, QuantizedKVPool):
+        for pages in (*pool.k, *pool.v):
+            pages.fill_(0xFF)  # NaN in fp8
+        for pages in (*pool.k_scales, *pool.v_scales):
+            pages.fill_(math.nan)
+    else:
+        for pages in (*pool.k, *pool.v):
+            pages.fill_(math.nan)

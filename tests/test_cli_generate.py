@@ -27,7 +27,9 @@ from radixkv.cli import display
 from radixkv.cli import prompts as cli_prompts
 from radixkv.cli.common import EngineOptions, SamplingOptions
 from radixkv.cli.display import excerpt
+from radixkv.engine.executor import Executor
 from radixkv.engine.runner import ModelRunner
+from radixkv.engine.scheduler import Span
 
 TOKENS = 6
 IDS = [646, 1124, 31, 544, 74]
@@ -272,14 +274,14 @@ def test_a_pool_larger_than_the_memory_is_a_one_line_error(monkeypatch: pytest.M
 
 @pytest.mark.usefixtures("loaded")
 def test_a_request_that_fails_is_told_after_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    accept = Engine._accept
+    accept = Executor._accept
 
-    def fail_second(self: Engine, request: Any, *rest: Any) -> None:
-        if request.prompt_ids.tolist() == self.encode(TEXTS[1]).tolist():
+    def fail_second(self: Executor, span: Span, *rest: Any) -> None:
+        if span.request.tokenizer.decode(span.request.prompt_ids).endswith(TEXTS[1]):
             raise OSError("the device\nis gone")
-        accept(self, request, *rest)
+        accept(self, span, *rest)
 
-    monkeypatch.setattr(Engine, "_accept", fail_second)
+    monkeypatch.setattr(Executor, "_accept", fail_second)
     result = run("generate", *TEXTS, "--json", "--max-tokens", 2, *SMALL)
     assert_one_line_error(result, "1 of 3 prompts failed; prompt 2: OSError: the device is gone")
     rows = [json.loads(line) for line in result.stdout.splitlines()]

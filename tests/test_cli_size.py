@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 import radixkv
 from radixkv.cli.app import OneLineErrors, app
-from radixkv.cli.size import readable_bytes
+from radixkv.cli.size_report import readable_bytes
 from radixkv.errors import ConfigError
 
 GIB = 2**30
@@ -132,6 +132,84 @@ def test_the_table_tells_layer_kinds_apart(tmp_path: Path) -> None:
 )
 def test_readable_bytes(num_bytes: int, text: str) -> None:
     assert readable_bytes(num_bytes) == text
+
+
+# ---------------------------------------------------------------------------- what it would cost otherwise
+
+
+def costs(figures: dict[str, Any]) -> dict[str, tuple[int | None, int | None, float]]:
+    return {
+        row["name"]: (row["bytes_per_token"], row["bytes_per_sequence"], round(row["ratio"], 4))
+        for row in figures["alternatives"]
+    }
+
+
+def test_json_tells_what_each_alternative_costs(llama: Path) -> None:
+    figures = run_json(llama, "--seq-len", 4096)
+    vectors = 2 * 32 * 8  # K and V
+    per_token = {
+        "bfloat16": 128 * 1024,
+        "fp8": 64 * 1024,
+        "int8": 64 * 1024 + 2 * vectors,
+        "int4": 32 * 1024 + 4 * vectors,
+        "multi-head": 512 * 1024,
+        "multi-query": 16 * 1024,
+    }
+    expected = {name: (n, 4096 * n, round(n / (128 * 1024), 4)) for name, n in per_token.items()}
+    assert costs(figures) == expected
+    assert figures["missing"] == []
+    assert figures["windows"] == [None] * 32
+    assert costs(run_json(llama))["fp8"] == (64 * 1024, None, 0.5)
+    assert costs(run_json(llama, "--dtype", "float32"))["fp8"] == (64 * 1024, None, 0.25)
+    assert costs(run_json(llama, "--dtype", "float32"))["multi-head"] == (1024 * 1024, None, 4.0)
+
+
+def test_windows_save_what_their_layers_forget(tmp_path: Path) -> None:
+    types = ["sliding_attention"] * 24 + ["full_attention"] * 8
+    windowed = write_config(tmp_path / "windowed", {**LLAMA_3_8B, "layer_types": types, "sliding_window": 1000})
+    figures = run_json(windowed, "--seq-len", 4000)
+    assert costs(figures)["window"] == (None, 4096 * (24 * 1000 + 8 * 4000), 0.4375)
+    assert figures["windows"] == [1000] * 24 + [None] * 8
+    assert costs(run_json(windowed, "--seq-len", 500))["window"][2] == 1
+    assert "window" not in costs(run_json(windowed))
+    assert "24 of 32 layers keep 1,000 tokens" in run("size", windowed, "--seq-len", 4000).stdout
+
+
+def test_the_second_table_in_readable_units(llama: Path) -> None:
+    lines = [" ".join(line.split()) for line in run("size", llama, "--seq-len", 4096).stdout.splitlines()]
+    for line in (
+        "one token 4,096 tokens times",
+        "bfloat16 128 KiB 512 MiB 1 ×",
+        "fp8 64 KiB 256 MiB 0.5 ×",
+        "int8 + a scale a vector 65 KiB 260 MiB 0.508 ×",
+        "int4 + a scale and a zero 34 KiB 136 MiB 0.266 ×",
+        "multi-head: 32 KV heads 512 KiB 2 GiB 4 ×",
+        "multi-query: 1 KV head 16 KiB 64 MiB 0.125 ×",
+    ):
+        assert line in lines
+    assert all(len(line) <= 80 for line in run("size", llama, "--seq-len", 4096).stdout.splitlines()[2:])
+
+
+def test_what_the_config_does_not_tell_is_said(tmp_path: Path) -> None:
+    silent = {"num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 16, "sliding_window": 100}
+    path = write_config(tmp_path / "silent", silent)
+    figures = run_json(path, "--seq-len", 1000)
+    assert list(costs(figures)) == ["bfloat16", "fp8", "int8", "int4"]
+    heads, windows = figures["missing"]
+    assert "the config does not give all dimensions of the query heads" in heads
+    assert "the config has one of 100 tokens, and no layer_types" in windows
+    assert heads in run("size", path).stderr.replace("\n", " ")
+
+
+def test_the_share_of_kv_beside_the_weights(llama: Path) -> None:
+    assert run_json(llama, "--seq-len", 8192, "--weights-gb", 15)["kv_share"] == 1 / 16
+    assert run_json(llama, "--seq-len", 8192, "--batch", 5, "--weights-gb", 15)["kv_share"] == 0.25
+    assert run_json(llama, "--seq-len", 8192)["kv_share"] is None
+    assert run_json(llama, "--weights-gb", 15)["kv_share"] is None
+    lines = [
+        " ".join(line.split()) for line in run("size", llama, "--seq-len", 8192, "--weights-gb", 15).stdout.splitlines()
+    ]
+    assert "the sequence, of weights and KV 6.25% weights 15 GiB" in lines
 
 
 # ----------------------------------------------------------------------------------------------- sources
@@ -298,3 +376,5 @@ def test_the_entry_point_without_a_network_is_a_one_line_error(tmp_path: Path) -
 def test_options_without_their_partner_are_noted(llama: Path) -> None:
     assert "--batch says nothing without --seq-len" in run("size", llama, "--batch", 2).stderr
     assert "say nothing without --memory-gb" in run("size", llama, "--reserve", 0.1).stderr
+    assert "say nothing without --memory-gb" in run("size", llama, "--weights-gb", 1).stderr
+    assert run("size", llama, "--weights-gb", 1, "--seq-len", 8).stderr == ""

@@ -11,6 +11,9 @@ import torch
 
 from conftest import GreedyOracle, random_ids
 from radixkv import Engine, EngineConfig, RequestOutput, SamplingParams
+from radixkv.attention import numba_backend
+from radixkv.attention.metadata import AttentionMetadata
+from radixkv.attention.shared_prefix import BreakEven, CascadePlan, plan_cascade
 from radixkv.errors import (
     ConfigError,
     InvalidRequestError,
@@ -550,3 +553,27 @@ def test_the_pool_is_sized_by_free_memory() -> None:
     assert engine.config.kv_cache_tokens == engine.cache.num_pages * 16 > 0
     assert engine.config.mem_fraction is None, "resolved"
     assert EngineConfig(mem_fraction=0.001).kv_cache_tokens is None
+
+
+def test_what_the_tree_shares_is_read_once_and_gives_the_same_tokens(
+    make_engine: MakeEngine, oracle: GreedyOracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two levels of the tree: a preamble that all share, and a document that half of them share."""
+    head, document = random_ids(1, 33), random_ids(2, 21)
+    prompts = [[*head, *(document if seed % 2 else []), *random_ids(10 + seed, 5)] for seed in range(6)]
+    read_once: set[tuple[int, int, int]] = set()
+
+    def plan_noting(metadata: AttentionMetadata, gate: BreakEven) -> CascadePlan:
+        plan = plan_cascade(metadata, gate)
+        read_once.update((len(part.sequences), part.first, part.last) for part in plan.parts)
+        return plan
+
+    monkeypatch.setattr(numba_backend, "plan_cascade", plan_noting)
+    for gate, expected in ((BreakEven(2, 4), {(6, 0, 32), (3, 32, 52)}), (BreakEven(7, 4), set())):
+        monkeypatch.setattr(numba_backend, "break_even", lambda group, gate=gate: gate)
+        engine, found = make_engine(attention_backend="numba"), read_once.copy()
+        engine.generate(head, SamplingParams(max_tokens=1))
+        engine.generate([*head, *document], SamplingParams(max_tokens=1))
+        outputs = engine.generate(prompts, GREEDY_8)
+        assert [output.token_ids for output in outputs] == [oracle.continuation(prompt, 8) for prompt in prompts]
+        assert read_once - found == expected

@@ -142,8 +142,7 @@ def test_the_same_seed_draws_the_same(device: str) -> None:
     logits = random_logits(64, 100, device)
     rows = [row(temperature=1.0)] * 64
     first, second, other = (
-        DeviceSampler(flashinfer_paged, torch.device(device), seed).start(logits, rows).read()[0]
-        for seed in (1, 1, 2)
+        DeviceSampler(flashinfer_paged, torch.device(device), seed).start(logits, rows).read()[0] for seed in (1, 1, 2)
     )
     assert first == second
     assert first != other

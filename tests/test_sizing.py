@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from radixkv.errors import ConfigError, UnsupportedModelError
 from radixkv.memory.kv_shape import DTYPE_BITS, NO_KV, KVShape, LayerKV, dtype_bits, kv_budget_bytes
-from radixkv.memory.sizing import kv_shape_from_config
+from radixkv.memory.savings import alternatives, bytes_with_scales
+from radixkv.memory.sizing import kv_shape_from_config, layers_from_config
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
@@ -73,6 +74,14 @@ def test_largest_batch_of_a_known_machine() -> None:
     assert shape.max_batch(80 * GIB, 2048, "bfloat16", weights_bytes=16 * GIB, reserve_fraction=0.1) == 230
     assert shape.max_tokens(80 * GIB, "bfloat16", weights_bytes=16 * GIB) == 64 * GIB // (128 * KIB)
     assert shape.max_batch(16 * GIB, 2048, "bfloat16", weights_bytes=17 * GIB) == 0
+
+
+def test_known_figures_that_are_wrong() -> None:
+    """Those that count K alone, or something else; docs/sizing.md has the arithmetic."""
+    assert kv_shape_from_config(LLAMA_3_70B).bytes_per_token("bfloat16") == 2 * 160 * KIB
+    assert kv_shape_from_config(DEEPSEEK_V3).bytes_per_token("bfloat16") == 70_272 > 2 * 32 * KIB
+    circulating = dense(32, 32, 32 * 128)
+    assert kv_shape_from_config(circulating).bytes_per_sequence(2048, "float16") == 2 * 512 * MIB
 
 
 # --------------------------------------------------------------------------------------- attention kinds
@@ -209,6 +218,92 @@ def test_hybrid_layers_without_kv(layout: dict[str, Any]) -> None:
 def test_a_window_does_not_shrink_what_is_kept() -> None:
     windowed = dense(4, 4, 64, sliding_window=8, layer_types=["sliding_attention", "chunked_attention"] * 2)
     assert layers_of(windowed) == layers_of(dense(4, 4, 64))
+
+
+# ------------------------------------------------------------------------------------ windows and query heads
+
+
+def windows_of(config: dict[str, Any]) -> list[int | None]:
+    return [layer.window for layer in layers_from_config(config)]
+
+
+@pytest.mark.parametrize(
+    ("more", "windows"),
+    [
+        ({"layer_types": ["sliding_attention", "full_attention"] * 2}, [8, None, 8, None]),
+        ({"layer_types": ["chunked_attention", "full_attention"] * 2, "attention_chunk_size": 5}, [5, None, 5, None]),
+        ({"layer_types": ["sliding_attention", "linear_attention"] * 2}, [8, None, 8, None]),
+        ({"hybrid_layer_pattern": [0, 1, 1, 0], "sliding_window": None, "sliding_window_size": 6}, [None, 6, 6, None]),
+        ({"model_type": "mistral"}, [8] * 4),
+        ({"model_type": "mistral", "sliding_window": None}, [None] * 4),
+        ({"model_type": "gemma2", "head_dim": 16}, [8, None, 8, None]),
+        ({"sliding_window_pattern": 4}, [8, 8, 8, None]),
+        ({"use_sliding_window": True, "max_window_layers": 3}, [None, None, None, 8]),
+        ({"use_sliding_window": False, "max_window_layers": 3}, [None] * 4),
+        ({"max_window_layers": 0}, [None] * 4),
+        ({"model_type": "novel"}, [None] * 4),
+        ({"layer_types": ["sliding_attention"] * 4, "sliding_window": "wide"}, [None] * 4),
+        ({"layer_types": ["sliding_attention"] * 4, "num_kv_shared_layers": 2}, [8, 8, None, None]),
+    ],
+)
+def test_windows(more: dict[str, Any], windows: list[int | None]) -> None:
+    assert windows_of(dense(4, 4, 64, **{"sliding_window": 8, **more})) == windows
+
+
+@pytest.mark.parametrize(
+    "model_type", ["gemma2", "gemma3_text", "cohere2", "mistral", "mixtral", "phi3", "starcoder2", "qwen2"]
+)
+def test_windows_are_those_of_the_models_own_cache(model_type: str) -> None:
+    from transformers import CONFIG_MAPPING, DynamicCache
+
+    qwen = {"use_sliding_window": True, "max_window_layers": 3} if model_type == "qwen2" else {}
+    config = CONFIG_MAPPING[model_type](num_hidden_layers=7, sliding_window=12, **qwen)
+    own = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    as_published = {name: value for name, value in config.to_dict().items() if name != "layer_types"}
+    assert windows_of(as_published) == own
+
+
+def full_heads_of(config: dict[str, Any]) -> list[LayerKV | None]:
+    return [layer.full_heads for layer in layers_from_config(config)]
+
+
+def test_what_query_heads_would_keep() -> None:
+    assert full_heads_of(LLAMA_3_8B) == [LayerKV(32, 128, 128)] * 32
+    assert full_heads_of(DEEPSEEK_V3) == [LayerKV(128, 128 + 64, 128)] * 61
+    per_layer = {"num_transformer_layers": 2, "num_query_heads": [4, 8], "num_kv_heads": [1, 2], "head_dim": 16}
+    assert full_heads_of(per_layer) == [LayerKV(4, 16, 16), LayerKV(8, 16, 16)]
+    assert full_heads_of({"num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 16}) == [None]
+    assert full_heads_of(dense(1, 4, 64, kv_lora_rank=24, qk_rope_head_dim=8)) == [None]
+    assert full_heads_of(dense(2, 4, 64, num_kv_shared_layers=1)) == [LayerKV(4, 16, 16), NO_KV]
+
+
+def test_alternatives_of_a_hybrid() -> None:
+    layers = layers_from_config(
+        dense(
+            3,
+            4,
+            64,
+            num_key_value_heads=2,
+            layer_types=["sliding_attention", "mamba", "full_attention"],
+            sliding_window=10,
+        )
+    )
+    found = {other.name: other for other in alternatives(layers, "bfloat16", 100)}
+    assert found["multi-head"].bytes_per_token == 2 * (4 * 32 * 2)
+    assert found["multi-query"].bytes_per_token == 2 * (1 * 32 * 2)
+    assert found["window"].bytes_per_sequence == 2 * 32 * 2 * 10 + 2 * 32 * 2 * 100
+    assert found["int4"].bytes_per_sequence == 100 * 2 * (2 * (8 + 4 + 8 + 4))
+    assert [other.name for other in alternatives(layers, "bfloat16", None)] == [
+        name for name in found if name != "window"
+    ]
+
+
+def test_scales_by_hand() -> None:
+    odd = LayerKV(3, 5, 4)
+    found = [bytes_with_scales(odd, dtype) for dtype in ("float32", "fp8", "int8", "int4")]
+    assert found == [3 * 9 * 4, 3 * 9, 3 * (9 + 2 + 2), 3 * (3 + 4 + 2 + 4)]
+    assert bytes_with_scales(LayerKV(1, 576, 0), "int8") == 576 + 2
+    assert bytes_with_scales(NO_KV, "int4") == 0
 
 
 # ---------------------------------------------------------------------------------------------- refusals

@@ -65,6 +65,55 @@ FAMILIES: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
     ),
 }
 
+_LATENT: Mapping[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}
+_EXPERTS: Mapping[str, Any] = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
+_GROUPED_EXPERTS: Mapping[str, Any] = {**_EXPERTS, "n_group": 2, "topk_group": 1}
+_YARN: Mapping[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,  # scales the scores
+}
+
+LATENT: Mapping[str, Callable[[], hf.PretrainedConfig]] = {  # multi-head latent attention, MLA
+    "deepseek_v2": lambda: hf.DeepseekV2Config(**_with(**_LATENT, **_EXPERTS)),
+    "deepseek_v2_lite": lambda: hf.DeepseekV2Config(
+        **_with(**{**_LATENT, "q_lora_rank": None}, **_EXPERTS, rope_parameters=dict(_YARN))
+    ),
+    "deepseek_v3": lambda: hf.DeepseekV3Config(**_with(**_LATENT, **_GROUPED_EXPERTS, rope_parameters=dict(_YARN))),
+    "deepseek_v3_not_interleaved": lambda: hf.DeepseekV3Config(
+        **_with(**_LATENT, **_GROUPED_EXPERTS, rope_interleave=False, attention_bias=True)
+    ),
+    "glm4_moe_lite": lambda: hf.Glm4MoeLiteConfig(**_with(**_LATENT, **_GROUPED_EXPERTS)),
+    "minicpm3": lambda: hf.MiniCPM3Config(**_with(**_LATENT)),
+    "longcat_flash": lambda: hf.LongcatFlashConfig(
+        **{**_with(**_LATENT), "num_hidden_layers": 4},
+        num_layers=2,
+        head_dim=8,
+        ffn_hidden_size=48,
+        expert_ffn_hidden_size=16,
+        moe_topk=2,
+        n_routed_experts=4,
+        zero_expert_num=2,
+    ),
+    "youtu": lambda: hf.YoutuConfig(**_with(**_LATENT)),
+}
+
 REFUSED: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
     "falcon": lambda: hf.FalconConfig(
         vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
@@ -86,6 +135,9 @@ REFUSED: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
             linear_num_key_heads=2,
             linear_num_value_heads=4,
         )
+    ),
+    "deepseek_v32": lambda: hf.DeepseekV32Config(
+        **_with(**_LATENT, **_GROUPED_EXPERTS, index_head_dim=16, index_n_heads=2, index_topk=8)
     ),
     "phimoe": lambda: hf.PhimoeConfig(**_with(sliding_window=40, num_local_experts=4)),
     "t5": lambda: hf.T5Config(
@@ -110,4 +162,4 @@ def make_model(config: hf.PretrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A random model of `family`."""
-    return make_model({**FAMILIES, **REFUSED}[family](), seed)
+    return make_model({**FAMILIES, **LATENT, **REFUSED}[family](), seed)

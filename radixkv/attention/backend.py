@@ -51,14 +51,16 @@ class AttentionNeeds:
     Attributes:
         layers: first layer first.
         page_size: tokens a page.
-        dtype: of the KV.
+        dtype: of queries, keys and values.
         device: where the model runs.
+        kv_dtype: what the pool keeps KV as: "auto" (`dtype`), or one of `memory.kv_codes.CODE_FORMS`.
     """
 
     layers: tuple[LayerAttention, ...]
     page_size: int
     dtype: torch.dtype
     device: torch.device
+    kv_dtype: str = "auto"
 
 
 class AttentionBackend(Protocol):
@@ -116,6 +118,20 @@ def backend_names() -> Sequence[str]:
     return list(_REGISTRY)
 
 
+def why_not_keys_and_values(needs: AttentionNeeds) -> str | None:
+    """What stands against a backend that reads keys and values of their own; None if nothing does."""
+    if any(layer.kv.is_latent for layer in needs.layers):
+        return "reads keys and values, and the model keeps latents (MLA)"
+    return None
+
+
+def why_not_codes(needs: AttentionNeeds) -> str | None:
+    """What stands against a backend that reads KV in the model's dtype alone; None if nothing does."""
+    if needs.kv_dtype != "auto":
+        return f"reads KV in the model's dtype, not {needs.kv_dtype}"
+    return None
+
+
 def why_not(name: str, needs: AttentionNeeds) -> str | None:
     """Why the registered backend of that name cannot serve the model; None if it can."""
     return _REGISTRY[name].why_not(needs)
@@ -159,13 +175,15 @@ class ReferenceBackend:
 
     def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
         assert self._metadata is not None, "run before plan"
+        pages = torch.from_numpy(self._metadata.kv_indices).to(q.device, torch.int64)
+        k, v = (x.unflatten(0, (-1, self._pool.page_size)) for x in self._pool.gather(layer, pages))
         return paged_attention(
             q,
-            self._pool.k[layer],
-            self._pool.v[layer],
+            k,
+            v,
             qo_indptr=self._metadata.qo_indptr.tolist(),
             kv_indptr=self._metadata.kv_indptr.tolist(),
-            kv_indices=torch.from_numpy(self._metadata.kv_indices).to(q.device),
+            kv_indices=torch.arange(len(pages), device=q.device),
             kv_lens=self._metadata.kv_lens.tolist(),
             scale=params.scale,
             sliding_window=params.sliding_window,

@@ -11,7 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radixkv.attention.backend import AttentionNeeds, AttentionParams, LayerAttention
+from radixkv.attention.backend import (
+    AttentionNeeds,
+    AttentionParams,
+    LayerAttention,
+    why_not_codes,
+    why_not_keys_and_values,
+)
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.attention.shared_prefix import BreakEven, CascadePlan, SharedPart, plan_cascade
 from radixkv.kernels import flashinfer_paged
@@ -78,6 +84,8 @@ class FlashInferBackend:
 
     @staticmethod
     def why_not(needs: AttentionNeeds) -> str | None:
+        if (reason := why_not_keys_and_values(needs) or why_not_codes(needs)) is not None:
+            return reason
         if needs.device.type != DEVICE_TYPE:
             return f"runs on CUDA, and the model is on {needs.device}"
         if needs.dtype not in DTYPES:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -11,20 +9,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radixkv.attention.backend import AttentionNeeds, AttentionParams
+from radixkv.attention.backend import AttentionNeeds, AttentionParams, why_not_keys_and_values
 from radixkv.attention.dense_extends import first_visible
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.attention.numba_tasks import Heads, Read, Work, plan_work
 from radixkv.attention.shared_prefix import NEVER, NO_CASCADE, BreakEven, plan_cascade
-from radixkv.kernels import numba_cpu, numba_ir, openmp
+from radixkv.kernels import numba_codes, numba_cpu, numba_ir, openmp
+from radixkv.kernels.compiling import told_if_slow
+from radixkv.memory.kv_codes import code_form, is_quantized
 from radixkv.memory.kv_pool import KVLayout, KVPool
+from radixkv.memory.quantized_pool import QuantizedKVPool
 
 MIN_TOKENS_PER_THREAD = 128  # below it waking a thread costs more than it computes
-COMPILE_NOTICE_S = 1.0  # loading from disk takes less
 
 LARGEST_GROUP_TO_SHARE = 4
-
-logger = logging.getLogger(__name__)
 
 
 class _Visible(NamedTuple):
@@ -39,8 +37,9 @@ class _Visible(NamedTuple):
 class NumbaBackend:
     """Decodes and short extends read each page once, without a copy, on the threads that torch has.
 
-    KV is float32, bfloat16 or float16. Float32 is computed as such; products of bfloat16 are added in float32, and by
-    the processor's own dot products of bfloat16 where it has them, for which weights are rounded to bfloat16.
+    KV is float32, bfloat16 or float16, or codes of them. Float32 is computed as such; products of bfloat16 are added in
+    float32, and by the processor's own dot products of bfloat16 where it has them, for which weights are rounded to
+    bfloat16. Codes become float32 in registers, and scales are applied to scores and weights, not to each of them.
     """
 
     name = "numba"
@@ -48,11 +47,11 @@ class NumbaBackend:
     def __init__(self, pool: KVPool, needs: AttentionNeeds) -> None:
         self.pool = pool
         self._metadata: AttentionMetadata | None = None
-        self._mode = mode_of(pool.dtype)
+        self._mode = mode_of(pool.kv_dtype)
         self._num_threads = torch.get_num_threads()
         self._work: dict[_Visible, Work] = {}
         self._pages = np.empty(0, np.int32)
-        words = torch.int32 if pool.dtype == torch.float32 else torch.int16
+        words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[pool.k[0].itemsize]
         self._word = words
         self._k_words = [pages.view(words).numpy() for pages in pool.k]  # the same memory
         self._v_words = [pages.view(words).numpy() for pages in pool.v]
@@ -60,8 +59,12 @@ class NumbaBackend:
 
     @staticmethod
     def why_not(needs: AttentionNeeds) -> str | None:
+        if (reason := why_not_keys_and_values(needs)) is not None:
+            return reason
         if needs.device.type != "cpu":
             return f"runs on the CPU, and the model is on {needs.device}"
+        if is_quantized(needs.kv_dtype):
+            return _why_not_codes(needs)
         if needs.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"reads float32, bfloat16 and float16 KV, and the model's is {needs.dtype}"
         if needs.dtype == torch.float16 and not numba_ir.can_widen_f16():
@@ -97,9 +100,25 @@ class NumbaBackend:
         if self.pool.layout != "lanes":
             self.pool.write(layer, slots, k, v)
             return
-        k_words, v_words = (x.to(self.pool.dtype).contiguous().view(self._word).numpy() for x in (k, v))
-        write = numba_cpu.write_lanes_32 if self._mode == "f32" else numba_cpu.write_lanes_16
+        if self._mode in _ENCODERS:
+            self._encode(layer, slots, k, v)
+            return
+        if isinstance(self.pool, QuantizedKVPool):
+            (k, _), (v, _) = self.pool.encode_kv(k, v)  # fp8, without scales
+        else:
+            k, v = k.to(self.pool.dtype), v.to(self.pool.dtype)
+        k_words, v_words = (x.contiguous().view(self._word).numpy() for x in (k, v))
+        write = _WRITERS[self._word]
         write(slots.numpy(), self.pool.page_size, k_words, v_words, self._k_words[layer], self._v_words[layer])
+
+    def _encode(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Code and store new KV in one pass."""
+        pool = self.pool
+        assert isinstance(pool, QuantizedKVPool), self._mode
+        values = [x.float().contiguous().numpy() for x in (pool.queries(k), v)]
+        scales = [pages[layer].view(torch.uint16).numpy() for pages in (pool.k_scales, pool.v_scales)]
+        codes = (self._k_words[layer], self._v_words[layer])
+        _ENCODERS[self._mode](slots.numpy(), pool.page_size, *values, *codes, *scales)
 
     def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
         kv = self.pool.layers[layer]
@@ -108,7 +127,8 @@ class NumbaBackend:
         key = _Visible(heads, params.sliding_window, params.chunk_size, params.sinks is not None)
         if key not in self._work:
             self._work[key] = self._plan_work(key)
-        self._attend(layer, self._work[key], q.float().contiguous(), params, out)
+        queries = self.pool.queries(q) if isinstance(self.pool, QuantizedKVPool) else q
+        self._attend(layer, self._work[key], queries.float().contiguous(), params, out)
         return out.to(q.dtype)
 
     # -- planning ----------------------------------------------------------------------------------------------------
@@ -139,10 +159,13 @@ class NumbaBackend:
 
     def _attend(self, layer: int, work: Work, q: Tensor, params: AttentionParams, out: Tensor) -> None:
         pool, kv = self.pool, self.pool.layers[layer]
+        scales = [0, 0]
+        if isinstance(pool, QuantizedKVPool):
+            scales = [pool.k_scales[layer].data_ptr(), pool.v_scales[layer].data_ptr()]
         num_rows = q.shape[0] * q.shape[1]
         partial_out = torch.empty(work.num_partials, kv.v_head_dim)
         lse = torch.empty(num_rows + work.num_partials)
-        factors = _factors(params)
+        factors = _factors(params, numba_ir.UNITS.get(self._mode, 1.0))
         counter = np.zeros(1, np.int64)
         arguments = np.zeros(numba_cpu.NUM_ARGUMENTS, np.int64)
         arguments[numba_cpu.COUNTER] = counter.ctypes.data
@@ -161,6 +184,8 @@ class NumbaBackend:
             kv.num_kv_heads,
             pool.page_size,
             pool.layout == "lanes",
+            *(pages[layer].stride(0) * pages[layer].element_size() // kv.num_kv_heads for pages in (pool.k, pool.v)),
+            *scales,
         ]
         num_threads = min(self._num_threads, 1 + work.num_tokens // MIN_TOKENS_PER_THREAD)
         for table in work.tables:
@@ -198,14 +223,14 @@ class NumbaBackend:
 
     def _compile(self, needs: AttentionNeeds) -> None:
         """Compile what the model needs, or load it from disk, so that no request waits for it."""
-        started = time.perf_counter()
         groups = {layer.num_q_heads // layer.kv.num_kv_heads for layer in needs.layers}
-        for rows in sorted({min(group, numba_cpu.MAX_ROWS) for group in groups} | {numba_cpu.MAX_ROWS}):
-            numba_cpu.attention_worker(self._mode, rows)
-        numba_cpu.merge_worker()
-        seconds = time.perf_counter() - started
-        if seconds > COMPILE_NOTICE_S:
-            logger.warning("compiled the CPU's attention kernels in %.0f s; the next start loads them", seconds)
+        with told_if_slow("the attention kernels"):
+            for rows in sorted({min(group, numba_cpu.MAX_ROWS) for group in groups} | {numba_cpu.MAX_ROWS}):
+                numba_cpu.attention_worker(self._mode, rows)
+            numba_cpu.merge_worker()
+            kv = self.pool.layers[0]
+            nothing = [torch.empty(0, kv.num_kv_heads, dim) for dim in (kv.k_head_dim, kv.v_head_dim)]
+            self.write(0, torch.empty(0, dtype=torch.int64, device=self.pool.device), *nothing)
 
 
 def break_even(group: int) -> BreakEven:
@@ -219,13 +244,38 @@ def break_even(group: int) -> BreakEven:
     return BreakEven(min_sequences=8, min_tokens=128, min_saved_tokens=4096 * group)
 
 
-def mode_of(dtype: torch.dtype) -> str:
-    """How the kernel reads KV of `dtype` on this processor."""
-    return {torch.float32: "f32", torch.bfloat16: numba_ir.best_bf16_mode(), torch.float16: "f16"}[dtype]
+def mode_of(kv_dtype: str) -> str:
+    """How the kernel reads KV that is kept as `kv_dtype` on this processor."""
+    return {"float32": "f32", "bfloat16": numba_ir.best_bf16_mode(), "float16": "f16"}.get(kv_dtype, kv_dtype)
 
 
-def _factors(params: AttentionParams) -> NDArray[np.float32]:
-    log2_e = float(numba_cpu.LOG2_E)
+_WRITERS = {
+    torch.int32: numba_cpu.write_lanes_32,
+    torch.int16: numba_cpu.write_lanes_16,
+    torch.uint8: numba_cpu.write_lanes_8,
+}
+
+
+_ENCODERS = {"int8": numba_codes.write_int8, "int4": numba_codes.write_int4}
+
+
+def _why_not_codes(needs: AttentionNeeds) -> str | None:
+    """Why codes of the model's KV cannot be read; None if they can."""
+    form = code_form(needs.kv_dtype)
+    if needs.page_size % numba_ir.LANES:
+        return f"reads {needs.kv_dtype} KV in pages of whole {numba_ir.LANES} tokens, and they have {needs.page_size}"
+    if form.num_scales == 0 and not numba_ir.can_widen_f16():
+        return f"cannot read {needs.kv_dtype} KV on this processor"
+    in_lane = 4 * form.codes_per_byte
+    odd = [dim for layer in needs.layers for dim in (layer.kv.k_head_dim, layer.kv.v_head_dim) if dim % in_lane]
+    if odd:
+        return f"takes {in_lane} components of {needs.kv_dtype} KV together, and the model's heads have {odd[0]}"
+    return None
+
+
+def _factors(params: AttentionParams, unit: float) -> NDArray[np.float32]:
+    """What scores go through, of K and V that are read as 1 / `unit` of what they are."""
+    log2_e, scale = float(numba_cpu.LOG2_E), params.scale * unit
     if params.softcap is None:
-        return np.array([params.scale * log2_e, 0, 0], np.float32)
-    return np.array([params.scale, params.softcap * log2_e, 1 / params.softcap], np.float32)
+        return np.array([scale * log2_e, 0, 0, unit], np.float32)
+    return np.array([scale, params.softcap * log2_e, 1 / params.softcap, unit], np.float32)

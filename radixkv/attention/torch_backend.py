@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from radixkv.attention.backend import AttentionNeeds, AttentionParams
+from radixkv.attention.backend import AttentionNeeds, AttentionParams, why_not_keys_and_values
 from radixkv.attention.dense_extends import CHUNK_TOKENS, DenseExtends, limits
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.kernels.torch_reference import dense_attention, visible_mask
@@ -34,8 +34,8 @@ class TorchBackend:
 
     @staticmethod
     def why_not(needs: AttentionNeeds) -> str | None:
-        """Nothing stops it."""
-        return None
+        """Latents stop it, and nothing else."""
+        return why_not_keys_and_values(needs)
 
     @staticmethod
     def layout(needs: AttentionNeeds) -> KVLayout:
@@ -88,10 +88,8 @@ class TorchBackend:
     def _decode_padded(
         self, layer: int, q: Tensor, chunk: NDArray[np.intp], longest: int, params: AttentionParams
     ) -> Tensor:
-        slots = self._slots(self._decodes[chunk], longest)  # [batch, longest]
-        k = self.pool.k[layer].flatten(0, 1)[slots].transpose(1, 2)  # [batch, num_kv_heads, longest, k_head_dim]
-        v = self.pool.v[layer].flatten(0, 1)[slots].transpose(1, 2)
         kv_lens = torch.from_numpy(self.metadata.kv_lens[self._decodes[chunk]]).to(q.device, torch.int64)
+        k, v = self._gather(layer, self._decodes[chunk], kv_lens)  # [batch, num_kv_heads, longest, head_dim]
         visible = visible_mask(kv_lens - 1, longest, **limits(params))  # [batch, longest]
         grouped = q.unflatten(1, (k.shape[1], -1))  # [batch, num_kv_heads, group, k_head_dim]
         if params.softcap is None and params.sinks is None:
@@ -114,16 +112,19 @@ class TorchBackend:
     def _tensor(self, indices: NDArray[Any]) -> Tensor:
         return torch.from_numpy(indices).to(self.pool.device, torch.int64)
 
-    def _slots(self, sequences: NDArray[np.intp], length: int) -> Tensor:
-        """Slots of the first `length` tokens of each sequence, int64 [sequences, length].
-
-        Past a sequence's end stands its first slot: its KV was written, so what a mask hides is never garbage.
+    def _gather(self, layer: int, sequences: NDArray[np.intp], kv_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """KV of whole sequences, [sequences, num_kv_heads, longest, head_dim]; 0 past a sequence's end, where pages may
+        hold anything.
         """
         metadata = self.metadata
-        tokens = np.arange(length)
-        page_index = metadata.kv_indptr[sequences][:, None] + tokens // metadata.page_size
-        inside = tokens < metadata.kv_lens[sequences][:, None]
-        page_index = np.where(inside, page_index, metadata.kv_indptr[sequences][:, None])
-        offsets = np.where(inside, tokens % metadata.page_size, 0)
-        slots = metadata.kv_indices[page_index].astype(np.int64) * metadata.page_size + offsets
-        return torch.from_numpy(slots).to(self.pool.device)
+        longest = int(metadata.kv_lens[sequences].max())
+        place = np.arange(-(-longest // metadata.page_size))
+        counts = np.diff(metadata.kv_indptr)[sequences][:, None]
+        page_index = metadata.kv_indptr[sequences][:, None] + np.minimum(place, counts - 1)  # the last one stands in
+        pages = self._tensor(metadata.kv_indices[page_index].ravel())
+        past_end = torch.arange(longest, device=self.pool.device) >= kv_lens[:, None]
+        k, v = (
+            x.unflatten(0, (len(sequences), -1))[:, :longest].masked_fill_(past_end[..., None, None], 0).transpose(1, 2)
+            for x in self.pool.gather(layer, pages)
+        )
+        return k, v

@@ -10,7 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from radixkv.attention.backend import AttentionNeeds, AttentionParams, LayerAttention
+from radixkv.attention.backend import (
+    AttentionNeeds,
+    AttentionParams,
+    LayerAttention,
+    why_not_codes,
+    why_not_keys_and_values,
+)
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.attention.shared_prefix import BreakEven, CascadePlan, plan_cascade
 from radixkv.attention.triton_plan import (
@@ -105,6 +111,8 @@ class TritonBackend:
 
         It serves one on the CPU where Triton's own variable TRITON_INTERPRET is 1: slowly, to test the kernels.
         """
+        if (reason := why_not_keys_and_values(needs) or why_not_codes(needs)) is not None:
+            return reason
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if needs.device.type != "cuda" and not (needs.device.type == "cpu" and interpreted):
             return f"runs on CUDA devices, and the model is on {needs.device}"

@@ -14,7 +14,7 @@ import typer
 from radixkv.cli.common import EngineOptions, SamplingOptions, with_option_groups
 from radixkv.cli.display import cut_off, excerpt, note, percent, summary
 from radixkv.cli.prompts import checked_text, describe
-from radixkv.cli.size import readable_bytes
+from radixkv.cli.size_report import readable_bytes
 from radixkv.errors import InvalidRequestError, MissingChatTemplateError, MissingTokenizerError, RadixKVError
 
 if TYPE_CHECKING:

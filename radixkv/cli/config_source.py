@@ -11,7 +11,7 @@ from typing import Any
 
 from radixkv.errors import ModelNotFoundError, UnsupportedModelError
 from radixkv.memory.config_fields import decoder_fields
-from radixkv.memory.sizing import KVShape, kv_shape_from_config
+from radixkv.memory.sizing import LayerConfig, layers_from_config
 
 DEMO = "demo"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -27,8 +27,8 @@ def read_config(source: str) -> dict[str, Any]:
     return _parse(_config_text(source), source)
 
 
-def kv_shape(content: dict[str, Any]) -> KVShape:
-    """The KV shape of a config.json; its class in transformers fills in what a nested or old config leaves out.
+def layers(content: dict[str, Any]) -> tuple[LayerConfig, ...]:
+    """The layers of a config.json; its class in transformers fills in what a nested or old config leaves out.
 
     Transformers is imported only then, because that takes seconds.
 
@@ -36,10 +36,10 @@ def kv_shape(content: dict[str, Any]) -> KVShape:
     """
     if decoder_fields(content) is content:
         try:
-            return kv_shape_from_config(content)
+            return layers_from_config(content)
         except UnsupportedModelError:
-            return kv_shape_from_config(_with_defaults(content))
-    return kv_shape_from_config(_with_defaults(content))
+            return layers_from_config(_with_defaults(content))
+    return layers_from_config(_with_defaults(content))
 
 
 def _config_text(source: str) -> str:

@@ -13,7 +13,7 @@ import typer
 from radixkv.cli.common import EngineOptions, SamplingOptions, with_option_groups
 from radixkv.cli.display import decode, excerpt, excerpt_ids, percent
 from radixkv.cli.prompts import FILE_HELP, from_file, raise_first_error, run
-from radixkv.cli.size import readable_bytes
+from radixkv.cli.size_report import readable_bytes
 
 if TYPE_CHECKING:
     from rich.text import Text

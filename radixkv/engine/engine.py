@@ -41,7 +41,8 @@ from radixkv.errors import (
     PromptTooLongError,
     RadixKVError,
 )
-from radixkv.memory.kv_pool import make_pool, num_pages_that_fit, pool_bytes_per_token
+from radixkv.memory.kv_pool import num_pages_that_fit
+from radixkv.memory.quantized_pool import kv_bytes_per_token, make_kv_pool
 from radixkv.memory.req_to_token import ReqToTokenPool
 from radixkv.models.loader import eos_token_ids, load, max_context_tokens
 from radixkv.models.probe import plug_in_paged_attention
@@ -75,15 +76,16 @@ class Engine:
         config = config or EngineConfig()
         layers = plug_in_paged_attention(model.eval())
         speed_up_linears(model)
-        needs = AttentionNeeds(layers, config.page_size, model.dtype, model.device)
+        needs = AttentionNeeds(layers, config.page_size, model.dtype, model.device, config.kv_cache_dtype)
         chosen = choose_backend(config.attention_backend, needs)
         kept = [layer.kv for layer in layers]
-        self.kv_bytes_per_token = pool_bytes_per_token(kept, model.dtype)
+        self.kv_bytes_per_token = kv_bytes_per_token(kept, config.kv_cache_dtype, model.dtype)
         num_pages = self._num_pages(config, model)
         on_gpu = model.device.type == "cuda"
-        self.pool = make_pool(
+        self.pool = make_kv_pool(
             chosen.layout(needs),
             kept,
+            kv_dtype=config.kv_cache_dtype,
             num_pages=num_pages + on_gpu,  # CUDA graphs pad batches with a page that the cache does not know
             page_size=config.page_size,
             dtype=model.dtype,

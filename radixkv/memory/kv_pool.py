@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -18,12 +19,12 @@ CGROUP_FILES = (  # (limit, usage) of version 2 and version 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-REGISTER_BYTES = 64
+REGISTER_BYTES, MEMORY_PAGE_BYTES = 64, 4096
 DEFAULT_MEM_FRACTION = {"cpu": 0.4, "cuda": 0.85}
 
 
-KVLayout = Literal["nhd", "lanes"]
-"""How the KV of a page lies: see `KVPool` ("nhd") and `LaneKVPool` ("lanes")."""
+KVLayout = Literal["nhd", "lanes", "latent"]
+"""How the KV of a page lies: see `KVPool` ("nhd"), `LaneKVPool` ("lanes") and `latent_pool.LatentKVPool` ("latent")."""
 
 
 class KVPool:
@@ -52,13 +53,18 @@ class KVPool:
         self.num_pages, self.page_size = num_pages, page_size
         self.dtype, self.device = dtype, torch.device(device)
         try:
-            self.k = [self._empty(*self._k_shape(layer)) for layer in self.layers]
-            self.v = [self._empty(*self._v_shape(layer)) for layer in self.layers]
-        except RuntimeError as error:  # torch has no narrower error for the CPU's memory
+            tensors = [self._tensors(layer) for layer in self.layers]
+        except (RuntimeError, MemoryError) as error:  # torch has no narrower error for the CPU's memory
             raise ConfigError(
                 f"no room on {device} for a KV pool of {num_pages * page_size} tokens of {self.bytes_per_token} bytes; "
                 "set a smaller kv_cache_tokens or mem_fraction"
             ) from error
+        self.k, self.v = [k for k, _ in tensors], [v for _, v in tensors]
+
+    @property
+    def kv_dtype(self) -> str:
+        """What a value is kept as."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def bytes_per_token(self) -> int:
@@ -84,8 +90,12 @@ class KVPool:
         for pages in (*self.k, *self.v):
             pages[target, :num_tokens].copy_(pages[source, :num_tokens])
 
-    def _empty(self, *page_shape: int) -> Tensor:
-        return torch.empty(self.num_pages, *page_shape, dtype=self.dtype, device=self.device)
+    def _tensors(self, layer: LayerKV) -> tuple[Tensor, Tensor]:
+        k, v = (
+            torch.empty(self.num_pages, *shape, dtype=self.dtype, device=self.device)
+            for shape in (self._k_shape(layer), self._v_shape(layer))
+        )
+        return k, v
 
     def _k_shape(self, layer: LayerKV) -> tuple[int, ...]:
         return (self.page_size, layer.num_kv_heads, layer.k_head_dim)
@@ -102,8 +112,10 @@ class LaneKVPool(KVPool):
         k: [num_pages, num_kv_heads, k_head_dim / w, page_size, w] per layer
         v: [num_pages, num_kv_heads, page_size / w, v_head_dim, w]
 
-    with w = 1 in float32, and w = 2 in 16 bit: the processor's dot products of 16 bit take neighbouring pairs. The
-    tensors' memory goes on for a register's width, so that one that begins inside may be read whole.
+    with w = 1 in float32, w = 2 in 16 bit (the processor's dot products of 16 bit take neighbouring pairs) and w = 4
+    for the codes of `QuantizedKVPool`. The V of a page's head follows its K in memory: the
+    processor fetches by itself what follows what was read. Behind the last value the memory goes on for a register's
+    width, so that one that begins inside may be read whole.
     """
 
     layout: KVLayout = "lanes"
@@ -132,16 +144,30 @@ class LaneKVPool(KVPool):
                 rest = num_tokens % width
                 v[target, :, whole, :, :rest].copy_(v[source, :, whole, :, :rest])
 
-    def _empty(self, *page_shape: int) -> Tensor:
-        num_values = self.num_pages * math.prod(page_shape)
-        whole = torch.empty(num_values + REGISTER_BYTES // self.dtype.itemsize, dtype=self.dtype, device=self.device)
-        return whole[:num_values].view(self.num_pages, *page_shape)
+    def _tensors(self, layer: LayerKV) -> tuple[Tensor, Tensor]:
+        k_shape, v_shape = self._k_shape(layer), self._v_shape(layer)
+        k_size, v_size = math.prod(k_shape[1:]), math.prod(v_shape[1:])
+        num_values = self.num_pages * layer.num_kv_heads * (k_size + v_size)
+        num_bytes = num_values * self.dtype.itemsize
+        whole = np.empty(num_bytes + MEMORY_PAGE_BYTES + REGISTER_BYTES, np.uint8)  # numpy asks for huge pages
+        start = -whole.ctypes.data % MEMORY_PAGE_BYTES
+        values = torch.from_numpy(whole)[start : start + num_bytes].view(self.dtype)
+        heads = values.view(self.num_pages, layer.num_kv_heads, k_size + v_size)
+        return heads[:, :, :k_size].unflatten(2, k_shape[1:]), heads[:, :, k_size:].unflatten(2, v_shape[1:])
 
     def _k_shape(self, layer: LayerKV) -> tuple[int, ...]:
         return (layer.num_kv_heads, layer.k_head_dim // self.width, self.page_size, self.width)
 
     def _v_shape(self, layer: LayerKV) -> tuple[int, ...]:
         return (layer.num_kv_heads, self.page_size // self.width, layer.v_head_dim, self.width)
+
+
+_KINDS: dict[KVLayout, type[KVPool]] = {"nhd": KVPool, "lanes": LaneKVPool}
+
+
+def register_pool(kind: type[KVPool]) -> None:
+    """Make a kind of pool known by its layout."""
+    _KINDS[kind.layout] = kind
 
 
 def make_pool(
@@ -154,8 +180,7 @@ def make_pool(
     device: torch.device | str = "cpu",
 ) -> KVPool:
     """A pool of that layout. Raises: ConfigError if the memory does not suffice."""
-    kind = {"nhd": KVPool, "lanes": LaneKVPool}[layout]
-    return kind(layers, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
+    return _KINDS[layout](layers, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
 
 
 def pool_bytes_per_token(layers: Sequence[LayerKV], dtype: torch.dtype) -> int:

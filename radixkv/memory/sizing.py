@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import cycle, islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from radixkv.errors import UnsupportedModelError
 from radixkv.memory.config_fields import (
@@ -23,6 +23,7 @@ from radixkv.memory.config_fields import (
     refuse_uncounted,
     sets_own_head_dim,
 )
+from radixkv.memory.config_windows import window_of_layer
 from radixkv.memory.kv_shape import (
     DTYPE_BITS,
     NO_KV,
@@ -37,10 +38,12 @@ __all__ = [
     "NO_KV",
     "HasToDict",
     "KVShape",
+    "LayerConfig",
     "LayerKV",
     "dtype_bits",
     "kv_budget_bytes",
     "kv_shape_from_config",
+    "layers_from_config",
 ]
 
 
@@ -52,10 +55,32 @@ class HasToDict(Protocol):
         ...
 
 
+class LayerConfig(NamedTuple):
+    """One layer, as its config has it.
+
+    Attributes:
+        kv: what it keeps per token.
+        full_heads: what it would keep with a K and a V for each query head; None where the config does not tell.
+        window: how many tokens it sees, itself included; None if all, or if it keeps nothing.
+    """
+
+    kv: LayerKV
+    full_heads: LayerKV | None
+    window: int | None
+
+
 def kv_shape_from_config(config: Fields | HasToDict) -> KVShape:
     """What each layer keeps per token, from a config object or the content of a config.json. O(layers).
 
     Prefer the object: a `text_config` inside a config.json leaves out what equals the default of its class.
+
+    Raises: as `layers_from_config`.
+    """
+    return KVShape(tuple(layer.kv for layer in layers_from_config(config)))
+
+
+def layers_from_config(config: Fields | HasToDict) -> tuple[LayerConfig, ...]:
+    """Every layer, first layer first. O(layers).
 
     Raises: UnsupportedModelError if fields are missing (it names them), contradict each other, or describe a
         model that keeps something else than keys and values.
@@ -79,17 +104,17 @@ def kv_shape_from_config(config: Fields | HasToDict) -> KVShape:
         raise UnsupportedModelError(f"the config of {model_name(fields)} is malformed: {error}") from error
 
 
-def _read(fields: Fields) -> KVShape:
+def _read(fields: Fields) -> tuple[LayerConfig, ...]:
     layer_types = _layer_types(fields)
     num_owners = len(layer_types) - (integer(fields, "num_kv_shared_layers", minimum=0) or 0)
-    return KVShape(
-        tuple(
-            _layer_kv(_fields_of_layer(fields, index, layer_type, len(layer_types)))
-            if index < num_owners and _holds_kv(fields, layer_type)
-            else NO_KV
-            for index, layer_type in enumerate(layer_types)
-        )
-    )
+    layers = []
+    for index, layer_type in enumerate(layer_types):
+        if index < num_owners and _holds_kv(fields, layer_type):
+            own = _fields_of_layer(fields, index, layer_type, len(layer_types))
+            layers.append(LayerConfig(_layer_kv(own), _full_heads(own), window_of_layer(own, index, layer_type)))
+        else:
+            layers.append(LayerConfig(NO_KV, NO_KV, None))
+    return tuple(layers)
 
 
 # ------------------------------------------------------------------------------------------- layer types
@@ -240,6 +265,18 @@ def _layer_kv(fields: Fields) -> LayerKV:
     if num_kv_heads is None or head_dim is None:
         raise missing_error(fields, _missing_names(fields))
     return LayerKV(num_kv_heads, head_dim, integer(fields, "v_head_dim") or head_dim)
+
+
+def _full_heads(fields: Fields) -> LayerKV | None:
+    """A K and a V for each query head; those of a latent layer as they are expanded to attend (MLA)."""
+    num_heads = integer(fields, "num_attention_heads")
+    if integer(fields, "kv_lora_rank") is not None:
+        nope, rotary = integer(fields, "qk_nope_head_dim"), integer(fields, "qk_rope_head_dim")
+        head_dim, v_head_dim = (nope and rotary and nope + rotary), integer(fields, "v_head_dim")
+    else:
+        head_dim = _head_dim(fields)
+        v_head_dim = integer(fields, "v_head_dim") or head_dim
+    return LayerKV(num_heads, head_dim, v_head_dim) if num_heads and head_dim and v_head_dim else None
 
 
 def _num_kv_heads(fields: Fields) -> int | None:

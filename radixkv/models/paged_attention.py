@@ -32,6 +32,14 @@ class AttentionContext(Protocol):
         """
         ...
 
+    def attend_latent(self, layer: int, q: Tensor, k: Tensor, latent_dim: int, params: AttentionParams) -> Tensor:
+        """Attention of the flattened batch where one head's k serves all queries, and its first part is the values.
+
+        q is [tokens, num_q_heads, k_head_dim], k is [tokens, 1, k_head_dim].
+        Returns: [tokens, num_q_heads, latent_dim].
+        """
+        ...
+
 
 class PagedContext:
     """Writes the new KV to its slots and lets the backend read the pages."""
@@ -46,6 +54,9 @@ class PagedContext:
         self._backend.write(layer, self._slots, k, v)
         self._attended.add(layer)
         return self._backend.run(layer, q, params)
+
+    def attend_latent(self, layer: int, q: Tensor, k: Tensor, latent_dim: int, params: AttentionParams) -> Tensor:
+        return self.attend(layer, q, k, k[..., :latent_dim], params)
 
     def check_complete(self) -> None:
         """Raise UnsupportedModelError unless every layer attended over the pages."""

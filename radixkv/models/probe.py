@@ -10,6 +10,8 @@ from radixkv.attention.backend import AttentionParams, LayerAttention
 from radixkv.errors import UnsupportedModelError
 from radixkv.kernels.torch_reference import dense_attention, visible_mask
 from radixkv.memory.kv_shape import LayerKV
+from radixkv.memory.latent_pool import LatentKV
+from radixkv.models.latent_attention import absorb_projections, expand_again, why_not_latent
 from radixkv.models.paged_attention import INTERFACE_NAME, flattened_forward
 
 PROBE_LENGTHS = (11, 5)  # two sequences in one batch, of different lengths
@@ -26,10 +28,19 @@ class _ProbeContext:
         self.layers: dict[int, LayerAttention] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
+        self._note(layer, LayerKV(num_kv_heads=k.shape[1], k_head_dim=k.shape[2], v_head_dim=v.shape[2]), q, params)
+        return self._attention(q, k, v, params)
+
+    def attend_latent(self, layer: int, q: Tensor, k: Tensor, latent_dim: int, params: AttentionParams) -> Tensor:
+        self._note(layer, LatentKV.of(latent_dim=latent_dim, rope_dim=k.shape[2] - latent_dim), q, params)
+        return self._attention(q, k, k[..., :latent_dim], params)
+
+    def _note(self, layer: int, kv: LayerKV, q: Tensor, params: AttentionParams) -> None:
         if layer in self.layers:
             raise UnsupportedModelError(f"layer {layer} runs attention twice")
-        kv = LayerKV(num_kv_heads=k.shape[1], k_head_dim=k.shape[2], v_head_dim=v.shape[2])
         self.layers[layer] = LayerAttention(kv, q.shape[1], params)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
         outputs = []
         for own_q, own_k, own_v in zip(*(t.split(self._lengths) for t in (q, k, v)), strict=True):
             positions = torch.arange(len(own_q), device=q.device)
@@ -54,6 +65,8 @@ def plug_in_paged_attention(model: PreTrainedModel) -> tuple[LayerAttention, ...
     config = model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
         raise _unsupported(model, "it is an encoder-decoder, and only decoders are served")
+    if (reason := why_not_latent(model)) is not None:
+        raise _unsupported(model, reason)
     before = model.config._attn_implementation
     known: tuple[LayerAttention, ...] | None = getattr(model, "_radixkv_layers", None)
     if before == INTERFACE_NAME and known is not None:  # another engine has this model, and may be running it
@@ -65,16 +78,18 @@ def plug_in_paged_attention(model: PreTrainedModel) -> tuple[LayerAttention, ...
     expected = torch.cat([model(input_ids=ids[None], use_cache=False).logits[:, -1] for ids in sequences])
     try:
         model.set_attn_implementation(INTERFACE_NAME)
+        absorb_projections(model)
         context = _ProbeContext(PROBE_LENGTHS)
         found = _run(model, sequences, context)
         _check(model, context, found, expected)
     except BaseException as error:
         model.set_attn_implementation(before)
+        expand_again(model)
         if isinstance(error, UnsupportedModelError) or not isinstance(error, Exception):
             raise
         # whatever a model of unknown code does with what it was given
         raise _unsupported(model, f"a flattened batch fails in it ({type(error).__name__}: {error})") from error
-    layers = tuple(context.layers[index] for index in range(config.num_hidden_layers))
+    layers = tuple(layer for _, layer in sorted(context.layers.items()))
     model._radixkv_layers = layers
     return layers
 
@@ -88,11 +103,12 @@ def _run(model: PreTrainedModel, sequences: list[Tensor], context: _ProbeContext
 
 
 def _check(model: PreTrainedModel, context: _ProbeContext, found: Tensor, expected: Tensor) -> None:
-    num_layers = model.config.get_text_config().num_hidden_layers
     if not context.layers:
         raise _unsupported(
             model, "its attention does not go through transformers' AttentionInterface, so nothing can be plugged in"
         )
+    # LongCat-Flash has two attentions in a layer, and numbers them through
+    num_layers = max(model.config.get_text_config().num_hidden_layers, 1 + max(context.layers))
     missing = sorted(set(range(num_layers)) - set(context.layers))
     if missing:
         raise _unsupported(
@@ -100,6 +116,8 @@ def _check(model: PreTrainedModel, context: _ProbeContext, found: Tensor, expect
             f"layers {missing} of {num_layers} run no attention through the AttentionInterface "
             "(recurrent or convolutional layers keep a state that pages do not hold)",
         )
+    if len({layer.kv.is_latent for layer in context.layers.values()}) > 1:
+        raise _unsupported(model, "some of its layers keep latents (MLA) and others keys and values")
     _check_limits(model, context)
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= MAX_DIFFERENCE.get(expected.dtype, MAX_HALF_DIFFERENCE):
