@@ -577,3 +577,38 @@ def test_what_the_tree_shares_is_read_once_and_gives_the_same_tokens(
         outputs = engine.generate(prompts, GREEDY_8)
         assert [output.token_ids for output in outputs] == [oracle.continuation(prompt, 8) for prompt in prompts]
         assert read_once - found == expected
+
+
+# -- every kind of pool ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "int4", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_cold_and_warm_agree_in_every_form_of_kv(make_engine: MakeEngine, kv_cache_dtype: str, backend: str) -> None:
+    """Shared, copied in part, evicted and retracted: the codes are those that were written."""
+    head = random_ids(1, 21)
+    prompts = [[*head, *random_ids(seed, 6)] for seed in range(2, 6)]
+    settings = {"kv_cache_dtype": kv_cache_dtype, "attention_backend": backend, "page_size": 16}
+    alone = [make_engine(**settings).generate(prompt, GREEDY_8)[0].token_ids for prompt in prompts]
+    engine = make_engine(kv_cache_tokens=128, **settings)
+    for _ in range(3):
+        outputs = engine.generate(prompts, GREEDY_8)
+        assert [output.token_ids for output in outputs] == alone
+        engine.check_invariants()
+    assert outputs[0].cached_tokens >= 21
+    assert engine.config.kv_cache_dtype == kv_cache_dtype
+    stats = engine.stats()
+    assert stats.cache.evicted_tokens > 0
+
+
+def test_codes_take_less_room(make_engine: MakeEngine) -> None:
+    sizes = [
+        make_engine(kv_cache_dtype=form).stats().kv_bytes_per_token for form in ("auto", "fp8_e4m3", "int8", "int4")
+    ]
+    assert sizes[0] == 4 * sizes[1], "float32 against a byte"
+    assert sizes[3] < sizes[2] < sizes[0]
+
+
+def test_an_unknown_form_of_kv() -> None:
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype must be one of auto, fp8_e4m3, .* not 'int2'"):
+        EngineConfig(kv_cache_dtype="int2")

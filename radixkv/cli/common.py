@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from radixkv.cache.policies import POLICIES
-from radixkv.config import EngineConfig
+from radixkv.config import KV_CACHE_DTYPES, EngineConfig
 from radixkv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ class EngineOptions:
             help="Share of the free memory that the KV pool takes.  [default: 0.85 on a GPU, 0.4 on the CPU]"
         ),
     ] = None
+    kv_cache_dtype: Annotated[
+        str, _EngineOption(help=f"What the KV pool keeps: {', '.join(KV_CACHE_DTYPES)} (auto is --dtype).")
+    ] = DEFAULTS.kv_cache_dtype
     page_size: Annotated[int, _EngineOption(help="Tokens a page; prefixes are shared to the token at any size.")] = (
         DEFAULTS.page_size
     )
