@@ -63,7 +63,8 @@ class Engine:
     Attributes:
         config: the settings, with "auto" resolved.
         cache: the `PrefixCache`.
-        model, tokenizer: as given; the model's attention runs on pages from now on.
+        model, tokenizer: as given; the model's attention runs on pages from now on, and on the CPU its linear layers
+            take few tokens through our kernel.
     """
 
     def __init__(
