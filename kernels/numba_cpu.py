@@ -122,7 +122,7 @@ def run_attention(a, shape):
     query_sums, zeros = np.zeros(rows, np.float32), np.zeros(rows, np.float32)  # what zeros of K and V are weighed by
     # of a block, and of what follows: the next block, or the last group again
     k_at, v_at = np.empty(BLOCK_TOKENS // LANES + groups, np.int64), np.empty(BLOCK_TOKENS // LANES + groups, np.int64)
-    scales_at = np.empty((2, BLOCK_TOKENS // LANES), np.int64)  # of K and of V
+    scales_at = np.empty((2, BLOCK_TOKENS // LANES + groups), np.int64)  # of K and of V
     staged_tokens = 0 if a[IN_LANES] else BLOCK_TOKENS
     k_lanes = np.empty(staged_tokens * k_dim // width, np.int32)
     v_lanes = np.empty(staged_tokens * v_dim // width + LANES, np.int32)
@@ -139,9 +139,10 @@ def run_attention(a, shape):
         maximum[:] = NO_SCORE
         total[:] = 0
         for first_token in range(start // LANES * LANES, end, BLOCK_TOKENS):
-            size = min(BLOCK_TOKENS, end - first_token)
+            size = located = min(BLOCK_TOKENS, end - first_token)
             if a[IN_LANES]:
-                locate(a, kv_head, page_list, first_token, size, k_at, v_at, scales_at, shape)
+                located = min(end - first_token, size + groups * LANES)
+                locate(a, kv_head, page_list, first_token, located, k_at, v_at, scales_at, shape)
             else:
                 stage_keys(a, kv_head, page_list, first_token, size, k_dim // width, k_lanes)
             if not a[IN_LANES] and width == 1:
@@ -150,7 +151,7 @@ def run_attention(a, shape):
                 stage_pairs_of_values(a, kv_head, page_list, first_token, size, v_lanes)
             if not a[IN_LANES]:
                 locate_staged(a, size, k_lanes, v_lanes, k_at, v_at, width)
-            score(a, size, min(end - first_token, size + groups * LANES), k_at, v_at, queries, scores, shape)
+            score(a, size, located, k_at, v_at, queries, scores, shape)
             scale_keys(a, size, scales_at, scores, query_sums, shape)
             weigh(a, first_row, first_token, size, scores, weights, maximum, total, rescale, shape)
             scale_values(a, first_row, first_token, size, scales_at, weights, rescale, zeros, shape)
