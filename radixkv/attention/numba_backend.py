@@ -35,7 +35,7 @@ class _Visible(NamedTuple):
 
 
 class NumbaBackend:
-    """Decodes and short extends read each page once, without a copy, on the threads that torch has.
+    """Decodes and extends read the pages where they lie, without a copy, on the threads that torch has.
 
     KV is float32, bfloat16 or float16, or codes of them. Float32 is computed as such; products of bfloat16 are added in
     float32, and by the processor's own dot products of bfloat16 where it has them, for which weights are rounded to

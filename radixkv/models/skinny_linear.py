@@ -16,7 +16,7 @@ WARM_UP_TOKENS = (1, 2, 4, 8)  # one for each tile
 
 
 class SkinnyLinear(nn.Linear):
-    """An `nn.Linear` on the CPU that reads its weights at the memory's bandwidth when it is given few tokens.
+    """An `nn.Linear` on the CPU that reads each weight once, in order, when it is given few tokens.
 
     Made of a plain one by `speed_up_linears`, which changes its class and nothing else.
     """
