@@ -80,13 +80,13 @@ class UnsupportedBackendError(RadixKVError, ValueError):
 class OutOfPagesError(RadixKVError, MemoryError):
     """Too few pages are free, and too few can be evicted, for what was asked. Nothing was taken.
 
-    Attributes: `needed`, `free`, `evictable` and `total`, all in pages.
+    Attributes: `needed`, `free`, `evictable` and `total`, all in pages; the message says of which kind, as `what` does.
     """
 
-    def __init__(self, *, needed: int, free: int, evictable: int, total: int) -> None:
+    def __init__(self, *, needed: int, free: int, evictable: int, total: int, what: str = "pages") -> None:
         self.needed, self.free, self.evictable, self.total = needed, free, evictable, total
         super().__init__(
-            f"{needed} pages are needed, but only {free} of {total} are free and {evictable} can be evicted; "
+            f"{needed} {what} are needed, but only {free} of {total} are free and {evictable} can be evicted; "
             "release leases, ask for fewer tokens or make the pool larger"
         )
 

@@ -44,6 +44,10 @@ class TokenToKVPoolAllocator:
         """References on `page`."""
         return int(self._ref_counts[page])
 
+    def ref_counts(self, pages: NDArray[np.int32]) -> NDArray[np.int32]:
+        """References on each of `pages`."""
+        return self._ref_counts[pages]
+
     def alloc(self, num_pages: int) -> NDArray[np.int32]:
         """Take `num_pages` free pages, each with one reference. O(num_pages).
 

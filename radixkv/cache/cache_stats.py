@@ -22,6 +22,8 @@ class CacheStats(NamedTuple):
     `total_tokens = evictable_tokens + protected_tokens` are what the tree's pages have room for; `leased_pages` are
     held by leases only. `hit_tokens` of `query_tokens` asked for by `acquire` were cached, `copied_tokens` of them in
     a page that was shared in part; `evicted_tokens` made room for others (what `reset` forgot is not among them).
+    Of `window_pages`, which the layers that see a window share, `free_window_pages` are lent to no page, and
+    `evictable_window_pages` to cached pages alone; all three are 0 where every layer keeps everything.
     `estimated_hit_rates` tell, from a sample of the traffic, what pools of other sizes would bring (empty without
     diagnostics).
     """
@@ -38,6 +40,9 @@ class CacheStats(NamedTuple):
     hit_tokens: int
     copied_tokens: int
     evicted_tokens: int
+    window_pages: int = 0
+    free_window_pages: int = 0
+    evictable_window_pages: int = 0
     estimated_hit_rates: tuple[SizeEstimate, ...] = ()
 
     @property

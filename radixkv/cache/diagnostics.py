@@ -100,8 +100,11 @@ class Diagnostics:
 
     # -- explanations ------------------------------------------------------------------------------------------------
 
-    def explain(self, tokens: NDArray[np.int32], namespace: Namespace, cached_tokens: int) -> Explanation:
-        """Why no more than `cached_tokens` of `tokens` would be found now. Changes nothing.
+    def explain(
+        self, tokens: NDArray[np.int32], namespace: Namespace, cached_tokens: int, held_tokens: int
+    ) -> Explanation:
+        """Why no more than `cached_tokens` of `tokens` would be found now, of which the tree has `held_tokens`. Changes
+        nothing.
 
         O(tokens × namespaces + page_size × pages remembered).
         """
@@ -111,6 +114,8 @@ class Diagnostics:
         reason: MissReason = "never seen"
         if cached_tokens == len(tokens):
             reason = "hit"
+        elif held_tokens > cached_tokens:
+            reason = "window"
         elif eviction is not None:
             reason = "evicted"
         elif others:
@@ -126,6 +131,7 @@ class Diagnostics:
             evicted_tokens=evicted_tokens,
             other_namespaces=others,
             near_miss=near_miss,
+            given_up_tokens=held_tokens - cached_tokens,
         )
 
     def _is_rounded(self, num_tokens: int, cached_tokens: int, near_miss: NearMiss | None) -> bool:

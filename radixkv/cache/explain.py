@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from radixkv.cache.history import Eviction
 from radixkv.cache.tree_node import Namespace
 
-MissReason = Literal["hit", "evicted", "other namespace", "page", "never seen"]
+MissReason = Literal["hit", "window", "evicted", "other namespace", "page", "never seen"]
 CONTEXT_TOKENS = 16  # of a near miss that are shown on either side
 _SHOWN_IDS = 4  # of these, in one line
 
@@ -33,6 +33,7 @@ class Explanation(NamedTuple):
         reason: why it ends there; the first that holds of
 
             "hit": it does not, all tokens are cached;
+            "window": `given_up_tokens` more are cached, but no longer in the layers that see a window of tokens;
             "evicted": the next page, or the end of a prompt in it, was cached and had to make room: see `eviction`;
             "other namespace": another namespace holds more of it: see `other_namespaces`;
             "page": whole pages alone are shared, and the next one is the same in part only, or the prompt ends in it;
@@ -43,6 +44,7 @@ class Explanation(NamedTuple):
         other_namespaces: how many leading tokens the other namespaces hold; those that hold more than this one.
         near_miss: the cached sequence that agrees with it the longest; None if nothing agrees in the first token, or
             if all tokens are cached.
+        given_up_tokens: tokens after `cached_tokens` that layers of a window have given up, and others have not.
     """
 
     num_tokens: int
@@ -53,12 +55,18 @@ class Explanation(NamedTuple):
     evicted_tokens: int
     other_namespaces: dict[Namespace, int]
     near_miss: NearMiss | None
+    given_up_tokens: int
 
     def __str__(self) -> str:
         text = f"{self.cached_tokens} of {self.num_tokens} tokens are cached"
         return text if self.reason == "hit" else f"{text}; {self._why()}"
 
     def _why(self) -> str:
+        if self.reason == "window":
+            return (
+                f"{self.given_up_tokens} more are, but not in the layers that see a window of tokens: "
+                "their pages made room for others"
+            )
         if self.reason == "evicted":
             return self._why_evicted()
         if self.reason == "other namespace":

@@ -20,7 +20,8 @@ from radixkv.cache.lease import Lease
 from radixkv.cache.policies import resolve_policy
 from radixkv.cache.radix_tree import RadixTree
 from radixkv.cache.token_ids import TokenIds, token_array
-from radixkv.cache.tree_node import Namespace, PartialPage, TreeNode
+from radixkv.cache.tree_node import MatchResult, Namespace, PartialPage, TreeNode
+from radixkv.cache.window_pages import WindowPages
 from radixkv.config import CacheConfig
 from radixkv.errors import ConfigError, InvalidRequestError, InvariantError, OutOfPagesError
 
@@ -41,12 +42,17 @@ class PrefixCache:
     what is committed of a last page in part can be found again. Without it, whole pages are shared, and
     `cached_tokens` is a multiple of `page_size`.
 
+    With `windows` some layers see only the last tokens, and keep KV of the pages alone that have one of a smaller
+    number of window pages (see `WindowPages`). A hit then ends where every layer still has what the next token sees,
+    and leases `cover` the tokens that they are about to compute.
+
     Invariants, proved by `check_invariants`: those of `RadixTree` and `TokenToKVPoolAllocator`, and
 
     - free pages + pages in the tree + pages held by leases only = `num_pages`;
     - the count of a page is 1 if it is in the tree, plus the number of leases whose `pages` hold it;
     - a node's `lock_ref` is the number of open leases that end in it or below;
-    - the pages of an unpinned node have no other reference, so that evicting it frees them.
+    - the pages of an unpinned node have no other reference, so that evicting it frees them;
+    - with `windows` those of `WindowPages`; leases pin the pages that their next tokens see.
 
     Not thread-safe.
 
@@ -71,6 +77,7 @@ class PrefixCache:
         policy: str | EvictionPolicy = "lru",
         *,
         copy_page: CopyPage | None = None,
+        windows: WindowPages | None = None,
         clock: Callable[[], float] = time.monotonic,
         diagnostics: bool = True,
     ) -> None:
@@ -87,8 +94,10 @@ class PrefixCache:
         if diagnostics:
             self._diagnostics = Diagnostics(self.tree, num_pages, whole_pages=copy_page is None)
         self._copy_page = copy_page
+        self.windows = windows
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
-        self._dropped: deque[tuple[TreeNode, NDArray[np.int32]]] = deque()  # what leases without release() held
+        # what leases without release() held: node, pages, and those of them that they saw
+        self._dropped: deque[tuple[TreeNode, NDArray[np.int32], NDArray[np.int32]]] = deque()
         self._query_tokens = self._hit_tokens = self._evicted_tokens = self._copied_tokens = 0
 
     @property
@@ -117,8 +126,14 @@ class PrefixCache:
 
     def peek(self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None) -> int:
         """How many leading tokens of `ids` are cached. Changes nothing. O(tokens + depth)."""
-        tokens, _ = self.tree.peek_path(ids, extra_key=extra_key, cache_salt=cache_salt)
-        return tokens if self.shares_partial_pages else tokens // self.page_size * self.page_size
+        tokens, path = self.tree.peek_path(ids, extra_key=extra_key, cache_salt=cache_salt)
+        whole_pages = tokens // self.page_size
+        if self.windows is not None and path:
+            pages = np.concatenate([node.page_ids for node in path])[: self.pages_for(tokens)]
+            valid = self.windows.longest_valid(pages[:whole_pages])
+            if valid < whole_pages or not self.windows.has(pages[-1:]).all():
+                return valid * self.page_size
+        return tokens if self.shares_partial_pages else whole_pages * self.page_size
 
     def acquire(
         self,
@@ -155,13 +170,22 @@ class PrefixCache:
         match = self.tree.match_prefix(wanted, extra_key=extra_key, cache_salt=cache_salt)
         if self._diagnostics is not None:
             self._diagnostics.requested(tokens, (extra_key, cache_salt))
+        held_tokens = match.length
+        match = self._valid(match, wanted, (extra_key, cache_salt))
         matched_pages = match.pages
         num_own_pages = self.pages_for(len(tokens)) - len(matched_pages)
+        seen = self._seen_after(match)
         self.tree.inc_lock_ref(match.node)
+        if self.windows is not None:
+            self.windows.pin(seen)
         try:
-            partial = self._find_partial(match.node, wanted[match.length :], num_own_pages)
+            partial = None
+            if match.length == held_tokens:
+                partial = self._find_partial(match.node, wanted[match.length :], num_own_pages)
             own_pages = self._take(num_own_pages) if partial is None else self._take_and_copy(num_own_pages, partial)
         except BaseException:
+            if self.windows is not None:
+                self.windows.unpin(seen, passed=False)
             self.tree.dec_lock_ref(match.node)
             raise
         self.allocator.retain(matched_pages)
@@ -175,6 +199,7 @@ class PrefixCache:
             np.concatenate([matched_pages, own_pages]),
             match.node,
             (extra_key, cache_salt),
+            held_tokens=held_tokens,
             source=partial,
             priority=priority,
             keep_for_s=keep_for_s,
@@ -186,7 +211,7 @@ class PrefixCache:
         """Forget every prefix that no lease pins. O(nodes)."""
         self._reap()
         clear = self.tree.clear
-        self.allocator.release(clear() if self._diagnostics is None else self._diagnostics.reset(clear))
+        self.give_back(clear() if self._diagnostics is None else self._diagnostics.reset(clear))
 
     def explain(self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None) -> Explanation:
         """How far `ids` is cached now, and why not further. Changes nothing.
@@ -201,12 +226,21 @@ class PrefixCache:
         self._reap()
         tokens = token_array(ids)
         cached_tokens = self.peek(tokens, extra_key=extra_key, cache_salt=cache_salt)
-        return self._diagnostics.explain(tokens, (extra_key, cache_salt), cached_tokens)
+        held_tokens, _ = self.tree.peek_path(tokens, extra_key=extra_key, cache_salt=cache_salt)
+        if not self.shares_partial_pages:
+            held_tokens = held_tokens // self.page_size * self.page_size
+        return self._diagnostics.explain(tokens, (extra_key, cache_salt), cached_tokens, held_tokens)
 
     def committed(self, tokens: NDArray[np.int32], namespace: Namespace) -> None:
         """Note that more is cached now than a request asked for. Leases call it."""
         if self._diagnostics is not None:
             self._diagnostics.committed(tokens, namespace)
+
+    def give_back(self, pages: NDArray[np.int32]) -> None:
+        """Take a reference from each of `pages`; those without any are free, in all layers. Leases call it."""
+        self.allocator.release(pages)
+        if self.windows is not None:
+            self.windows.drop(pages[self.allocator.ref_counts(pages) == 0])
 
     def stats(self) -> CacheStats:
         """What the cache holds now, and what it did so far. O(1), with a summation of some thousand numbers."""
@@ -224,6 +258,9 @@ class PrefixCache:
             hit_tokens=self._hit_tokens,
             copied_tokens=self._copied_tokens,
             evicted_tokens=self._evicted_tokens,
+            window_pages=0 if self.windows is None else self.windows.num_window_pages,
+            free_window_pages=0 if self.windows is None else self.windows.num_free,
+            evictable_window_pages=0 if self.windows is None else self.windows.num_evictable,
             estimated_hit_rates=self._estimated_hit_rates(),
         )
 
@@ -249,6 +286,17 @@ class PrefixCache:
                 raise InvariantError(f"{node} is pinned by {locks.get(id(node), 0)} leases")
             if node.lock_ref == 0 and (expected[node.page_ids] > 1).any():
                 raise InvariantError(f"{node} is unpinned, and a lease holds one of its pages")
+        if self.windows is not None:
+            self._check_windows(self.windows)
+
+    def _check_windows(self, windows: WindowPages) -> None:
+        pins = np.zeros(self.num_pages, np.int64)
+        in_tree = np.zeros(self.num_pages, bool)
+        for lease in self._leases:
+            pins[lease.seen_pages] += 1
+        for _, node in self.tree.nodes():
+            in_tree[node.page_ids] = True
+        windows.check_invariants(pins, in_tree)
 
     def _estimated_hit_rates(self) -> tuple[SizeEstimate, ...]:
         if self._diagnostics is None:
@@ -258,12 +306,29 @@ class PrefixCache:
         curve = self._diagnostics.curve
         return tuple(SizeEstimate(factor, size, curve.hit_rate(size)) for factor, size in sizes.items())
 
+    def _valid(self, match: MatchResult, wanted: NDArray[np.int32], namespace: Namespace) -> MatchResult:
+        """`match`, or the longest part of it that is a hit in all layers."""
+        if self.windows is None:
+            return match
+        valid = self.windows.longest_valid(match.pages)
+        if valid == len(match.pages):
+            return match
+        extra_key, cache_salt = namespace
+        return self.tree.match_prefix(wanted[: valid * self.page_size], extra_key=extra_key, cache_salt=cache_salt)
+
+    def _seen_after(self, match: MatchResult) -> NDArray[np.int32]:
+        """The pages of a hit that the token after it sees in all layers."""
+        if self.windows is None:
+            return match.pages[:0]
+        pages, sinks = match.pages, self.windows.sink_pages
+        return np.concatenate([pages[:sinks], pages[max(sinks, self.windows.first_seen(match.length)) :]])
+
     def _find_partial(self, node: TreeNode, rest: NDArray[np.int32], num_pages: int) -> PartialPage | None:
         """What can be copied of the page after `node`; None where its source is needed to make room."""
         if self._copy_page is None or not len(rest):
             return None
         found = self.tree.find_partial(node, rest)
-        if found is None:
+        if found is None or (self.windows is not None and not self.windows.has(np.array([found.page])).all()):
             return None
         held = len(found.node.page_ids) if found.node.lock_ref == 0 else 0
         return found if num_pages <= self.available_pages - held else None
@@ -273,24 +338,43 @@ class PrefixCache:
         assert self._copy_page is not None, "nothing to copy with"
         self.tree.touch(partial.node)
         self.tree.inc_lock_ref(partial.node)
+        source = np.array([partial.page], np.int32)
+        if self.windows is not None:
+            self.windows.pin(source)
         try:
             pages = self._take(num_pages)
             try:
-                self._copy_page(partial.page, int(pages[0]), partial.num_tokens)
+                self._copy_into(pages[:1], partial)
             except BaseException:
-                self.allocator.release(pages)
+                self.give_back(pages)
                 raise
         finally:
+            if self.windows is not None:
+                self.windows.unpin(source, passed=False)
             self.tree.dec_lock_ref(partial.node)
         self._copied_tokens += partial.num_tokens
         return pages
 
+    def _copy_into(self, target: NDArray[np.int32], partial: PartialPage) -> None:
+        """Copy to the page in `target`, which is pinned in all layers then, or as it was if that fails."""
+        assert self._copy_page is not None, "nothing to copy with"
+        if self.windows is not None:
+            self.windows.take(target)
+        try:
+            self._copy_page(partial.page, int(target[0]), partial.num_tokens)
+        except BaseException:
+            if self.windows is not None:
+                self.windows.unpin(target, passed=True)
+            raise
+
     def _reap(self) -> None:
         """Release what dropped leases held. Not in their `__del__`: that may run in the middle of any operation."""
         while self._dropped:
-            node, pages = self._dropped.popleft()
+            node, pages, seen = self._dropped.popleft()
+            if self.windows is not None:
+                self.windows.unpin(seen, passed=False)
             self.tree.dec_lock_ref(node)
-            self.allocator.release(pages)
+            self.give_back(pages)
 
     def _take(self, num_pages: int) -> NDArray[np.int32]:
         self._reap()
@@ -303,7 +387,7 @@ class PrefixCache:
                 )
             freed = self.tree.evict(missing * self.page_size)
             self._evicted_tokens += len(freed) * self.page_size
-            self.allocator.release(freed)
+            self.give_back(freed)
         return self.allocator.alloc(num_pages)
 
     def __repr__(self) -> str:
