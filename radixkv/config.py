@@ -56,6 +56,13 @@ class EngineConfig:
         device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", …
         page_size: tokens a page. Prefixes are shared to the token at any size.
         kv_cache_tokens: size of the KV pool in tokens; None sizes it by `mem_fraction`.
+        window_cache_tokens: of how many tokens layers that see a window (sliding or chunked attention) keep KV; what no
+            request sees any more there makes room. None takes half of `kv_cache_tokens`, as many if no layer sees
+            everything, and what one request needs at least. `kv_cache_tokens` lets every layer keep everything.
+        window: StreamingLLM (Xiao et al., 2023): every layer sees the last `window` tokens and the first `sinks` alone,
+            at the positions that they have among these, and generation runs on in constant memory. Layers with a window
+            of their own keep it.
+        sinks: first tokens that stay in sight beside `window`; 4 serve most models.
         mem_fraction: share of the memory that is free after the model is loaded which the KV pool may take;
             None means 0.85 on a GPU and 0.4 on the CPU.
         kv_cache_dtype: what the pool keeps KV as: "auto" (`dtype`), "fp8_e4m3", "fp8_e5m2", "int8" or "int4".
@@ -78,6 +85,9 @@ class EngineConfig:
     page_size: int = 16
     kv_cache_tokens: int | None = None
     mem_fraction: float | None = None
+    window_cache_tokens: int | None = None
+    window: int | None = None
+    sinks: int = 0
     kv_cache_dtype: str = "auto"
     attention_backend: str = "auto"
     eviction_policy: str = "lru"
@@ -96,11 +106,15 @@ class EngineConfig:
             1,
             "page_size",
             "kv_cache_tokens",
+            "window_cache_tokens",
+            "window",
             "max_batch_tokens",
             "max_running_requests",
             "max_context_tokens",
         )
-        _check_at_least(self, 0, "max_skips", "seed")
+        _check_at_least(self, 0, "sinks", "max_skips", "seed")
+        if self.sinks and self.window is None:
+            raise ConfigError(f"sinks={self.sinks} stay in sight beside a window; set window, too")
         if self.mem_fraction is not None and not isinstance(self.mem_fraction, int | float):
             raise ConfigError(f"mem_fraction must be a number, not {self.mem_fraction!r}")
         if self.mem_fraction is not None and not 0 < self.mem_fraction <= 1:

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 from torch.nn import functional
+from train_demo_model import progress_bar, read_text, split_held_out
 from transformers import PreTrainedModel
 
 from radixkv.models.loader import load
-from train_demo_model import progress_bar, read_text, split_held_out
 
 WANTED_MASS = 0.6
 WINDOW_TOKENS, BATCH_WINDOWS = 512, 8

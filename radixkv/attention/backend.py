@@ -26,6 +26,8 @@ class AttentionParams:
         chunk_size: a token sees only its own chunk of that many tokens.
         softcap: scores become softcap * tanh(score / softcap).
         sinks: logits [num_q_heads] that join the softmax's denominator alone.
+        sink_tokens: a token sees so many first ones beside its sliding window; StreamingLLM's sinks.
+        sink_queries: [tokens, num_q_heads, k_head_dim], what these are multiplied with in place of the queries.
     """
 
     scale: float
@@ -33,6 +35,8 @@ class AttentionParams:
     chunk_size: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    sink_tokens: int = 0
+    sink_queries: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,6 +107,17 @@ def build_metadata(
     )
 
 
+def flattened_slots(metadata: AttentionMetadata, kv_indices: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Where the KV of each flattened token goes, int64 [num_tokens], if its sequences' pages are `kv_indices`."""
+    qo_lens, page_size = metadata.qo_lens, metadata.page_size
+    sequence = np.repeat(np.arange(metadata.num_sequences), qo_lens)
+    first_positions = metadata.kv_lens - qo_lens - metadata.qo_indptr[:-1]
+    positions = np.arange(metadata.num_tokens) + first_positions[sequence]
+    pages = kv_indices[metadata.kv_indptr[:-1][sequence] + positions // page_size]
+    slots: NDArray[np.int64] = pages.astype(np.int64) * page_size + positions % page_size
+    return slots
+
+
 def to_device(values: NDArray[np.int64], device: torch.device | str) -> Tensor:
     """`values` as a tensor on `device`, without waiting for what the device does before."""
     tensor = torch.from_numpy(values)

@@ -36,7 +36,7 @@ class WindowPages:
     def __init__(
         self, num_pages: int, *, num_window_pages: int, page_size: int, window_tokens: int, sink_tokens: int = 0
     ) -> None:
-        least = -(-sink_tokens // page_size) + -(-window_tokens // page_size) + 2
+        least = self.least(page_size, window_tokens, sink_tokens)
         if window_tokens < 1 or sink_tokens < 0:
             raise ConfigError(f"a window of {window_tokens} tokens after {sink_tokens} sinks is none")
         if num_window_pages < least:
@@ -55,6 +55,11 @@ class WindowPages:
         self._stamps = np.zeros(num_pages, np.int64)  # an entry of a queue counts if it has its page's last one
         self._passed: deque[tuple[int, int]] = deque()
         self._ended: deque[tuple[int, int]] = deque()
+
+    @staticmethod
+    def least(page_size: int, window_tokens: int, sink_tokens: int = 0) -> int:
+        """Window pages with which a single request always gets on: what it sees, and the page that it writes."""
+        return -(-sink_tokens // page_size) + -(-window_tokens // page_size) + 2
 
     @property
     def num_free(self) -> int:

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from radixkv.attention.backend import AttentionNeeds, choose_backend
 from radixkv.attention.flashinfer_backend import sampling_kernels
-from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.config import EngineConfig
 from radixkv.engine.arguments import CacheOptions, Prompt, as_list_of_params, as_list_of_prompts, checked_cache_options
@@ -27,6 +26,7 @@ from radixkv.engine.executor import Executor
 from radixkv.engine.gpu_sampling import DeviceSampler
 from radixkv.engine.graphs import make_graphs
 from radixkv.engine.interrupts import DeferredInterrupt
+from radixkv.engine.kv_memory import make_kv_memory
 from radixkv.engine.request import Request, RequestOutput
 from radixkv.engine.results import EngineStats, StreamChunk
 from radixkv.engine.runner import ModelRunner
@@ -41,8 +41,6 @@ from radixkv.errors import (
     PromptTooLongError,
     RadixKVError,
 )
-from radixkv.memory.kv_pool import num_pages_that_fit
-from radixkv.memory.quantized_pool import kv_bytes_per_token, make_kv_pool
 from radixkv.memory.req_to_token import ReqToTokenPool
 from radixkv.models.loader import eos_token_ids, load, max_context_tokens
 from radixkv.models.probe import plug_in_paged_attention
@@ -79,24 +77,21 @@ class Engine:
         speed_up_linears(model)
         needs = AttentionNeeds(layers, config.page_size, model.dtype, model.device, config.kv_cache_dtype)
         chosen = choose_backend(config.attention_backend, needs)
-        kept = [layer.kv for layer in layers]
-        self.kv_bytes_per_token = kv_bytes_per_token(kept, config.kv_cache_dtype, model.dtype)
-        num_pages = self._num_pages(config, model)
+        context_tokens = max_context_tokens(model.config)
         on_gpu = model.device.type == "cuda"
-        self.pool = make_kv_pool(
-            chosen.layout(needs),
-            kept,
-            kv_dtype=config.kv_cache_dtype,
-            num_pages=num_pages + on_gpu,  # CUDA graphs pad batches with a page that the cache does not know
-            page_size=config.page_size,
-            dtype=model.dtype,
-            device=model.device,
+        memory = make_kv_memory(
+            chosen,
+            needs,
+            config,
+            context_tokens=context_tokens,
+            scratch_pages=int(on_gpu),  # CUDA graphs pad batches with a page that the cache does not know
         )
-        self.cache = PrefixCache(num_pages, config.page_size, config.eviction_policy, copy_page=self.pool.copy_page)
-        backend = chosen.make(self.pool, needs)
+        self.pool, self.cache, backend = memory.pool, memory.cache, memory.backend
+        self.kv_bytes_per_token = memory.bytes_per_token
+        num_pages, num_window_pages = memory.sizes
         pool_tokens = num_pages * config.page_size
         limits = {
-            "as the model was made": max_context_tokens(model.config),
+            "as the model was made": context_tokens,
             "as max_context_tokens says": config.max_context_tokens,
             "as the KV pool has room for": pool_tokens,
         }
@@ -107,6 +102,7 @@ class Engine:
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
             kv_cache_tokens=pool_tokens,
+            window_cache_tokens=None if num_window_pages is None else num_window_pages * config.page_size,
             mem_fraction=None,
             attention_backend=backend.name,
             max_running_requests=config.max_running_requests or min(256, config.max_batch_tokens),
@@ -275,6 +271,7 @@ class Engine:
                 retractions=self._scheduler.num_retractions,
                 peak_used_pages=self._peak_used_pages,
                 kv_bytes_per_token=self.kv_bytes_per_token,
+                pool_bytes=self.pool.num_bytes,
             )
 
     def reset_cache(self) -> None:
@@ -443,13 +440,6 @@ class Engine:
         if request.error is not None:
             raise request.error
         return request.output() if request.is_finished else None
-
-    def _num_pages(self, config: EngineConfig, model: PreTrainedModel) -> int:
-        if config.kv_cache_tokens is not None:
-            return -(-config.kv_cache_tokens // config.page_size)
-        return num_pages_that_fit(
-            self.kv_bytes_per_token, config.page_size, device=model.device, mem_fraction=config.mem_fraction
-        )
 
 
 def _take_pieces(request: Request) -> str:

@@ -22,6 +22,7 @@ class EngineStats(NamedTuple):
 
     `computed_tokens` went through the model; `generated_tokens` were sampled; `retractions` counts how often a
     running request had its pages taken back. `peak_used_pages` includes unused prefixes that are kept.
+    `kv_bytes_per_token` are those of a token that every layer keeps; `pool_bytes` is the size of the KV pool.
     """
 
     cache: CacheStats
@@ -33,6 +34,7 @@ class EngineStats(NamedTuple):
     retractions: int
     peak_used_pages: int
     kv_bytes_per_token: int
+    pool_bytes: int
 
     @property
     def hit_rate(self) -> float:
@@ -55,8 +57,3 @@ class EngineStats(NamedTuple):
     @property
     def protected_pages(self) -> int:
         return self.cache.protected_tokens // self.cache.page_size
-
-    @property
-    def pool_bytes(self) -> int:
-        """Size of the KV pool."""
-        return self.cache.num_pages * self.cache.page_size * self.kv_bytes_per_token

@@ -34,7 +34,7 @@ class Scheduler:
 
     - Running requests come first; each may need a page. On a full pool unused prefixes are evicted; when none is
       left, the running request that loses least is retracted: its pages go, its tokens stay, and it resumes later.
-      The oldest running request is never retracted, so there is always progress.
+      Chunks are cut where window pages are short. The oldest running request is never retracted, so there is always progress.
     - Waiting requests are admitted by longest cached prefix ("lpm") or in order of arrival ("fcfs"). Under "lpm" a
       request that `max_skips` later ones have overtaken goes first, so none starves.
     - A waiting request that shares a longer prefix with one whose prompt is being computed waits for it and hits.
@@ -58,6 +58,16 @@ class Scheduler:
         """Choose the next step's tokens, take the pages they need, and retract or admit requests as that allows."""
         for request in [r for r in self.running if r.is_finished]:
             self.release(request)
+        batch = self._fill()
+        while not batch and self.running:
+            self._make_way()
+            batch = self._fill()
+        now = time.perf_counter()
+        for span in batch:
+            span.request.started_at = span.request.started_at or now
+        return batch
+
+    def _fill(self) -> list[Span]:
         batch = self._decodes()
         budget = self._config.max_batch_tokens - len(batch)
         for request in self.running:
@@ -68,12 +78,9 @@ class Scheduler:
                 break
             if self._will_be_computed(request, cached_tokens):
                 continue
-            if not self._has_room(request, cached_tokens) or not self._start(request):
+            if not self._has_room(request, cached_tokens, budget) or not self._start(request):
                 break  # nobody overtakes it on the way to free pages
             budget = self._add_chunk(batch, request, budget)
-        now = time.perf_counter()
-        for span in batch:
-            span.request.started_at = span.request.started_at or now
         return batch
 
     def look_ahead(self, requests: list[Request]) -> list[Span] | None:
@@ -92,6 +99,7 @@ class Scheduler:
                 if request.lease.capacity_tokens <= request.num_tokens:
                     request.lease.grow(request.num_tokens + 1)
                     self._write_row(request)
+                request.lease.cover(request.num_tokens, request.num_tokens + 1)
             except OutOfPagesError:
                 return None
         return [Span(request, request.num_tokens, request.num_tokens + 1) for request in requests]
@@ -140,6 +148,7 @@ class Scheduler:
             pages_before = len(request.lease.pages)
             try:
                 request.lease.grow(request.num_tokens)
+                request.lease.cover(request.num_computed, request.num_tokens)
             except OutOfPagesError:
                 self._retract(self._cheapest_to_retract())
                 continue
@@ -166,10 +175,30 @@ class Scheduler:
         self.waiting.sort(key=lambda r: r.id)
 
     def _add_chunk(self, batch: list[Span], request: Request, budget: int) -> int:
-        """Add as much of `request` as the budget allows; returns what is left of it."""
-        last = min(request.num_tokens, request.num_computed + budget)
-        batch.append(Span(request, request.num_computed, last))
-        return budget - (last - request.num_computed)
+        """Add as much of `request` as the budget and the window pages allow; returns what is left of the budget."""
+        lease, first = request.lease, request.num_computed
+        assert lease is not None, request
+        lease.cover(first, first)  # what it has passed makes room
+        last = min(request.num_tokens, first + budget, lease.coverable_tokens())
+        if last <= first:
+            return budget
+        lease.cover(first, last)
+        batch.append(Span(request, first, last))
+        return budget - (last - first)
+
+    def _make_way(self) -> None:
+        """Let somebody go on where window pages lack for everybody: the cheapest is retracted, or a single one ends."""
+        request = self._cheapest_to_retract()
+        if len(self.running) > 1:
+            self._retract(request)
+            return
+        windows = self._cache.windows
+        assert windows is not None, "a request has pages, and its next step is empty"
+        error = OutOfPagesError(
+            needed=1, free=0, evictable=0, total=windows.num_window_pages, what="pages of the layers that see a window"
+        )
+        request.finish("error", error)
+        self.release(request)
 
     # -- waiting requests --------------------------------------------------------------------------------------------
 
@@ -205,10 +234,21 @@ class Scheduler:
             for other in self.running
         )
 
-    def _has_room(self, request: Request, cached_tokens: int) -> bool:
-        """Whether its prompt fits, and a page for each running request besides: else one would be retracted soon."""
+    def _has_room(self, request: Request, cached_tokens: int, budget: int) -> bool:
+        """Whether its prompt fits, and a page for each running request besides: else one would be retracted soon.
+
+        Of window pages its next chunk must fit, or a window of it.
+        """
+        if not self.running:
+            return True
         needed = self._cache.pages_for(request.num_tokens) - cached_tokens // self._cache.page_size
-        return not self.running or needed + len(self.running) <= self._cache.available_pages
+        windows = self._cache.windows
+        if windows is not None:
+            chunk = min(request.num_tokens - cached_tokens, budget, windows.window_tokens)
+            seen = windows.sink_pages + self._cache.pages_for(cached_tokens + chunk) - windows.first_seen(cached_tokens)
+            if seen + len(self.running) > windows.num_available:
+                return False
+        return needed + len(self.running) <= self._cache.available_pages
 
     def _start(self, request: Request) -> bool:
         """Move a waiting request to the running ones; False if its pages cannot be had."""

@@ -139,9 +139,9 @@ class Session:
         others = [s._ids for s in self._engine.open_sessions(self.namespace) if s is not self]
         in_common = max((_common_tokens(self._ids, ids) for ids in others), default=0)
         shared = max(shared, min(tokens, in_common))
-        pages = cache.pages_for(tokens)
-        num_bytes = tokens * self._engine.kv_bytes_per_token
-        return KVUsage(len(self._ids), tokens, pages, num_bytes, shared, tokens - shared)
+        pages = np.concatenate([np.empty(0, np.int32), *(node.page_ids for node in path)])[: cache.pages_for(tokens)]
+        num_bytes = self._engine.pool.bytes_of(pages, tokens)
+        return KVUsage(len(self._ids), tokens, len(pages), num_bytes, shared, tokens - shared)
 
     def close(self) -> None:
         """End the conversation. Its KV stays in the cache until it is evicted. Idempotent."""

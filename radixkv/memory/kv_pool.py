@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from radixkv.errors import ConfigError
@@ -84,6 +85,15 @@ class KVPool:
     def gather(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
         """A copy of the KV in `pages` (int64 [n]): K and V as [n * page_size, num_kv_heads, head_dim]."""
         return self.k[layer].index_select(0, pages).flatten(0, 1), self.v[layer].index_select(0, pages).flatten(0, 1)
+
+    def bytes_of(self, pages: NDArray[np.int32], num_tokens: int) -> int:
+        """KV bytes of the first `num_tokens` tokens in `pages`."""
+        return num_tokens * self.bytes_per_token
+
+    def clear_page(self, page: int) -> None:
+        """Make the KV of `page` zeros, in every layer."""
+        for pages in (*self.k, *self.v):
+            pages[page].zero_()
 
     def copy_page(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the KV of the first `num_tokens` slots of page `source` to page `target`, in every layer."""
@@ -207,15 +217,20 @@ def num_pages_that_fit(
 
     Raises: ConfigError if not even one does.
     """
-    fraction = mem_fraction if mem_fraction is not None else DEFAULT_MEM_FRACTION.get(device.type, 0.5)
-    free_bytes = available_bytes(device)
-    num_pages = int(free_bytes * fraction) // (bytes_per_token * page_size)
+    num_bytes = kv_budget_of(device, mem_fraction)
+    num_pages = num_bytes // (bytes_per_token * page_size)
     if num_pages < 1:
         raise ConfigError(
-            f"{fraction:.0%} of the {free_bytes} bytes free on {device} hold no page of {page_size} tokens at "
-            f"{bytes_per_token} bytes a token; free memory or raise mem_fraction"
+            f"{num_bytes} of the bytes free on {device} hold no page of {page_size} tokens at {bytes_per_token} bytes a "
+            "token; free memory or raise mem_fraction"
         )
     return min(num_pages, (2**31 - 1) // page_size)
+
+
+def kv_budget_of(device: torch.device, mem_fraction: float | None = None) -> int:
+    """Bytes for KV: `mem_fraction` of the free memory of `device`, by default 0.85 of a GPU's and 0.4 of the CPU's."""
+    fraction = mem_fraction if mem_fraction is not None else DEFAULT_MEM_FRACTION.get(device.type, 0.5)
+    return int(available_bytes(device) * fraction)
 
 
 def _read_int(path: str) -> int | None:

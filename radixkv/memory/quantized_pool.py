@@ -73,6 +73,11 @@ class QuantizedKVPool(KVPool):
             k = rotate_back(k)
         return k.to(self.dtype), v.to(self.dtype)
 
+    def clear_page(self, page: int) -> None:
+        self._codes.clear_page(page)
+        for pages in (*self.k_scales, *self.v_scales):
+            pages[page].zero_()
+
     def copy_page(self, source: int, target: int, num_tokens: int) -> None:
         self._codes.copy_page(source, target, num_tokens)
         self._scales.copy_page(source, target, num_tokens)
