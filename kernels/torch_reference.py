@@ -3,7 +3,8 @@
 For a query at position p of its sequence, with keys at positions [0, kv_len):
 
     score(j)  = scale * <q, k_j>,  then softcap * tanh(score / softcap) if there is a soft cap
-    visible   = j <= p, and j > p - sliding_window, and j // chunk_size == p // chunk_size, where those are set
+    visible   = j <= p, and j > p - sliding_window, and j // chunk_size == p // chunk_size, where those are set;
+                the first `sink_tokens` keys besides, which are multiplied with queries of their own, if there are any
     out       = sum_j softmax(score)_j v_j over the visible j; a sink logit joins the softmax's denominator alone
 
 Grouped queries: query head h reads KV head h // (num_q_heads // num_kv_heads).
@@ -16,7 +17,12 @@ from torch import Tensor
 
 
 def visible_mask(
-    q_positions: Tensor, kv_len: int, *, sliding_window: int | None = None, chunk_size: int | None = None
+    q_positions: Tensor,
+    kv_len: int,
+    *,
+    sliding_window: int | None = None,
+    chunk_size: int | None = None,
+    sink_tokens: int = 0,
 ) -> Tensor:
     """Which keys each query sees, bool [q_len, kv_len]."""
     q = q_positions[:, None]
@@ -26,7 +32,7 @@ def visible_mask(
         visible &= j > q - sliding_window
     if chunk_size is not None:
         visible &= j // chunk_size == q // chunk_size
-    return visible
+    return visible | ((j < sink_tokens) & (j <= q))
 
 
 def dense_attention(
@@ -38,6 +44,8 @@ def dense_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    sink_tokens: int = 0,
+    sink_queries: Tensor | None = None,
 ) -> Tensor:
     """Attention of one sequence over contiguous KV.
 
@@ -46,6 +54,7 @@ def dense_attention(
         k, v: [kv_len, num_kv_heads, k_head_dim] and [kv_len, num_kv_heads, v_head_dim]
         visible: bool [q_len, kv_len]
         sinks: logits, [num_q_heads]
+        sink_tokens, sink_queries: what the first keys are multiplied with in place of q, of the same shape
 
     Returns: [q_len, num_q_heads, v_head_dim], in q's dtype. Half types are computed in float32.
     """
@@ -55,6 +64,9 @@ def dense_attention(
     k_t = k.to(compute_dtype).repeat_interleave(num_groups, dim=1).permute(1, 2, 0)  # [num_q_heads, k_head_dim, kv_len]
     v_t = v.to(compute_dtype).repeat_interleave(num_groups, dim=1).transpose(0, 1)  # [num_q_heads, kv_len, v_head_dim]
     scores = q_t @ k_t * scale  # [num_q_heads, q_len, kv_len]
+    if sink_queries is not None:
+        sink_q_t = sink_queries.to(compute_dtype).transpose(0, 1)
+        scores[..., :sink_tokens] = sink_q_t @ k_t[..., :sink_tokens] * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, float("-inf"))
@@ -85,6 +97,8 @@ def paged_attention(
     chunk_size: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    sink_tokens: int = 0,
+    sink_queries: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of a batch over paged KV; the queries of a sequence are its last tokens.
 
@@ -102,8 +116,23 @@ def paged_attention(
         own_q = q[qo_indptr[i] : qo_indptr[i + 1]]
         page_ids = kv_indices[kv_indptr[i] : kv_indptr[i + 1]].long()
         positions = torch.arange(kv_len - own_q.shape[0], kv_len, device=q.device)
-        visible = visible_mask(positions, kv_len, sliding_window=sliding_window, chunk_size=chunk_size)
+        visible = visible_mask(
+            positions, kv_len, sliding_window=sliding_window, chunk_size=chunk_size, sink_tokens=sink_tokens
+        )
+        own_sink_q = None if sink_queries is None else sink_queries[qo_indptr[i] : qo_indptr[i + 1]]
         k = gather_kv(k_pages, page_ids, kv_len)
         v = gather_kv(v_pages, page_ids, kv_len)
-        outputs.append(dense_attention(own_q, k, v, visible, scale=scale, softcap=softcap, sinks=sinks))
+        outputs.append(
+            dense_attention(
+                own_q,
+                k,
+                v,
+                visible,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+                sink_tokens=sink_tokens,
+                sink_queries=own_sink_q,
+            )
+        )
     return torch.cat(outputs)

@@ -67,14 +67,16 @@ class Case:
         self.v = torch.randn(num_slots, num_kv_heads, self.layer.v_head_dim, generator=generator).to(dtype)
         self.q = torch.randn(self.metadata.num_tokens, num_q_heads, head_dim, generator=generator).to(dtype).to(device)
         self.sinks = torch.randn(num_q_heads, generator=generator).to(device)
+        self.sink_queries = torch.randn(self.q.shape, generator=generator).to(dtype).to(device)
 
     def _metadata(self, spans: list[tuple[int, int, Any, Any]]) -> AttentionMetadata:
         return build_metadata([SequenceSpan(*span) for span in spans], page_size=self.page_size, device=self.device)
 
     def params(self, **options: Any) -> AttentionParams:
-        """Parameters of a layer; `sinks=True` takes random ones."""
+        """Parameters of a layer; `sinks=True` takes random ones, as `sink_tokens` do for their queries."""
         sinks = self.sinks if options.pop("sinks", False) else None
-        return AttentionParams(scale=self.q.shape[-1] ** -0.5, sinks=sinks, **options)
+        sink_queries = self.sink_queries if options.get("sink_tokens") else None
+        return AttentionParams(scale=self.q.shape[-1] ** -0.5, sinks=sinks, sink_queries=sink_queries, **options)
 
     def needs(self, params: AttentionParams) -> AttentionNeeds:
         layer = LayerAttention(self.layer, self.num_q_heads, params)
@@ -126,6 +128,8 @@ class Case:
             chunk_size=params.chunk_size,
             softcap=params.softcap,
             sinks=None if params.sinks is None else params.sinks.cpu(),
+            sink_tokens=params.sink_tokens,
+            sink_queries=None if params.sink_queries is None else params.sink_queries.double().cpu(),
         )
 
     def check(self, name: str, params: AttentionParams, tolerance: float | None = None) -> None:

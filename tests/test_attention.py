@@ -23,6 +23,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 3.0},
     "sinks": {"sinks": True},
     "window, softcap and sinks": {"sliding_window": 11, "softcap": 3.0, "sinks": True},
+    "streaming": {"sliding_window": 7, "sink_tokens": 4},
+    "streaming, softcap and sinks": {"sliding_window": 9, "sink_tokens": 5, "softcap": 3.0, "sinks": True},
 }
 # (backend, device); Triton's and FlashInfer's own tests run them without a GPU
 TARGETS = [(name, "cpu") for name in ("numba", "torch", "reference")]

@@ -17,6 +17,7 @@ SPANS = [(0, 1), (0, 13), (20, 21), (37, 38), (15, 33), (16, 17), (31, 32), (3, 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"sliding_window": 7},
+    "streaming": {"sliding_window": 7, "sink_tokens": 4},
     "chunk, softcap and sinks": {"chunk_size": 8, "softcap": 3.0, "sinks": True},
 }
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -194,4 +194,6 @@ class ReferenceBackend:
             chunk_size=params.chunk_size,
             softcap=params.softcap,
             sinks=params.sinks,
+            sink_tokens=params.sink_tokens,
+            sink_queries=params.sink_queries,
         )

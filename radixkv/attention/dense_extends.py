@@ -76,17 +76,30 @@ class DenseExtends:
     def _extend(self, layer: int, q: Tensor, extends: _Extends, params: AttentionParams) -> Tensor:
         qo_len, kv_len = extends.qo_len, extends.kv_len
         page_size = self.pool.page_size
-        start = int(first_visible(np.array(kv_len - qo_len), params)) // page_size * page_size
+        start = 0
+        if not params.sink_tokens:
+            start = int(first_visible(np.array(kv_len - qo_len), params)) // page_size * page_size
         pages = extends.pages[:, start // page_size :]  # those that any query sees
         q = q.unflatten(0, (-1, qo_len))  # [batch, qo_len, num_q_heads, k_head_dim]
         k, v = self._gather(layer, pages, kv_len - start)  # [batch, kv_len - start, num_kv_heads, head_dim]
-        if params.softcap is None and params.sinks is None:
+        if params.softcap is None and params.sinks is None and params.sink_queries is None:
             return _sdpa(q, k, v, self._extend_bias(q, extends, start, params), params.scale).flatten(0, 1)
         visible = self._extend_visible(extends, start, params)
+        sink_queries: list[Tensor | None] = [None] * len(q)
+        if params.sink_queries is not None:
+            sink_queries = list(params.sink_queries[extends.rows].unflatten(0, (-1, qo_len)))
         return torch.cat(
             [
-                dense_attention(*one, visible, scale=params.scale, softcap=params.softcap, sinks=params.sinks)
-                for one in zip(q, k, v, strict=True)
+                dense_attention(
+                    *one,
+                    visible,
+                    scale=params.scale,
+                    softcap=params.softcap,
+                    sinks=params.sinks,
+                    sink_tokens=params.sink_tokens,
+                    sink_queries=own_sink_queries,
+                )
+                for *one, own_sink_queries in zip(q, k, v, sink_queries, strict=True)
             ]
         )
 
@@ -101,14 +114,14 @@ class DenseExtends:
         window = params.sliding_window or extends.kv_len
         if extends.qo_len == extends.kv_len and params.chunk_size is None and window >= extends.kv_len:
             return None
-        key = ("bias", extends.qo_len, extends.kv_len, start, params.sliding_window, params.chunk_size)
+        key = ("bias", extends.qo_len, extends.kv_len, start, *limits(params).values())
         if key not in self._masks:
             visible = self._extend_visible(extends, start, params)
             self._masks[key] = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
         return self._masks[key]
 
     def _extend_visible(self, extends: _Extends, start: int, params: AttentionParams) -> Tensor:
-        key = ("visible", extends.qo_len, extends.kv_len, start, params.sliding_window, params.chunk_size)
+        key = ("visible", extends.qo_len, extends.kv_len, start, *limits(params).values())
         if key not in self._masks:
             positions = torch.arange(extends.kv_len - extends.qo_len, extends.kv_len, device=self.pool.device)
             self._masks[key] = visible_mask(positions, extends.kv_len, **limits(params))[:, start:]
@@ -131,13 +144,17 @@ def _blocks(qo_len: int, kv_len: int) -> Iterator[tuple[int, int, int]]:
         row += size
 
 
-def limits(params: AttentionParams) -> dict[str, int | None]:
+def limits(params: AttentionParams) -> dict[str, Any]:
     """What limits a query's sight, as keywords of `visible_mask`."""
-    return {"sliding_window": params.sliding_window, "chunk_size": params.chunk_size}
+    return {
+        "sliding_window": params.sliding_window,
+        "chunk_size": params.chunk_size,
+        "sink_tokens": params.sink_tokens,
+    }
 
 
 def first_visible(positions: NDArray[Any], params: AttentionParams) -> NDArray[Any]:
-    """The first position that each query sees."""
+    """The first position that each query sees, sinks apart."""
     starts = np.zeros_like(positions)
     if params.sliding_window is not None:
         starts = np.maximum(starts, positions - params.sliding_window + 1)

@@ -311,7 +311,7 @@ def _why_not_layer(layer: LayerAttention) -> str | None:
         return f"cannot share {kv.num_kv_heads} KV heads among {layer.num_q_heads} query heads"
     if params.chunk_size is not None:
         return "has no chunked attention"
-    if params.sinks is not None:
+    if params.sinks is not None or params.sink_tokens:
         return "has no attention sinks here"
     return None
 

@@ -31,6 +31,7 @@ class _Visible(NamedTuple):
     heads: Heads
     sliding_window: int | None
     chunk_size: int | None
+    sink_tokens: int
     has_sinks: bool
 
 
@@ -124,9 +125,11 @@ class NumbaBackend:
         kv = self.pool.layers[layer]
         out = torch.empty(q.shape[0], q.shape[1], kv.v_head_dim)
         heads = Heads(q.shape[1], kv.num_kv_heads)
-        key = _Visible(heads, params.sliding_window, params.chunk_size, params.sinks is not None)
+        key = _Visible(heads, params.sliding_window, params.chunk_size, params.sink_tokens, params.sinks is not None)
         if key not in self._work:
             self._work[key] = self._plan_work(key)
+        if params.sink_tokens:
+            q = torch.cat([q, q if params.sink_queries is None else params.sink_queries])
         queries = self.pool.queries(q) if isinstance(self.pool, QuantizedKVPool) else q
         self._attend(layer, self._work[key], queries.float().contiguous(), params, out)
         return out.to(q.dtype)
@@ -145,15 +148,28 @@ class NumbaBackend:
             tokens = np.arange(metadata.qo_indptr[i], metadata.qo_indptr[i + 1])
             ends = np.arange(len(tokens)) + metadata.kv_lens[i] - len(tokens) + 1
             starts = first_visible(ends - 1, limits)
+            page_list = int(metadata.kv_indptr[i])
+            if key.sink_tokens:
+                on_sinks = np.minimum(ends, key.sink_tokens)
+                reads.append(Read(page_list, tokens + metadata.num_tokens, np.zeros_like(ends), on_sinks))
+                goes_on = ends > key.sink_tokens
+                tokens, starts, ends = tokens[goes_on], np.maximum(starts[goes_on], key.sink_tokens), ends[goes_on]
             if cascade.parts:
                 starts = np.maximum(starts, cascade.private_starts[i])
-            reads.append(Read(int(metadata.kv_indptr[i]), tokens, starts, ends))
+            if len(tokens):
+                reads.append(Read(page_list, tokens, starts, ends))
         for part in cascade.parts:
             tokens = metadata.qo_indptr[part.sequences].astype(np.int64)
             page_list = int(metadata.kv_indptr[part.sequences[0]])
             same = np.ones_like(tokens)
             reads.append(Read(page_list, tokens, same * part.first, same * part.last))
-        return plan_work(reads, key.heads, num_threads=self._num_threads, merge_all=key.has_sinks)
+        return plan_work(
+            reads,
+            key.heads,
+            num_tokens=metadata.num_tokens,
+            num_threads=self._num_threads,
+            merge_all=key.has_sinks,
+        )
 
     # -- running -----------------------------------------------------------------------------------------------------
 

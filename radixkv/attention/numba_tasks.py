@@ -21,7 +21,7 @@ class Read(NamedTuple):
 
     Attributes:
         page_list: its first entry in the array of pages.
-        tokens: places in the flattened batch.
+        tokens: places in the flattened batch; one beyond it stands for the token so many before, with another query.
         starts, ends: the positions that each of them sees, [start, end).
     """
 
@@ -69,8 +69,8 @@ class Work(NamedTuple):
     num_tokens: int  # that all tasks read, to judge how many threads pay
 
 
-def plan_work(reads: Sequence[Read], heads: Heads, *, num_threads: int, merge_all: bool) -> Work:
-    """Cut `reads` into tasks. O(rows of all tasks).
+def plan_work(reads: Sequence[Read], heads: Heads, *, num_tokens: int, num_threads: int, merge_all: bool) -> Work:
+    """Cut `reads` of a batch of `num_tokens` into tasks. O(rows of all tasks).
 
     Every token's positions are covered once; where several reads or splits cover them, its rows are merged. `merge_all`
     merges every row, which is where sinks join.
@@ -79,10 +79,10 @@ def plan_work(reads: Sequence[Read], heads: Heads, *, num_threads: int, merge_al
     large = [read for read in reads if len(read.tokens) * heads.group >= MAX_ROWS]
     kinds = [(min(heads.group, MAX_ROWS), small), (MAX_ROWS, large)]
     tiles = [_tiles(chosen, rows, heads) for rows, chosen in kinds if chosen]
-    num_tokens = sum(int(tile.lengths.sum()) for tile in tiles) * heads.num_kv_heads
-    split_tokens = max(MIN_SPLIT_TOKENS, -(-num_tokens // (num_threads * TASKS_PER_THREAD) // LANES) * LANES)
+    num_read = sum(int(tile.lengths.sum()) for tile in tiles) * heads.num_kv_heads
+    split_tokens = max(MIN_SPLIT_TOKENS, -(-num_read // (num_threads * TASKS_PER_THREAD) // LANES) * LANES)
     tables = [_split(tile, split_tokens, heads) for tile in tiles]
-    return _with_merges(tables, num_tokens, merge_all=merge_all)
+    return _with_merges(tables, num_read, num_rows=num_tokens * heads.num_q_heads, merge_all=merge_all)
 
 
 class _Tiles(NamedTuple):
@@ -150,23 +150,26 @@ def _split(tiles: _Tiles, split_tokens: int, heads: Heads) -> TaskTable:
     )
 
 
-def _with_merges(tables: list[TaskTable], num_tokens: int, *, merge_all: bool) -> Work:
-    """Number the partial rows of tasks whose rows have several parts, and say which rows they make up."""
+def _with_merges(tables: list[TaskTable], num_tokens: int, *, num_rows: int, merge_all: bool) -> Work:
+    """Number the partial rows of tasks whose rows have several parts, and say which rows they make up.
+
+    Rows from `num_rows` on are parts of those so many before.
+    """
     all_ids = np.concatenate([table.row_ids.ravel() for table in tables])
-    parts = np.bincount(all_ids[all_ids >= 0])
+    parts = np.bincount(all_ids[all_ids >= 0] % num_rows)
     rows: list[NDArray[np.int32]] = []
     partials: list[NDArray[np.int64]] = []
     num_partials = 0
     first: NDArray[np.int64]
     for table in tables:
-        is_split = (parts[np.maximum(table.row_ids, 0)] > 1) & (table.row_ids >= 0)
-        is_partial = np.any(is_split, axis=1) | merge_all  # all rows of a task or none
+        is_split = (parts[np.maximum(table.row_ids, 0) % num_rows] > 1) & (table.row_ids >= 0)
+        is_partial = np.any(is_split | (table.row_ids >= num_rows), axis=1) | merge_all  # all rows of a task or none
         first = num_partials + (np.cumsum(is_partial) - is_partial) * table.rows
         table.tasks[:, 4] = np.where(is_partial, first, NOT_SPLIT)
         num_partials += int(is_partial.sum()) * table.rows
         places = (first[:, None] + np.arange(table.rows))[is_partial]
         ids = table.row_ids[is_partial]
-        rows.append(ids[ids >= 0])
+        rows.append(ids[ids >= 0] % num_rows)
         partials.append(places[ids >= 0])
     row, partial = np.concatenate(rows), np.concatenate(partials)
     order = np.argsort(row, kind="stable")

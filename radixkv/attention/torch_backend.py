@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,10 @@ class TorchBackend:
             longest = int(kv_lens[by_length[end - 1]])
             chunk = by_length[max(0, end - max(1, CHUNK_TOKENS // longest)) : end]
             rows = torch.from_numpy(chunk).to(q.device)
-            out[rows] = self._decode_padded(layer, q[rows], chunk, longest, params)
+            own = params
+            if params.sink_queries is not None:
+                own = replace(params, sink_queries=params.sink_queries[self._decode_rows[rows]])
+            out[rows] = self._decode_padded(layer, q[rows], chunk, longest, own)
             end -= len(chunk)
         return out
 
@@ -92,7 +96,7 @@ class TorchBackend:
         k, v = self._gather(layer, self._decodes[chunk], kv_lens)  # [batch, num_kv_heads, longest, head_dim]
         visible = visible_mask(kv_lens - 1, longest, **limits(params))  # [batch, longest]
         grouped = q.unflatten(1, (k.shape[1], -1))  # [batch, num_kv_heads, group, k_head_dim]
-        if params.softcap is None and params.sinks is None:
+        if params.softcap is None and params.sinks is None and params.sink_queries is None:
             mask = visible[:, None, None, :]
             return scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=params.scale).flatten(1, 2)
         rows = [
@@ -104,6 +108,8 @@ class TorchBackend:
                 scale=params.scale,
                 softcap=params.softcap,
                 sinks=params.sinks,
+                sink_tokens=params.sink_tokens,
+                sink_queries=None if params.sink_queries is None else params.sink_queries[i : i + 1],
             )
             for i in range(len(chunk))
         ]

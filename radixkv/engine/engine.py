@@ -45,6 +45,7 @@ from radixkv.memory.req_to_token import ReqToTokenPool
 from radixkv.models.loader import eos_token_ids, load, max_context_tokens
 from radixkv.models.probe import plug_in_paged_attention
 from radixkv.models.skinny_linear import speed_up_linears
+from radixkv.models.streaming import MAX_CONTEXT_TOKENS, Streaming
 
 
 class Engine:
@@ -75,9 +76,15 @@ class Engine:
         config = config or EngineConfig()
         layers = plug_in_paged_attention(model.eval())
         speed_up_linears(model)
+        context_tokens = max_context_tokens(model.config)
+        streaming = None
+        if config.window is not None:
+            streaming = Streaming(model, layers, window=config.window, sinks=config.sinks, limit=context_tokens)
+            layers = streaming.layers
+            if not any(layer.params.sliding_window is None for layer in layers):
+                context_tokens = MAX_CONTEXT_TOKENS
         needs = AttentionNeeds(layers, config.page_size, model.dtype, model.device, config.kv_cache_dtype)
         chosen = choose_backend(config.attention_backend, needs)
-        context_tokens = max_context_tokens(model.config)
         on_gpu = model.device.type == "cuda"
         memory = make_kv_memory(
             chosen,
@@ -117,9 +124,11 @@ class Engine:
             page_size=self.config.page_size,
         )
         self._scheduler = Scheduler(self.config, self.cache, req_to_token)
-        graphs = make_graphs(model, backend, self.config, scratch_page=num_pages) if on_gpu else None
+        graphs = None
+        if on_gpu and streaming is None:
+            graphs = make_graphs(model, backend, self.config, scratch_page=num_pages)
         device_sampler = DeviceSampler(sampling_kernels(), model.device, config.seed) if on_gpu else None
-        self._runner = ModelRunner(model, backend, req_to_token, graphs)
+        self._runner = ModelRunner(model, backend, req_to_token, graphs, streaming)
         self._sampler = Sampler()
         self._executor = Executor(self._runner, self._scheduler, self._sampler, device_sampler)
         self._seeds = np.random.default_rng(config.seed)

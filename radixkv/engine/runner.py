@@ -15,6 +15,7 @@ from radixkv.engine.graphs import GraphRunner
 from radixkv.engine.scheduler import Span
 from radixkv.memory.req_to_token import ReqToTokenPool
 from radixkv.models.paged_attention import PagedContext, flattened_forward
+from radixkv.models.streaming import Streaming
 
 
 class ModelRunner:
@@ -22,6 +23,7 @@ class ModelRunner:
 
     Args:
         graphs: runs what it can of them by CUDA graphs.
+        streaming: what window and sinks make of attention, where there are any.
     """
 
     def __init__(
@@ -30,11 +32,13 @@ class ModelRunner:
         backend: AttentionBackend,
         req_to_token: ReqToTokenPool,
         graphs: GraphRunner | None = None,
+        streaming: Streaming | None = None,
     ) -> None:
         self.model = model
         self.backend = backend
         self._req_to_token = req_to_token
         self._graphs = graphs
+        self._streaming = streaming
 
     def forward(self, batch: Sequence[Span]) -> Tensor:
         """Compute the KV of all tokens of `batch`, and the logits of the last token of each span.
@@ -58,7 +62,8 @@ class ModelRunner:
         if self._graphs is not None and self._graphs.can_run(metadata):
             return self._graphs.run(input_ids, metadata)
         last_rows = to_device(metadata.qo_indptr[1:].astype(np.int64) - 1, self.model.device)
-        context = PagedContext(self.backend, metadata)
+        adjustment = None if self._streaming is None else self._streaming.step(metadata.positions)
+        context = PagedContext(self.backend, metadata, adjustment)
         logits = flattened_forward(self.model, input_ids, metadata.positions, last_rows, context)
         context.check_complete()
         return logits.float()

@@ -41,11 +41,22 @@ class AttentionContext(Protocol):
         ...
 
 
+class Adjustment(Protocol):
+    """Changes what layers ask of attention, for one batch."""
+
+    def params(self, layer: int, q: Tensor, params: AttentionParams) -> AttentionParams:
+        """What the layer asks, where the model asks `params` of the queries q."""
+        ...
+
+
 class PagedContext:
     """Writes the new KV to its slots and lets the backend read the pages."""
 
-    def __init__(self, backend: AttentionBackend, metadata: AttentionMetadata) -> None:
+    def __init__(
+        self, backend: AttentionBackend, metadata: AttentionMetadata, adjustment: Adjustment | None = None
+    ) -> None:
         self._backend = backend
+        self._adjustment = adjustment
         self._slots = metadata.slots
         self._attended: set[int] = set()
         backend.plan(metadata)
@@ -53,6 +64,8 @@ class PagedContext:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
         self._backend.write(layer, self._slots, k, v)
         self._attended.add(layer)
+        if self._adjustment is not None:
+            params = self._adjustment.params(layer, q, params)
         return self._backend.run(layer, q, params)
 
     def attend_latent(self, layer: int, q: Tensor, k: Tensor, latent_dim: int, params: AttentionParams) -> Tensor:
