@@ -42,7 +42,8 @@ class AttentionKind:
 
     Attributes:
         page_size: tokens a page.
-        dtype: of queries, KV and outputs.
+        dtype: of queries and outputs.
+        kv_dtype: of KV: `dtype`, or a float of 8 bits.
         scale: factor on the scores.
         window_left: keys before its own that a token sees; NO_WINDOW sees all.
         softcap: scores become softcap * tanh(score / softcap); 0 leaves them.
@@ -53,6 +54,7 @@ class AttentionKind:
     head_dim: int
     page_size: int
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     scale: float
     window_left: int = NO_WINDOW
     softcap: float = 0.0
@@ -74,7 +76,7 @@ class AttentionKind:
             "window_left": self.window_left,
             "logits_soft_cap": self.softcap,
             "q_data_type": self.dtype,
-            "kv_data_type": self.dtype,
+            "kv_data_type": self.kv_dtype,
             "sm_scale": self.scale,
         }
 

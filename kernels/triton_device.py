@@ -14,6 +14,12 @@ LN_2 = tl.constexpr(0.6931471805599453)
 TILE_COLUMNS = tl.constexpr(8)  # of the table of tiles
 PARTIALS_AT_ONCE = tl.constexpr(8)
 
+# how K and V are kept, `coding` below
+PLAIN = tl.constexpr(0)  # as values; or as codes of 8 bits, which are whole numbers, where there are scales
+PACKED = tl.constexpr(1)  # two codes of 4 bits in a byte
+E4M3 = tl.constexpr(2)  # bytes that are floats of 8 bits
+E5M2 = tl.constexpr(3)
+
 
 @triton.jit(do_not_specialize=["num_splits"])
 def decode_kernel(
@@ -45,6 +51,7 @@ def decode_kernel(
     window: tl.constexpr,
     chunk: tl.constexpr,
     softcap: tl.constexpr,
+    coding: tl.constexpr,
     dot_dtype: tl.constexpr,
     head_rows: tl.constexpr,
     block_tokens: tl.constexpr,
@@ -74,11 +81,11 @@ def decode_kernel(
         tokens = t + tl.arange(0, block_tokens)
         inside = tokens < hi
         kv_rows = _kv_rows(page_list, tokens, inside, kv_head, num_kv_heads, page_size)
-        k = _load_rows(k_pages, kv_rows * k_dim, inside, k_dim, block_k, dot_dtype)
-        scores = _scores(q_rows, k, k_scales, kv_rows, inside, scale, softcap)
+        k = _load_kv(k_pages, k_scales, kv_rows, inside, k_dim, block_k, coding, dot_dtype)
+        scores = _scores(q_rows, k, k_scales, kv_rows, inside, scale, softcap, coding)
         scores = tl.where(inside[None, :], scores, float("-inf"))
-        v = _load_rows(v_pages, kv_rows * v_dim, inside, v_dim, block_v, dot_dtype)
-        highest, denominator, acc = _add(highest, denominator, acc, scores, v, v_scales, kv_rows, inside, False)
+        v = _load_kv(v_pages, v_scales, kv_rows, inside, v_dim, block_v, coding, dot_dtype)
+        highest, denominator, acc = _add(highest, denominator, acc, scores, v, v_scales, kv_rows, inside, False, coding)
 
     if part_indptr is None:
         highest, denominator, acc = _add_sinks(highest, denominator, acc, sinks, head, in_group)
@@ -118,6 +125,7 @@ def tile_kernel(
     window: tl.constexpr,
     chunk: tl.constexpr,
     softcap: tl.constexpr,
+    coding: tl.constexpr,
     dot_dtype: tl.constexpr,
     block_rows: tl.constexpr,
     block_tokens: tl.constexpr,
@@ -153,24 +161,26 @@ def tile_kernel(
         for t in range(lo, whole, block_tokens):
             tokens = t + tl.arange(0, block_tokens)
             kv_rows = _kv_rows(page_list, tokens, None, kv_head, num_kv_heads, page_size)
-            k = _load_rows(k_pages, kv_rows * k_dim, None, k_dim, block_k, dot_dtype)
-            scores = _scores(q_rows, k, k_scales, kv_rows, None, scale, softcap)
-            v = _load_rows(v_pages, kv_rows * v_dim, None, v_dim, block_v, dot_dtype)
-            highest, denominator, acc = _add(highest, denominator, acc, scores, v, v_scales, kv_rows, None, False)
+            k = _load_kv(k_pages, k_scales, kv_rows, None, k_dim, block_k, coding, dot_dtype)
+            scores = _scores(q_rows, k, k_scales, kv_rows, None, scale, softcap, coding)
+            v = _load_kv(v_pages, v_scales, kv_rows, None, v_dim, block_v, coding, dot_dtype)
+            highest, denominator, acc = _add(
+                highest, denominator, acc, scores, v, v_scales, kv_rows, None, False, coding
+            )
     for t in range(whole, hi, block_tokens):
         tokens = t + tl.arange(0, block_tokens)
         inside = tokens < hi
         kv_rows = _kv_rows(page_list, tokens, inside, kv_head, num_kv_heads, page_size)
-        k = _load_rows(k_pages, kv_rows * k_dim, inside, k_dim, block_k, dot_dtype)
-        scores = _scores(q_rows, k, k_scales, kv_rows, inside, scale, softcap)
+        k = _load_kv(k_pages, k_scales, kv_rows, inside, k_dim, block_k, coding, dot_dtype)
+        scores = _scores(q_rows, k, k_scales, kv_rows, inside, scale, softcap, coding)
         visible = inside[None, :] & (tokens[None, :] <= position[:, None])
         if window > 0:
             visible = visible & (tokens[None, :] > position[:, None] - window)
         if chunk > 0:
             visible = visible & (tokens[None, :] // chunk == position[:, None] // chunk)
         scores = tl.where(visible, scores, float("-inf"))
-        v = _load_rows(v_pages, kv_rows * v_dim, inside, v_dim, block_v, dot_dtype)
-        highest, denominator, acc = _add(highest, denominator, acc, scores, v, v_scales, kv_rows, inside, True)
+        v = _load_kv(v_pages, v_scales, kv_rows, inside, v_dim, block_v, coding, dot_dtype)
+        highest, denominator, acc = _add(highest, denominator, acc, scores, v, v_scales, kv_rows, inside, True, coding)
 
     if slots is None:
         highest, denominator, acc = _add_sinks(highest, denominator, acc, sinks, head, valid)
@@ -293,16 +303,54 @@ def _load_rows(base, offsets, inside, dim: tl.constexpr, block_dim: tl.constexpr
 
 
 @triton.jit
+def _load_kv(
+    base,
+    scales,
+    kv_rows,
+    inside,
+    dim: tl.constexpr,
+    block_dim: tl.constexpr,
+    coding: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Vectors of `dim` values, [rows, block_dim]; zeros outside.
+
+    Codes of 8 bits come as they are. Of two that are packed in a byte, byte j holds components j and j + dim / 2; these
+    are scaled here, for each vector has a zero besides its scale.
+    """
+    if coding == PACKED:
+        half: tl.constexpr = dim // 2
+        dims = tl.arange(0, block_dim)
+        mask = (dims < dim)[None, :]
+        if inside is not None:
+            mask = mask & inside[:, None]
+        codes = tl.load(base + kv_rows[:, None] * half + (dims % half)[None, :], mask=mask, other=0).to(tl.int32)
+        codes = (codes >> (dims // half * 4)[None, :]) & 15
+        scale = _load(scales + kv_rows * 2, inside).to(tl.float32)
+        zero = _load(scales + kv_rows * 2 + 1, inside).to(tl.float32)
+        values = tl.where(mask, codes.to(tl.float32) * scale[:, None] + zero[:, None], 0.0).to(dtype)
+    elif coding == E4M3:
+        bits = _load_rows(base, kv_rows * dim, inside, dim, block_dim, tl.uint8)
+        values = bits.to(tl.float8e4nv, bitcast=True).to(tl.float32).to(dtype)
+    elif coding == E5M2:
+        bits = _load_rows(base, kv_rows * dim, inside, dim, block_dim, tl.uint8)
+        values = bits.to(tl.float8e5, bitcast=True).to(tl.float32).to(dtype)
+    else:
+        values = _load_rows(base, kv_rows * dim, inside, dim, block_dim, dtype)
+    return values
+
+
+@triton.jit
 def _load(at, mask):
     """Zeros where the mask, if there is one, hides a value: what lies there may be NaN."""
     return tl.load(at) if mask is None else tl.load(at, mask=mask, other=0)
 
 
 @triton.jit
-def _scores(q_rows, k, k_scales, kv_rows, inside, scale, softcap: tl.constexpr):
+def _scores(q_rows, k, k_scales, kv_rows, inside, scale, softcap: tl.constexpr, coding: tl.constexpr):
     """[rows, tokens], in base 2: a weight is 2 ** score. Codes are multiplied as they are, their scales come after."""
     scores = tl.dot(q_rows, tl.trans(k), input_precision="ieee") * scale
-    if k_scales is not None:
+    if k_scales is not None and coding != PACKED:
         scores = scores * _load(k_scales + kv_rows, inside).to(tl.float32)[None, :]
     if softcap > 0:
         # tanh(x) = 1 - 2 / (e ** 2x + 1), right at both ends
@@ -311,7 +359,18 @@ def _scores(q_rows, k, k_scales, kv_rows, inside, scale, softcap: tl.constexpr):
 
 
 @triton.jit
-def _add(highest, denominator, acc, scores, v, v_scales, kv_rows, inside, may_be_blind: tl.constexpr):
+def _add(
+    highest,
+    denominator,
+    acc,
+    scores,
+    v,
+    v_scales,
+    kv_rows,
+    inside,
+    may_be_blind: tl.constexpr,
+    coding: tl.constexpr,
+):
     """One step of the online softmax (Milakov and Gimelshein, 2018); a blind row has seen nothing yet."""
     new_highest = tl.maximum(highest, tl.max(scores, 1))
     base = new_highest
@@ -320,7 +379,7 @@ def _add(highest, denominator, acc, scores, v, v_scales, kv_rows, inside, may_be
     weights = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(highest - base)
     denominator = denominator * shrink + tl.sum(weights, 1)
-    if v_scales is not None:
+    if v_scales is not None and coding != PACKED:
         weights = weights * _load(v_scales + kv_rows, inside).to(tl.float32)[None, :]
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return new_highest, denominator, acc

@@ -26,7 +26,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from radixkv.kernels.triton_device import decode_kernel, merge_kernel, tile_kernel, write_kernel
+from radixkv.kernels.triton_device import (
+    PACKED,
+    PLAIN,
+    decode_kernel,
+    merge_kernel,
+    tile_kernel,
+    write_kernel,
+)
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
@@ -35,14 +42,33 @@ class PagedKV(NamedTuple):
     """The KV of one layer.
 
     Attributes:
-        k, v: contiguous [num_pages, page_size, num_kv_heads, head_dim]; int8 codes if there are scales.
-        k_scale, v_scale: contiguous [num_pages, page_size, num_kv_heads]; a value is its code times its scale.
+        k, v: contiguous [num_pages, page_size, num_kv_heads, head_dim]; int8 codes if there are scales, or uint8 with
+            two codes of 4 bits in a byte, head_dim / 2 of them: byte j holds components j and j + head_dim / 2.
+        k_scale, v_scale: contiguous [num_pages, page_size, num_kv_heads]; a value is its code times its scale. Of 4
+            bits [num_pages, page_size, num_kv_heads, 2], a scale and a zero, which is added.
+        float8: E4M3 or E5M2 if k and v are uint8 and each byte is such a float.
     """
 
     k: Tensor
     v: Tensor
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    float8: tl.constexpr | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether two codes share a byte."""
+        return self.k_scale is not None and self.k_scale.dim() == 4
+
+    @property
+    def k_dim(self) -> int:
+        """Values of a head of K."""
+        return self.k.shape[3] * (2 if self.is_packed else 1)
+
+    @property
+    def v_dim(self) -> int:
+        """Values of a head of V."""
+        return self.v.shape[3] * (2 if self.is_packed else 1)
 
 
 class Rule(NamedTuple):
@@ -235,7 +261,7 @@ def _launch_decode(
     decode_kernel[grid](
         q,
         *_strides(q),
-        *kv,
+        *kv[:4],
         decodes.rows,
         decodes.first_pages,
         decodes.kv_indices,
@@ -263,7 +289,7 @@ def _launch_tiles(
     tile_kernel[(kv.k.shape[2] * len(tiles.table),)](
         q,
         *_strides(q),
-        *kv,
+        *kv[:4],
         tiles.table,
         tiles.kv_indices,
         tiles.positions,
@@ -286,8 +312,8 @@ def _constants(q: Tensor, kv: PagedKV, rule: Rule) -> dict[str, object]:
     """What kernels are compiled for: the shapes of the heads and the rule."""
     assert kv.k.is_contiguous()
     assert kv.v.is_contiguous()
-    page_size, num_kv_heads, k_dim = kv.k.shape[1:]
-    v_dim = kv.v.shape[3]
+    page_size, num_kv_heads = kv.k.shape[1:3]
+    k_dim, v_dim = kv.k_dim, kv.v_dim
     return {
         "group": q.shape[1] // num_kv_heads,
         "num_kv_heads": num_kv_heads,
@@ -299,8 +325,15 @@ def _constants(q: Tensor, kv: PagedKV, rule: Rule) -> dict[str, object]:
         "window": rule.sliding_window or 0,
         "chunk": rule.chunk_size or 0,
         "softcap": float(rule.softcap or 0.0),
+        "coding": _coding(kv).value,
         "dot_dtype": tl.float32 if INTERPRETED else _TL_DTYPE[q.dtype],
     }
+
+
+def _coding(kv: PagedKV) -> tl.constexpr:
+    if kv.is_packed:
+        return PACKED
+    return kv.float8 or PLAIN
 
 
 _TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -345,4 +378,4 @@ def _tile_launch(q: Tensor, kv: PagedKV, block_rows: int) -> _Launch:
 
 
 def _head_dim(kv: PagedKV) -> int:
-    return max(kv.k.shape[3], kv.v.shape[3])
+    return max(kv.k_dim, kv.v_dim)

@@ -4,9 +4,9 @@
 
 Large models put much of their attention on the first tokens of a context, whatever these are: attention sinks (Xiao et
 al., "Efficient Streaming Language Models with Attention Sinks", 2023). The demo model is too small and too briefly
-trained for that, so it loses nothing when its first tokens are evicted. To see on a small machine what happens to models
-that do have sinks, this trains a copy of it for a few minutes more: on the same task, with a penalty on every head that
-leaves less than `WANTED_MASS` of its attention on the first token. All but the last tenth of the text is used.
+trained for that, so it loses nothing when its first tokens are evicted. To see on a small machine what happens to
+models that do have sinks, this trains a copy of it for half an hour more: on the same task, with a penalty on every
+head that leaves less than `WANTED_MASS` of its attention on the first token. The last tenth of the text is left out.
 """
 
 from __future__ import annotations

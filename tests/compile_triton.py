@@ -14,6 +14,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from radixkv.kernels import triton_paged
+from radixkv.kernels.triton_device import E4M3, E5M2
 from radixkv.kernels.triton_paged import Decodes, PagedKV, Partials, Rule, Tiles
 
 SHARED_MEMORY_BYTES = 227 << 10  # of a program
@@ -40,9 +41,14 @@ def compile_only(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, 
 def check(q_dtype: torch.dtype, kv_dtype: torch.dtype, group: int, head_dim: int, page_size: int, rule: Rule) -> None:
     """Compile what decodes, extends and shared prefixes of one shape launch."""
     num_kv_heads, ints = 2, torch.zeros(8, dtype=torch.int32)
-    pages = torch.zeros(1, page_size, num_kv_heads, head_dim, dtype=kv_dtype)
+    packed, float8 = kv_dtype == torch.uint8, {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}.get(kv_dtype)
+    pages = torch.zeros(
+        1, page_size, num_kv_heads, head_dim // (2 if packed else 1), dtype=kv_dtype if float8 is None else torch.uint8
+    )
     scales = torch.zeros(pages.shape[:3]) if kv_dtype == torch.int8 else None
-    kv = PagedKV(pages, pages, scales, scales)
+    if packed:
+        scales = torch.zeros(*pages.shape[:3], 2, dtype=torch.bfloat16)
+    kv = PagedKV(pages, pages, scales, scales, float8)
     q = torch.zeros(4, group * num_kv_heads, head_dim, dtype=q_dtype)
     partials = Partials(torch.zeros(4, *q.shape[1:]), torch.zeros(4, q.shape[1]), ints)
     decodes = Decodes(ints, ints, ints, ints, ints)
@@ -54,7 +60,7 @@ def check(q_dtype: torch.dtype, kv_dtype: torch.dtype, group: int, head_dim: int
         tiles = Tiles(ints.view(-1, 8), rows, ints, torch.zeros(4, dtype=torch.int64))
         triton_paged.attend(q, kv, tiles, rule, q)
     triton_paged.attend_parts(q, kv, tiles._replace(members=ints, slots=ints), rule, partials)
-    if scales is None:
+    if kv_dtype == q_dtype:
         triton_paged.write(q[:, :num_kv_heads], q[:, :num_kv_heads], torch.zeros(4, dtype=torch.int64), kv)
 
 
@@ -64,11 +70,15 @@ driver.set_active(NoLaunch())
 half, plain, rich = torch.bfloat16, Rule(0.1), Rule(0.1, 64, 32, 5.0, torch.zeros(16, dtype=torch.bfloat16))
 check(half, half, 4, 128, 16, plain)
 check(half, torch.int8, 4, 128, 16, rich)
+check(half, torch.uint8, 4, 128, 16, plain)
+check(half, torch.float8_e4m3fn, 4, 128, 16, plain)
 if sys.argv[1] == "all":
     check(torch.float16, torch.float16, 7, 80, 1, rich._replace(sinks=None))
     check(half, half, 8, 256, 16, rich)
     check(half, half, 71, 64, 16, plain)
     check(half, half, 1, 512, 16, plain)
     check(half, torch.int8, 1, 256, 16, plain)
+    check(torch.float16, torch.uint8, 7, 80, 1, rich._replace(sinks=None))
+    check(torch.float16, torch.float8_e5m2, 1, 256, 16, rich._replace(sinks=None))
     check(torch.float32, torch.float32, 2, 64, 16, plain)
     check(torch.float32, torch.float32, 4, 256, 1, rich)

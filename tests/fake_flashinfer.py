@@ -58,12 +58,12 @@ class _Wrapper:
     ) -> None:
         assert window_left >= -1
         assert dtypes[0] in (torch.float16, torch.bfloat16)
-        assert dtypes[1] in (None, dtypes[0])
+        assert dtypes[1] in (None, dtypes[0], torch.float8_e4m3fn, torch.float8_e5m2)
         self._q_shape = (num_qo_heads, head_dim)
         self._page_shape = (page_size, num_kv_heads, head_dim)
         self._window_left = window_left
         self._soft_cap = logits_soft_cap or 0.0
-        self._dtype = dtypes[0]
+        self._dtype, self._kv_dtype = dtypes[0], dtypes[1] or dtypes[0]
         self._scale = sm_scale if sm_scale is not None else head_dim**-0.5
 
     def _attend(
@@ -78,7 +78,8 @@ class _Wrapper:
         k, v = kv
         assert tuple(q.shape[1:]) == self._q_shape
         assert q.stride(-1) == 1
-        assert q.dtype == k.dtype == v.dtype == self._dtype
+        assert q.dtype == self._dtype
+        assert k.dtype == v.dtype == self._kv_dtype
         assert tuple(k.shape[1:]) == tuple(v.shape[1:]) == self._page_shape
         assert k.stride() == v.stride()
         out = torch.zeros_like(q) if out is None else out

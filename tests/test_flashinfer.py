@@ -89,6 +89,19 @@ def test_options(make_case: MakeCase, options: dict[str, Any], page_size: int, d
     check(case, make_backend(case, params), params)
 
 
+@pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("spans", [SPANS, DECODES])
+def test_floats_of_8_bits_are_read_as_they_are(make_case: MakeCase, kv_dtype: str, spans: Any) -> None:
+    case = make_case(spans, kv_dtype=kv_dtype, dtype=torch.bfloat16)
+    check(case, make_backend(case, case.params()), case.params())
+
+
+def test_codes_with_scales_are_not_for_it(make_case: MakeCase) -> None:
+    case = make_case(SPANS, kv_dtype="int8")
+    reason = "reads KV in the model's dtype and in fp8_e4m3 and fp8_e5m2, not int8"
+    assert FlashInferBackend.why_not(case.needs(case.params())) == reason
+
+
 @pytest.mark.parametrize("group", range(1, 9))
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_groups_and_head_sizes(make_case: MakeCase, group: int, head_dim: int) -> None:

@@ -34,6 +34,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 3.0},
     "sinks": {"sinks": True},
     "window, softcap and sinks": {"sliding_window": 11, "softcap": 3.0, "sinks": True},
+    "streaming": {"sliding_window": 7, "sink_tokens": 4},
+    "streaming, softcap and sinks": {"sliding_window": 9, "sink_tokens": 5, "softcap": 3.0, "sinks": True},
 }
 ALWAYS_SHARE = BreakEven(min_sequences=2, min_tokens=1)
 
@@ -70,6 +72,27 @@ def int32(values: Any) -> Tensor:
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_decodes_and_extends_in_one_batch(option: str, page_size: int) -> None:
     check(case(MIXED, page_size=page_size), **OPTIONS[option])
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("option", ["plain", "window, softcap and sinks", "streaming"])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_codes_are_read_in_place(kv_dtype: str, option: str, page_size: int) -> None:
+    check(case(MIXED, page_size=page_size, kv_dtype=kv_dtype), **OPTIONS[option])
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "fp8_e5m2"])
+def test_floats_of_8_bits_are_read_in_place(kv_dtype: str) -> None:
+    few = case([(20, 21), (5, 9)], num_q_heads=2, num_kv_heads=1, kv_dtype=kv_dtype)  # slow in the interpreter
+    check(few, sliding_window=7, sink_tokens=2)
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+def test_codes_of_odd_heads_and_shared_prefixes(kv_dtype: str) -> None:
+    check(case(MIXED[1:4], num_q_heads=6, head_dim=24, v_head_dim=12, kv_dtype=kv_dtype))
+    spans = [(40, 41), (80, 81), (70, 71)]
+    shared = case(spans, num_q_heads=6, shared={(0, 1, 2): 32, (1, 2): 64}, kv_dtype=kv_dtype)
+    check(shared, ALWAYS_SHARE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -25,25 +25,25 @@ _COMMON: Mapping[str, Any] = {
 }
 
 
-def _with(**fields: Any) -> dict[str, Any]:
+def with_common(**fields: Any) -> dict[str, Any]:
     return {**_COMMON, **fields}
 
 
 _SLIDING_THEN_FULL = ["sliding_attention", "full_attention", "sliding_attention"]
 
 FAMILIES: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
-    "llama": lambda: hf.LlamaConfig(**_with()),
-    "qwen2": lambda: hf.Qwen2Config(**_with()),
-    "qwen3": lambda: hf.Qwen3Config(**_with(head_dim=12)),
-    "mistral": lambda: hf.MistralConfig(**_with(sliding_window=9)),
+    "llama": lambda: hf.LlamaConfig(**with_common()),
+    "qwen2": lambda: hf.Qwen2Config(**with_common()),
+    "qwen3": lambda: hf.Qwen3Config(**with_common(head_dim=12)),
+    "mistral": lambda: hf.MistralConfig(**with_common(sliding_window=9)),
     "gemma2": lambda: hf.Gemma2Config(
-        **_with(head_dim=8, sliding_window=9, attn_logit_softcapping=5.0, layer_types=_SLIDING_THEN_FULL)
+        **with_common(head_dim=8, sliding_window=9, attn_logit_softcapping=5.0, layer_types=_SLIDING_THEN_FULL)
     ),
-    "gemma3": lambda: hf.Gemma3TextConfig(**_with(head_dim=8, sliding_window=9, layer_types=_SLIDING_THEN_FULL)),
-    "phi3": lambda: hf.Phi3Config(**_with(sliding_window=None)),
-    "mixtral": lambda: hf.MixtralConfig(**_with(num_local_experts=4, num_experts_per_tok=2)),
+    "gemma3": lambda: hf.Gemma3TextConfig(**with_common(head_dim=8, sliding_window=9, layer_types=_SLIDING_THEN_FULL)),
+    "phi3": lambda: hf.Phi3Config(**with_common(sliding_window=None)),
+    "mixtral": lambda: hf.MixtralConfig(**with_common(num_local_experts=4, num_experts_per_tok=2)),
     "gpt_oss": lambda: hf.GptOssConfig(
-        **_with(
+        **with_common(
             head_dim=8,
             sliding_window=9,
             layer_types=_SLIDING_THEN_FULL,
@@ -52,7 +52,7 @@ FAMILIES: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
         )
     ),
     "llama4": lambda: hf.Llama4TextConfig(
-        **_with(
+        **with_common(
             head_dim=8,
             intermediate_size_mlp=48,
             num_local_experts=4,
@@ -91,18 +91,20 @@ _YARN: Mapping[str, Any] = {
 }
 
 LATENT: Mapping[str, Callable[[], hf.PretrainedConfig]] = {  # multi-head latent attention, MLA
-    "deepseek_v2": lambda: hf.DeepseekV2Config(**_with(**_LATENT, **_EXPERTS)),
+    "deepseek_v2": lambda: hf.DeepseekV2Config(**with_common(**_LATENT, **_EXPERTS)),
     "deepseek_v2_lite": lambda: hf.DeepseekV2Config(
-        **_with(**{**_LATENT, "q_lora_rank": None}, **_EXPERTS, rope_parameters=dict(_YARN))
+        **with_common(**{**_LATENT, "q_lora_rank": None}, **_EXPERTS, rope_parameters=dict(_YARN))
     ),
-    "deepseek_v3": lambda: hf.DeepseekV3Config(**_with(**_LATENT, **_GROUPED_EXPERTS, rope_parameters=dict(_YARN))),
+    "deepseek_v3": lambda: hf.DeepseekV3Config(
+        **with_common(**_LATENT, **_GROUPED_EXPERTS, rope_parameters=dict(_YARN))
+    ),
     "deepseek_v3_not_interleaved": lambda: hf.DeepseekV3Config(
-        **_with(**_LATENT, **_GROUPED_EXPERTS, rope_interleave=False, attention_bias=True)
+        **with_common(**_LATENT, **_GROUPED_EXPERTS, rope_interleave=False, attention_bias=True)
     ),
-    "glm4_moe_lite": lambda: hf.Glm4MoeLiteConfig(**_with(**_LATENT, **_GROUPED_EXPERTS)),
-    "minicpm3": lambda: hf.MiniCPM3Config(**_with(**_LATENT)),
+    "glm4_moe_lite": lambda: hf.Glm4MoeLiteConfig(**with_common(**_LATENT, **_GROUPED_EXPERTS)),
+    "minicpm3": lambda: hf.MiniCPM3Config(**with_common(**_LATENT)),
     "longcat_flash": lambda: hf.LongcatFlashConfig(
-        **{**_with(**_LATENT), "num_hidden_layers": 4},
+        **{**with_common(**_LATENT), "num_hidden_layers": 4},
         num_layers=2,
         head_dim=8,
         ffn_hidden_size=48,
@@ -111,7 +113,7 @@ LATENT: Mapping[str, Callable[[], hf.PretrainedConfig]] = {  # multi-head latent
         n_routed_experts=4,
         zero_expert_num=2,
     ),
-    "youtu": lambda: hf.YoutuConfig(**_with(**_LATENT)),
+    "youtu": lambda: hf.YoutuConfig(**with_common(**_LATENT)),
 }
 
 REFUSED: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
@@ -122,7 +124,7 @@ REFUSED: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
         vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, head_dim=16, num_heads=4, state_size=8, n_groups=1
     ),
     "qwen3_next": lambda: hf.Qwen3NextConfig(
-        **_with(
+        **with_common(
             num_hidden_layers=2,
             layer_types=["linear_attention", "full_attention"],
             head_dim=8,
@@ -137,9 +139,9 @@ REFUSED: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
         )
     ),
     "deepseek_v32": lambda: hf.DeepseekV32Config(
-        **_with(**_LATENT, **_GROUPED_EXPERTS, index_head_dim=16, index_n_heads=2, index_topk=8)
+        **with_common(**_LATENT, **_GROUPED_EXPERTS, index_head_dim=16, index_n_heads=2, index_topk=8)
     ),
-    "phimoe": lambda: hf.PhimoeConfig(**_with(sliding_window=40, num_local_experts=4)),
+    "phimoe": lambda: hf.PhimoeConfig(**with_common(sliding_window=40, num_local_experts=4)),
     "t5": lambda: hf.T5Config(
         vocab_size=VOCAB_SIZE, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
     ),

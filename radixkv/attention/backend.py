@@ -129,13 +129,6 @@ def why_not_keys_and_values(needs: AttentionNeeds) -> str | None:
     return None
 
 
-def why_not_codes(needs: AttentionNeeds) -> str | None:
-    """What stands against a backend that reads KV in the model's dtype alone; None if nothing does."""
-    if needs.kv_dtype != "auto":
-        return f"reads KV in the model's dtype, not {needs.kv_dtype}"
-    return None
-
-
 def why_not(name: str, needs: AttentionNeeds) -> str | None:
     """Why the registered backend of that name cannot serve the model; None if it can."""
     return _REGISTRY[name].why_not(needs)

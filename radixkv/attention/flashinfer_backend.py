@@ -15,7 +15,6 @@ from radixkv.attention.backend import (
     AttentionNeeds,
     AttentionParams,
     LayerAttention,
-    why_not_codes,
     why_not_keys_and_values,
 )
 from radixkv.attention.metadata import AttentionMetadata
@@ -38,6 +37,7 @@ DEVICE_TYPE = "cuda"
 MIN_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
 HEAD_DIMS = (64, 128, 256)  # for which the kernels that merge parts are compiled
 DTYPES = (torch.float16, torch.bfloat16)
+FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}  # what KV may be kept as besides
 WORKSPACE_BYTES = 256 << 20  # partial results of KV that is split over many processors
 
 # What a level of shared parts must spare each layer to pay for its three or so more kernels: 25 µs of reading at
@@ -53,7 +53,7 @@ GRAPH_BYTES = 1 << 30
 
 
 class FlashInferBackend:
-    """Float16 and bfloat16 KV on CUDA.
+    """KV in float16, bfloat16, fp8_e4m3 and fp8_e5m2 on CUDA.
 
     Sequences that compute one token run by the decode kernels and all others by the prefill kernels, one call each:
     in a joint prefill call the tiles are as high as the extends need, and a decode would leave them nearly empty.
@@ -76,6 +76,8 @@ class FlashInferBackend:
         prefill: PrefillBackend = "fa2",
     ) -> None:
         self.pool = pool
+        kv_dtype = FLOAT8.get(needs.kv_dtype, needs.dtype)
+        self._k, self._v = ([pages.view(kv_dtype) for pages in of_layers] for of_layers in (pool.k, pool.v))
         self._break_even = break_even or _break_even(pool)
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
         self._kinds = [_kind(layer, needs) for layer in needs.layers]
@@ -84,8 +86,10 @@ class FlashInferBackend:
 
     @staticmethod
     def why_not(needs: AttentionNeeds) -> str | None:
-        if (reason := why_not_keys_and_values(needs) or why_not_codes(needs)) is not None:
+        if (reason := why_not_keys_and_values(needs)) is not None:
             return reason
+        if needs.kv_dtype not in ("auto", *FLOAT8):
+            return f"reads KV in the model's dtype and in {' and '.join(FLOAT8)}, not {needs.kv_dtype}"
         if needs.device.type != DEVICE_TYPE:
             return f"runs on CUDA, and the model is on {needs.device}"
         if needs.dtype not in DTYPES:
@@ -117,7 +121,7 @@ class FlashInferBackend:
     def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
         kind = self._kinds[layer]
         assert _window_left(params) == kind.window_left, f"layer {layer} changed its window"
-        return self._plans[kind].run(q.contiguous(), self.pool.k[layer], self.pool.v[layer])
+        return self._plans[kind].run(q.contiguous(), self._k[layer], self._v[layer])
 
     def pays_to_share(self, metadata: AttentionMetadata) -> bool:
         """Whether reading shared prefixes once, which a `fixed` backend does not do, spares more than a graph would."""
@@ -142,7 +146,7 @@ class FlashInferBackend:
             kind: PagedDecode(kind, self._workspace, buffers.first(batch_size))
             for kind, buffers in self._graph_buffers.items()
         }
-        return FixedFlashInferBackend(self.pool, self._kinds, decodes, batch_size)
+        return FixedFlashInferBackend(self.pool, (self._k, self._v), self._kinds, decodes, batch_size)
 
 
 class FixedFlashInferBackend:
@@ -151,9 +155,15 @@ class FixedFlashInferBackend:
     name = "flashinfer"
 
     def __init__(
-        self, pool: KVPool, kinds: Sequence[AttentionKind], decodes: dict[AttentionKind, PagedDecode], batch_size: int
+        self,
+        pool: KVPool,
+        kv: tuple[list[Tensor], list[Tensor]],
+        kinds: Sequence[AttentionKind],
+        decodes: dict[AttentionKind, PagedDecode],
+        batch_size: int,
     ) -> None:
         self.pool = pool
+        self._k, self._v = kv
         self._kinds = kinds
         self._decodes = decodes
         self._batch_size = batch_size
@@ -174,7 +184,7 @@ class FixedFlashInferBackend:
     def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
         q = q.contiguous()
         out = torch.empty_like(q)
-        self._decodes[self._kinds[layer]].run(q, self.pool.k[layer], self.pool.v[layer], out)
+        self._decodes[self._kinds[layer]].run(q, self._k[layer], self._v[layer], out)
         return out
 
 
@@ -296,6 +306,7 @@ def _kind(layer: LayerAttention, needs: AttentionNeeds) -> AttentionKind:
         head_dim=layer.kv.k_head_dim,
         page_size=needs.page_size,
         dtype=needs.dtype,
+        kv_dtype=FLOAT8.get(needs.kv_dtype, needs.dtype),
         scale=layer.params.scale,
         window_left=_window_left(layer.params),
         softcap=layer.params.softcap or 0.0,

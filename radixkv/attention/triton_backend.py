@@ -14,7 +14,6 @@ from radixkv.attention.backend import (
     AttentionNeeds,
     AttentionParams,
     LayerAttention,
-    why_not_codes,
     why_not_keys_and_values,
 )
 from radixkv.attention.metadata import AttentionMetadata
@@ -32,10 +31,12 @@ from radixkv.attention.triton_plan import (
     staging,
     upload,
 )
+from radixkv.attention.triton_stream import StreamStep
 from radixkv.memory.kv_pool import KVLayout, KVPool
+from radixkv.memory.quantized_pool import QuantizedKVPool
 
 if TYPE_CHECKING:
-    from radixkv.kernels.triton_paged import Decodes, Partials, Rule, Tiles
+    from radixkv.kernels.triton_paged import Decodes, PagedKV, Partials, Rule, Tiles
 
 BREAK_EVEN = BreakEven(min_sequences=2, min_tokens=256, min_saved_tokens=4096)  # a guess, to be measured on a GPU
 PROGRAMS_PER_SM = 8  # of a decode: twice as many as run at once, so that unequal lengths even out
@@ -93,7 +94,7 @@ class TritonBackend:
         self.pool = pool
         self._needs = needs
         self._break_even = break_even
-        self._kv = [triton_paged.PagedKV(k, v) for k, v in zip(pool.k, pool.v, strict=True)]
+        self._kv = _paged_kv(pool)
         self._groups = sorted({_group(layer) for layer in needs.layers})
         self._num_kv_heads = min(layer.kv.num_kv_heads for layer in needs.layers)
         self._split_programs = min(
@@ -103,6 +104,8 @@ class TritonBackend:
         if pool.device.type == "cuda":
             self._num_sms = torch.cuda.get_device_properties(pool.device).multi_processor_count
         self._step: _Step | None = None
+        self._metadata: AttentionMetadata | None = None
+        self._stream_steps: dict[int, StreamStep] = {}  # by the number of sinks
         self._fixed_arrays = torch.empty(0, dtype=torch.int32, device=pool.device)
 
     @staticmethod
@@ -111,7 +114,7 @@ class TritonBackend:
 
         It serves one on the CPU where Triton's own variable TRITON_INTERPRET is 1: slowly, to test the kernels.
         """
-        if (reason := why_not_keys_and_values(needs) or why_not_codes(needs)) is not None:
+        if (reason := why_not_keys_and_values(needs)) is not None:
             return reason
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if needs.device.type != "cuda" and not (needs.device.type == "cpu" and interpreted):
@@ -120,6 +123,8 @@ class TritonBackend:
             return "needs Triton, which is not installed"
         if needs.device.type == "cuda" and torch.cuda.get_device_capability(needs.device) < (8, 0):
             return f"needs a GPU of compute capability 8.0, which {needs.device} has not"
+        if needs.kv_dtype == "fp8_e4m3" and not _knows_e4m3(needs.device):
+            return f"reads fp8_e4m3 KV on GPUs of compute capability 8.9, which {needs.device} has not; take fp8_e5m2"
         if needs.dtype not in KV_DTYPES:
             return f"reads float32, float16 and bfloat16 KV, and the model's is {needs.dtype}"
         largest = MAX_HEAD_BYTES // needs.dtype.itemsize
@@ -138,6 +143,8 @@ class TritonBackend:
 
     def plan(self, metadata: AttentionMetadata) -> None:
         """Get ready for a batch, by copies to the device that are not waited for. O(tiles + pages)."""
+        self._metadata = metadata
+        self._stream_steps.clear()
         self._step = self._plan_step(metadata, plan_cascade(metadata, self._break_even))
 
     def pays_to_share(self, metadata: AttentionMetadata) -> bool:
@@ -159,9 +166,12 @@ class TritonBackend:
         return FixedTritonBackend(self.pool, self._needs, batch_size, self._fixed_arrays)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store new KV; a token whose slot is negative is dropped."""
+        """Store new KV; a token whose slot is negative is dropped, where KV is not coded."""
         from radixkv.kernels import triton_paged
 
+        if isinstance(self.pool, QuantizedKVPool):
+            self.pool.write(layer, slots, k, v)
+            return
         triton_paged.write(k, v, slots, self._kv[layer])
 
     def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
@@ -169,13 +179,38 @@ class TritonBackend:
 
         assert self._step is not None, "run before plan"
         rule = Rule(params.scale, params.sliding_window, params.chunk_size, params.softcap, params.sinks)
-        q = q if q.stride(2) == 1 else q.contiguous()
+        q = self._queries(q)
         out = q.new_empty(*q.shape[:2], self.pool.layers[layer].v_head_dim)
+        if params.sink_tokens:
+            sink_q = q if params.sink_queries is None else self._queries(params.sink_queries)
+            self._stream(params.sink_tokens).run(
+                self._kv[layer], q, sink_q, rule, _group(self._needs.layers[layer]), out
+            )
+            return out
         if self._step.extends is not None:
             self._run_extends(self._step.extends, layer, q, rule, out)
         if self._step.decodes is not None:
             self._run_decodes(self._step.decodes, layer, q, rule, out)
         return out
+
+    def _queries(self, q: Tensor) -> Tensor:
+        """As the kernels take them: in order, and rotated if the codes of K are."""
+        if isinstance(self.pool, QuantizedKVPool):
+            q = self.pool.queries(q).to(q.dtype)
+        return q if q.stride(2) == 1 else q.contiguous()
+
+    def _stream(self, sink_tokens: int) -> StreamStep:
+        """The planned batch for layers that see so many sinks beside a window."""
+        assert self._metadata is not None, "run before plan"
+        if sink_tokens not in self._stream_steps:
+            self._stream_steps[sink_tokens] = StreamStep.plan(
+                self._metadata,
+                sink_tokens,
+                self.pool.device,
+                num_splits=self._num_splits(int((self._metadata.qo_lens == 1).sum())),
+                tile_rows=self._tile_rows(int(self._metadata.qo_lens.max())),
+            )
+        return self._stream_steps[sink_tokens]
 
     def _run_extends(self, step: _ExtendStep, layer: int, q: Tensor, rule: Rule, out: Tensor) -> None:
         from radixkv.kernels.triton_paged import attend, attend_parts, merge
@@ -334,6 +369,28 @@ class FixedTritonBackend(TritonBackend):
         arrays[self._lens_at : self._lens_at + num_decodes] = metadata.kv_lens
         arrays[self._indices_at :] = metadata.kv_indices
         self._arrays[:size].copy_(staged, non_blocking=True)
+
+
+def _knows_e4m3(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _paged_kv(pool: KVPool) -> list[PagedKV]:
+    """What the kernels see of each layer: values, or codes in the type that they are of, and their scales."""
+    from radixkv.kernels.triton_device import E4M3, E5M2
+    from radixkv.kernels.triton_paged import PagedKV
+
+    if not isinstance(pool, QuantizedKVPool):
+        return [PagedKV(k, v) for k, v in zip(pool.k, pool.v, strict=True)]
+    if pool.form.num_scales == 0:
+        float8 = {"fp8_e4m3": E4M3, "fp8_e5m2": E5M2}[pool.kv_dtype]
+        return [PagedKV(k, v, float8=float8) for k, v in zip(pool.k, pool.v, strict=True)]
+    code = torch.int8 if pool.kv_dtype == "int8" else torch.uint8
+    typed = [(k.view(code), v.view(code)) for k, v in zip(pool.k, pool.v, strict=True)]
+    scales = list(zip(pool.k_scales, pool.v_scales, strict=True))
+    if pool.form.num_scales == 1:
+        scales = [(k_scale[..., 0], v_scale[..., 0]) for k_scale, v_scale in scales]
+    return [PagedKV(*kv, *of_kv) for kv, of_kv in zip(typed, scales, strict=True)]
 
 
 def _empty_partials(merging: _Merging, out: Tensor) -> Partials:

@@ -46,6 +46,23 @@ class EngineOptions:
             help="Share of the free memory that the KV pool takes.  [default: 0.85 on a GPU, 0.4 on the CPU]"
         ),
     ] = None
+    window_cache_tokens: Annotated[
+        int | None,
+        _EngineOption(
+            help="Tokens of which layers that see a window keep KV.  [default: half of --kv-cache-tokens, or all of it "
+            "if no layer sees everything]"
+        ),
+    ] = None
+    window: Annotated[
+        int | None,
+        _EngineOption(
+            help="StreamingLLM: layers see that many last tokens, and output goes on beyond the model's context in "
+            "constant memory."
+        ),
+    ] = None
+    sinks: Annotated[
+        int, _EngineOption(help="First tokens that stay in sight beside --window; 4 serve most models.")
+    ] = 0
     kv_cache_dtype: Annotated[
         str, _EngineOption(help=f"What the KV pool keeps: {', '.join(KV_CACHE_DTYPES)} (auto is --dtype).")
     ] = DEFAULTS.kv_cache_dtype

@@ -34,7 +34,8 @@ class Scheduler:
 
     - Running requests come first; each may need a page. On a full pool unused prefixes are evicted; when none is
       left, the running request that loses least is retracted: its pages go, its tokens stay, and it resumes later.
-      Chunks are cut where window pages are short. The oldest running request is never retracted, so there is always progress.
+      Chunks are cut where window pages are short. The oldest running request is never retracted, so there is always
+      progress.
     - Waiting requests are admitted by longest cached prefix ("lpm") or in order of arrival ("fcfs"). Under "lpm" a
       request that `max_skips` later ones have overtaken goes first, so none starves.
     - A waiting request that shares a longer prefix with one whose prompt is being computed waits for it and hits.
@@ -145,15 +146,14 @@ class Scheduler:
     def _grow(self, request: Request) -> None:
         """Give `request` pages for its next token, or retract it."""
         while request.lease is not None:
-            pages_before = len(request.lease.pages)
             try:
-                request.lease.grow(request.num_tokens)
+                if request.lease.capacity_tokens < request.num_tokens:
+                    request.lease.grow(request.num_tokens)
+                    self._write_row(request)
                 request.lease.cover(request.num_computed, request.num_tokens)
             except OutOfPagesError:
                 self._retract(self._cheapest_to_retract())
                 continue
-            if len(request.lease.pages) > pages_before:
-                self._write_row(request)
             return
 
     def _cheapest_to_retract(self) -> Request:

@@ -221,8 +221,8 @@ def num_pages_that_fit(
     num_pages = num_bytes // (bytes_per_token * page_size)
     if num_pages < 1:
         raise ConfigError(
-            f"{num_bytes} of the bytes free on {device} hold no page of {page_size} tokens at {bytes_per_token} bytes a "
-            "token; free memory or raise mem_fraction"
+            f"{num_bytes} of the bytes free on {device} hold no page of {page_size} tokens at {bytes_per_token} bytes "
+            "a token; free memory or raise mem_fraction"
         )
     return min(num_pages, (2**31 - 1) // page_size)
 

@@ -5,8 +5,9 @@ attention on the first tokens, and break when a window leaves these behind. So t
 and positions are counted inside the cache: a sequence of any length looks like one of `sinks + window` tokens.
 
 With rotary embeddings a score depends on the distance of two tokens alone (Su et al., "RoFormer", 2021). Within the
-window distances are what they were. So keys stay as they were rotated when they came, and all that is needed is a second
-query for the sinks: the same one, turned back from its own position to the last one in the cache, `sinks + window - 1`.
+window distances are what they were. So keys stay as they were rotated when they came, and all that is needed is a
+second query for the sinks: the same one, turned back from its own position to the last one in the cache, which is
+`sinks + window - 1`.
 """
 
 from __future__ import annotations
