@@ -87,7 +87,7 @@ def test_json_holds_null_where_nothing_was_asked(llama: Path) -> None:
     assert run_json(llama, "--batch", 2)["bytes_per_batch"] is None
 
 
-@pytest.mark.parametrize(("dtype", "bytes_per_value"), [("float32", 4), ("float16", 2), ("fp8_e5m2", 1), ("int4", 0.5)])
+@pytest.mark.parametrize(("dtype", "bytes_per_value"), [("float32", 4), ("fp8_e5m2", 1), ("int4", 0.5 + 4 / 128)])
 def test_the_dtype_option_beats_the_config(llama: Path, dtype: str, bytes_per_value: float) -> None:
     assert run_json(llama, "--dtype", dtype)["bytes_per_token"] == 2 * 32 * 8 * 128 * bytes_per_value
 

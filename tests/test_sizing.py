@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from radixkv.errors import ConfigError, UnsupportedModelError
 from radixkv.memory.kv_shape import DTYPE_BITS, NO_KV, KVShape, LayerKV, dtype_bits, kv_budget_bytes
-from radixkv.memory.savings import alternatives, bytes_with_scales
+from radixkv.memory.savings import alternatives
 from radixkv.memory.sizing import kv_shape_from_config, layers_from_config
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
@@ -59,7 +59,9 @@ def test_bytes_per_token_of_known_models(config: dict[str, Any], bytes_per_token
     assert shape.bytes_per_token("bfloat16") == bytes_per_token
     assert shape.bytes_per_token("float32") == 2 * bytes_per_token
     assert shape.bytes_per_token("fp8_e4m3") == bytes_per_token // 2
-    assert shape.bytes_per_token("int4") == bytes_per_token // 4
+    vectors = sum(layer.num_kv_heads * (2 if layer.v_head_dim else 1) for layer in shape.layers)
+    assert shape.bytes_per_token("int8") == bytes_per_token // 2 + 2 * vectors, "a scale each"
+    assert shape.bytes_per_token("int4") == bytes_per_token // 4 + 4 * vectors, "a scale and a zero each"
 
 
 def test_bytes_of_known_sequences_and_batches() -> None:
@@ -300,10 +302,10 @@ def test_alternatives_of_a_hybrid() -> None:
 
 def test_scales_by_hand() -> None:
     odd = LayerKV(3, 5, 4)
-    found = [bytes_with_scales(odd, dtype) for dtype in ("float32", "fp8", "int8", "int4")]
+    found = [odd.bytes_per_token(dtype) for dtype in ("float32", "fp8", "int8", "int4")]
     assert found == [3 * 9 * 4, 3 * 9, 3 * (9 + 2 + 2), 3 * (3 + 4 + 2 + 4)]
-    assert bytes_with_scales(LayerKV(1, 576, 0), "int8") == 576 + 2
-    assert bytes_with_scales(NO_KV, "int4") == 0
+    assert LayerKV(1, 576, 0).bytes_per_token("int8") == 576 + 2
+    assert NO_KV.bytes_per_token("int4") == 0
 
 
 # ---------------------------------------------------------------------------------------------- refusals
@@ -388,10 +390,12 @@ def test_the_formula_counts_every_number_once(some: list[LayerKV], dtype: str) -
     shape = KVShape((*some, LayerKV(1, 1, 1)))
     total_bits = 0
     for layer in shape.layers:
-        layer_bits = 0
         for _ in range(layer.num_kv_heads):
-            layer_bits += (layer.k_head_dim + layer.v_head_dim) * dtype_bits(dtype)
-        total_bits += layer_bits + (-layer_bits % 8)  # a layer's token starts at a whole byte
+            for dim in (layer.k_head_dim, layer.v_head_dim):
+                if dim:
+                    bits = dim * dtype_bits(dtype)
+                    total_bits += bits + (-bits % 8)  # a vector starts at a whole byte
+                    total_bits += {"int8": 16, "int4": 32}.get(dtype, 0)  # its scale, and zero
     assert shape.bytes_per_token(dtype) * 8 == total_bits
 
 

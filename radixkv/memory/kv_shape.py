@@ -10,7 +10,7 @@ Multi-head latent attention (MLA, DeepSeek-V2, 2024) keeps one compressed vector
 rotary key of `qk_rope_head_dim` values for all heads together. Some layers keep nothing per token: linear attention
 and Mamba layers, cross attention, and layers that read another layer's KV.
 
-All tokens of all layers are counted, those outside a sliding window too, because radixkv keeps them.
+All tokens of all layers are counted, those outside a sliding window too; `savings` says what is spared without them.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     }
 )
 """Bits of one value. The scales that quantised formats add are not in it."""
+
+SCALE_BYTES = 2
+SCALES_PER_VECTOR: Mapping[str, int] = MappingProxyType({"int8": 1, "int4": 2})
+"""16-bit numbers beside the codes of each K and V vector: int8 has a scale, int4 a scale and a zero point. fp8 has one
+scale for a whole tensor, which is nothing."""
 
 
 def dtype_bits(dtype: str) -> int:
@@ -100,12 +105,15 @@ class LayerKV:
         return self.holds_kv and self.v_head_dim == 0
 
     def bytes_per_token(self, dtype: str) -> int:
-        """Bytes per token in `dtype`, rounded up to whole bytes.
+        """Bytes per token in `dtype`: each K and V vector in whole bytes, and with its scales.
 
-        >>> LayerKV(num_kv_heads=8, k_head_dim=128, v_head_dim=128).bytes_per_token("bfloat16")
-        4096
+        >>> layer = LayerKV(num_kv_heads=8, k_head_dim=128, v_head_dim=128)
+        >>> [layer.bytes_per_token(dtype) for dtype in ("bfloat16", "fp8", "int8", "int4")]
+        [4096, 2048, 2080, 1088]
         """
-        return -(-self.values_per_token * dtype_bits(dtype) // 8)
+        scales = SCALE_BYTES * SCALES_PER_VECTOR.get(dtype, 0)
+        vectors = [dim for dim in (self.k_head_dim, self.v_head_dim) if dim]
+        return self.num_kv_heads * sum(-(-dim * dtype_bits(dtype) // 8) + scales for dim in vectors)
 
 
 NO_KV = LayerKV(0, 0, 0)

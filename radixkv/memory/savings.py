@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from radixkv.memory.kv_shape import LayerKV, dtype_bits
+from radixkv.memory.kv_shape import LayerKV
 from radixkv.memory.sizing import LayerConfig
-
-SCALE_BYTES = 2
-SCALES_PER_VECTOR: Mapping[str, int] = MappingProxyType({"int8": 1, "int4": 2})
-"""16-bit numbers beside the codes of each K and V vector: int8 has a scale, int4 a scale and a zero point. fp8 has one
-scale for a whole tensor, which is nothing."""
 
 COMPARED_DTYPES = ("bfloat16", "fp8", "int8", "int4")
 
@@ -41,7 +35,7 @@ def alternatives(layers: Sequence[LayerConfig], dtype: str, seq_tokens: int | No
     is given. O(layers).
     """
     for other in COMPARED_DTYPES:
-        per_token = sum(bytes_with_scales(layer.kv, other) for layer in layers)
+        per_token = sum(layer.kv.bytes_per_token(other) for layer in layers)
         yield Alternative("dtype", other, per_token, _times(per_token, seq_tokens))
     full_heads = [layer.full_heads for layer in layers]
     if (full := _all_known(full_heads)) is not None:
@@ -53,18 +47,6 @@ def alternatives(layers: Sequence[LayerConfig], dtype: str, seq_tokens: int | No
             min(seq_tokens, layer.window or seq_tokens) * layer.kv.bytes_per_token(dtype) for layer in layers
         )
         yield Alternative("window", "window", None, kept_bytes)
-
-
-def bytes_with_scales(layer: LayerKV, dtype: str) -> int:
-    """Bytes per token of a layer, each K and V vector in whole bytes and with its scales.
-
-    >>> layer = LayerKV(num_kv_heads=8, k_head_dim=128, v_head_dim=128)
-    >>> [bytes_with_scales(layer, dtype) for dtype in ("bfloat16", "fp8", "int8", "int4")]
-    [4096, 2048, 2080, 1088]
-    """
-    scales = SCALE_BYTES * SCALES_PER_VECTOR.get(dtype, 0)
-    vectors = [dim for dim in (layer.k_head_dim, layer.v_head_dim) if dim]
-    return layer.num_kv_heads * sum(-(-dim * dtype_bits(dtype) // 8) + scales for dim in vectors)
 
 
 def _one_head(layer: LayerKV) -> LayerKV:
