@@ -91,7 +91,9 @@ class DenseExtends:
         return torch.cat(
             [
                 dense_attention(
-                    *one,
+                    own_q,
+                    own_k,
+                    own_v,
                     visible,
                     scale=params.scale,
                     softcap=params.softcap,
@@ -99,7 +101,7 @@ class DenseExtends:
                     sink_tokens=params.sink_tokens,
                     sink_queries=own_sink_queries,
                 )
-                for *one, own_sink_queries in zip(q, k, v, sink_queries, strict=True)
+                for own_q, own_k, own_v, own_sink_queries in zip(q, k, v, sink_queries, strict=True)
             ]
         )
 

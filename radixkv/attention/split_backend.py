@@ -32,7 +32,7 @@ class _Place(NamedTuple):
     """Which backend has a layer, and which of its layers it is there."""
 
     in_window: bool
-    index: int
+    number: int
 
 
 class SplitBackend:
@@ -71,16 +71,16 @@ class SplitBackend:
         self._window.plan(replace(metadata, kv_indices=pages, slots=self._slots, shared_nodes=()))
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        in_window, index = self._places[layer]
+        in_window, number = self._places[layer]
         if not in_window:
-            self._backend_of_full.write(index, slots, k, v)
+            self._backend_of_full.write(number, slots, k, v)
             return
         assert self._slots is not None, "written before plan"
-        self._window.write(index, self._slots, k, v)
+        self._window.write(number, self._slots, k, v)
 
     def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
-        in_window, index = self._places[layer]
-        return (self._window if in_window else self._backend_of_full).run(index, q, params)
+        in_window, number = self._places[layer]
+        return (self._window if in_window else self._backend_of_full).run(number, q, params)
 
     @property
     def _backend_of_full(self) -> AttentionBackend:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from radixkv.attention.metadata import AttentionMetadata
-from radixkv.attention.triton_plan import Ints, concatenated_ranges, extend_table, upload
+from radixkv.attention.triton_plan import concatenated_ranges, extend_table, upload
 
 if TYPE_CHECKING:
     from radixkv.kernels.triton_paged import Decodes, PagedKV, Rule, Tiles
@@ -88,7 +89,7 @@ class StreamStep(NamedTuple):
 
 
 def _plan_decodes(
-    metadata: AttentionMetadata, decodes: Ints, kv_indices: Tensor, sink_tokens: int, num_splits: int
+    metadata: AttentionMetadata, decodes: NDArray[np.intp], kv_indices: Tensor, sink_tokens: int, num_splits: int
 ) -> _Decodes:
     from radixkv.kernels.triton_paged import Decodes
 
@@ -118,7 +119,11 @@ def _plan_decodes(
 
 
 def _plan_extends(
-    metadata: AttentionMetadata, extends: Ints, kv_indices: Tensor, sink_tokens: int, tile_rows: dict[int, int]
+    metadata: AttentionMetadata,
+    extends: NDArray[np.intp],
+    kv_indices: Tensor,
+    sink_tokens: int,
+    tile_rows: dict[int, int],
 ) -> _Extends:
     from radixkv.kernels.triton_paged import Tiles
 

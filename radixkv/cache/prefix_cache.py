@@ -277,7 +277,7 @@ class PrefixCache:
             expected[lease.pages] += 1
             for pinned in lease.node.path():
                 locks[id(pinned)] = locks.get(id(pinned), 0) + 1
-        counts = np.array([self.allocator.ref_count(page) for page in range(self.num_pages)])
+        counts = self.allocator.ref_counts(np.arange(self.num_pages, dtype=np.int32))
         if not np.array_equal(counts, expected):
             wrong = np.flatnonzero(counts != expected)
             raise InvariantError(f"pages {wrong.tolist()} count {counts[wrong]} references, not {expected[wrong]}")

@@ -82,7 +82,8 @@ class WindowPages:
 
     def has(self, pages: Pages) -> NDArray[np.bool_]:
         """Which of `pages` have a window page."""
-        return self.of_page[pages] != self.scratch
+        held: NDArray[np.bool_] = self.of_page[pages] != self.scratch
+        return held
 
     def longest_valid(self, pages: Pages) -> int:
         """How many of the leading `pages` of a sequence may be hit: the most after which the next token has all the

@@ -1,0 +1,127 @@
+"""Eviction, copy-on-write, retraction, failures and leaks over every kind of pool that an engine can have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from radixkv import Engine, EngineConfig, SamplingParams
+from radixkv.memory.kv_pool import KVPool
+from radixkv.memory.latent_pool import LatentKVPool
+from radixkv.memory.quantized_pool import QuantizedKVPool
+from radixkv.memory.split_pool import SplitKVPool
+from test_models import random_prompts
+from tiny_models import tiny_model
+
+PARAMS = SamplingParams(max_tokens=14, ignore_eos=True)
+
+# family, settings and the kind of pool that they make
+KINDS: dict[str, tuple[str, dict[str, Any], type[Any]]] = {
+    "values": ("llama", {}, KVPool),
+    "values in small pages": ("llama", {"page_size": 4}, KVPool),
+    "a page a token": ("llama", {"page_size": 1}, KVPool),
+    **{
+        f"{code} in pages of {page_size}": (
+            "llama",
+            {
+                "kv_cache_dtype": code,
+                "page_size": page_size,
+                **({} if page_size == 16 else {"attention_backend": "torch"}),
+            },
+            QuantizedKVPool,
+        )
+        for code in ("int8", "int4", "fp8_e4m3", "fp8_e5m2")
+        for page_size in (16, 4)
+    },
+    "latents": ("deepseek_v3", {"page_size": 4}, LatentKVPool),
+    "windows": ("gemma3", {"page_size": 4, "window_cache_tokens": 48}, SplitKVPool),
+    "windows of codes": ("gemma3", {"kv_cache_dtype": "int8", "window_cache_tokens": 96}, SplitKVPool),
+    "windows alone": ("mistral", {"page_size": 4}, SplitKVPool),
+    "sinks": ("llama", {"page_size": 4, "window": 20, "sinks": 4}, SplitKVPool),
+    "sinks of codes": ("llama", {"kv_cache_dtype": "int8", "window": 20, "sinks": 4}, SplitKVPool),
+}
+EXACT = [name for name, (_, settings, _) in KINDS.items() if "kv_cache_dtype" not in settings]
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+
+
+def make_engine(kind: str, **settings: Any) -> Engine:
+    family, own, pool = KINDS[kind]
+    config = EngineConfig(**{"page_size": 16, "kv_cache_tokens": 112, "max_batch_tokens": 40, **own, **settings})
+    engine = Engine(tiny_model(family), config=config)
+    assert isinstance(engine.pool, pool)
+    return engine
+
+
+def check_empty(engine: Engine) -> None:
+    engine.check_invariants()
+    engine.reset_cache()
+    engine.check_invariants()
+    stats = engine.stats().cache
+    assert (stats.free_pages, stats.num_leases) == (stats.num_pages, 0)
+    assert stats.free_window_pages == stats.window_pages
+
+
+@EVERY_KIND
+def test_a_pool_too_small_for_all_serves_all_and_loses_nothing(kind: str) -> None:
+    prompts = random_prompts(9, [30, 41, 37, 25, 44, 33, 30], shared=21)
+    engine = make_engine(kind)
+    step = engine.step
+
+    def checked_step() -> None:
+        step()
+        engine.check_invariants()
+
+    engine.step = checked_step  # type: ignore[method-assign]
+    for _ in range(2):
+        outputs = engine.generate(prompts, PARAMS)
+        assert [len(output.token_ids) for output in outputs] == [14] * len(prompts)
+    stats = engine.stats()
+    assert stats.cache.hit_tokens > 0
+    assert stats.cache.copied_tokens > 0 or engine.config.page_size == 1
+    taken_back = 0 if engine.cache.windows is None else engine.cache.windows.num_taken_back
+    assert stats.cache.evicted_tokens + taken_back > 0
+    check_empty(engine)
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_tokens_are_those_of_a_pool_with_room(kind: str) -> None:
+    prompts = random_prompts(9, [30, 41, 37, 25, 44, 33, 30], shared=21)
+    roomy = make_engine(kind, kv_cache_tokens=2048, **({"window_cache_tokens": 1024} if kind == "windows" else {}))
+    expected = [roomy.generate(prompt, PARAMS)[0].token_ids for prompt in prompts]
+    engine = make_engine(kind)
+    for _ in range(2):
+        assert [output.token_ids for output in engine.generate(prompts, PARAMS)] == expected
+    check_empty(engine)
+
+
+@EVERY_KIND
+def test_a_failing_request_fails_alone(kind: str) -> None:
+    engine = make_engine(kind, kv_cache_tokens=512)
+    forward = engine._runner.forward
+
+    def failing(batch: Any) -> torch.Tensor:
+        if any(13 in span.request.prompt_ids[:1] for span in batch):
+            raise RuntimeError("this prompt is bad")
+        return forward(batch)
+
+    engine._runner.forward = failing  # type: ignore[method-assign]
+    good = random_prompts(3, [30, 22], shared=10)
+    outputs = engine.generate([good[0], [13, *good[1]], good[1]], PARAMS)
+    assert [output.finish_reason for output in outputs] == ["length", "error", "length"]
+    check_empty(engine)
+
+
+@EVERY_KIND
+def test_aborted_and_dropped_streams_hold_nothing(kind: str) -> None:
+    engine = make_engine(kind, kv_cache_tokens=512)
+    ids = random_prompts(3, [30], shared=0)[0]
+    streams = [engine.stream(ids, PARAMS) for _ in range(3)]
+    first_pieces = [next(stream) for stream in streams]
+    assert engine.abort(first_pieces[1].request_id)
+    streams[0].close()
+    del streams
+    engine.step()
+    assert engine.stats().running == 0
+    check_empty(engine)
