@@ -20,6 +20,7 @@ from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.radix_tree import RadixTree
 from radixkv.cache.replay import ReplayResult, replay
 from radixkv.cache.tree_node import InsertResult, MatchResult, TreeNode
+from radixkv.cache.window_pages import WindowPages
 from radixkv.config import CacheConfig, EngineConfig
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ __all__ = [
     "StreamChunk",
     "TokenLogprobs",
     "TreeNode",
+    "WindowPages",
     "errors",
     "replay",
 ]
