@@ -200,3 +200,8 @@ def test_what_is_no_kv_is_refused(family: str) -> None:
 def test_chunks_are_whole_tokens(chunk_tokens: Any) -> None:
     with pytest.raises(ConfigError, match="chunk_tokens"):
         ChunkedCache(full(), chunk_tokens=chunk_tokens)
+
+
+def test_it_is_made_for_a_config() -> None:
+    with pytest.raises(ConfigError, match=r"a cache is made for a model.s config"):
+        ChunkedCache(None)

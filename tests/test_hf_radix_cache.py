@@ -619,3 +619,18 @@ def test_other_caches_and_copies_of_the_model_are_served_as_before() -> None:
     assert torch.equal(run(twin, [draw(9, 1)]), type(twin).generate(twin, **padded([draw(9, 1)]), max_new_tokens=6))
     assert not torch.equal(run(twin, [draw(9, 1)]), expected)
     assert check_same(model, [draw(9, 1)], cache) == (0,)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_bert_that_is_no_decoder_is_refused() -> None:
+
+    config = hf.BertConfig(
+        vocab_size=211,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        is_decoder=False,
+    )
+    with pytest.raises(UnsupportedModelError, match="its tokens see the tokens behind them"):
+        RadixCache(hf.BertLMHeadModel(config), max_tokens=100)

@@ -19,7 +19,7 @@ from radixkv.attention.backend import AttentionNeeds, AttentionParams, LayerAtte
 from radixkv.attention.latent_backend import LatentBackend
 from radixkv.attention.metadata import SequenceSpan, build_metadata
 from radixkv.attention.shared_prefix import NEVER, BreakEven
-from radixkv.errors import UnsupportedModelError
+from radixkv.errors import UnsupportedBackendError, UnsupportedModelError
 from radixkv.memory.kv_shape import LayerKV
 from radixkv.memory.latent_pool import LatentKV, LatentKVPool
 from radixkv.memory.sizing import kv_shape_from_config
@@ -61,6 +61,12 @@ def test_backend_with_other_sizes(latent_dim: int, rope_dim: int, num_q_heads: i
 def test_shared_prefixes_count_the_same(break_even: BreakEven, dtype: torch.dtype) -> None:
     spans = [*((last - 1, last) for last in (65, 70, 99, 49, 50, 33, 12)), (20, 45)]
     check(LatentCase(spans, shared=NESTED, dtype=dtype), break_even)
+
+
+def test_latents_are_not_coded() -> None:
+    settings = EngineConfig(page_size=4, kv_cache_tokens=200, kv_cache_dtype="int8")
+    with pytest.raises(UnsupportedBackendError, match="no attention backend can serve this model with these settings"):
+        Engine(tiny_model("deepseek_v3"), config=settings)
 
 
 def test_long_ones_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

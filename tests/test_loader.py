@@ -127,3 +127,24 @@ def test_contexts_end_where_angles_would_change(rope: dict[str, object] | None, 
 def test_what_is_no_name(name: object) -> None:
     with pytest.raises(ConfigError, match='"demo", a directory or a hub id'):
         load(name)
+
+
+def test_angles_that_change_with_the_length_bound_the_context_in_some_layers_too() -> None:
+
+    stretched = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 32,
+    }
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    config = hf.Gemma3TextConfig(
+        head_dim=8,
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        max_position_embeddings=128,
+        rope_parameters={"full_attention": stretched, "sliding_attention": plain},
+    )
+    assert max_context_tokens(config) == 32

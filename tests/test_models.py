@@ -121,6 +121,33 @@ def test_a_model_that_computes_something_else_on_a_flat_batch_is_refused() -> No
     assert model.config._attn_implementation != "radixkv", "the model is as it was"
 
 
+class _Leaking(torch.nn.Module):
+    """A norm that lets each token of the flattened batch see a little of the one before it."""
+
+    def __init__(self, norm: torch.nn.Module, share: float) -> None:
+        super().__init__()
+        self._norm, self._share = norm, share
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed = self._norm(hidden)
+        return normed + self._share * torch.nn.functional.pad(normed, (0, 0, 1, 0))[:, :-1]
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_model_whose_tokens_mix_outside_attention_is_refused_in_every_dtype(share: float, dtype: torch.dtype) -> None:
+    model = tiny_model("llama").to(dtype)
+    for layer in model.model.layers:
+        layer.input_layernorm = _Leaking(layer.input_layernorm, share)
+    with pytest.raises(UnsupportedModelError, match=r"differ from its own|change another's logits"):
+        plug_in_paged_attention(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_accepted_in_16_bit(family: str) -> None:
+    assert plug_in_paged_attention(tiny_model(family).to(torch.bfloat16))
+
+
 def _stretched_by_length(forward):  # type: ignore[no-untyped-def]
     return lambda hidden, position_ids: forward(hidden, position_ids * hidden.shape[1])
 

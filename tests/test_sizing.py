@@ -516,3 +516,9 @@ def test_the_shape_is_what_the_model_itself_caches(model_type: str) -> None:
     kept = values_per_token_in(cache)
     assert kept + [0] * (len(expected) - len(kept)) == expected  # no entry for trailing layers that share KV
     assert sum(expected) > 0
+
+
+def test_odd_fields_are_named() -> None:
+    with pytest.raises(UnsupportedModelError, match="is said to have 30000000 layers; more than 10,000 must be"):
+        kv_shape_from_config(dense(30_000_000, 8, 64))
+    assert kv_shape_from_config(dense(2, 8, 64, model_type=["llama"])).num_layers == 2

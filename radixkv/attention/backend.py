@@ -142,6 +142,9 @@ def choose_backend(name: str, needs: AttentionNeeds) -> BackendSpec:
     if name != "auto" and name not in _REGISTRY:
         raise UnsupportedBackendError(f"unknown attention backend {name!r}; there are auto, {', '.join(_REGISTRY)}")
     able = [spec for spec in _REGISTRY.values() if spec.why_not(needs) is None]
+    if not able:
+        reasons = "; ".join(f"{spec.name} {spec.why_not(needs)}" for spec in _REGISTRY.values())
+        raise UnsupportedBackendError(f"no attention backend can serve this model with these settings: {reasons}")
     if name == "auto":
         return able[0]
     reason = _REGISTRY[name].why_not(needs)

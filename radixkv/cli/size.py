@@ -44,7 +44,10 @@ def size(
     batch: Annotated[int | None, typer.Option(help="Sequences held at one time; needs --seq-len.")] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help=f"What K and V are kept in: {', '.join(DTYPE_BITS)}.  [default: the config's own]"),
+        typer.Option(
+            help=f"What K and V are kept in: {', '.join(DTYPE_BITS)}; int8 and int4 with their scales.  "
+            "[default: the config's own]"
+        ),
     ] = None,
     memory_gb: Annotated[
         float | None, typer.Option(help="Memory for weights and KV, in GiB: a GB is 2**30 bytes here.")
@@ -63,7 +66,7 @@ def size(
     Only the model's config is read, no weights are loaded.
 
     A second table tells what other dtypes, other numbers of KV heads, and windows that forget what no later token sees
-    would cost.
+    would cost. The engine forgets that, too.
     """
     from radixkv.cli.config_source import layers, read_config
 

@@ -223,6 +223,8 @@ def kv_layers(config: PretrainedConfig) -> list[Any]:
 
     Raises: UnsupportedModelError if one keeps something else than keys and values.
     """
+    if not isinstance(config, PretrainedConfig):
+        raise ConfigError(f"a cache is made for a model's config (model.config), not {type(config).__name__}")
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder, and only decoders are served")
     layers: list[Any] = DynamicCache(config=config).layers

@@ -12,8 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from radixkv.errors import InvalidRequestError, UnsupportedModelError
 from radixkv.hf.chunked_cache import kv_layers
+from radixkv.memory.rope import length_dependent_limit
 
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 KNOWN_INPUTS = ("input_ids", "attention_mask", "position_ids", "cache_position", "past_key_values", "logits_to_keep")
 
 
@@ -27,7 +27,7 @@ def check_model(model: PreTrainedModel) -> None:
         raise _unsupported(model, "it keeps a recurrent state, which cannot be cut back to a prefix")
     if getattr(config, "cross_attention_layers", None) or getattr(config, "add_cross_attention", False):
         raise _unsupported(model, "it attends to other inputs than its tokens (cross attention)")
-    if getattr(config, "use_bidirectional_attention", False):
+    if getattr(config, "use_bidirectional_attention", False) or _sees_later_tokens(model):
         raise _unsupported(model, "its tokens see the tokens behind them, so a prefix alone has other KV")
     if not model.can_generate() or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise _unsupported(model, "it is no decoder that generates with logits_to_keep")
@@ -39,17 +39,7 @@ def position_limit(config: PretrainedConfig) -> int | None:
     Rotary embeddings that stretch with the length of the context (dynamic NTK, LongRoPE) turn all keys of a long
     prompt by other angles than those of a short one.
     """
-    text_config = config.get_text_config()
-    rope: Mapping[str, Any] = getattr(text_config, "rope_parameters", None) or {}
-    sections = [rope, *(section for section in rope.values() if isinstance(section, Mapping))]
-    limits = []
-    for section in sections:
-        if section.get("rope_type") in LENGTH_DEPENDENT_ROPE:
-            original = section.get("original_max_position_embeddings") or getattr(
-                text_config, "original_max_position_embeddings", None
-            )
-            limits.append(int(original or text_config.max_position_embeddings))
-    return min(limits, default=None)
+    return length_dependent_limit(config.get_text_config())
 
 
 def sees_columns(config: PretrainedConfig) -> bool:
@@ -99,6 +89,12 @@ def check_positions(position_ids: Tensor | None, first: int, padding: list[int])
         raise InvalidRequestError(
             "a RadixCache needs position_ids that count each row's tokens from 0; leave position_ids out"
         )
+
+
+def _sees_later_tokens(model: PreTrainedModel) -> bool:
+    """Whether attention of the decoder says that it is not causal, as that of a BERT that was not made a decoder."""
+    decoder = model.get_decoder() or model
+    return any(getattr(module, "is_causal", None) is False for module in decoder.modules())
 
 
 def _check_layers(model: PreTrainedModel) -> None:

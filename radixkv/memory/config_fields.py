@@ -113,7 +113,7 @@ def refuse_uncounted(fields: Fields) -> None:
     """Refuse models that keep something else than keys and values, or more than that."""
     if fields.get("is_encoder_decoder"):
         raise UnsupportedModelError(f"{model_name(fields)} is an encoder-decoder; only decoders are sized")
-    if fields.get("model_type") in _ATTENTION_FREE:
+    if str(fields.get("model_type")) in _ATTENTION_FREE:
         raise UnsupportedModelError(f"{model_name(fields)} has no attention: it keeps one state per sequence and no KV")
     if fields.get("index_head_dim") is not None:
         raise UnsupportedModelError(
@@ -124,4 +124,4 @@ def refuse_uncounted(fields: Fields) -> None:
 
 def sets_own_head_dim(fields: Fields) -> bool:
     """Whether the model's class has a head_dim of its own, so that none may be derived."""
-    return fields.get("model_type") in _OWN_HEAD_DIM
+    return str(fields.get("model_type")) in _OWN_HEAD_DIM

@@ -47,6 +47,9 @@ __all__ = [
 ]
 
 
+MOST_LAYERS = 10_000
+
+
 class HasToDict(Protocol):
     """A Hugging Face config, or anything else that turns into the content of a config.json."""
 
@@ -160,6 +163,10 @@ def _layer_types(fields: Fields) -> list[str]:
 def _num_layers(fields: Fields) -> int | None:
     """Layers that could hold KV; a LongCat-Flash layer has two attentions."""
     num_layers = integer(fields, "num_hidden_layers")
+    if num_layers is not None and num_layers > MOST_LAYERS:
+        raise UnsupportedModelError(
+            f"{model_name(fields)} is said to have {num_layers} layers; more than {MOST_LAYERS:,} must be a mistake"
+        )
     return num_layers * 2 if num_layers and fields.get("model_type") == "longcat_flash" else num_layers
 
 

@@ -11,10 +11,10 @@ from transformers.utils import logging as hf_logging
 
 from radixkv import demo_model
 from radixkv.errors import ConfigError, ModelNotFoundError
+from radixkv.memory.rope import length_dependent_limit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class LoadedModel(NamedTuple):
@@ -64,14 +64,8 @@ def max_context_tokens(config: PretrainedConfig) -> int | None:
     angles than new ones, so such models are served up to the length they were first trained on.
     """
     text_config = config.get_text_config()
-    limit: int | None = getattr(text_config, "max_position_embeddings", None)
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings") or getattr(
-        text_config, "original_max_position_embeddings", None
-    )
-    if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE and original:
-        return int(original) if limit is None else min(limit, int(original))
-    return limit
+    limits = (getattr(text_config, "max_position_embeddings", None), length_dependent_limit(text_config))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def resolve_device(device: str) -> torch.device:

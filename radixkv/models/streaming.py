@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from radixkv.attention.backend import AttentionParams, LayerAttention
 from radixkv.errors import ConfigError, UnsupportedModelError
-from radixkv.models.loader import LENGTH_DEPENDENT_ROPE
+from radixkv.memory.rope import length_dependent_types
 from radixkv.models.paged_attention import flattened_forward
 
 MAX_CONTEXT_TOKENS = 1 << 20  # angles are float32: at that position they are right to 0.03
@@ -144,10 +144,8 @@ def _check_positions(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     if getattr(config, "attn_temperature_tuning", False):
         raise _unsupported(model, "it tunes the temperature of its attention by position")
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for rope in (parameters, *(p for p in parameters.values() if isinstance(p, dict))):
-        if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
-            raise _unsupported(model, f"its rotary embeddings ({rope['rope_type']}) change with the length")
+    if changing := length_dependent_types(config):
+        raise _unsupported(model, f"its rotary embeddings ({changing[0]}) change with the length")
 
 
 @torch.inference_mode()
