@@ -16,10 +16,12 @@ from conftest import GreedyOracle, random_ids
 from radixkv.attention.backend import AttentionBackend, AttentionNeeds
 from radixkv.attention.flashinfer_backend import FlashInferBackend
 from radixkv.attention.metadata import AttentionMetadata, SequenceSpan, build_metadata
+from radixkv.attention.split_backend import make_split_backend, split_needs
 from radixkv.attention.torch_backend import TorchBackend
 from radixkv.engine.graphs import CudaCapturer, GraphableBackend, GraphRunner, Replay
 from radixkv.errors import UnsupportedModelError
 from radixkv.memory.kv_pool import KVPool
+from radixkv.memory.split_pool import SplitKVPool
 from radixkv.models.paged_attention import PagedContext, flattened_forward
 from radixkv.models.probe import plug_in_paged_attention
 from tiny_models import make_model, tiny_model
@@ -301,3 +303,48 @@ def test_cuda_graphs(num_kv_heads: int) -> None:
         expected = part.forward(input_ids, metadata)
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
         part.append(expected)
+
+
+def test_two_pools_in_one_graph() -> None:
+    """Layers that see a window read window pages, whose slots lie in a tensor that stays."""
+    model = tiny_model("gemma3")
+    layers = plug_in_paged_attention(model)
+    needs = AttentionNeeds(layers, PAGE_SIZE, model.dtype, model.device)
+    full_needs, window_needs = split_needs(needs)
+    num_window_pages = 40
+    of_page = np.full(NUM_PAGES, num_window_pages, np.int32)
+    of_page[np.random.default_rng(1).permutation(SCRATCH_PAGE)[:num_window_pages]] = np.arange(num_window_pages)
+    pools = [
+        KVPool(
+            [layer.kv for layer in part.layers],
+            num_pages=size,
+            page_size=PAGE_SIZE,
+            dtype=model.dtype,
+        )
+        for part, size in ((full_needs, NUM_PAGES), (window_needs, num_window_pages + 1))
+    ]
+    split = SplitKVPool(*pools, of_page)
+    full, window = (
+        GraphableTorchBackend(pool, part) for pool, part in zip(pools, (full_needs, window_needs), strict=True)
+    )
+    backend = make_split_backend(needs, full, window, split.of_page)
+    assert isinstance(backend, GraphableBackend)
+    sequences = Sequences(model, backend, [random_ids(seed, length) for seed, length in enumerate((9, 5, 14))])
+    lent = np.flatnonzero(of_page < num_window_pages).astype(np.int32)
+    sequences.pages = [lent[6 * i : 6 * i + 6] for i in range(3)]
+    sequences.prefill()
+    graphs = GraphRunner(
+        model,
+        backend,
+        max_batch_size=4,
+        max_pages=60,
+        page_size=PAGE_SIZE,
+        scratch_page=SCRATCH_PAGE,
+        capturer=AgainCapturer(),
+    )
+    for _ in range(5):
+        input_ids, metadata = sequences.decodes()
+        assert graphs.can_run(metadata)
+        expected = sequences.forward(input_ids, metadata)
+        torch.testing.assert_close(graphs.run(input_ids, metadata), expected, rtol=0, atol=1e-5)
+        sequences.append(expected)

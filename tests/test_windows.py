@@ -12,7 +12,12 @@ import transformers as hf
 from torch import Tensor
 
 from radixkv import Engine, EngineConfig, SamplingParams
+from radixkv.attention.backend import AttentionNeeds
+from radixkv.attention.split_backend import split_needs
+from radixkv.engine.kv_memory import PoolSizes, Sight, pool_sizes
 from radixkv.errors import ConfigError, UnsupportedModelError
+from radixkv.memory import kv_pool
+from radixkv.memory.quantized_pool import kv_bytes_per_token
 from radixkv.models.probe import plug_in_paged_attention
 from radixkv.models.streaming import Streaming
 from test_models import oracle_tokens, random_prompts
@@ -285,3 +290,45 @@ def test_what_cannot_stream_is_refused(family: str, reason: str) -> None:
         model = tiny_model(family)
     with pytest.raises(UnsupportedModelError, match=reason):
         Engine(model, config=EngineConfig(page_size=4, kv_cache_tokens=256, window=20, sinks=4))
+
+
+# -- sizes of the pools -----------------------------------------------------------------------------------------------
+
+
+def sizes_of(family: str, memory_bytes: int, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[PoolSizes, int]:
+    """The pool sizes of a model that has so many bytes, and the bytes that they take."""
+    model = tiny_model(family)
+    monkeypatch.setattr(kv_pool, "available_bytes", lambda device: memory_bytes)
+    config = EngineConfig(page_size=4, mem_fraction=1.0, **settings)
+    needs = AttentionNeeds(plug_in_paged_attention(model), 4, model.dtype, model.device)
+    sizes = pool_sizes(needs, Sight.of(needs), config, context_tokens=512)
+    full, window = (
+        kv_bytes_per_token([layer.kv for layer in part.layers], "auto", model.dtype) * 4 for part in split_needs(needs)
+    )
+    return sizes, sizes.num_pages * full + (sizes.num_window_pages or sizes.num_pages) * window
+
+
+@pytest.mark.parametrize("settings", [{}, {"window_cache_tokens": 64}, {"window_cache_tokens": 400}])
+@pytest.mark.parametrize("family", ["gemma3", "mistral", "llama4"])
+@pytest.mark.parametrize("memory_bytes", [20_000, 60_000, 1_000_000, 50_000_000])
+def test_pools_fill_the_memory_and_no_more(
+    family: str, settings: dict[str, int], memory_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, taken = sizes_of(family, memory_bytes, monkeypatch, **settings)
+    if family == "mistral" and settings:  # asks for so many window pages, and all KV is in these
+        assert sizes.num_window_pages == settings["window_cache_tokens"] // 4
+        return
+    assert taken <= memory_bytes
+    assert taken > 0.9 * memory_bytes or memory_bytes == 20_000
+    if settings and memory_bytes == 50_000_000:
+        assert sizes.num_window_pages == settings["window_cache_tokens"] // 4
+
+
+def test_the_demands_of_one_request_come_before_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, _ = sizes_of("gemma3", 40_000, monkeypatch)
+    assert sizes.num_window_pages is None or sizes.num_window_pages >= 5
+    sizes, _ = sizes_of("gemma3", 1_000_000, monkeypatch)
+    assert sizes.num_window_pages == -(-sizes.num_pages // 2)
+    sizes, _ = sizes_of("mistral", 1_000_000, monkeypatch)
+    assert sizes.num_window_pages is not None
+    assert sizes.num_pages == 16 * sizes.num_window_pages

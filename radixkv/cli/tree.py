@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import numpy as np
 import typer
 
 from radixkv.cli.common import EngineOptions, SamplingOptions, with_option_groups
@@ -107,6 +108,7 @@ def examine(engine: Engine, model: str, outputs: Sequence[RequestOutput]) -> tup
     kept_tokens, uses = _paths(engine, outputs)
     edges = list(_edges(engine, uses))
     radix_tree = engine.cache.tree
+    pages = np.concatenate([np.empty(0, np.int32), *(node.page_ids for _, node in radix_tree.nodes())])
     prompt_tokens = sum(output.prompt_tokens for output in outputs)
     saved_tokens = sum(output.cached_tokens for output in outputs)
     report = TreeReport(
@@ -119,7 +121,7 @@ def examine(engine: Engine, model: str, outputs: Sequence[RequestOutput]) -> tup
         num_nodes=len(edges),
         total_tokens=radix_tree.total_size,
         total_pages=radix_tree.num_pages,
-        total_bytes=radix_tree.total_size * engine.kv_bytes_per_token,
+        total_bytes=engine.pool.bytes_of(pages, radix_tree.total_size),
         unshared_tokens=kept_tokens,
         evicted_tokens=engine.stats().cache.evicted_tokens,
     )
