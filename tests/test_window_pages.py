@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from radixkv import Lease, PrefixCache
 from radixkv.cache.window_pages import WindowPages
-from radixkv.errors import ConfigError, InvariantError, OutOfPagesError
+from radixkv.errors import ConfigError, InvalidRequestError, InvariantError, OutOfPagesError
 
 NOTHING = -1
 Value = tuple[int, ...]
@@ -132,6 +132,23 @@ def test_too_few_window_pages_take_nothing() -> None:
     second.release()
     cache.check_invariants()
     assert cache.stats().free_window_pages == 6
+
+
+def test_what_was_given_up_cannot_be_seen_again() -> None:
+    cache = make_cache()
+    with cache.acquire(list(range(30))) as lease:
+        lease.cover(0, 10)
+        lease.cover(10, 12)
+        with pytest.raises(InvalidRequestError, match="tokens 3 to 4 cannot be computed"):
+            lease.cover(3, 4)
+        with pytest.raises(InvalidRequestError, match="tokens 12 to 31 cannot be computed"):
+            lease.cover(12, 31)
+
+
+def test_windows_of_another_cache_are_refused() -> None:
+    windows = WindowPages(32, num_window_pages=8, page_size=2, window_tokens=6)
+    with pytest.raises(ConfigError, match="windows are for 32 pages of 2 tokens, and the cache has 64 of 2"):
+        PrefixCache(64, 2, windows=windows)
 
 
 def test_explain_tells_of_windows() -> None:

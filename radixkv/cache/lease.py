@@ -119,15 +119,22 @@ class Lease:
     def cover(self, first: int, last: int) -> None:
         """Get ready to compute the tokens `[first, last)`, for which the lease has pages, in layers of a window.
 
-        What no token from `first` on sees is given up there; it cannot be computed again. Nothing to do for a cache
-        without `windows`. O(pages that come or go).
+        What no token from `first` on sees is given up there, so `first` must not fall back behind it. Nothing to do for
+        a cache without `windows`. O(pages that come or go).
 
-        Raises: OutOfPagesError if the window pages do not suffice (what was given up stays so); ClosedError.
+        Raises: OutOfPagesError if the window pages do not suffice (what was given up stays so); InvalidRequestError if
+            the tokens see what was given up, or the lease has no pages for them; ClosedError.
         """
         self._check_open()
         windows = self._cache.windows
         if windows is None:
             return
+        if windows.first_seen(first) < self._seen_from or last > self.capacity_tokens:
+            least = self._seen_from * self._cache.page_size + windows.window_tokens - 1
+            raise InvalidRequestError(
+                f"tokens {first} to {last} cannot be computed: the lease has pages for {self.capacity_tokens} tokens, "
+                f"and gave up what tokens before {least} see"
+            )
         self._give_up_until(windows.first_seen(first))
         end = self._cache.pages_for(last)
         if end > self._covered_pages:

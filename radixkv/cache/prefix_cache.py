@@ -94,6 +94,11 @@ class PrefixCache:
         if diagnostics:
             self._diagnostics = Diagnostics(self.tree, num_pages, whole_pages=copy_page is None)
         self._copy_page = copy_page
+        if windows is not None and (len(windows.of_page) != num_pages + 1 or windows.page_size != page_size):
+            raise ConfigError(
+                f"windows are for {len(windows.of_page) - 1} pages of {windows.page_size} tokens, and the cache has "
+                f"{num_pages} of {page_size}"
+            )
         self.windows = windows
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         # what leases without release() held: node, pages, and those of them that they saw
@@ -174,7 +179,7 @@ class PrefixCache:
         match = self._valid(match, wanted, (extra_key, cache_salt))
         matched_pages = match.pages
         num_own_pages = self.pages_for(len(tokens)) - len(matched_pages)
-        seen = self._seen_after(match)
+        seen = self._seen_by_next(matched_pages, match.length)
         self.tree.inc_lock_ref(match.node)
         if self.windows is not None:
             self.windows.pin(seen)
@@ -316,12 +321,12 @@ class PrefixCache:
         extra_key, cache_salt = namespace
         return self.tree.match_prefix(wanted[: valid * self.page_size], extra_key=extra_key, cache_salt=cache_salt)
 
-    def _seen_after(self, match: MatchResult) -> NDArray[np.int32]:
-        """The pages of a hit that the token after it sees in all layers."""
+    def _seen_by_next(self, pages: NDArray[np.int32], num_tokens: int) -> NDArray[np.int32]:
+        """Those pages of a hit of `num_tokens` that the token after it sees in layers of a window."""
         if self.windows is None:
-            return match.pages[:0]
-        pages, sinks = match.pages, self.windows.sink_pages
-        return np.concatenate([pages[:sinks], pages[max(sinks, self.windows.first_seen(match.length)) :]])
+            return pages[:0]
+        sinks = self.windows.sink_pages
+        return np.concatenate([pages[:sinks], pages[max(sinks, self.windows.first_seen(num_tokens)) :]])
 
     def _find_partial(self, node: TreeNode, rest: NDArray[np.int32], num_pages: int) -> PartialPage | None:
         """What can be copied of the page after `node`; None where its source is needed to make room."""

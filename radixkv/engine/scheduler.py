@@ -100,7 +100,8 @@ class Scheduler:
                 if request.lease.capacity_tokens <= request.num_tokens:
                     request.lease.grow(request.num_tokens + 1)
                     self._write_row(request)
-                request.lease.cover(request.num_tokens, request.num_tokens + 1)
+                # the token before is being computed, and may have to be once more
+                request.lease.cover(request.num_tokens - 1, request.num_tokens + 1)
             except OutOfPagesError:
                 return None
         return [Span(request, request.num_tokens, request.num_tokens + 1) for request in requests]
