@@ -288,8 +288,9 @@ def test_what_cannot_stream_is_refused(family: str, reason: str) -> None:
         model = make_model(hf.GPT2Config(vocab_size=211, n_positions=5000, n_embd=32, n_layer=2, n_head=4))
     else:
         model = tiny_model(family)
-    with pytest.raises(UnsupportedModelError, match=reason):
-        Engine(model, config=EngineConfig(page_size=4, kv_cache_tokens=256, window=20, sinks=4))
+    for sinks in (4, 0):
+        with pytest.raises(UnsupportedModelError, match=reason):
+            Engine(model, config=EngineConfig(page_size=4, kv_cache_tokens=256, window=20, sinks=sinks))
 
 
 # -- sizes of the pools -----------------------------------------------------------------------------------------------

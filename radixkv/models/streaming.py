@@ -85,10 +85,8 @@ class Streaming:
             replace(layer, params=replace(layer.params, sliding_window=window, sink_tokens=sinks)) if streams else layer
             for layer, streams in zip(layers, self._streams, strict=True)
         )
-        self._rotations: dict[int, Rotation | None] = {}
-        if sinks:
-            _check_positions(model)
-            self._rotations = _find_rotations(model, [i for i, streams in enumerate(self._streams) if streams])
+        _check_positions(model)  # without sinks, too: positions will go beyond those that the model knows
+        self._rotations = _find_rotations(model, [i for i, streams in enumerate(self._streams) if streams])
 
     def step(self, positions: Tensor) -> StreamingStep:
         """For a batch of tokens at `positions`, int64 [tokens]."""
@@ -197,4 +195,6 @@ def _explains(rotation: Rotation | None, at: dict[int, Tensor]) -> bool:
 
 
 def _unsupported(model: PreTrainedModel, why: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{type(model).__name__} cannot stream beyond its context: {why}; leave out sinks")
+    return UnsupportedModelError(
+        f"{type(model).__name__} cannot stream beyond its context: {why}; leave out window and sinks"
+    )
