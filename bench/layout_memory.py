@@ -10,7 +10,15 @@ from arena import Arena
 from layout_kinds import Tensors
 from layout_traffic import Request
 from radixkv import PrefixCache
-from radixkv.attention.backend import AttentionBackend, AttentionNeeds, BackendSpec, choose_backend, register_backend
+from radixkv.attention.backend import (
+    AttentionBackend,
+    AttentionNeeds,
+    BackendSpec,
+    backend_names,
+    choose_backend,
+    register_backend,
+    why_not,
+)
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.memory.kv_pool import KVLayout, KVPool
 
@@ -112,7 +120,7 @@ class PageWatch:
         self._cache: PrefixCache | None = None
         self._copied_before = self._peak_tokens = 0
         self._steps: list[Snapshot] = []
-        register_backend(BackendSpec(self.BACKEND, make=self._make, why_not=lambda needs: None, layout=_usual_layout))
+        register_backend(BackendSpec(self.BACKEND, make=self._make, why_not=self._why_not, layout=_usual_layout))
 
     def watch(self, cache: PrefixCache) -> None:
         """Report on this cache from now on."""
@@ -137,6 +145,11 @@ class PageWatch:
         peak_bytes = self._peak_tokens * self._token_bytes
         copied = self._cache.stats().copied_tokens - self._copied_before
         return Memory(self._steps, peak_bytes, peak_bytes, copied * self._token_bytes)
+
+    def _why_not(self, needs: AttentionNeeds) -> str | None:
+        """It is another backend, and can what one of these can."""
+        others = [name for name in backend_names() if name != self.BACKEND]
+        return None if any(why_not(name, needs) is None for name in others) else "only watches others"
 
     def _make(self, pool: KVPool, needs: AttentionNeeds) -> AttentionBackend:
         return cast(AttentionBackend, _Watched(choose_backend("auto", needs).make(pool, needs), self))

@@ -207,7 +207,7 @@ def test_same_logits_on_cached_pages(family: str, backend: type[LatentBackend]) 
     forward([(0, 28)])
     forward([(28, 31)])
     found = forward([(31, 45), (28, 29), (28, 30)])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)  # the logits of MiniCPM3 reach 18
 
 
 @pytest.mark.parametrize("family", LATENT)
