@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import plot
 from attention_contenders import CONTIGUOUS, FLAT, INT8, PLAIN
 from errors import BenchError
 from probes import Speeds
@@ -165,10 +166,7 @@ def write_plot(report: Report, path: Path) -> None:
     for axes, dtype in zip(panels, dtypes, strict=True):
         _draw(axes, [rows for _, of_dtype, rows in report.by_case() if of_dtype == dtype], colors)
         axes.set_title(f"{dtype}: % of the roofline (more is better), ms on the bars", fontsize=10)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise BenchError(f"cannot write {path}: {error.strerror}") from None
+    plot.save_figure(figure, path)
 
 
 def _new_figure(num_cases: int, num_panels: int) -> Any:

@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import plot
 from decode_runs import HF, OURS, BatchTimes
 from errors import BenchError
 
@@ -155,10 +156,7 @@ def write_plot(report: Report, path: Path) -> None:
     _draw_bars(prefill, rows, {OURS: [row.prefill_tok_s for row in rows], HF: [row.hf_prefill_tok_s for row in rows]})
     prefill.set_title("prefill, tokens per second (more is better)", fontsize=10)
     figure.suptitle(report.config["title"], fontsize=10)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise BenchError(f"cannot write {path}: {error.strerror}") from None
+    plot.save_figure(figure, path)
 
 
 def _new_figure() -> Any:

@@ -269,10 +269,7 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
     for axes in (quality, memory):
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise BenchError(f"cannot write {path}: {error.strerror}") from error
+    plot.save_figure(figure, path)
 
 
 def main() -> int:

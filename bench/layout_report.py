@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import plot
 from errors import BenchError
 from layout_memory import Snapshot
 from layout_runs import MEGABYTE, Job, Measured, differences, output_tokens_per_s
@@ -129,10 +130,7 @@ def write_plot(report: Report, path: Path) -> None:
     _draw_bars(fit_axes, fits, f"requests that fit in {report['config']['memory_mb']:g} MB (more is better)")
     speeds = {name: round(one["output_tokens_per_s"]) for name, one in layouts.items()}
     _draw_bars(speed_axes, speeds, "output tokens per second (more is better)")
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise BenchError(f"cannot write {path}: {error.strerror}") from None
+    plot.save_figure(figure, path)
 
 
 def _new_figure() -> Any:

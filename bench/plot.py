@@ -34,6 +34,11 @@ def write_plot(report: Report, path: Path) -> None:
     _draw_ttft(ttft, report)
     _draw_tokens(tokens, report)
     figure.suptitle(report["config"]["title"], fontsize=11)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write it as an image. Raises: BenchError if the place cannot be written."""
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

@@ -288,10 +288,7 @@ def _draw(readings: Sequence[Reading], writing: Writing | None, path: Path) -> N
         axes[1].legend(fontsize=8, frameon=False)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise BenchError(f"cannot write {path}: {error.strerror}") from error
+    plot.save_figure(figure, path)
 
 
 def main() -> int:

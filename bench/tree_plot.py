@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import plot
 from errors import BenchError
 from tree_growth import EVICT_FIRST, LASTING, NO_PROBES, SHAPES, UNLIMITED, Growth, Probed, Shape
 from tree_memory import EDGE_TOKENS, OPERATIONS, CopyRace, Metadata, Replay
@@ -203,10 +204,7 @@ def write_plot(report: Report, path: Path) -> None:
         axes.sharey(by_shape[0])
     by_shape[-1].legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _draw_copies(copies, report.memcpy)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise BenchError(f"cannot write {path}: {error.strerror}") from None
+    plot.save_figure(figure, path)
 
 
 def _new_figure() -> Any:
