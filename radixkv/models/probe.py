@@ -90,14 +90,16 @@ def plug_in_paged_attention(model: PreTrainedModel) -> tuple[LayerAttention, ...
     except BaseException as error:
         model.set_attn_implementation(before)
         expand_again(model)
-        if isinstance(error, UnsupportedModelError) and not str(error).startswith(type(model).__name__):
-            raise _unsupported(model, str(error)) from error
-        if isinstance(error, UnsupportedModelError) or not isinstance(error, Exception):
+        if not isinstance(error, Exception):
             raise
         if odd := sorted(set(getattr(config, "layers_block_type", None) or []) - {"attention"}):
             raise _unsupported(
                 model, f"it has layers of the types {', '.join(odd)}, which keep a state that pages do not hold"
             ) from error
+        if isinstance(error, UnsupportedModelError) and not str(error).startswith(type(model).__name__):
+            raise _unsupported(model, str(error)) from error
+        if isinstance(error, UnsupportedModelError):
+            raise
         # whatever a model of unknown code does with what it was given
         raise _unsupported(model, f"a flattened batch fails in it ({type(error).__name__}: {error})") from error
     layers = tuple(layer for _, layer in sorted(context.layers.items()))
