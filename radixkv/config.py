@@ -115,6 +115,8 @@ class EngineConfig:
         _check_at_least(self, 0, "sinks", "max_skips", "seed")
         if self.sinks and self.window is None:
             raise ConfigError(f"sinks={self.sinks} stay in sight beside a window; set window, too")
+        if self.window is not None and self.cuda_graphs:
+            raise ConfigError(f"window={self.window} does not run in CUDA graphs; leave out cuda_graphs or window")
         if self.mem_fraction is not None and not isinstance(self.mem_fraction, int | float):
             raise ConfigError(f"mem_fraction must be a number, not {self.mem_fraction!r}")
         if self.mem_fraction is not None and not 0 < self.mem_fraction <= 1:

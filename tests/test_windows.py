@@ -151,6 +151,7 @@ def test_usage_counts_what_is_kept() -> None:
         ("llama", {"window": 600}, "window=600 and sinks=0 are more than the 512 tokens that the model was made for"),
         ("llama", {"sinks": 4}, "sinks=4 stay in sight beside a window; set window, too"),
         ("llama", {"window": 0}, "window must be at least 1, not 0"),
+        ("llama", {"window": 20, "cuda_graphs": True}, "window=20 does not run in CUDA graphs"),
     ],
 )
 def test_settings_that_cannot_be(family: str, settings: dict[str, Any], message: str) -> None:

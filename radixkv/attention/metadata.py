@@ -92,13 +92,15 @@ def build_metadata(
     kv_lens = np.array([span.last for span in spans], np.int32)
     num_pages = -(-kv_lens // page_size)
     positions = np.concatenate([np.arange(span.first, span.last, dtype=np.int64) for span in spans])
-    own_pages = [span.pages[np.arange(span.first, span.last) // page_size] for span in spans]
-    slots = np.concatenate(own_pages).astype(np.int64) * page_size + positions % page_size
+    qo_lens = np.array([span.last - span.first for span in spans])
+    kv_indptr = _indptr(num_pages)
+    kv_indices = np.concatenate([span.pages[:count] for span, count in zip(spans, num_pages, strict=True)])
+    slots = _slots(positions, np.repeat(kv_indptr[:-1], qo_lens), kv_indices, page_size)
     return AttentionMetadata(
         page_size=page_size,
-        qo_indptr=_indptr(np.array([span.last - span.first for span in spans])),
-        kv_indptr=_indptr(num_pages),
-        kv_indices=np.concatenate([span.pages[:count] for span, count in zip(spans, num_pages, strict=True)]),
+        qo_indptr=_indptr(qo_lens),
+        kv_indptr=kv_indptr,
+        kv_indices=kv_indices,
         kv_last_page_len=kv_lens - (num_pages - 1) * page_size,
         kv_lens=kv_lens,
         positions=to_device(positions, device),
@@ -109,12 +111,18 @@ def build_metadata(
 
 def flattened_slots(metadata: AttentionMetadata, kv_indices: NDArray[np.int32]) -> NDArray[np.int64]:
     """Where the KV of each flattened token goes, int64 [num_tokens], if its sequences' pages are `kv_indices`."""
-    qo_lens, page_size = metadata.qo_lens, metadata.page_size
-    sequence = np.repeat(np.arange(metadata.num_sequences), qo_lens)
+    qo_lens = metadata.qo_lens
     first_positions = metadata.kv_lens - qo_lens - metadata.qo_indptr[:-1]
-    positions = np.arange(metadata.num_tokens) + first_positions[sequence]
-    pages = kv_indices[metadata.kv_indptr[:-1][sequence] + positions // page_size]
-    slots: NDArray[np.int64] = pages.astype(np.int64) * page_size + positions % page_size
+    positions = np.arange(metadata.num_tokens) + np.repeat(first_positions, qo_lens)
+    return _slots(positions, np.repeat(metadata.kv_indptr[:-1], qo_lens), kv_indices, metadata.page_size)
+
+
+def _slots(
+    positions: NDArray[np.int64], first_pages: NDArray[np.int32], kv_indices: NDArray[np.int32], page_size: int
+) -> NDArray[np.int64]:
+    """The slot of each token, whose sequence's pages stand in `kv_indices` from `first_pages` on."""
+    pages = kv_indices[first_pages + positions // page_size].astype(np.int64)
+    slots: NDArray[np.int64] = pages * page_size + positions % page_size
     return slots
 
 

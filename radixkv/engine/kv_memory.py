@@ -51,7 +51,7 @@ class Sight(NamedTuple):
         params = [layer.params for layer in needs.layers if sees_window(layer.params)]
         if not params:
             return None
-        windows = [min(p.sliding_window or p.chunk_size or 0, p.chunk_size or p.sliding_window or 0) for p in params]
+        windows = [min(size for size in (p.sliding_window, p.chunk_size) if size is not None) for p in params]
         return cls(max(windows), max(p.sink_tokens for p in params))
 
 
