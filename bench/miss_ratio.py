@@ -18,10 +18,10 @@ from rich.progress import track
 from rich.table import Table
 
 from errors import BenchError, exit_code
-from radixkv import replay
-from radixkv.cache.miss_ratio import MissRatioCurve
-from radixkv.cache.prefix_hash import namespace_seed
-from radixkv.cache.traces import Request
+from radixkv import replay_trace
+from radixkv.cache.insight.miss_ratio import MissRatioCurve
+from radixkv.cache.insight.prefix_hash import namespace_seed
+from radixkv.replay.traces import Request
 from tree_memory import read_prompts
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -65,7 +65,7 @@ def miss_ratio(
     requests = [Request.of_tokens(prompt, [0]) for prompt in prompts]
     hidden = not sys.stderr.isatty()
     rows = [
-        Row(size, replay(requests, "lru", size, page_size).hit_rate, curve.hit_rate(size))
+        Row(size, replay_trace(requests, "lru", size, page_size).hit_rate, curve.hit_rate(size))
         for size in track(capacities, "replays", console=Console(stderr=True), transient=True, disable=hidden)
     ]
     _print(rows, us_per_request)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixkv import RadixTree
-from radixkv.cache.tree_node import InsertResult, TreeNode
+from radixkv.cache.tree.node import InsertResult, TreeNode
 
 CLOCK_NAME = "thread_time" if time.get_clock_info("thread_time").resolution <= 1e-6 else "perf_counter"
 CLOCK: Callable[[], float] = getattr(time, CLOCK_NAME)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from errors import BenchError
 from radixkv import RadixTree
-from radixkv.cache.traces import BLOCKS, ExpandedBlocks, read_trace
 from radixkv.errors import MissingTokenizerError
+from radixkv.replay.traces import BLOCKS, ExpandedBlocks, read_trace
 from tree_growth import CLOCK, SEED, VOCABULARY, Ints, OnStep, random_rows, seconds_a_call
 
 NUM_PATHS = 8  # prompts that a race goes through

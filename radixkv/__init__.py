@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 from radixkv import errors
 from radixkv.cache.cache_stats import CacheStats, SizeEstimate
 from radixkv.cache.events import CacheObserver
-from radixkv.cache.eviction import EvictionPolicy
-from radixkv.cache.explain import Explanation
+from radixkv.cache.eviction.policy import EvictionPolicy
+from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.lease import Lease
 from radixkv.cache.prefix_cache import PrefixCache
-from radixkv.cache.radix_tree import RadixTree
-from radixkv.cache.replay import ReplayResult, replay
-from radixkv.cache.tree_node import InsertResult, MatchResult, TreeNode
-from radixkv.cache.window_pages import WindowPages
+from radixkv.cache.residency.window_pages import WindowPages
+from radixkv.cache.tree.node import InsertResult, MatchResult, TreeNode
+from radixkv.cache.tree.radix_tree import RadixTree
 from radixkv.config import CacheConfig, EngineConfig
+from radixkv.replay.simulation import ReplayResult, replay_trace
 
 if TYPE_CHECKING:
     from radixkv.engine.engine import Engine
@@ -58,7 +58,7 @@ __all__ = [
     "TreeNode",
     "WindowPages",
     "errors",
-    "replay",
+    "replay_trace",
 ]
 
 _LAZY = {  # what imports torch and transformers loads when it is asked for: the cache alone needs neither

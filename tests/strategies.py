@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from hypothesis import strategies as st
 
 from radixkv import PrefixCache
-from radixkv.cache import radix_tree
-from radixkv.cache.radix_tree import RadixTree
-from radixkv.cache.tree_node import InsertResult, MatchResult, Namespace, PartialPage, TreeNode
+from radixkv.cache.tree import radix_tree as radix_tree
+from radixkv.cache.tree.node import InsertResult, MatchResult, Namespace, PartialPage, TreeNode
+from radixkv.cache.tree.radix_tree import RadixTree
 
 Key = tuple[Namespace, tuple[int, ...]]
 """A node is known by its namespace and all tokens up to its end."""

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radixkv import RadixTree, replay
-from radixkv.cache import adaptive
-from radixkv.cache.adaptive import GHOST_SHARE, AdaptivePolicy, Ghosts, LRUShadow, Record
-from radixkv.cache.reuse_table import EDGES, NUM_BINS, Floats, ReuseTable, Wait, Worth, bin_of, worth_of
-from radixkv.cache.traces import Request
+from radixkv import RadixTree
+from radixkv.cache.eviction import adaptive
+from radixkv.cache.eviction.adaptive import GHOST_SHARE, AdaptivePolicy, Ghosts, LRUShadow, Record
+from radixkv.cache.eviction.reuse_table import EDGES, NUM_BINS, Floats, ReuseTable, Wait, Worth, bin_of, worth_of
+from radixkv.replay.simulation import replay_trace
+from radixkv.replay.traces import Request
 from strategies import WordTree, spell
 
 # -- the table -------------------------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ def recency(rng: np.random.Generator) -> Iterator[list[int]]:
 def test_hits_beside_lru(workload: type[Iterator[list[int]]], gain: float, capacity: int) -> None:
     prompts = list(workload(np.random.default_rng(3)))  # type: ignore[call-arg]
     requests = [Request.of_tokens(prompt, [0]) for prompt in prompts]
-    rates = {policy: replay(requests, policy, capacity, 1).hit_rate for policy in ("lru", "adaptive")}
+    rates = {policy: replay_trace(requests, policy, capacity, 1).hit_rate for policy in ("lru", "adaptive")}
     assert rates["adaptive"] - rates["lru"] >= gain
 
 
@@ -212,7 +213,7 @@ def test_it_keeps_its_books(page_size: int) -> None:
 
 def test_the_same_requests_always_have_the_same_hits() -> None:
     requests = [Request.of_tokens(prompt, [0]) for prompt in late_chats(np.random.default_rng(8))]
-    assert len({replay(requests, "adaptive", 200, 1).hit_tokens for _ in range(2)}) == 1
+    assert len({replay_trace(requests, "adaptive", 200, 1).hit_tokens for _ in range(2)}) == 1
 
 
 # -- the duel --------------------------------------------------------------------------------------------------------
@@ -227,9 +228,9 @@ def the_opposite(hazards: Floats, price: float) -> Worth:
 def test_wrong_lessons_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adaptive, "worth_of", the_opposite)
     requests = [Request.of_tokens(prompt, [0]) for prompt in recency(np.random.default_rng(3))]
-    lru, with_duel = (replay(requests, policy, 160, 1).hit_rate for policy in ("lru", "adaptive"))
+    lru, with_duel = (replay_trace(requests, policy, 160, 1).hit_rate for policy in ("lru", "adaptive"))
     monkeypatch.setattr(adaptive, "DUEL_LOST", 1.0)
-    without = replay(requests, "adaptive", 160, 1).hit_rate
+    without = replay_trace(requests, "adaptive", 160, 1).hit_rate
     assert with_duel > lru - 0.02
     assert without < lru - 0.1
 
@@ -238,7 +239,7 @@ def test_it_is_lru_until_it_has_seen_reuse() -> None:
     rng = np.random.default_rng(4)
     requests = [Request.of_tokens(rng.integers(0, 9999, 16), [0]) for _ in range(200)]
     policy = AdaptivePolicy()
-    assert replay(requests, policy, 256, 1).hit_tokens == replay(requests, "lru", 256, 1).hit_tokens
+    assert replay_trace(requests, policy, 256, 1).hit_tokens == replay_trace(requests, "lru", 256, 1).hit_tokens
     assert policy.follows_lru
     assert policy.lead == 0
 

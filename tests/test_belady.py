@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radixkv.cache.belady import measure_reuse, optimal_hit_tokens
-from radixkv.cache.policies import POLICIES
-from radixkv.cache.replay import replay, replay_optimum
-from radixkv.cache.traces import Request
+from radixkv.cache.eviction.policies import POLICIES
+from radixkv.replay.belady import measure_reuse, optimal_hit_tokens
+from radixkv.replay.simulation import replay_optimum, replay_trace
+from radixkv.replay.traces import Request
 from strategies import spell
 
 Word = tuple[str, str]
@@ -84,7 +84,7 @@ def test_no_policy_does_better(words: list[Word], capacity: int, page_size: int,
     assert optimum.query_tokens == reuse.num_tokens == sum(len(request.keys) for request in requests)
     assert optimum.hit_tokens <= reuse.reused_tokens
     for policy in POLICIES:
-        result = replay(requests, policy, capacity * page_size, page_size)
+        result = replay_trace(requests, policy, capacity * page_size, page_size)
         assert result.hit_tokens <= optimum.hit_tokens, policy
 
 
@@ -101,9 +101,9 @@ def test_partial_blocks_leave_it_a_bound(rows: list[tuple[str, int]], capacity: 
         requests.append(Request(keys, keys, 4 * (len(word) - 1) + last_tokens))
     reuse = measure_reuse(requests, key_tokens=4)
     optimum = optimal_hit_tokens(reuse, 4 * capacity)
-    assert optimum <= reuse.reused_tokens == replay(requests, "lru", 10**6, 1, key_tokens=4).hit_tokens
+    assert optimum <= reuse.reused_tokens == replay_trace(requests, "lru", 10**6, 1, key_tokens=4).hit_tokens
     for policy in POLICIES:
-        assert replay(requests, policy, 4 * capacity, 1, key_tokens=4).hit_tokens <= optimum
+        assert replay_trace(requests, policy, 4 * capacity, 1, key_tokens=4).hit_tokens <= optimum
 
 
 @given(st.lists(long_words, min_size=1, max_size=25), st.sampled_from([1, 2, 4]), tails)

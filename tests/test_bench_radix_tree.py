@@ -23,8 +23,8 @@ import tree_memory
 import tree_plot
 from errors import BenchError
 from radixkv import RadixTree
-from radixkv.cache.replay import replay
-from radixkv.cache.traces import Request
+from radixkv.replay.simulation import replay_trace
+from radixkv.replay.traces import Request
 from tree_growth import GrownTree, Growth, Probed, Shape, Stock, num_systems
 from tree_memory import CopyRace, Metadata
 from tree_plot import Report, Target
@@ -156,7 +156,8 @@ def test_replay_hits_what_the_engine_would(prompts: list[tree_growth.Ints]) -> N
     requests = [Request.of_tokens(prompt) for prompt in prompts]
     steps: list[int] = []
     for row in tree_memory.replay(prompts, 30_000, (1, 16), rounds=2, on_round=steps.append):
-        assert 0 < row.hit_rate == pytest.approx(replay(requests, "lru", 30_000, row.page_size).hit_rate, abs=0.02)
+        replayed = replay_trace(requests, "lru", 30_000, row.page_size)
+        assert 0 < row.hit_rate == pytest.approx(replayed.hit_rate, abs=0.02)
         assert list(row.us) == ["match", "lock", "evict", "insert", "unlock"]
         assert all(us > 0 for us in row.us.values())
     assert sum(steps) == 4

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from radixkv import Lease, PrefixCache, RadixTree
-from radixkv.cache import radix_tree
-from radixkv.cache.tree_node import Namespace, TreeNode
+from radixkv.cache.tree import radix_tree as radix_tree
+from radixkv.cache.tree.node import Namespace, TreeNode
 from radixkv.errors import InvalidRequestError, OutOfPagesError
 from strategies import (
     NAMESPACES,

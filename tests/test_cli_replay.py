@@ -13,10 +13,10 @@ import pytest
 
 from cli_runs import FakeTerminal, assert_one_line_error, run, write_lines
 from radixkv import demo_model
-from radixkv.cache.belady import measure_reuse
-from radixkv.cache.replay import replay
-from radixkv.cache.traces import ExpandedBlocks, Request, Trace, read_trace
 from radixkv.cli.trace_source import load_tokenizer, progress_on_stderr, read_trace_file
+from radixkv.replay.belady import measure_reuse
+from radixkv.replay.simulation import replay_trace
+from radixkv.replay.traces import ExpandedBlocks, Request, Trace, read_trace
 
 BLOCK = 8
 
@@ -60,7 +60,7 @@ def expected_rates(
     key_tokens: int,
 ) -> dict[tuple[str, int], float]:
     return {
-        (policy, capacity): replay(requests, policy, capacity, page_size, key_tokens=key_tokens).hit_rate
+        (policy, capacity): replay_trace(requests, policy, capacity, page_size, key_tokens=key_tokens).hit_rate
         for policy in policies
         for capacity in capacities
     }

@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 
 from radixkv import PrefixCache, RadixTree
-from radixkv.cache.eviction import EvictionPolicy
-from radixkv.cache.policies import LRUPolicy, resolve_policy
-from radixkv.cache.tree_node import TreeNode
+from radixkv.cache.eviction.policies import LRUPolicy, resolve_policy
+from radixkv.cache.eviction.policy import EvictionPolicy
+from radixkv.cache.tree.node import TreeNode
 from radixkv.errors import ConfigError, InvalidRequestError, OutOfPagesError
 from strategies import WordTree, spell
 

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radixkv import PrefixCache
-from radixkv.cache.diagnostics import MIN_HISTORY_PAGES
-from radixkv.cache.explain import Explanation, NearMiss
-from radixkv.cache.history import Eviction
-from radixkv.cache.tree_node import Namespace
+from radixkv.cache.insight.diagnostics import MIN_HISTORY_PAGES
+from radixkv.cache.insight.explanation import Explanation, NearMiss
+from radixkv.cache.insight.history import Eviction
+from radixkv.cache.tree.node import Namespace
 from radixkv.errors import ConfigError, InvalidTokenIdsError, TokenIdsTypeError
 from strategies import NAMESPACES, PAGE, FakeClock, dump, ids, leak_checked, namespaces, rests, snapshot, spell
 

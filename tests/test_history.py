@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from radixkv.cache.history import Eviction, EvictionHistory, Timeline
+from radixkv.cache.insight.history import Eviction, EvictionHistory, Timeline
 from radixkv.errors import ConfigError
 
 

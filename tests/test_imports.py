@@ -20,6 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "config": {"errors"},
     "demo_model": {"errors", "config"},
     "cache": {"errors", "config"},
+    "replay": {"errors", "config", "cache"},
     "memory": {"errors", "config"},
     "attention": {"errors", "config", "kernels", "memory"},
     "models": {"errors", "config", "attention", "kernels", "memory", "demo_model"},
@@ -29,7 +30,7 @@ ARROWS["hf"] = {"errors", "config", "cache", "memory"}
 ARROWS["radixkv"] = set(ARROWS)
 ARROWS["cli"] = set(ARROWS)
 
-WITHOUT_TORCH = {"radixkv", "errors", "config", "cache"}
+WITHOUT_TORCH = {"radixkv", "errors", "config", "cache", "replay"}
 
 
 def sources() -> Iterator[tuple[str, str]]:
@@ -103,7 +104,7 @@ def test_imports_follow_the_arrows(module: str) -> None:
         ("radixkv.cache.x", "from ..memory import kv_pool"),
         ("radixkv.cache.x", "from .. import memory"),
         ("radixkv.cache.x", "import os, radixkv.memory.sizing"),
-        ("radixkv.memory.x", "from radixkv.cache.radix_tree import RadixTree"),
+        ("radixkv.memory.x", "from radixkv.cache.tree.radix_tree import RadixTree"),
         ("radixkv.attention.x", "try:\n    from radixkv.models import loader\nexcept ImportError:\n    pass"),
         ("radixkv.models.x", "class A:\n    from radixkv.engine import engine"),
         ("radixkv.engine.x", "from radixkv.kernels import numba_cpu"),
@@ -123,7 +124,7 @@ def test_a_forbidden_import_is_seen(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("radixkv.cache.x", "from radixkv.errors import ConfigError\nfrom . import radix_tree\nimport numpy"),
+        ("radixkv.cache.x", "from radixkv.errors import ConfigError\nfrom . import lease\nimport numpy"),
         ("radixkv.kernels.x", "from radixkv.kernels import torch_reference\nimport torch"),
         ("radixkv.models.x", "from radixkv import demo_model, errors"),
         ("radixkv.engine.x", "from radixkv.models.loader import load\nfrom ..cache import prefix_cache"),

@@ -8,7 +8,7 @@ import pytest
 from sortedcontainers import SortedList
 
 from radixkv import PrefixCache
-from radixkv.cache.tree_node import TreeNode, new_root
+from radixkv.cache.tree.node import TreeNode, new_root
 from radixkv.errors import InvariantError
 from strategies import WordTree, spell
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radixkv.cache.eviction import EvictionPolicy
-from radixkv.cache.leaf_queue import SLACK, LeafQueue
-from radixkv.cache.policies import LRUPolicy
-from radixkv.cache.tree_node import TreeNode
+from radixkv.cache.eviction.policies import LRUPolicy
+from radixkv.cache.eviction.policy import EvictionPolicy
+from radixkv.cache.tree.leaf_queue import SLACK, LeafQueue
+from radixkv.cache.tree.node import TreeNode
 from strategies import FakeClock
 
 

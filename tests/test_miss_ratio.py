@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from radixkv import RadixTree
-from radixkv.cache.miss_ratio import MissRatioCurve
-from radixkv.cache.prefix_hash import namespace_seed
+from radixkv.cache.insight.miss_ratio import MissRatioCurve
+from radixkv.cache.insight.prefix_hash import namespace_seed
 from radixkv.errors import ConfigError, InvalidRequestError
 
 Tokens = NDArray[np.int32]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radixkv import PrefixCache, RadixTree
-from radixkv.cache.tree_node import PartialPage
+from radixkv.cache.tree.node import PartialPage
 from radixkv.errors import InvalidPagesError, InvalidRequestError, InvalidTokenIdsError, TokenIdsTypeError
 from radixkv.memory.kv_pool import KVPool
 from radixkv.memory.kv_shape import LayerKV

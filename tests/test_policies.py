@@ -13,8 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 from radixkv import EngineConfig, EvictionPolicy, PrefixCache, RadixTree, TreeNode
-from radixkv.cache.policies import POLICIES, CostAwarePolicy, LRUPolicy, SLRUPolicy, TTLPolicy, resolve_policy
-from radixkv.cache.tree_node import Namespace
+from radixkv.cache.eviction.policies import POLICIES, CostAwarePolicy, LRUPolicy, SLRUPolicy, TTLPolicy, resolve_policy
+from radixkv.cache.tree.node import Namespace
 from radixkv.errors import ConfigError, InvalidRequestError
 from strategies import RANKS, FakeClock, WordTree, share, spell
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from radixkv.cache.prefix_hash import namespace_seed, prefix_hashes
+from radixkv.cache.insight.prefix_hash import namespace_seed, prefix_hashes
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from radixkv import RadixTree
-from radixkv.cache.eviction import EvictionPolicy
-from radixkv.cache.radix_tree import DEEP
-from radixkv.cache.tree_node import TreeNode
+from radixkv.cache.eviction.policy import EvictionPolicy
+from radixkv.cache.tree.node import TreeNode
+from radixkv.cache.tree.radix_tree import DEEP
 from radixkv.errors import (
     ConfigError,
     InvalidPagesError,

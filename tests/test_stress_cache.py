@@ -15,9 +15,9 @@ import pytest
 from numpy.typing import NDArray
 
 from radixkv import Lease, PrefixCache
-from radixkv.cache.policies import POLICIES
-from radixkv.cache.prefix_hash import namespace_seed, prefix_hashes
-from radixkv.cache.tree_node import Namespace, TreeNode
+from radixkv.cache.eviction.policies import POLICIES
+from radixkv.cache.insight.prefix_hash import namespace_seed, prefix_hashes
+from radixkv.cache.tree.node import Namespace, TreeNode
 from radixkv.errors import OutOfPagesError
 from strategies import NAMESPACES
 

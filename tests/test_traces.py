@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from radixkv.cache.traces import ExpandedBlocks, Request, Trace, parse_trace, read_trace
 from radixkv.errors import ConfigError, InvalidRequestError, MissingTokenizerError
+from radixkv.replay.traces import ExpandedBlocks, Request, Trace, parse_trace, read_trace
 
 
 def lines(*rows: Any) -> list[bytes]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radixkv import Lease, PrefixCache
-from radixkv.cache.window_pages import WindowPages
+from radixkv.cache.residency.window_pages import WindowPages
 from radixkv.errors import ConfigError, InvalidRequestError, InvariantError, OutOfPagesError
 
 NOTHING = -1

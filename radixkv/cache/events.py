@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from radixkv.cache.tree_node import TreeNode
+from radixkv.cache.tree.node import TreeNode
 
 
 class CacheObserver(Protocol):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, token_array
-from radixkv.cache.tree_node import Namespace, PartialPage, TreeNode
+from radixkv.cache.tree.node import Namespace, PartialPage, TreeNode
 from radixkv.errors import ClosedError, InvalidRequestError
 
 if TYPE_CHECKING:

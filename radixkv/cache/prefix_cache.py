@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 
 from radixkv.cache.allocator import TokenToKVPoolAllocator
 from radixkv.cache.cache_stats import CacheStats, SizeEstimate
-from radixkv.cache.diagnostics import LARGEST_SIZE, Diagnostics
-from radixkv.cache.eviction import EvictionPolicy
-from radixkv.cache.explain import Explanation
+from radixkv.cache.eviction.policies import resolve_policy
+from radixkv.cache.eviction.policy import EvictionPolicy
+from radixkv.cache.insight.diagnostics import LARGEST_SIZE, Diagnostics
+from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.lease import Lease
-from radixkv.cache.policies import resolve_policy
-from radixkv.cache.radix_tree import RadixTree
+from radixkv.cache.residency.window_pages import WindowPages
 from radixkv.cache.token_ids import TokenIds, token_array
-from radixkv.cache.tree_node import MatchResult, Namespace, PartialPage, TreeNode
-from radixkv.cache.window_pages import WindowPages
+from radixkv.cache.tree.node import MatchResult, Namespace, PartialPage, TreeNode
+from radixkv.cache.tree.radix_tree import RadixTree
 from radixkv.config import CacheConfig
 from radixkv.errors import ConfigError, InvalidRequestError, InvariantError, OutOfPagesError
 

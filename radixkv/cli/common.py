@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from radixkv.cache.policies import POLICIES
+from radixkv.cache.eviction.policies import POLICIES
 from radixkv.config import KV_CACHE_DTYPES, EngineConfig
 from radixkv.errors import ConfigError
 

@@ -12,8 +12,8 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from radixkv.cache.explain import CONTEXT_TOKENS, Explanation, MissReason, NearMiss
-from radixkv.cache.history import Eviction
+from radixkv.cache.insight.explanation import CONTEXT_TOKENS, Explanation, MissReason, NearMiss
+from radixkv.cache.insight.history import Eviction
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import token_array
 from radixkv.cli.difference import Difference, difference

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from radixkv.cache.explain import Explanation, name_of
+from radixkv.cache.insight.explanation import Explanation, name_of
 from radixkv.cli.difference import Difference, Side, draw
 
 if TYPE_CHECKING:

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from radixkv.cache.belady import measure_reuse
-from radixkv.cache.policies import POLICIES
-from radixkv.cache.replay import BELADY, ReplayResult, replay_optimum, whole_pages
-from radixkv.cache.replay import replay as replay_policy
-from radixkv.cache.traces import BLOCKS, MOONCAKE_BLOCK_TOKENS, ExpandedBlocks, Request, Trace
+from radixkv.cache.eviction.policies import POLICIES
 from radixkv.cli.display import percent
 from radixkv.cli.trace_source import load_tokenizer, progress_on_stderr, read_trace_file
 from radixkv.errors import ConfigError
+from radixkv.replay.belady import measure_reuse
+from radixkv.replay.simulation import BELADY, ReplayResult, replay_optimum, replay_trace, whole_pages
+from radixkv.replay.traces import BLOCKS, MOONCAKE_BLOCK_TOKENS, ExpandedBlocks, Request, Trace
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -252,7 +251,7 @@ def _replay_all(
             continue
         progress.update(bar, description=f"{policy}, {capacity:,} tokens")
         results.append(
-            replay_policy(work.requests, policy, capacity, page_size, key_tokens=key_tokens, on_progress=on_progress)
+            replay_trace(work.requests, policy, capacity, page_size, key_tokens=key_tokens, on_progress=on_progress)
         )
     return reuse.ceiling, results
 

@@ -6,8 +6,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from radixkv.cache.replay import BELADY
 from radixkv.errors import ConfigError
+from radixkv.replay.simulation import BELADY
 
 if TYPE_CHECKING:
     from radixkv.cli.replay import ReplayReport

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from radixkv.cache.traces import Encode, Trace, parse_trace, raise_malformed
 from radixkv.cli.display import excerpt
 from radixkv.errors import InvalidRequestError, MissingTokenizerError, ModelNotFoundError
+from radixkv.replay.traces import Encode, Trace, parse_trace, raise_malformed
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 from radixkv.cache.token_ids import TokenIds
-from radixkv.cache.tree_node import Namespace
+from radixkv.cache.tree.node import Namespace
 from radixkv.engine.sampling import SamplingParams
 from radixkv.errors import InvalidRequestError
 

@@ -9,7 +9,7 @@ import torch
 from radixkv.attention.backend import AttentionBackend, AttentionNeeds, BackendSpec
 from radixkv.attention.split_backend import make_split_backend, sees_window, split_needs
 from radixkv.cache.prefix_cache import PrefixCache
-from radixkv.cache.window_pages import WindowPages
+from radixkv.cache.residency.window_pages import WindowPages
 from radixkv.config import EngineConfig
 from radixkv.errors import ConfigError
 from radixkv.memory.kv_pool import KVPool, kv_budget_of, num_pages_that_fit

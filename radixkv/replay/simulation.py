@@ -10,11 +10,11 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv.cache.belady import Reuse, measure_reuse, optimal_hit_tokens
-from radixkv.cache.eviction import EvictionPolicy
-from radixkv.cache.radix_tree import RadixTree
-from radixkv.cache.traces import Request
+from radixkv.cache.eviction.policy import EvictionPolicy
+from radixkv.cache.tree.radix_tree import RadixTree
 from radixkv.errors import ConfigError
+from radixkv.replay.belady import Reuse, measure_reuse, optimal_hit_tokens
+from radixkv.replay.traces import Request
 
 BELADY = "belady"
 BATCH = 256  # requests that are made ready before the clock starts
@@ -53,7 +53,7 @@ class ReplayResult:
         return self.elapsed_s / self.num_requests * 1e6 if self.num_requests else 0.0
 
 
-def replay(
+def replay_trace(
     requests: Iterable[Request],
     policy: str | EvictionPolicy,
     capacity_tokens: int,
@@ -70,8 +70,8 @@ def replay(
 
     Args:
         requests: iterated over once. See `Request.of_tokens`, `read_trace`, `ExpandedBlocks`.
-        policy: a name in `radixkv.cache.policies.POLICIES`, an `EvictionPolicy`, or "belady" for the clairvoyant
-            optimum (`radixkv.cache.belady`), which no policy exceeds.
+        policy: a name in `radixkv.cache.eviction.policies.POLICIES`, an `EvictionPolicy`, or "belady" for the
+            clairvoyant optimum (`radixkv.replay.belady`), which no policy exceeds.
         capacity_tokens: rounded down to whole pages.
         page_size: keys a page.
         key_tokens: tokens that a key stands for: 1 for token ids.
@@ -79,7 +79,7 @@ def replay(
     Raises: ConfigError for an unknown policy, or a capacity of less than one page.
 
     >>> requests = [Request.of_tokens(ids) for ids in ([1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 3, 4])]
-    >>> result = replay(requests, "lru", capacity_tokens=4, page_size=2)
+    >>> result = replay_trace(requests, "lru", capacity_tokens=4, page_size=2)
     >>> result.hit_tokens, result.evicted_tokens, round(result.hit_rate, 2)
     (4, 4, 0.33)
     """

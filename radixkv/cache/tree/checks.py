@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from radixkv.cache.leaf_queue import LeafQueue
-from radixkv.cache.page_ids import PageBytes
 from radixkv.cache.token_ids import TOKEN_BYTES
-from radixkv.cache.tree_node import Namespace, TreeNode
+from radixkv.cache.tree.leaf_queue import LeafQueue
+from radixkv.cache.tree.node import Namespace, TreeNode
+from radixkv.cache.tree.page_ids import PageBytes
 from radixkv.errors import InvariantError
 
 if TYPE_CHECKING:
-    from radixkv.cache.radix_tree import RadixTree
+    from radixkv.cache.tree.radix_tree import RadixTree
 
 
 def check_tree(

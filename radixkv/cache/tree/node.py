@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv.cache.page_ids import PageBytes
 from radixkv.cache.token_ids import TOKEN_BYTES
+from radixkv.cache.tree.page_ids import PageBytes
 
 if TYPE_CHECKING:
     from sortedcontainers import SortedList
 
-    from radixkv.cache.leaf_queue import Entry
+    from radixkv.cache.tree.leaf_queue import Entry
 
 Namespace = tuple[str | None, str | None]
 """(`extra_key`, `cache_salt`): requests in different namespaces never share."""

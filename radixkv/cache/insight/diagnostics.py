@@ -7,12 +7,12 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv.cache.explain import CONTEXT_TOKENS, Explanation, MissReason, NearMiss
-from radixkv.cache.history import Eviction, EvictionHistory, Timeline
-from radixkv.cache.miss_ratio import MissRatioCurve
-from radixkv.cache.prefix_hash import namespace_seed, prefix_hashes
-from radixkv.cache.radix_tree import RadixTree
-from radixkv.cache.tree_node import Namespace, TreeNode
+from radixkv.cache.insight.explanation import CONTEXT_TOKENS, Explanation, MissReason, NearMiss
+from radixkv.cache.insight.history import Eviction, EvictionHistory, Timeline
+from radixkv.cache.insight.miss_ratio import MissRatioCurve
+from radixkv.cache.insight.prefix_hash import namespace_seed, prefix_hashes
+from radixkv.cache.tree.node import Namespace, TreeNode
+from radixkv.cache.tree.radix_tree import RadixTree
 
 MIN_HISTORY_PAGES, MAX_HISTORY_PAGES = 2**12, 2**18
 LARGEST_SIZE = 4  # times the pool: how far the hit rates of other sizes are estimated

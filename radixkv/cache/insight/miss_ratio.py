@@ -8,7 +8,7 @@ from itertools import repeat
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv.cache.prefix_hash import prefix_hashes
+from radixkv.cache.insight.prefix_hash import prefix_hashes
 from radixkv.errors import ConfigError, InvalidRequestError
 
 _SPARE = 0.9  # of the sample covers `max_tokens`, so that chance leaves none of it uncovered

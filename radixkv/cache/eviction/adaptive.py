@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv.cache.eviction import EvictionPolicy
-from radixkv.cache.reuse_table import BIN_OF_AGE, MAX_AGE, ReuseTable, Wait, bin_of, worth_of
+from radixkv.cache.eviction.policy import EvictionPolicy
+from radixkv.cache.eviction.reuse_table import BIN_OF_AGE, MAX_AGE, ReuseTable, Wait, bin_of, worth_of
 from radixkv.cache.token_ids import TOKEN_BYTES
 
 if TYPE_CHECKING:
-    from radixkv.cache.radix_tree import RadixTree
-    from radixkv.cache.tree_node import Namespace, TreeNode
+    from radixkv.cache.tree.node import Namespace, TreeNode
+    from radixkv.cache.tree.radix_tree import RadixTree
 
 MAX_TURN, MAX_USES = 2, 2  # higher numbers are of the same kind as these
 LEFT_BEHIND = (MAX_TURN + 1) * (MAX_USES + 1)

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from sortedcontainers import SortedList
 
 from radixkv.cache.events import CacheObserver
-from radixkv.cache.eviction import EvictionPolicy, hook
-from radixkv.cache.leaf_queue import LeafQueue
-from radixkv.cache.page_ids import PageBytes, page_array, page_bytes
-from radixkv.cache.policies import resolve_policy
+from radixkv.cache.eviction.policies import resolve_policy
+from radixkv.cache.eviction.policy import EvictionPolicy, hook
 from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, check_tokens, int32_array
-from radixkv.cache.tree_checks import check_tree
-from radixkv.cache.tree_node import InsertResult, MatchResult, Namespace, PartialPage, TreeNode, new_root
+from radixkv.cache.tree.checks import check_tree
+from radixkv.cache.tree.leaf_queue import LeafQueue
+from radixkv.cache.tree.node import InsertResult, MatchResult, Namespace, PartialPage, TreeNode, new_root
+from radixkv.cache.tree.page_ids import PageBytes, page_array, page_bytes
 from radixkv.errors import (
     ConfigError,
     InvalidPagesError,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from radixkv.cache.history import Eviction
-from radixkv.cache.tree_node import Namespace
+from radixkv.cache.insight.history import Eviction
+from radixkv.cache.tree.node import Namespace
 
 MissReason = Literal["hit", "window", "evicted", "other namespace", "page", "never seen"]
 CONTEXT_TOKENS = 16  # of a near miss that are shown on either side

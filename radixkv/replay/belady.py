@@ -36,8 +36,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv.cache.radix_tree import RadixTree
-from radixkv.cache.traces import Request
+from radixkv.cache.tree.radix_tree import RadixTree
+from radixkv.replay.traces import Request
 
 
 class Reuse(NamedTuple):

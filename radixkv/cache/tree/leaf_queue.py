@@ -7,8 +7,8 @@ from collections.abc import Callable, Hashable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Any
 
-from radixkv.cache.eviction import EvictionPolicy, hook
-from radixkv.cache.tree_node import TreeNode
+from radixkv.cache.eviction.policy import EvictionPolicy, hook
+from radixkv.cache.tree.node import TreeNode
 
 Entry = tuple[Any, int, TreeNode]
 """(rank, serial, node): stands for the node as long as it is the node's `entry`; after that it is stale."""

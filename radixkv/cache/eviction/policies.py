@@ -5,12 +5,12 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from radixkv.cache.adaptive import AdaptivePolicy
-from radixkv.cache.eviction import EvictionPolicy
+from radixkv.cache.eviction.adaptive import AdaptivePolicy
+from radixkv.cache.eviction.policy import EvictionPolicy
 from radixkv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from radixkv.cache.tree_node import TreeNode
+    from radixkv.cache.tree.node import TreeNode
 
 
 class LRUPolicy(EvictionPolicy):

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from radixkv.cache.radix_tree import RadixTree
-    from radixkv.cache.tree_node import Namespace, TreeNode
+    from radixkv.cache.tree.node import Namespace, TreeNode
+    from radixkv.cache.tree.radix_tree import RadixTree
 
 
 class EvictionPolicy:

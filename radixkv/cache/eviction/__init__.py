@@ -1,0 +1,1 @@
+"""In which order unused leaves leave the tree."""

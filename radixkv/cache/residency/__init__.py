@@ -1,0 +1,1 @@
+"""What a page needs besides its number before a hit may end there."""
