@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 from transformers import PreTrainedModel
@@ -20,6 +21,8 @@ from transformers import PreTrainedModel
 from cli_runs import small_engine
 from radixkv import Engine, EngineConfig, PrefixCache
 from radixkv.cli.common import EngineOptions
+from radixkv.engine.assembly import assemble
+from runners import Around, TamperedRunner
 from strategies import PAGE, leak_checked
 from tiny_models import VOCAB_SIZE, tiny_model
 
@@ -54,12 +57,18 @@ def oracle() -> GreedyOracle:
 
 @pytest.fixture
 def make_engine() -> Callable[..., Engine]:
-    """Makes engines of the tiny Llama; keywords are settings. Every test ends with a leak check of all of them."""
+    """Makes engines of the tiny Llama; keywords are settings. Every test ends with a leak check of all of them.
+
+    `around` is called in place of each step of the runner; `parts` are exchanged for those that were assembled.
+    """
     engines: list[Engine] = []
 
-    def make(**settings: object) -> Engine:
+    def make(*, around: Around | None = None, parts: dict[str, object] | None = None, **settings: object) -> Engine:
         defaults = {"page_size": 4, "kv_cache_tokens": 1024}
-        engines.append(Engine(tiny_model("llama"), config=EngineConfig(**{**defaults, **settings})))
+        assembled = assemble(tiny_model("llama"), None, EngineConfig(**{**defaults, **settings}))
+        if around is not None:
+            assembled = replace(assembled, runner=TamperedRunner(assembled.runner, around))
+        engines.append(Engine.from_parts(replace(assembled, **(parts or {}))))
         return engines[-1]
 
     yield make

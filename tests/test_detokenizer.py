@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import cycle
+
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radixkv import Engine, SamplingParams
+from radixkv import Engine, EngineConfig, SamplingParams
+from radixkv.engine.assembly import assemble
 from radixkv.engine.detokenizer import Detokenizer, decode
+from radixkv.engine.sampling import Sampler
+from radixkv.models.loader import load
 
 
 class BytesTokenizer:
@@ -83,18 +90,24 @@ def test_stop_strings_end_a_request(demo_engine: Engine, streamed: bool) -> None
     assert output.token_ids == whole.token_ids[: len(output.token_ids)]
 
 
-def test_an_unfinished_last_character_is_in_every_kind_of_output(demo_engine: Engine) -> None:
-    ids = demo_engine.tokenizer("aé日", add_special_tokens=False).input_ids[:-1]
+class SaysIds(Sampler):
+    """Chooses the given ids one after another, over and over."""
 
-    def forced(logits):  # type: ignore[no-untyped-def]
-        return [ids[len(request.output_ids)] for request in demo_engine._scheduler.running], [True]
+    def __init__(self, ids: list[int]) -> None:
+        self._ids = cycle(ids)
 
-    sampler, likeliest = demo_engine._sampler, demo_engine._sampler.likeliest
+    def likeliest(self, logits: torch.Tensor) -> tuple[list[int], list[bool]]:
+        return [next(self._ids)], [True]
+
+
+def test_an_unfinished_last_character_is_in_every_kind_of_output() -> None:
+    model, tokenizer = load("demo", dtype="auto", device="cpu")
+    ids = tokenizer("aé日", add_special_tokens=False).input_ids[:-1]
+    parts = assemble(model, tokenizer, EngineConfig(kv_cache_tokens=1024, attention_backend="torch"))
+    engine = Engine.from_parts(replace(parts, sampler=SaysIds(ids)))
     texts = []
     for stop in ((), "zzz"):
         params = SamplingParams(max_tokens=len(ids), ignore_eos=True, stop=stop)
-        sampler.likeliest = forced  # type: ignore[method-assign]
-        texts.append(demo_engine.generate("x", params)[0].text)
-        texts.append("".join(chunk.text for chunk in demo_engine.stream("x", params)))
-        sampler.likeliest = likeliest  # type: ignore[method-assign]
+        texts.append(engine.generate("x", params)[0].text)
+        texts.append("".join(chunk.text for chunk in engine.stream("x", params)))
     assert texts == ["aé\ufffd"] * 4

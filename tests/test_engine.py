@@ -14,6 +14,9 @@ from radixkv import Engine, EngineConfig, RequestOutput, SamplingParams
 from radixkv.attention import numba_backend
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.attention.shared_prefix import BreakEven, CascadePlan, plan_cascade
+from radixkv.engine.sampling import Sampler
+from radixkv.engine.scheduler import Scheduler, Span
+from radixkv.engine.step_input import StepInput
 from radixkv.errors import (
     ConfigError,
     InvalidRequestError,
@@ -186,7 +189,7 @@ def test_stop_ids_and_end_of_sequence(make_engine: MakeEngine, oracle: GreedyOra
     (output,) = engine.generate(prompt, SamplingParams(max_tokens=8, stop_token_ids=[stop_id]))
     assert output.token_ids == continuation[: continuation.index(stop_id) + 1]
     assert output.finish_reason == "stop"
-    engine._eos_ids = frozenset([stop_id])
+    engine = make_engine(parts={"eos_ids": frozenset([stop_id])})
     assert engine.generate(prompt, SamplingParams(max_tokens=8))[0].finish_reason == "stop"
     assert engine.generate(prompt, GREEDY_8)[0].finish_reason == "length", "ignore_eos"
 
@@ -315,16 +318,14 @@ def test_a_stream_never_started_holds_nothing(make_engine: MakeEngine) -> None:
 
 
 def test_one_failing_forward_fails_that_request_alone(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
-    engine = make_engine()
     prompts = [random_ids(seed, 12) for seed in range(3)]
-    forward = engine._runner.forward
 
-    def fails_for_the_second(batch):  # type: ignore[no-untyped-def]
-        if any(span.request.prompt_ids.tolist() == prompts[1] for span in batch):
+    def fails_for_the_second(step: StepInput, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if {1, 3} & set(step.request_ids):
             raise RuntimeError("a worn bit")
-        return forward(batch)
+        return compute()
 
-    engine._runner.forward = fails_for_the_second  # type: ignore[method-assign]
+    engine = make_engine(around=fails_for_the_second)
     outputs = engine.generate(prompts, GREEDY_8)
     assert [output.finish_reason for output in outputs] == ["length", "error", "length"]
     assert str(outputs[1].error) == "a worn bit"
@@ -335,18 +336,16 @@ def test_one_failing_forward_fails_that_request_alone(make_engine: MakeEngine, o
 
 
 def test_non_finite_logits_fail_that_request_alone(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
-    engine = make_engine()
     prompts = [random_ids(seed, 12) for seed in range(3)]
-    forward = engine._runner.forward
 
-    def poisoned(batch):  # type: ignore[no-untyped-def]
-        logits = forward(batch).clone()
-        for row, span in enumerate(batch):
-            if span.request.prompt_ids.tolist() == prompts[1]:
+    def poisoned(step: StepInput, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        logits = compute().clone()
+        for row, request_id in enumerate(step.request_ids):
+            if request_id == 1:
                 logits[row, 7] = float("nan")
         return logits
 
-    engine._runner.forward = poisoned  # type: ignore[method-assign]
+    engine = make_engine(around=poisoned)
     outputs = engine.generate(prompts, GREEDY_8)
     assert isinstance(outputs[1].error, NonFiniteLogitsError)
     assert outputs[0].token_ids == oracle.continuation(prompts[0], 8)
@@ -371,13 +370,13 @@ def test_an_interrupt_amid_the_bookkeeping_loses_no_other_request(
     prompts = [random_ids(seed, 11) for seed in range(2)]
     stream = engine.stream(prompts[0], GREEDY_8)
     ids = next(stream).token_ids
-    computed = engine._scheduler.computed
+    computed = Scheduler.computed
 
-    def interrupted(span):  # type: ignore[no-untyped-def]
-        monkeypatch.setattr(engine._scheduler, "computed", computed)
+    def interrupted(scheduler: Scheduler, span: Span) -> None:
+        monkeypatch.setattr(Scheduler, "computed", computed)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine._scheduler, "computed", interrupted)
+    monkeypatch.setattr(Scheduler, "computed", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompts[1], GREEDY_8)
     for chunk in stream:
@@ -386,22 +385,25 @@ def test_an_interrupt_amid_the_bookkeeping_loses_no_other_request(
 
 
 def test_what_gave_bad_logits_is_not_shared(make_engine: MakeEngine) -> None:
-    engine = make_engine()
-    engine._sampler.likeliest = lambda logits: ([0] * len(logits), [False] * len(logits))  # type: ignore[method-assign]
+
+    class FindsNoFiniteLogits(Sampler):
+        def likeliest(self, logits: torch.Tensor) -> tuple[list[int], list[bool]]:
+            return [0] * len(logits), [False] * len(logits)
+
+    engine = make_engine(parts={"sampler": FindsNoFiniteLogits()})
     (output,) = engine.generate(random_ids(1, 20), GREEDY_8)
     assert isinstance(output.error, NonFiniteLogitsError)
     assert engine.stats().cache.total_tokens == 0
 
 
 def test_bad_logits_of_an_unfinished_prompt_are_not_shared_either(make_engine: MakeEngine) -> None:
-    engine = make_engine(max_batch_tokens=8)
-    forward, calls = engine._runner.forward, []
+    steps: list[StepInput] = []
 
-    def first_chunk_poisoned(batch):  # type: ignore[no-untyped-def]
-        calls.append(batch)
-        return forward(batch) * (float("nan") if len(calls) == 1 else 1.0)
+    def first_chunk_poisoned(step: StepInput, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        steps.append(step)
+        return compute() * (float("nan") if len(steps) == 1 else 1.0)
 
-    engine._runner.forward = first_chunk_poisoned  # type: ignore[method-assign]
+    engine = make_engine(around=first_chunk_poisoned, max_batch_tokens=8)
     (output,) = engine.generate(random_ids(1, 30), GREEDY_8)
     assert isinstance(output.error, NonFiniteLogitsError)
     assert engine.stats().cache.total_tokens == 0
@@ -423,32 +425,33 @@ def test_a_tokenizer_that_fails_fails_its_request_alone(demo_engine: Engine, mon
 
 
 def test_a_stream_finalised_amid_a_step_waits_for_its_end(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
-    engine = make_engine()
-    streams = [engine.stream(random_ids(1, 15), GREEDY_8)]
-    next(streams[0])
-    forward = engine._runner.forward
+    streams: list[object] = []
 
-    def dropped_inside(batch):  # type: ignore[no-untyped-def]
-        streams.clear()  # its finaliser runs here
-        return forward(batch)
+    def dropped_inside(step: StepInput, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if 1 in step.request_ids:
+            streams.clear()  # its finaliser runs here
+        return compute()
 
-    engine._runner.forward = dropped_inside  # type: ignore[method-assign]
+    engine = make_engine(around=dropped_inside)
+    stream = engine.stream(random_ids(1, 15), GREEDY_8)
+    next(stream)
+    streams.append(stream)
+    del stream
     (output,) = engine.generate(random_ids(2, 15), GREEDY_8)
     assert output.token_ids == oracle.continuation(random_ids(2, 15), 8)
     assert engine.stats().running == 0
 
 
 def test_ctrl_c_waits_for_the_end_of_a_step_and_the_second_one_does_not(make_engine: MakeEngine) -> None:
-    engine = make_engine()
-    forward, presses = engine._runner.forward, []
+    presses: list[int] = []
 
-    def pressed_inside(batch):  # type: ignore[no-untyped-def]
+    def pressed_inside(step: StepInput, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         for _ in range(presses[0]):
             signal.raise_signal(signal.SIGINT)
-        computed.append(forward(batch))
+        computed.append(compute())
         return computed[-1]
 
-    engine._runner.forward = pressed_inside  # type: ignore[method-assign]
+    engine = make_engine(around=pressed_inside)
     for num_presses, num_computed in ((1, 1), (2, 0)):
         computed: list[torch.Tensor] = []
         presses[:] = [num_presses]
@@ -551,7 +554,7 @@ def test_bad_settings(settings: dict[str, object], error: type[Exception], messa
 def test_the_pool_is_sized_by_free_memory() -> None:
     engine = Engine.from_pretrained("demo", mem_fraction=0.001)
     assert engine.config.kv_cache_tokens == engine.cache.num_pages * 16 > 0
-    assert engine.config.mem_fraction is None, "resolved"
+    assert engine.config.as_engine_config().mem_fraction is None, "resolved"
     assert EngineConfig(mem_fraction=0.001).kv_cache_tokens is None
 
 

@@ -10,9 +10,9 @@ import torch
 
 from conftest import GreedyOracle
 from radixkv import Engine, SamplingParams
-from radixkv.engine.executor import Executor
 from radixkv.engine.gpu_sampling import DeviceSampler
-from radixkv.engine.scheduler import Span
+from radixkv.engine.step_input import StepInput
+from runners import Around
 from tiny_models import VOCAB_SIZE
 
 GREEDY = SamplingParams(max_tokens=9)
@@ -25,27 +25,24 @@ def random_ids(seed: int, length: int) -> list[int]:
 class Ahead:
     """An engine whose executor launches ahead, as on a GPU, and a log of its launches."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(
+        self, make_engine: Callable[..., Engine], around_ahead: Around | None, settings: dict[str, object]
+    ) -> None:
         self.launched_ahead = 0
+        self._around_ahead = around_ahead
         sampler = DeviceSampler(None, torch.device("cpu"), seed=0)
-        engine._executor = Executor(engine._runner, engine._scheduler, engine._sampler, sampler)
-        self._forward_on = engine._runner.forward_on
-        engine._runner.forward = self._forward  # type: ignore[method-assign]
-        engine._runner.forward_on = self._count  # type: ignore[method-assign]
+        self.engine = make_engine(around=self._around, parts={"device_sampler": sampler}, **settings)
 
-    def _forward(self, batch: list[Span]) -> torch.Tensor:
-        tokens = np.concatenate([span.request.token_ids[span.first : span.last] for span in batch])
-        return self._forward_on(batch, torch.from_numpy(tokens).long())
-
-    def _count(self, batch: list[Span], input_ids: torch.Tensor) -> torch.Tensor:
+    def _around(self, step: StepInput, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if len(step.token_ids):
+            return compute()
         self.launched_ahead += 1
-        return self._forward_on(batch, input_ids)
+        return compute() if self._around_ahead is None else self._around_ahead(step, compute)
 
 
 @pytest.fixture
 def make_ahead(make_engine: Callable[..., Engine]) -> Callable[..., Ahead]:
-    return lambda **settings: Ahead(make_engine(**settings))
+    return lambda around_ahead=None, **settings: Ahead(make_engine, around_ahead, settings)
 
 
 def test_same_tokens(make_ahead: Callable[..., Ahead], oracle: GreedyOracle) -> None:
@@ -125,30 +122,27 @@ def test_what_needs_the_cpu_waits_for_it(
 
 
 def test_a_launch_ahead_that_fails_is_tried_again(make_ahead: Callable[..., Ahead], oracle: GreedyOracle) -> None:
-    ahead = make_ahead()
 
-    def out_of_memory(batch: list[Span], input_ids: torch.Tensor) -> torch.Tensor:
+    def out_of_memory(step: StepInput, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         raise RuntimeError("out of memory")
 
-    ahead.engine._runner.forward_on = out_of_memory  # type: ignore[method-assign]
+    ahead = make_ahead(out_of_memory)
     prompts = [random_ids(seed, 7) for seed in range(2)]
     outputs = ahead.engine.generate(prompts, GREEDY)
     assert [output.token_ids for output in outputs] == [oracle.continuation(prompt, 9) for prompt in prompts]
 
 
 def test_one_bad_row_ahead_fails_alone(make_ahead: Callable[..., Ahead], oracle: GreedyOracle) -> None:
-    ahead = make_ahead()
     prompts = [random_ids(seed, 7) for seed in range(3)]
-    forward_on = ahead.engine._runner.forward_on
 
-    def poisoned(batch: list[Span], input_ids: torch.Tensor) -> torch.Tensor:
-        logits = forward_on(batch, input_ids).clone()
-        for row, span in enumerate(batch):
-            if span.request.prompt_ids.tolist() == prompts[1]:
+    def poisoned(step: StepInput, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        logits = compute().clone()
+        for row, request_id in enumerate(step.request_ids):
+            if request_id == 1:
                 logits[row] = torch.nan
         return logits
 
-    ahead.engine._runner.forward_on = poisoned  # type: ignore[method-assign]
+    ahead = make_ahead(poisoned)
     outputs = ahead.engine.generate(prompts, GREEDY)
     assert [output.finish_reason for output in outputs] == ["length", "error", "length"]
     assert outputs[0].token_ids == oracle.continuation(prompts[0], 9)

@@ -12,6 +12,7 @@ from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.attention import dense_extends
 from radixkv.errors import UnsupportedModelError
 from radixkv.models.probe import plug_in_paged_attention
+from runners import tampered_engine
 from tiny_models import FAMILIES, REFUSED, VOCAB_SIZE, tiny_model
 
 NEW_TOKENS = 6
@@ -80,11 +81,11 @@ def test_logits_on_a_cached_prefix(family: str, backend: str) -> None:
     prompts = random_prompts(3, [45, 45, 30], shared=28)
     with torch.inference_mode():
         expected = [unmodified(input_ids=torch.tensor([p]), use_cache=False).logits[0, -1] for p in prompts]
-    engine = Engine(model, config=EngineConfig(page_size=4, kv_cache_tokens=512, attention_backend=backend))
-    engine.generate(prompts[0][:29], SamplingParams(max_tokens=1))
     seen: list[torch.Tensor] = []
-    forward = engine._runner.forward
-    engine._runner.forward = lambda batch: _keep(seen, forward(batch))  # type: ignore[method-assign]
+    config = EngineConfig(page_size=4, kv_cache_tokens=512, attention_backend=backend)
+    engine = tampered_engine(model, lambda step, compute: _keep(seen, compute()), config)
+    engine.generate(prompts[0][:29], SamplingParams(max_tokens=1))
+    seen.clear()
     outputs = engine.generate(prompts, SamplingParams(max_tokens=1))
     assert [output.cached_tokens for output in outputs] == [29, 28, 28]
     for row, logits in enumerate(expected):

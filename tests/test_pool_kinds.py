@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from radixkv import Engine, EngineConfig, SamplingParams
+from radixkv.engine.step_input import StepInput
 from radixkv.memory.kv_pool import KVPool
 from radixkv.memory.latent_pool import LatentKVPool
 from radixkv.memory.quantized_pool import QuantizedKVPool
 from radixkv.memory.split_pool import SplitKVPool
+from runners import Around, tampered_engine
 from test_models import random_prompts
 from tiny_models import tiny_model
 
@@ -46,10 +49,11 @@ EXACT = [name for name, (_, settings, _) in KINDS.items() if "kv_cache_dtype" no
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 
-def make_engine(kind: str, **settings: Any) -> Engine:
+def make_engine(kind: str, *, around: Around | None = None, **settings: Any) -> Engine:
     family, own, pool = KINDS[kind]
     config = EngineConfig(**{"page_size": 16, "kv_cache_tokens": 112, "max_batch_tokens": 40, **own, **settings})
-    engine = Engine(tiny_model(family), config=config)
+    model = tiny_model(family)
+    engine = Engine(model, config=config) if around is None else tampered_engine(model, around, config)
     assert isinstance(engine.pool, pool)
     return engine
 
@@ -98,15 +102,12 @@ def test_tokens_are_those_of_a_pool_with_room(kind: str) -> None:
 
 @EVERY_KIND
 def test_a_failing_request_fails_alone(kind: str) -> None:
-    engine = make_engine(kind, kv_cache_tokens=512)
-    forward = engine._runner.forward
-
-    def failing(batch: Any) -> torch.Tensor:
-        if any(13 in span.request.prompt_ids[:1] for span in batch):
+    def failing(step: StepInput, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if 1 in step.request_ids:
             raise RuntimeError("this prompt is bad")
-        return forward(batch)
+        return compute()
 
-    engine._runner.forward = failing  # type: ignore[method-assign]
+    engine = make_engine(kind, around=failing, kv_cache_tokens=512)
     good = random_prompts(3, [30, 22], shared=10)
     outputs = engine.generate([good[0], [13, *good[1]], good[1]], PARAMS)
     assert [output.finish_reason for output in outputs] == ["length", "error", "length"]

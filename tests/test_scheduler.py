@@ -8,10 +8,13 @@ from collections.abc import Callable
 import pytest
 
 from conftest import GreedyOracle, random_ids
-from radixkv import Engine, SamplingParams
+from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.engine.arguments import CacheOptions
+from radixkv.engine.assembly import assemble
+from radixkv.engine.core import EngineCore
 from radixkv.engine.request import Request
 from radixkv.engine.scheduler import WORTH_WAITING_TOKENS, Scheduler
+from tiny_models import tiny_model
 
 MakeEngine = Callable[..., Engine]
 
@@ -28,8 +31,18 @@ def checked(engine: Engine) -> Engine:
     return engine
 
 
-def submit(engine: Engine, prompt: list[int], params: SamplingParams) -> Request:
-    return engine._submit(engine._check(prompt, params), params, CacheOptions(), streams=False)
+def make_core(**settings: object) -> tuple[EngineCore, Callable[[list[int], SamplingParams], int]]:
+    """A core of the tiny Llama, and what adds a request to it and returns its id."""
+    config = EngineConfig(**{"page_size": 4, "kv_cache_tokens": 1024, **settings})
+    parts = assemble(tiny_model("llama"), None, config)
+    core, intake = EngineCore(parts), parts.new_intake()
+
+    def submit(prompt: list[int], params: SamplingParams) -> int:
+        request = intake.make(intake.check(prompt, params), params, CacheOptions(), streams=False)
+        core.add(request)
+        return request.id
+
+    return core, submit
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -155,28 +168,34 @@ def test_what_is_cached_already_is_not_waited_for(make_engine: MakeEngine, order
     assert [output.cached_tokens for output in outputs] == [25, 25]
 
 
-def test_prompts_in_progress_are_shared_chunk_by_chunk(make_engine: MakeEngine) -> None:
-    engine = make_engine(max_batch_tokens=8)
+def test_prompts_in_progress_are_shared_chunk_by_chunk() -> None:
+    core, submit = make_core(max_batch_tokens=8)
     head = random_ids(1, 32)
-    request = submit(engine, head + random_ids(3, 20), SamplingParams(max_tokens=1))
+    request_id = submit(head + random_ids(3, 20), SamplingParams(max_tokens=1))
     for _ in range(2):
-        engine.step()
-    assert engine.cache.peek(head) == 16
-    engine._abort(request)
-    assert engine.cache.peek(head) == 16, "what an aborted request computed stays"
+        core.step()
+    assert core.cache.peek(head) == 16
+    core.abort(request_id)
+    assert core.cache.peek(head) == 16, "what an aborted request computed stays"
 
 
-def test_abort_while_waiting_and_while_running(make_engine: MakeEngine) -> None:
-    engine = checked(make_engine(max_running_requests=1))
+def test_abort_while_waiting_and_while_running() -> None:
+    core, submit = make_core(max_running_requests=1)
     params = SamplingParams(max_tokens=30, ignore_eos=True)
-    requests = [submit(engine, random_ids(i, 10), params) for i in range(2)]
-    engine.step()
-    assert (engine.stats().running, engine.stats().waiting) == (1, 1)
-    for request in requests:
-        engine._abort(request)
-        engine._abort(request)
-        assert request.output().finish_reason == "abort"
-    assert (engine.stats().running, engine.stats().waiting) == (0, 0)
+    ids = [submit(random_ids(i, 10), params) for i in range(2)]
+    (progress,) = core.step()
+    assert (progress.request_id, len(progress.token_ids), progress.output) == (ids[0], 1, None)
+    assert (core.stats().running, core.stats().waiting) == (1, 1)
+    for request_id, num_tokens in zip(ids, (1, 0), strict=True):
+        last = core.abort(request_id)
+        assert last is not None
+        assert last.output is not None
+        assert (last.token_ids, last.output.finish_reason) == ([], "abort")
+        assert len(last.output.token_ids) == num_tokens
+        assert core.abort(request_id) is None, "it has ended"
+        core.check_invariants()
+    assert (core.stats().running, core.stats().waiting) == (0, 0)
+    assert core.step() == []
 
 
 @pytest.mark.stress

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from conftest import GreedyOracle, random_ids
 from radixkv import Engine, SamplingParams
+from radixkv.engine.step_input import StepInput
 from radixkv.errors import (
     ClosedError,
     InvalidRequestError,
@@ -128,20 +130,19 @@ def test_sessions_of_other_namespaces_share_nothing(make_engine: MakeEngine) -> 
 
 
 def test_a_broken_off_turn_leaves_the_conversation_as_it_was(make_engine: MakeEngine) -> None:
-    engine = make_engine()
+    steps: list[StepInput] = []
+
+    def fails_later(step: StepInput, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        steps.append(step)
+        if [one.request_ids for one in steps].count((1,)) > 2:
+            raise RuntimeError("a worn bit")
+        return compute()
+
+    engine = make_engine(around=fails_later)
     session = engine.session()
     session.append(random_ids(0, 12))
     session.generate(SHORT)
     before = session.token_ids
-    forward, calls = engine._runner.forward, []
-
-    def fails_later(batch):  # type: ignore[no-untyped-def]
-        calls.append(batch)
-        if len(calls) > 2:
-            raise RuntimeError("a worn bit")
-        return forward(batch)
-
-    engine._runner.forward = fails_later  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="worn"):
         session.generate(SHORT)
     assert session.token_ids == before

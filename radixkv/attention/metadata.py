@@ -46,6 +46,20 @@ class SharedNode(NamedTuple):
     last: int
 
 
+class BatchLayout(NamedTuple):
+    """The layout of a flattened batch as plain arrays, none of them on a device. Fields as in `AttentionMetadata`."""
+
+    page_size: int
+    qo_indptr: NDArray[np.int32]
+    kv_indptr: NDArray[np.int32]
+    kv_indices: NDArray[np.int32]
+    kv_last_page_len: NDArray[np.int32]
+    kv_lens: NDArray[np.int32]
+    positions: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    shared_nodes: tuple[SharedNode, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
     """The layout of a flattened batch, in FlashInfer's terms; index arrays are int32 on the CPU.
@@ -71,6 +85,12 @@ class AttentionMetadata:
     slots: Tensor
     shared_nodes: tuple[SharedNode, ...] = ()
 
+    @classmethod
+    def of(cls, layout: BatchLayout, device: torch.device | str) -> AttentionMetadata:
+        """`layout`, with positions and slots on `device`; waits for nothing on it."""
+        positions, slots = to_device(layout.positions, device), to_device(layout.slots, device)
+        return cls(*layout[:6], positions=positions, slots=slots, shared_nodes=layout.shared_nodes)
+
     @property
     def num_sequences(self) -> int:
         return len(self.kv_lens)
@@ -88,6 +108,11 @@ class AttentionMetadata:
 def build_metadata(
     spans: Sequence[SequenceSpan], *, page_size: int, device: torch.device | str = "cpu"
 ) -> AttentionMetadata:
+    """The metadata of `spans`, laid out one after another. O(tokens + pages)."""
+    return AttentionMetadata.of(lay_out(spans, page_size=page_size), device)
+
+
+def lay_out(spans: Sequence[SequenceSpan], *, page_size: int) -> BatchLayout:
     """Lay `spans` out one after another. O(tokens + pages)."""
     kv_lens = np.array([span.last for span in spans], np.int32)
     num_pages = -(-kv_lens // page_size)
@@ -95,16 +120,15 @@ def build_metadata(
     qo_lens = np.array([span.last - span.first for span in spans])
     kv_indptr = _indptr(num_pages)
     kv_indices = np.concatenate([span.pages[:count] for span, count in zip(spans, num_pages, strict=True)])
-    slots = _slots(positions, np.repeat(kv_indptr[:-1], qo_lens), kv_indices, page_size)
-    return AttentionMetadata(
+    return BatchLayout(
         page_size=page_size,
         qo_indptr=_indptr(qo_lens),
         kv_indptr=kv_indptr,
         kv_indices=kv_indices,
         kv_last_page_len=kv_lens - (num_pages - 1) * page_size,
         kv_lens=kv_lens,
-        positions=to_device(positions, device),
-        slots=to_device(slots, device),
+        positions=positions,
+        slots=_slots(positions, np.repeat(kv_indptr[:-1], qo_lens), kv_indices, page_size),
         shared_nodes=tuple(_shared_nodes(spans)),
     )
 

@@ -121,6 +121,11 @@ class PrefixCache:
         return self.allocator.num_free + self.tree.num_evictable_pages
 
     @property
+    def used_pages(self) -> int:
+        """Pages in the tree or held by leases. O(1)."""
+        return self.allocator.num_used
+
+    @property
     def shares_partial_pages(self) -> bool:
         """Whether reuse is exact to the token, thanks to `copy_page`."""
         return self._copy_page is not None

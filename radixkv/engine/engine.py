@@ -2,54 +2,39 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from radixkv.attention.backend import AttentionNeeds, choose_backend
-from radixkv.attention.flashinfer_backend import sampling_kernels
-from radixkv.cache.token_ids import TokenIds, token_array
+from radixkv.cache.prefix_cache import PrefixCache
+from radixkv.cache.token_ids import TokenIds
 from radixkv.config import EngineConfig
 from radixkv.engine.arguments import CacheOptions, Prompt, as_list_of_params, as_list_of_prompts, checked_cache_options
-from radixkv.engine.detokenizer import Detokenizer
-from radixkv.engine.executor import Executor
-from radixkv.engine.gpu_sampling import DeviceSampler
-from radixkv.engine.graphs import make_graphs
-from radixkv.engine.interrupts import DeferredInterrupt
-from radixkv.engine.kv_memory import make_kv_memory
-from radixkv.engine.request import Request, RequestOutput
-from radixkv.engine.results import EngineStats, StreamChunk
-from radixkv.engine.runner import ModelRunner
-from radixkv.engine.sampling import Sampler, SamplingParams
-from radixkv.engine.scheduler import Scheduler
+from radixkv.engine.assembly import EngineParts, assemble
+from radixkv.engine.core import EngineCore
+from radixkv.engine.gate import Gate
+from radixkv.engine.kv_memory import Pool
+from radixkv.engine.request import Progress, Request, RequestOutput
+from radixkv.engine.resolved_config import ResolvedConfig
+from radixkv.engine.results import EngineStats, FinishedOutbox, Outbox
+from radixkv.engine.sampling import SamplingParams
 from radixkv.engine.session import Session
-from radixkv.errors import (
-    InvalidRequestError,
-    InvalidSamplingParamsError,
-    InvalidTokenIdsError,
-    MissingTokenizerError,
-    PromptTooLongError,
-    RadixKVError,
-)
-from radixkv.memory.req_to_token import ReqToTokenPool
-from radixkv.models.loader import eos_token_ids, load, max_context_tokens
-from radixkv.models.probe import plug_in_paged_attention
-from radixkv.models.skinny_linear import speed_up_linears
-from radixkv.models.streaming import MAX_CONTEXT_TOKENS, Streaming
+from radixkv.models.loader import load
 
 
 class Engine:
     """Generates text with a Hugging Face decoder, and computes a shared prefix only once.
+
+    The engine runs inside the calls of its users: whoever waits for a request runs the steps, which serve all
+    requests. Any number of threads may call it. Use it as a context manager, or call `close`.
 
     >>> import radixkv
     >>> engine = radixkv.Engine.from_pretrained("demo", kv_cache_tokens=4096)
@@ -58,12 +43,6 @@ class Engine:
     >>> again, = engine.generate("ROMEO:\\nBut, soft! what light through yonder window breaks?", params)
     >>> first.cached_tokens, again.cached_tokens > 0, first.token_ids == again.token_ids
     (0, True, True)
-
-    Attributes:
-        config: the settings, with "auto" resolved.
-        cache: the `PrefixCache`.
-        model, tokenizer: as given; the model's attention runs on pages from now on, and on the CPU its linear layers
-            take few tokens through our kernel.
     """
 
     def __init__(
@@ -73,71 +52,14 @@ class Engine:
 
         Raises: UnsupportedModelError, UnsupportedBackendError, ConfigError.
         """
-        config = config or EngineConfig()
-        layers = plug_in_paged_attention(model.eval())
-        speed_up_linears(model)
-        context_tokens = max_context_tokens(model.config)
-        streaming = None
-        if config.window is not None:
-            streaming = Streaming(model, layers, window=config.window, sinks=config.sinks, limit=context_tokens)
-            layers = streaming.layers
-            if not any(layer.params.sliding_window is None for layer in layers):
-                context_tokens = MAX_CONTEXT_TOKENS
-        needs = AttentionNeeds(layers, config.page_size, model.dtype, model.device, config.kv_cache_dtype)
-        chosen = choose_backend(config.attention_backend, needs)
-        on_gpu = model.device.type == "cuda"
-        memory = make_kv_memory(
-            chosen,
-            needs,
-            config,
-            context_tokens=context_tokens,
-            scratch_pages=int(on_gpu),  # CUDA graphs pad batches with a page that the cache does not know
-        )
-        self.pool, self.cache, backend = memory.pool, memory.cache, memory.backend
-        self.kv_bytes_per_token = memory.bytes_per_token
-        num_pages, num_window_pages = memory.sizes
-        pool_tokens = num_pages * config.page_size
-        limits = {
-            "as the model was made": context_tokens,
-            "as max_context_tokens says": config.max_context_tokens,
-            "as the KV pool has room for": pool_tokens,
-        }
-        limit, self._context_limit = min((limit, why) for why, limit in limits.items() if limit is not None)
-        self._context_hint = ", or raise kv_cache_tokens" if limit == pool_tokens else ""
-        self.config = replace(
-            config,
-            dtype=str(model.dtype).removeprefix("torch."),
-            device=str(model.device),
-            kv_cache_tokens=pool_tokens,
-            window_cache_tokens=None if num_window_pages is None else num_window_pages * config.page_size,
-            mem_fraction=None,
-            attention_backend=backend.name,
-            max_running_requests=config.max_running_requests or min(256, config.max_batch_tokens),
-            max_context_tokens=limit,
-        )
-        self.model, self.tokenizer = model, tokenizer
-        self._vocab_size: int = model.config.get_text_config().vocab_size
-        self._eos_ids = eos_token_ids(model)
-        req_to_token = ReqToTokenPool(
-            max_requests=self.config.max_running_requests or 1,
-            max_tokens=self.max_context_tokens,
-            page_size=self.config.page_size,
-        )
-        self._scheduler = Scheduler(self.config, self.cache, req_to_token)
-        graphs = None
-        if on_gpu and streaming is None:
-            graphs = make_graphs(model, backend, self.config, scratch_page=num_pages)
-        device_sampler = DeviceSampler(sampling_kernels(), model.device, config.seed) if on_gpu else None
-        self._runner = ModelRunner(model, backend, req_to_token, graphs, streaming)
-        self._sampler = Sampler()
-        self._executor = Executor(self._runner, self._scheduler, self._sampler, device_sampler)
-        self._seeds = np.random.default_rng(config.seed)
-        self._lock = threading.RLock()
-        self._busy = False  # whether somebody is inside `exclusive`
-        self._abandoned: deque[Request] = deque()  # of streams that were closed or dropped
-        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._next_id = 0
-        self._steps = self._peak_used_pages = 0
+        self._set_up(assemble(model, tokenizer, config))
+
+    @classmethod
+    def from_parts(cls, parts: EngineParts) -> Engine:
+        """An engine over parts that `assemble` built, some of them perhaps exchanged."""
+        engine = cls.__new__(cls)
+        engine._set_up(parts)
+        return engine
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **settings: Any) -> Engine:
@@ -151,11 +73,50 @@ class Engine:
         model, tokenizer = load(name_or_path, dtype=config.dtype, device=config.device)
         return cls(model, tokenizer, config)
 
+    def _set_up(self, parts: EngineParts) -> None:
+        self._parts = parts
+        self._core = EngineCore(parts)
+        self._intake = parts.new_intake()
+        self._gate = Gate()
+        self._outboxes: dict[int, Outbox | FinishedOutbox] = {}  # of the requests that a caller waits for
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+    # -- what it is made of ------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> ResolvedConfig:
+        """The settings, with "auto" resolved."""
+        return self._parts.config
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model. Its attention runs on pages; on the CPU its linear layers take few tokens through our kernel."""
+        return self._parts.model
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """The tokenizer as it was given."""
+        return self._parts.tokenizer
+
+    @property
+    def cache(self) -> PrefixCache:
+        """Which prefixes are cached in which pages. Read it within `exclusive`."""
+        return self._parts.cache
+
+    @property
+    def pool(self) -> Pool:
+        """The tensors of the KV."""
+        return self._parts.pool
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Size of the KV of a token that every layer keeps."""
+        return self._parts.kv_bytes_per_token
+
     @property
     def max_context_tokens(self) -> int:
-        """Prompt and output of one request at most."""
-        assert self.config.max_context_tokens is not None, "resolved when the engine was made"
-        return self.config.max_context_tokens
+        """The most tokens that prompt and output of one request may have."""
+        return self._parts.limit.tokens
 
     # -- the public verbs --------------------------------------------------------------------------------------------
 
@@ -189,23 +150,23 @@ class Engine:
         prompt_list = as_list_of_prompts(prompts)
         params_list = as_list_of_params(params, len(prompt_list))
         options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s)
-        all_ids = self._check_all(prompt_list, params_list)
-        requests: list[Request] = []
-        reported: set[int] = set()
+        all_ids = self._intake.check_all(prompt_list, params_list)
+        requests = [
+            self._intake.make(ids, p, options, streams=False) for ids, p in zip(all_ids, params_list, strict=True)
+        ]
+        outputs: dict[int, RequestOutput] = {}
+        outbox = FinishedOutbox()
         try:
-            for ids, p in zip(all_ids, params_list, strict=True):
-                requests.append(self._submit(ids, p, options, streams=False))
-            while not all(request.is_finished for request in requests):
-                self.step()
-                for request in requests:
-                    if on_finish is not None and request.is_finished and request.id not in reported:
-                        reported.add(request.id)
-                        on_finish(request.output())
+            self._submit(requests, outbox)
+            while len(outputs) < len(requests):
+                for output in self._wait_for(outbox):
+                    outputs[output.request_id] = output
+                    if on_finish is not None:
+                        on_finish(output)
         finally:
             with self.exclusive():
-                for request in requests:
-                    self._abort(request)
-        return [request.output() for request in requests]
+                self._abort_all(requests)
+        return [outputs[request.id] for request in requests]
 
     def stream(
         self,
@@ -216,8 +177,8 @@ class Engine:
         cache_salt: str | None = None,
         priority: int = 0,
         keep_for_s: float | None = None,
-    ) -> Generator[StreamChunk]:
-        """Continue one prompt, piece by piece; the last chunk carries the `RequestOutput`.
+    ) -> Generator[Progress]:
+        """Continue one prompt, piece by piece; the last piece carries the `RequestOutput`.
 
         The request starts with the first `next`. Several streams may be open at once: each step serves them all.
         Closing the iterator aborts the request.
@@ -226,21 +187,20 @@ class Engine:
         """
         params = params or SamplingParams()
         options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s)
-        ids = self._check(prompt, params)
+        ids = self._intake.check(prompt, params)
         return self._stream(ids, params, options)
 
     def abort(self, request_id: int) -> bool:
-        """End a waiting or running request now; whoever waits for it gets what it has, with the reason "abort".
+        """End a waiting or running request now; its caller gets what it has, with the reason "abort".
 
         Safe to call from another thread, or from `on_finish`.
 
-        Returns: whether there was such a request; one that has ended is none any more.
+        Returns: True if the request was waiting or running.
         """
         with self.exclusive():
-            found = [r for r in (*self._scheduler.running, *self._scheduler.waiting) if r.id == request_id]
-            for request in found:
-                self._abort(request)
-        return bool(found)
+            progress = self._core.abort(request_id)
+            self._deliver([] if progress is None else [progress])
+        return progress is not None
 
     def session(
         self,
@@ -270,188 +230,100 @@ class Engine:
     def stats(self) -> EngineStats:
         """What the engine holds now, and what it did since it was made."""
         with self.exclusive():
-            return EngineStats(
-                cache=self.cache.stats(),
-                running=len(self._scheduler.running),
-                waiting=len(self._scheduler.waiting),
-                steps=self._steps,
-                computed_tokens=self._executor.computed_tokens,
-                generated_tokens=self._executor.generated_tokens,
-                retractions=self._scheduler.num_retractions,
-                peak_used_pages=self._peak_used_pages,
-                kv_bytes_per_token=self.kv_bytes_per_token,
-                pool_bytes=self.pool.num_bytes,
-            )
+            return self._core.stats()
 
     def reset_cache(self) -> None:
-        """Forget every prefix that no running request reads."""
+        """Forget every prefix that no running request reads. Raises: ClosedError."""
         with self.exclusive():
-            self.cache.reset()
+            self._core.reset_cache()
+
+    def close(self) -> None:
+        """Abort all requests and forget the cache; callers that wait get what there is. Idempotent."""
+        with self.exclusive():
+            self._deliver(self._core.close())
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.int32]:
         """Ids of `text`, by default as a prompt: with the tokenizer's own beginning of sequence.
 
-        Raises: MissingTokenizerError; InvalidRequestError if `text` cannot be encoded in UTF-8.
+        Raises: MissingTokenizerError; InvalidRequestError if `text` cannot be encoded in UTF-8; InvalidTokenIdsError if
+            the model has no embedding for one of the ids.
         """
-        tokenizer = self.require_tokenizer(text)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(f"the text is no valid Unicode: {error.reason} at {error.start}") from error
-        return token_array(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+        return self._intake.encode(text, add_special_tokens=add_special_tokens)
 
     def known_ids(self, ids: TokenIds) -> NDArray[np.int32]:
         """`ids` as int32, all of them in the model's vocabulary. Raises: InvalidTokenIdsError, TokenIdsTypeError."""
-        array = token_array(ids)
-        if len(array) and int(array.max()) >= self._vocab_size:
-            position = int((array >= self._vocab_size).argmax())
-            raise InvalidTokenIdsError(
-                f"token id {array[position]} at position {position} is not in the vocabulary of {self._vocab_size}"
-            )
-        return array
+        return self._intake.known_ids(ids)
 
     def require_tokenizer(self, what_for: str) -> Any:
-        """The tokenizer. Raises: MissingTokenizerError if the model came without."""
-        if self.tokenizer is None:
-            raise MissingTokenizerError(
-                f"the model has no tokenizer, so {what_for[:40]!r} cannot be encoded; give token ids"
-            )
-        return self.tokenizer
+        """The tokenizer. Raises: MissingTokenizerError if the model came without one."""
+        return self._intake.require_tokenizer(what_for)
 
     def check_invariants(self) -> None:
         """Prove the invariants of the cache and the scheduler. For tests. Raises: InvariantError."""
         with self.exclusive():
-            self.cache.check_invariants()
-            self._scheduler.check_invariants()
+            self._core.check_invariants()
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
+    def exclusive(self) -> AbstractContextManager[None]:
         """Keep other threads, finalisers and the first Ctrl-C out of an operation on requests and pages."""
-        with DeferredInterrupt(), self._lock:
-            if self._busy:  # an operation within an operation
-                yield
-                return
-            self._busy = True
-            try:
-                while self._abandoned:
-                    self._abort(self._abandoned.popleft())
-                yield
-            finally:
-                self._busy = False
-
-    # -- one step ----------------------------------------------------------------------------------------------------
+        return self._gate.exclusive()
 
     def step(self) -> None:
-        """Run one batch: schedule, compute, sample, and finish what is done."""
+        """Run one batch: schedule, compute, sample, and hand out what it brought. Raises: ClosedError."""
         with self.exclusive():
-            batch = self._executor.step()
-            if not batch:
-                return
-            self._steps += 1
-            self._peak_used_pages = max(self._peak_used_pages, self.cache.allocator.num_used)
-            for span in batch:
-                if span.request.is_finished:
-                    self._scheduler.release(span.request)
+            self._deliver(self._core.step())
 
-    # -- requests ----------------------------------------------------------------------------------------------------
+    def __enter__(self) -> Self:
+        return self
 
-    def _check_all(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[NDArray[np.int32]]:
-        """The ids of all prompts; an error says which of several it was."""
-        all_ids = []
-        for number, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
-            try:
-                all_ids.append(self._check(prompt, p))
-            except RadixKVError as error:
-                if len(prompts) > 1:
-                    error.args = (f"prompt {number}: {error}",)
-                raise
-        return all_ids
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
-    def _check(self, prompt: Prompt, params: SamplingParams) -> NDArray[np.int32]:
-        """The ids of a prompt that can be served. Raises as `generate`."""
-        ids = self.encode(prompt) if isinstance(prompt, str) else self.known_ids(prompt).copy()
-        if len(ids) == 0:
-            raise InvalidRequestError("the prompt is empty; give at least one token")
-        if len(ids) >= self.max_context_tokens:
-            raise PromptTooLongError(
-                f"the prompt has {len(ids)} tokens, and prompt and output together may have {self.max_context_tokens}, "
-                f"{self._context_limit}; shorten it{self._context_hint}"
-            )
-        for token_id in params.stop_token_ids:
-            if token_id >= self._vocab_size:
-                raise InvalidSamplingParamsError(
-                    f"stop_token_ids holds {token_id}, which is outside the model's vocabulary of {self._vocab_size}"
-                )
-        if params.stops:
-            self.require_tokenizer(params.stops[0])
-        return ids
+    # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _submit(
-        self, ids: NDArray[np.int32], params: SamplingParams, options: CacheOptions, *, streams: bool
-    ) -> Request:
-        eos_ids = frozenset() if params.ignore_eos else self._eos_ids
-        needs_text = self.tokenizer is not None and (streams or params.stops)
+    def _submit(self, requests: Sequence[Request], outbox: Outbox | FinishedOutbox) -> None:
+        """Queue all of `requests`. The caller aborts them in the end, also if this is interrupted."""
         with self.exclusive():
-            request = Request(
-                id=self._next_id,
-                prompt_ids=ids,
-                params=params,
-                cache_options=options,
-                max_new_tokens=min(params.max_tokens, self.max_context_tokens - len(ids)),
-                stop_ids=eos_ids | frozenset(params.stop_token_ids),
-                generator=self._generator(params),
-                tokenizer=self.tokenizer,
-                detokenizer=Detokenizer(self.tokenizer, params.stops) if needs_text else None,
-            )
-            self._next_id += 1
-            self._scheduler.add(request)
-        return request
+            for request in requests:
+                self._core.add(request)
+                self._outboxes[request.id] = outbox
 
-    def _generator(self, params: SamplingParams) -> torch.Generator | None:
-        if params.is_greedy:
-            return None
-        seed = params.seed if params.seed is not None else int(self._seeds.integers(2**63))
-        return torch.Generator().manual_seed(seed)
+    def _deliver(self, progress: Sequence[Progress]) -> None:
+        for piece in progress:
+            if (outbox := self._outboxes.get(piece.request_id)) is not None:
+                outbox.put(piece)
 
-    def _abort(self, request: Request) -> None:
-        """End a request that nobody waits for any more, if it has not ended, and see that it holds nothing."""
-        with self.exclusive():
-            request.finish("abort")
-            self._scheduler.release(request)
+    @overload
+    def _wait_for(self, outbox: Outbox) -> Progress: ...
+    @overload
+    def _wait_for(self, outbox: FinishedOutbox) -> list[RequestOutput]: ...
+    def _wait_for(self, outbox: Outbox | FinishedOutbox) -> Progress | list[RequestOutput]:
+        """Step until `outbox` holds something, and take it. Between steps other threads come in."""
+        while True:
+            with self.exclusive():
+                if taken := outbox.take():
+                    return taken
+                assert self._core.has_work, "a caller waits for a request that neither waits nor runs"
+                self.step()
 
-    def _abandon(self, request: Request) -> None:
-        """As `_abort`, from a finaliser too, which may run amid any operation of any thread: it never waits."""
-        self._abandoned.append(request)
-        if not self._busy and self._lock.acquire(blocking=False):
-            try:
-                with self.exclusive():
-                    pass  # which aborts what was abandoned
-            finally:
-                self._lock.release()
+    def _abort_all(self, requests: Sequence[Request]) -> None:
+        """Abort those of `requests` that have not ended, since nobody waits for them any more."""
+        for request in requests:
+            if self._outboxes.pop(request.id, None) is not None and not request.is_finished:
+                self._core.abort(request.id)
 
-    def _stream(self, ids: NDArray[np.int32], params: SamplingParams, options: CacheOptions) -> Generator[StreamChunk]:
-        request = self._submit(ids, params, options, streams=True)
-        num_seen = 0
+    def _stream(self, ids: NDArray[np.int32], params: SamplingParams, options: CacheOptions) -> Generator[Progress]:
+        request = self._intake.make(ids, params, options, streams=True)
+        outbox = Outbox()
         try:
-            while (output := self._step_for(request)) is None:
-                if len(request.output_ids) > num_seen:
-                    new_ids = request.output_ids[num_seen:]
-                    num_seen += len(new_ids)
-                    yield StreamChunk(request.id, _take_pieces(request), new_ids, None)
-            yield StreamChunk(request.id, _take_pieces(request), request.output_ids[num_seen:], output)
-        finally:
-            self._abandon(request)
-
-    def _step_for(self, request: Request) -> RequestOutput | None:
-        """Step on behalf of a stream; its output once it has ended. Raises: the request's own error."""
-        if not request.is_finished:
-            self.step()
-        if request.error is not None:
-            raise request.error
-        return request.output() if request.is_finished else None
-
-
-def _take_pieces(request: Request) -> str:
-    text = "".join(request.pieces)
-    request.pieces.clear()
-    return text
+            self._submit([request], outbox)
+            output: RequestOutput | None = None
+            while output is None:
+                progress = self._wait_for(outbox)
+                output = progress.output
+                if output is not None and output.error is not None:
+                    raise output.error
+                yield progress
+        finally:  # also called by the garbage collector, in the middle of any operation
+            self._gate.do_soon(partial(self._abort_all, [request]))

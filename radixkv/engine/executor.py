@@ -9,9 +9,10 @@ from torch import Tensor
 
 from radixkv.engine.gpu_sampling import DeviceSampler, PendingTokens, RowSampling
 from radixkv.engine.request import Request
-from radixkv.engine.runner import ModelRunner
+from radixkv.engine.runner import Runner
 from radixkv.engine.sampling import Sampler
 from radixkv.engine.scheduler import Scheduler, Span
+from radixkv.engine.step_input import make_step_input
 from radixkv.errors import NonFiniteLogitsError
 
 
@@ -37,7 +38,7 @@ class Executor:
     """
 
     def __init__(
-        self, runner: ModelRunner, scheduler: Scheduler, sampler: Sampler, device_sampler: DeviceSampler | None
+        self, runner: Runner, scheduler: Scheduler, sampler: Sampler, device_sampler: DeviceSampler | None
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
@@ -72,7 +73,8 @@ class Executor:
         return launched.batch
 
     def _launch(self, batch: list[Span], input_ids: Tensor | None = None) -> _Launched:
-        logits = self._runner.forward(batch) if input_ids is None else self._runner.forward_on(batch, input_ids)
+        step = make_step_input(batch, self._scheduler.req_to_token, known_tokens=input_ids is None)
+        logits = self._runner.run(step, input_ids)
         if self._device_sampler is None:
             return _Launched(batch, logits, None)
         return _Launched(batch, logits, self._device_sampler.start(logits, [_row(span) for span in batch]))
@@ -134,8 +136,11 @@ class Executor:
         # After the tokens, not before: whoever interrupts in between leaves requests that compute a token once more,
         # never one that has nothing to compute. What gave bad logits is not shared.
         for _, span in live:
-            if span.request.finish_reason != "error":
-                self._scheduler.computed(span)
+            try:
+                if span.request.finish_reason != "error":
+                    self._scheduler.computed(span)
+            except Exception as error:  # of sharing what this request computed
+                span.request.finish("error", error)
 
     def _accept(self, span: Span, token_id: int, logits: Tensor) -> None:
         request = span.request

@@ -66,6 +66,15 @@ class RequestOutput:
         return len(self.prompt_token_ids)
 
 
+class Progress(NamedTuple):
+    """What a request gained: new tokens, new text that is certain by now, and its output in the last one."""
+
+    request_id: int
+    token_ids: list[int]
+    text: str
+    output: RequestOutput | None
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Request:
     """A request while it waits or runs. Its tokens are prompt and output in one array.
@@ -97,7 +106,9 @@ class Request:
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     text: str | None = None  # once it has ended
-    pieces: list[str] = field(default_factory=list)  # text given out and not yet fetched by a stream
+    pieces: list[str] = field(default_factory=list)  # text that is certain and not reported yet
+    num_reported: int = 0  # of `output_ids`
+    has_reported_end: bool = False
     _tokens: NDArray[np.int32] = field(init=False)
     num_tokens: int = field(init=False)
 
@@ -120,6 +131,12 @@ class Request:
     def num_pending(self) -> int:
         """Tokens known and not yet computed: 1 while decoding, more during prefill."""
         return self.num_tokens - self.num_computed
+
+    def running(self) -> tuple[Lease, int]:
+        """Its lease and its row in the table of pages; only for a running request."""
+        assert self.lease is not None, self
+        assert self.row is not None, self
+        return self.lease, self.row
 
     @property
     def is_finished(self) -> bool:
@@ -145,6 +162,18 @@ class Request:
             self.finish_reason, self.error = reason, error
             self.finished_at = time.perf_counter()
 
+    def take_progress(self) -> Progress | None:
+        """What is new since the last call; None if nothing is. The last one carries the output, and none follows it."""
+        if self.has_reported_end:
+            return None
+        output = self.output() if self.is_finished else None  # settles the text first
+        token_ids, text = self.output_ids[self.num_reported :], "".join(self.pieces)
+        if not token_ids and not text and output is None:
+            return None
+        self.num_reported, self.has_reported_end = len(self.output_ids), output is not None
+        self.pieces.clear()
+        return Progress(self.id, token_ids, text, output)
+
     def metrics(self) -> RequestMetrics:
         """Timings of the finished request."""
         assert self.finished_at is not None, "not finished"
@@ -162,7 +191,10 @@ class Request:
         """What the finished request gave."""
         assert self.finish_reason is not None, "not finished"
         if self.text is None and self.finish_reason == "abort":
-            self._settle()
+            try:
+                self._settle()
+            except Exception as error:  # of the tokenizer
+                self.finish_reason, self.error = "error", error
         return RequestOutput(
             request_id=self.id,
             text=self.text,

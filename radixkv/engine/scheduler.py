@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from bisect import insort
 from typing import NamedTuple
 
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import TOKEN_BYTES
-from radixkv.config import EngineConfig
 from radixkv.engine.request import Request
+from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.errors import OutOfPagesError
 from radixkv.memory.req_to_token import ReqToTokenPool
 
 WORTH_WAITING_TOKENS = 16  # a prompt waits for another one's prefix if that spares at least so many
 LPM_WINDOW = 256  # the oldest waiting requests that compete for the longest prefix: bounds the cost of a step
+
+logger = logging.getLogger(__name__)
 
 
 class Span(NamedTuple):
@@ -43,17 +47,32 @@ class Scheduler:
     Invariant, proved by `check_invariants`: running requests, and they alone, hold a lease and a row.
     """
 
-    def __init__(self, config: EngineConfig, cache: PrefixCache, req_to_token: ReqToTokenPool) -> None:
+    def __init__(self, config: ResolvedConfig, cache: PrefixCache, req_to_token: ReqToTokenPool) -> None:
         self._config = config
         self._cache = cache
         self._req_to_token = req_to_token
         self.waiting: list[Request] = []  # in order of arrival; request ids grow with it
         self.running: list[Request] = []  # in order of admission
         self.num_retractions = 0
+        self._ended: list[Request] = []  # and not yet reported by `take_ended`
+
+    @property
+    def req_to_token(self) -> ReqToTokenPool:
+        """The table of the running requests' pages."""
+        return self._req_to_token
 
     def add(self, request: Request) -> None:
-        """Queue a request."""
-        self.waiting.append(request)
+        """Queue a request. O(log waiting) comparisons."""
+        insort(self.waiting, request, key=_arrival)
+
+    def find(self, request_id: int) -> Request | None:
+        """The waiting or running request of that id; None if there is none. O(requests)."""
+        return next((r for r in (*self.running, *self.waiting) if r.id == request_id), None)
+
+    def take_ended(self) -> list[Request]:
+        """The requests that ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def next_batch(self) -> list[Span]:
         """Choose the next step's tokens, take the pages they need, and retract or admit requests as that allows."""
@@ -74,7 +93,9 @@ class Scheduler:
         for request in self.running:
             if request.num_pending > 1 and budget > 0:
                 budget = self._add_chunk(batch, request, budget)
-        for request, cached_tokens in self._candidates() if budget > 0 and self._req_to_token.num_free else ():
+        if budget == 0 or not self._req_to_token.num_free:
+            return batch
+        for request, cached_tokens in self._candidates():
             if budget == 0 or not self._req_to_token.num_free:
                 break
             if self._will_be_computed(request, cached_tokens):
@@ -117,11 +138,17 @@ class Scheduler:
         """A request ended: share what it computed and give back what it holds. Idempotent."""
         if request in self.waiting:
             self.waiting.remove(request)
+            self._ended.append(request)
         if request in self.running:
-            self.running.remove(request)
-            if request.finish_reason != "error":
-                self._share(request)
-            self._give_back(request)
+            try:
+                if request.finish_reason != "error":
+                    self._share(request)
+            except Exception:  # its output is whole; what it computed is forgotten
+                logger.exception("what request %d computed cannot be shared", request.id)
+            finally:
+                self.running.remove(request)
+                self._give_back(request)
+                self._ended.append(request)
 
     def check_invariants(self) -> None:
         """Prove the invariant of the class docstring. For tests."""
@@ -172,8 +199,7 @@ class Scheduler:
         request.num_computed = 0
         request.retractions += 1
         self.num_retractions += 1
-        self.waiting.append(request)
-        self.waiting.sort(key=lambda r: r.id)
+        self.add(request)
 
     def _add_chunk(self, batch: list[Span], request: Request, budget: int) -> int:
         """Add as much of `request` as the budget and the window pages allow; returns what is left of the budget."""
@@ -258,8 +284,8 @@ class Scheduler:
             lease = self._cache.acquire(request.token_ids, max_cached_tokens=limit, **request.cache_options._asdict())
         except OutOfPagesError as error:
             if not self.running:  # nothing will free a page: pages are leased by somebody outside
-                self.waiting.remove(request)
                 request.finish("error", error)
+                self.release(request)
             return False
         request.lease = lease
         request.row = self._req_to_token.alloc()
@@ -298,6 +324,10 @@ class Scheduler:
     def _found(request: Request) -> int:
         assert request.lease is not None, request
         return request.lease.cached_tokens
+
+
+def _arrival(request: Request) -> int:
+    return request.id
 
 
 def _begins_with(request: Request, head: bytes) -> bool:

@@ -1,0 +1,138 @@
+"""Builds the parts of an engine for a model, and resolves its settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from radixkv.attention.backend import AttentionNeeds, choose_backend
+from radixkv.attention.flashinfer_backend import sampling_kernels
+from radixkv.cache.prefix_cache import PrefixCache
+from radixkv.config import EngineConfig
+from radixkv.engine.gpu_sampling import DeviceSampler
+from radixkv.engine.graphs import make_graphs
+from radixkv.engine.intake import ContextLimit, Intake
+from radixkv.engine.kv_memory import KVMemory, Pool, make_kv_memory
+from radixkv.engine.resolved_config import ResolvedConfig
+from radixkv.engine.runner import ModelRunner, Runner
+from radixkv.engine.sampling import Sampler
+from radixkv.models.loader import eos_token_ids, max_context_tokens
+from radixkv.models.probe import plug_in_paged_attention
+from radixkv.models.skinny_linear import speed_up_linears
+from radixkv.models.streaming import MAX_CONTEXT_TOKENS, Streaming
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EngineParts:
+    """The collaborators of an engine. Exchange some of them by `dataclasses.replace`, for instance the runner in tests.
+
+    Attributes:
+        config: the settings that the parts were made with.
+        model, tokenizer: as they were given; the model's attention runs on pages from now on.
+        pool, cache: the tensors of the KV, and which page of them holds what.
+        kv_bytes_per_token: size of the KV of a token that every layer keeps.
+        runner: computes a step.
+        sampler, device_sampler: choose tokens; on the CPU there is no device sampler.
+        limit: the most tokens of a request.
+        vocab_size: ids that the model has embeddings for.
+        eos_ids: ids that end an output.
+    """
+
+    config: ResolvedConfig
+    model: PreTrainedModel
+    tokenizer: Any | None
+    pool: Pool
+    cache: PrefixCache
+    kv_bytes_per_token: int
+    runner: Runner
+    sampler: Sampler
+    device_sampler: DeviceSampler | None
+    limit: ContextLimit
+    vocab_size: int
+    eos_ids: frozenset[int]
+
+    def new_intake(self) -> Intake:
+        """What makes requests for a core over these parts; each core needs one of its own."""
+        return Intake(
+            self.tokenizer,
+            vocab_size=self.vocab_size,
+            eos_ids=self.eos_ids,
+            limit=self.limit,
+            seed=self.config.seed,
+        )
+
+
+def assemble(model: PreTrainedModel, tokenizer: Any | None = None, config: EngineConfig | None = None) -> EngineParts:
+    """The parts of an engine for `model`, on its device and in its dtype.
+
+    The model's attention runs on pages from now on; on the CPU its linear layers take few tokens through our kernel.
+
+    Raises: UnsupportedModelError, UnsupportedBackendError, ConfigError.
+    """
+    config = config or EngineConfig()
+    layers = plug_in_paged_attention(model.eval())
+    speed_up_linears(model)
+    context_tokens = max_context_tokens(model.config)
+    streaming = None
+    if config.window is not None:
+        streaming = Streaming(model, layers, window=config.window, sinks=config.sinks, limit=context_tokens)
+        layers = streaming.layers
+        if not any(layer.params.sliding_window is None for layer in layers):
+            context_tokens = MAX_CONTEXT_TOKENS
+    needs = AttentionNeeds(layers, config.page_size, model.dtype, model.device, config.kv_cache_dtype)
+    on_gpu = model.device.type == "cuda"
+    memory = make_kv_memory(
+        choose_backend(config.attention_backend, needs),
+        needs,
+        config,
+        context_tokens=context_tokens,
+        scratch_pages=int(on_gpu),  # CUDA graphs pad batches with a page that the cache does not know
+    )
+    limit = _context_limit(context_tokens, config, memory)
+    resolved = _resolve(config, model, memory, limit)
+    graphs = None
+    if on_gpu and streaming is None:
+        graphs = make_graphs(model, memory.backend, resolved, scratch_page=memory.sizes.num_pages)
+    return EngineParts(
+        config=resolved,
+        model=model,
+        tokenizer=tokenizer,
+        pool=memory.pool,
+        cache=memory.cache,
+        kv_bytes_per_token=memory.bytes_per_token,
+        runner=ModelRunner(model, memory.backend, graphs, streaming),
+        sampler=Sampler(),
+        device_sampler=DeviceSampler(sampling_kernels(), model.device, config.seed) if on_gpu else None,
+        limit=limit,
+        vocab_size=model.config.get_text_config().vocab_size,
+        eos_ids=eos_token_ids(model),
+    )
+
+
+def _context_limit(context_tokens: int | None, config: EngineConfig, memory: KVMemory) -> ContextLimit:
+    """The smallest of the limits that model, settings and pool set."""
+    pool_tokens = memory.sizes.num_pages * config.page_size
+    limits = {
+        "as the model was made": context_tokens,
+        "as max_context_tokens says": config.max_context_tokens,
+        "as the KV pool has room for": pool_tokens,
+    }
+    tokens, reason = min((limit, why) for why, limit in limits.items() if limit is not None)
+    return ContextLimit(tokens, reason, ", or raise kv_cache_tokens" if tokens == pool_tokens else "")
+
+
+def _resolve(config: EngineConfig, model: PreTrainedModel, memory: KVMemory, limit: ContextLimit) -> ResolvedConfig:
+    num_pages, num_window_pages = memory.sizes
+    asked = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "mem_fraction"}
+    found = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "kv_cache_tokens": num_pages * config.page_size,
+        "window_cache_tokens": None if num_window_pages is None else num_window_pages * config.page_size,
+        "attention_backend": memory.backend.name,
+        "max_running_requests": config.max_running_requests or min(256, config.max_batch_tokens),
+        "max_context_tokens": limit.tokens,
+    }
+    return ResolvedConfig(**{**asked, **found})

@@ -1,0 +1,132 @@
+"""The engine's core: stepped by the driver that owns it."""
+
+from __future__ import annotations
+
+from radixkv.cache.prefix_cache import PrefixCache
+from radixkv.engine.assembly import EngineParts
+from radixkv.engine.executor import Executor
+from radixkv.engine.request import Progress, Request
+from radixkv.engine.results import EngineStats
+from radixkv.engine.scheduler import Scheduler
+from radixkv.errors import ClosedError
+from radixkv.memory.req_to_token import ReqToTokenPool
+
+
+class EngineCore:
+    """Runs requests step by step, and reports what each step brought them.
+
+    It has no lock, catches no signal and waits for nothing: one driver at a time calls it. `Engine` drives a core
+    within the calls of its users; `AsyncEngine` gives it a thread of its own.
+
+    Invariants, proved by `check_invariants`: those of the scheduler and the cache, and every request that was added and
+    whose last progress was not reported is waiting, running, or will be reported by the next `step`.
+    """
+
+    def __init__(self, parts: EngineParts) -> None:
+        self._parts = parts
+        config = parts.config
+        table = ReqToTokenPool(
+            max_requests=config.max_running_requests, max_tokens=config.max_context_tokens, page_size=config.page_size
+        )
+        self._scheduler = Scheduler(config, parts.cache, table)
+        self._executor = Executor(parts.runner, self._scheduler, parts.sampler, parts.device_sampler)
+        self._steps = self._peak_used_pages = 0
+        self._closed = False
+
+    @property
+    def cache(self) -> PrefixCache:
+        """Which prefixes are cached in which pages."""
+        return self._parts.cache
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self._scheduler.running or self._scheduler.waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that were added and hold no pages."""
+        return len(self._scheduler.waiting)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; its progress comes from the next steps. Raises: ClosedError."""
+        self._check_open()
+        self._scheduler.add(request)
+
+    def abort(self, request_id: int) -> Progress | None:
+        """End a waiting or running request now; its pages are free or evictable after this.
+
+        Returns: its last progress, whose output has the reason "abort"; None if no such request waits or runs.
+        Raises: ClosedError.
+        """
+        self._check_open()
+        return self._abort(request_id)
+
+    def step(self) -> list[Progress]:
+        """Run one batch: schedule, compute, choose tokens, and end what is done.
+
+        Returns: what the step brought each request, in the order of the batch; empty if there was nothing to do.
+        Raises: ClosedError. A request that fails ends with its error in its output; the others go on.
+        """
+        self._check_open()
+        batch = self._executor.step()
+        if batch:
+            self._steps += 1
+            self._peak_used_pages = max(self._peak_used_pages, self._parts.cache.used_pages)
+        requests = {span.request.id: span.request for span in batch}
+        for request in list(requests.values()):
+            if request.is_finished:
+                self._scheduler.release(request)
+        requests |= {request.id: request for request in self._scheduler.take_ended()}
+        progress = [request.take_progress() for request in requests.values()]
+        return [piece for piece in progress if piece is not None]
+
+    def stats(self) -> EngineStats:
+        """What the core holds now, and what it did since it was made."""
+        return EngineStats(
+            cache=self._parts.cache.stats(),
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            steps=self._steps,
+            computed_tokens=self._executor.computed_tokens,
+            generated_tokens=self._executor.generated_tokens,
+            retractions=self._scheduler.num_retractions,
+            peak_used_pages=self._peak_used_pages,
+            kv_bytes_per_token=self._parts.kv_bytes_per_token,
+            pool_bytes=self._parts.pool.num_bytes,
+        )
+
+    def reset_cache(self) -> None:
+        """Forget every prefix that no running request reads. Raises: ClosedError."""
+        self._check_open()
+        self._parts.cache.reset()
+
+    def close(self) -> list[Progress]:
+        """Abort all requests and forget the cache. Idempotent.
+
+        Returns: the last progress of each request that had not ended.
+        """
+        if self._closed:
+            return []
+        ids = [request.id for request in (*self._scheduler.running, *self._scheduler.waiting)]
+        progress = [self._abort(request_id) for request_id in ids]
+        self._parts.cache.reset()
+        self._closed = True
+        return [piece for piece in progress if piece is not None]
+
+    def check_invariants(self) -> None:
+        """Prove the invariants of the cache and the scheduler. For tests. Raises: InvariantError."""
+        self._parts.cache.check_invariants()
+        self._scheduler.check_invariants()
+
+    def _abort(self, request_id: int) -> Progress | None:
+        request = self._scheduler.find(request_id)
+        if request is None:
+            return None
+        request.finish("abort")
+        self._scheduler.release(request)
+        return request.take_progress()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the engine was closed; make a new one")

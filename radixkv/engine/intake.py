@@ -1,0 +1,145 @@
+"""Turns what callers ask into requests, and refuses what cannot be served."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from radixkv.cache.token_ids import TokenIds, token_array
+from radixkv.engine.arguments import CacheOptions, Prompt
+from radixkv.engine.detokenizer import Detokenizer
+from radixkv.engine.request import Request
+from radixkv.engine.sampling import SamplingParams
+from radixkv.errors import (
+    InvalidRequestError,
+    InvalidSamplingParamsError,
+    InvalidTokenIdsError,
+    MissingTokenizerError,
+    PromptTooLongError,
+    RadixKVError,
+)
+
+
+class ContextLimit(NamedTuple):
+    """The most tokens that prompt and output of one request may have, what sets this limit, and how to raise it."""
+
+    tokens: int
+    reason: str
+    hint: str
+
+
+class Intake:
+    """Checks prompts and makes requests of them; nothing runs and nothing is held before a core takes them.
+
+    Thread-safe: request ids grow with each request made, whichever thread asks.
+    """
+
+    def __init__(
+        self, tokenizer: Any | None, *, vocab_size: int, eos_ids: frozenset[int], limit: ContextLimit, seed: int
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_ids = eos_ids
+        self._limit = limit
+        self._seeds = np.random.default_rng(seed)
+        self._ids = itertools.count()
+        self._lock = threading.Lock()  # fast tokenizers are not safe to share: "Already borrowed"
+
+    def require_tokenizer(self, what_for: str) -> Any:
+        """The tokenizer. Raises: MissingTokenizerError if the model came without one."""
+        if self._tokenizer is None:
+            raise MissingTokenizerError(
+                f"the model has no tokenizer, so {what_for[:40]!r} cannot be encoded; give token ids"
+            )
+        return self._tokenizer
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.int32]:
+        """Ids of `text`, by default as a prompt: with the tokenizer's own beginning of sequence.
+
+        Raises: MissingTokenizerError; InvalidRequestError if `text` cannot be encoded in UTF-8; InvalidTokenIdsError if
+            the tokenizer has ids that the model has no embedding for.
+        """
+        tokenizer = self.require_tokenizer(text)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"text must be valid Unicode; got a character that is not, at {error.start}: {error.reason}"
+            ) from error
+        with self._lock:
+            ids = tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+        return self.known_ids(ids)
+
+    def known_ids(self, ids: TokenIds) -> NDArray[np.int32]:
+        """`ids` as int32, all of them in the model's vocabulary. Raises: InvalidTokenIdsError, TokenIdsTypeError."""
+        array = token_array(ids)
+        if len(array) and int(array.max()) >= self._vocab_size:
+            position = int((array >= self._vocab_size).argmax())
+            raise InvalidTokenIdsError(
+                f"token id {array[position]} at position {position} is not in the vocabulary of {self._vocab_size}"
+            )
+        return array
+
+    def check_all(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[NDArray[np.int32]]:
+        """The ids of all prompts; an error says which of several it was. Raises as `check`."""
+        all_ids = []
+        for number, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                all_ids.append(self.check(prompt, p))
+            except RadixKVError as error:
+                if len(prompts) > 1:
+                    error.args = (f"prompt {number}: {error}",)
+                raise
+        return all_ids
+
+    def check(self, prompt: Prompt, params: SamplingParams) -> NDArray[np.int32]:
+        """The ids of a prompt that can be served.
+
+        Raises: InvalidRequestError, InvalidTokenIdsError, TokenIdsTypeError.
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else self.known_ids(prompt).copy()
+        if len(ids) == 0:
+            raise InvalidRequestError("the prompt is empty; give at least one token")
+        if len(ids) >= self._limit.tokens:
+            raise PromptTooLongError(
+                f"the prompt has {len(ids)} tokens, and prompt and output together may have {self._limit.tokens}, "
+                f"{self._limit.reason}; shorten it{self._limit.hint}"
+            )
+        for token_id in params.stop_token_ids:
+            if token_id >= self._vocab_size:
+                raise InvalidSamplingParamsError(
+                    f"stop_token_ids holds {token_id}, which is outside the model's vocabulary of {self._vocab_size}"
+                )
+        if params.stops:
+            self.require_tokenizer(params.stops[0])
+        return ids
+
+    def make(self, ids: NDArray[np.int32], params: SamplingParams, options: CacheOptions, *, streams: bool) -> Request:
+        """A request for checked `ids`; `streams` if its text is wanted piece by piece."""
+        eos_ids = frozenset() if params.ignore_eos else self._eos_ids
+        needs_text = self._tokenizer is not None and (streams or params.stops)
+        with self._lock:
+            request_id, generator = next(self._ids), self._generator(params)
+        return Request(
+            id=request_id,
+            prompt_ids=ids,
+            params=params,
+            cache_options=options,
+            max_new_tokens=min(params.max_tokens, self._limit.tokens - len(ids)),
+            stop_ids=eos_ids | frozenset(params.stop_token_ids),
+            generator=generator,
+            tokenizer=self._tokenizer,
+            detokenizer=Detokenizer(self._tokenizer, params.stops) if needs_text else None,
+        )
+
+    def _generator(self, params: SamplingParams) -> torch.Generator | None:
+        if params.is_greedy:
+            return None
+        seed = params.seed if params.seed is not None else int(self._seeds.integers(2**63))
+        return torch.Generator(device="cpu").manual_seed(seed)

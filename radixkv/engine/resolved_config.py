@@ -1,0 +1,39 @@
+"""The settings that an engine runs with: "auto" and None resolved against the model and the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from radixkv.config import EngineConfig, SchedulePolicy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedConfig:
+    """As `EngineConfig`, with a value for each setting that was "auto" or None.
+
+    What may still be None says that there is no such thing: `window_cache_tokens` if every layer keeps every page,
+    `window` without StreamingLLM.
+    """
+
+    dtype: str
+    device: str
+    page_size: int
+    kv_cache_tokens: int
+    window_cache_tokens: int | None
+    window: int | None
+    sinks: int
+    kv_cache_dtype: str
+    attention_backend: str
+    eviction_policy: str
+    schedule_policy: SchedulePolicy
+    max_batch_tokens: int
+    max_running_requests: int
+    max_context_tokens: int
+    max_skips: int
+    cuda_graphs: bool | None
+    prefix_cache: bool
+    seed: int
+
+    def as_engine_config(self) -> EngineConfig:
+        """The settings that make such an engine again on such a machine."""
+        return EngineConfig(**{field.name: getattr(self, field.name) for field in fields(self)})

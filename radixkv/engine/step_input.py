@@ -1,0 +1,56 @@
+"""What the model needs for one step, as plain arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radixkv.attention.metadata import BatchLayout, PathNode, SequenceSpan, lay_out
+from radixkv.engine.scheduler import Span
+from radixkv.memory.req_to_token import ReqToTokenPool
+
+
+class StepInput(NamedTuple):
+    """The tokens of one step, where their KV goes, and which of them want logits.
+
+    It holds no request, no lease and nothing that lies on a device, so it can be kept, compared and sent to another
+    process.
+
+    Attributes:
+        request_ids: [sequences]
+        token_ids: int64 [tokens], those of one request after those of another. Empty if the device knows them already.
+        layout: where each sequence begins, and the pages of its KV.
+        logits_of: int64 [sequences], the last row of each sequence. Those that do not sample have logits too: logits
+            that are not finite betray KV that must not be shared.
+    """
+
+    request_ids: tuple[int, ...]
+    token_ids: NDArray[np.int64]
+    layout: BatchLayout
+    logits_of: NDArray[np.int64]
+
+
+def make_step_input(spans: Sequence[Span], table: ReqToTokenPool, *, known_tokens: bool = True) -> StepInput:
+    """What the model needs to compute `spans`. O(tokens + pages).
+
+    Args:
+        table: where the pages of each running request are read.
+        known_tokens: False if the step before chooses the tokens, and the device alone will know them.
+    """
+    layout = lay_out([_sequence(span, table) for span in spans], page_size=table.page_size)
+    tokens = [span.request.token_ids[span.first : span.last] for span in spans] if known_tokens else []
+    return StepInput(
+        tuple(span.request.id for span in spans),
+        np.concatenate([np.empty(0, np.int64), *tokens]),
+        layout,
+        layout.qo_indptr[1:].astype(np.int64) - 1,
+    )
+
+
+def _sequence(span: Span, table: ReqToTokenPool) -> SequenceSpan:
+    lease, row = span.request.running()
+    path = [PathNode(id(node), node.end) for node in lease.whole_path()]
+    return SequenceSpan(span.first, span.last, table.pages(row, span.last), path)
