@@ -12,7 +12,7 @@ import torch
 from layout_memory import TensorWatch
 from layout_traffic import Request, Traffic
 from models import twin
-from radixkv import Engine, EngineConfig, SamplingParams, StreamChunk
+from radixkv import Engine, EngineConfig, Progress, SamplingParams
 
 Answers = dict[Request, list[int]]
 
@@ -109,7 +109,7 @@ class CacheServer:
 class _Stream:
     """An open stream of the engine. It has its next token after each step, fetched or not."""
 
-    chunks: Generator[StreamChunk]
+    chunks: Generator[Progress]
     due_at_step: int
     answer: list[int] = field(default_factory=list)
     ended: bool = False

@@ -24,15 +24,17 @@ from radixkv.config import CacheConfig, EngineConfig
 from radixkv.replay.simulation import ReplayResult, replay_trace
 
 if TYPE_CHECKING:
+    from radixkv.engine.async_engine import AsyncEngine
     from radixkv.engine.engine import Engine
-    from radixkv.engine.request import RequestMetrics, RequestOutput
-    from radixkv.engine.results import EngineStats, StreamChunk
+    from radixkv.engine.request import Progress, RequestMetrics, RequestOutput
+    from radixkv.engine.results import EngineStats
     from radixkv.engine.sampling import SamplingParams, TokenLogprobs
     from radixkv.engine.session import KVUsage, Session
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncEngine",
     "CacheConfig",
     "CacheObserver",
     "CacheStats",
@@ -46,6 +48,7 @@ __all__ = [
     "Lease",
     "MatchResult",
     "PrefixCache",
+    "Progress",
     "RadixTree",
     "ReplayResult",
     "RequestMetrics",
@@ -53,7 +56,6 @@ __all__ = [
     "SamplingParams",
     "Session",
     "SizeEstimate",
-    "StreamChunk",
     "TokenLogprobs",
     "TreeNode",
     "WindowPages",
@@ -62,9 +64,10 @@ __all__ = [
 ]
 
 _LAZY = {  # what imports torch and transformers loads when it is asked for: the cache alone needs neither
+    "AsyncEngine": "radixkv.engine.async_engine",
     "Engine": "radixkv.engine.engine",
     "EngineStats": "radixkv.engine.results",
-    "StreamChunk": "radixkv.engine.results",
+    "Progress": "radixkv.engine.request",
     "RequestMetrics": "radixkv.engine.request",
     "RequestOutput": "radixkv.engine.request",
     "SamplingParams": "radixkv.engine.sampling",

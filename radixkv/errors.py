@@ -19,6 +19,8 @@ would expect, so `except ValueError` works too.
     ├── OutOfPagesError (MemoryError)         nothing is left to evict and the pages do not suffice
     ├── NonFiniteLogitsError (ArithmeticError) the model returned NaN or infinity for a request
     ├── ClosedError (RuntimeError)            a lease, session or engine was used after it was closed
+    ├── QueueFullError (RuntimeError)         too many requests wait already; try again later
+    ├── EngineFailedError (RuntimeError)      the engine's thread ended because of an error; make a new engine
     └── InvariantError (AssertionError)       a bug of ours: the bookkeeping contradicts itself
 """
 
@@ -97,6 +99,14 @@ class NonFiniteLogitsError(RadixKVError, ArithmeticError):
 
 class ClosedError(RadixKVError, RuntimeError):
     """A lease, session or engine was used after it was closed."""
+
+
+class QueueFullError(RadixKVError, RuntimeError):
+    """As many requests wait as may wait; nothing was queued. Try again later."""
+
+
+class EngineFailedError(RadixKVError, RuntimeError):
+    """The thread that runs the engine ended because of an error, which is this error's cause."""
 
 
 class InvariantError(RadixKVError, AssertionError):

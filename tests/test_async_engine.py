@@ -1,0 +1,283 @@
+"""The engine for asyncio: the oracle's tokens, cancellation is abort, and nobody waits for what has failed."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import GreedyOracle, random_ids
+from radixkv import AsyncEngine, EngineConfig, RequestOutput, SamplingParams
+from radixkv.engine.assembly import EngineParts, assemble
+from radixkv.engine.step_input import StepInput
+from radixkv.errors import ClosedError, ConfigError, EngineFailedError, InvalidRequestError, QueueFullError
+from runners import Around, TamperedRunner
+from tiny_models import tiny_model
+
+GREEDY_8 = SamplingParams(max_tokens=8, ignore_eos=True)
+ENDLESS = SamplingParams(max_tokens=800, ignore_eos=True)
+Compute = Callable[[], torch.Tensor]
+
+
+def make_parts(around: Around | None = None, **settings: object) -> EngineParts:
+    config = EngineConfig(**{"page_size": 4, "kv_cache_tokens": 1024, **settings})
+    parts = assemble(tiny_model("llama"), None, config)
+    return parts if around is None else replace(parts, runner=TamperedRunner(parts.runner, around))
+
+
+def run(
+    use: Callable[[AsyncEngine], Coroutine[Any, Any, None]],
+    around: Around | None = None,
+    max_waiting: int = 100,
+    **settings: object,
+) -> None:
+    """Run `use` with an engine, and prove in the end that it holds nothing."""
+
+    async def main() -> None:
+        async with AsyncEngine.from_parts(make_parts(around, **settings), max_waiting=max_waiting) as engine:
+            await use(engine)
+            await check_idle(engine)
+
+    asyncio.run(main())
+
+
+async def check_idle(engine: AsyncEngine) -> None:
+    await engine.check_invariants()
+    await engine.reset_cache()
+    stats = await engine.stats()
+    assert (stats.running, stats.waiting, stats.cache.num_leases) == (0, 0, 0)
+    assert stats.free_pages == stats.cache.num_pages
+
+
+def test_many_coroutines_get_the_oracles_tokens(oracle: GreedyOracle) -> None:
+    head = random_ids(0, 20)
+    prompts = [[*head, *random_ids(seed, 1 + seed)] for seed in range(1, 13)]
+
+    async def streamed(engine: AsyncEngine, prompt: list[int]) -> list[int]:
+        return [token_id async for piece in engine.stream(prompt, GREEDY_8) for token_id in piece.token_ids]
+
+    async def use(engine: AsyncEngine) -> None:
+        generated, *streams = await asyncio.gather(
+            engine.generate(prompts[:6], GREEDY_8), *(streamed(engine, prompt) for prompt in prompts[6:])
+        )
+        found = [*(output.token_ids for output in generated), *streams]
+        assert found == [oracle.continuation(prompt, 8) for prompt in prompts]
+
+    run(use)
+
+
+def test_outputs_are_reported_as_they_end() -> None:
+    reported: list[RequestOutput] = []
+
+    async def use(engine: AsyncEngine) -> None:
+        params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (9, 3, 6)]
+        outputs = await engine.generate([random_ids(i, 5) for i in range(3)], params, on_finish=reported.append)
+        assert reported == [outputs[1], outputs[2], outputs[0]]
+
+    run(use)
+
+
+def test_cancelling_a_task_aborts_its_requests() -> None:
+    async def use(engine: AsyncEngine) -> None:
+        task = asyncio.create_task(engine.generate([random_ids(i, 9) for i in range(3)], ENDLESS))
+        async for _ in engine.stream(random_ids(9, 5), GREEDY_8):
+            pass  # steps go by
+        assert (await engine.stats()).running == 3
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await engine.stats()).running == 0
+
+    run(use, kv_cache_tokens=8192)
+
+
+def test_leaving_a_stream_aborts_it() -> None:
+    async def use(engine: AsyncEngine) -> None:
+        closed, dropped = (engine.stream(random_ids(i, 9), ENDLESS) for i in range(2))
+        await anext(closed)
+        await anext(dropped)
+        assert (await engine.stats()).running == 2
+        await closed.aclose()
+        del dropped
+        gc.collect()
+        await asyncio.sleep(0)  # lets the loop close what was dropped
+        await asyncio.sleep(0)
+        assert (await engine.stats()).running == 0
+        engine.stream(random_ids(3, 9), ENDLESS)  # never started
+
+    run(use)
+
+
+def test_abort_by_id_gives_the_reader_what_there_is(oracle: GreedyOracle) -> None:
+    async def use(engine: AsyncEngine) -> None:
+        stream = engine.stream(random_ids(1, 9), ENDLESS)
+        first = await anext(stream)
+        ids = first.token_ids
+        assert await engine.abort(first.request_id)
+        last = first
+        async for last in stream:
+            ids += last.token_ids
+        assert last.output is not None
+        assert last.output.finish_reason == "abort"
+        assert ids == last.output.token_ids == oracle.continuation(random_ids(1, 9), len(ids))
+        assert not await engine.abort(first.request_id), "it has ended"
+
+    run(use)
+
+
+def test_a_reader_that_is_late_gets_everything(oracle: GreedyOracle) -> None:
+    async def use(engine: AsyncEngine) -> None:
+        stream = engine.stream(random_ids(1, 9), SamplingParams(max_tokens=30, ignore_eos=True))
+        ids = (await anext(stream)).token_ids
+        while (await engine.stats()).running:
+            pass
+        pieces = [piece async for piece in stream]
+        assert len(pieces) < 29, "what was not taken is joined"
+        assert ids + [i for piece in pieces for i in piece.token_ids] == oracle.continuation(random_ids(1, 9), 30)
+
+    run(use)
+
+
+def test_a_full_queue_refuses_and_recovers() -> None:
+    async def use(engine: AsyncEngine) -> None:
+        with pytest.raises(QueueFullError, match="at most 3 requests may wait; 0 do, and 4 more were given"):
+            await engine.generate([random_ids(i, 5) for i in range(4)], GREEDY_8)
+        running = engine.stream(random_ids(1, 9), ENDLESS)
+        await anext(running)
+        waiting = [asyncio.create_task(engine.generate(random_ids(i, 5), GREEDY_8)) for i in range(3)]
+        while (await engine.stats()).waiting < 3:
+            pass
+        with pytest.raises(QueueFullError, match="3 do, and 1 more were given"):
+            await anext(engine.stream(random_ids(5, 5), GREEDY_8))
+        await running.aclose()
+        assert [len(outputs[0].token_ids) for outputs in await asyncio.gather(*waiting)] == [8] * 3
+
+    run(use, max_waiting=3, max_running_requests=1)
+
+
+def test_one_request_fails_alone(oracle: GreedyOracle) -> None:
+    def fails_for_the_second(step: StepInput, compute: Compute) -> torch.Tensor:
+        if {1, 3} & set(step.request_ids):
+            raise RuntimeError("a worn bit")
+        return compute()
+
+    async def use(engine: AsyncEngine) -> None:
+        prompts = [random_ids(seed, 12) for seed in range(3)]
+        outputs = await engine.generate(prompts, GREEDY_8)
+        assert [output.finish_reason for output in outputs] == ["length", "error", "length"]
+        assert outputs[2].token_ids == oracle.continuation(prompts[2], 8)
+        with pytest.raises(RuntimeError, match="worn"):
+            async for _ in engine.stream(prompts[1], GREEDY_8):
+                pass
+
+    run(use, fails_for_the_second)
+
+
+def test_what_ends_the_core_reaches_everybody_who_waits() -> None:
+    class Worn(BaseException):
+        """No request's own error: nothing but the thread's end can follow."""
+
+    broken = threading.Event()
+
+    def breaks(step: StepInput, compute: Compute) -> torch.Tensor:
+        if broken.is_set():
+            raise Worn("the machine is worn")
+        return compute()
+
+    async def main() -> None:
+        engine = AsyncEngine.from_parts(make_parts(breaks))
+        stream = engine.stream(random_ids(1, 9), ENDLESS)
+        await anext(stream)
+        waiting = [asyncio.create_task(engine.generate(random_ids(i, 5), ENDLESS)) for i in range(3)]
+        while (await engine.stats()).running < 4:
+            pass
+        broken.set()
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        with pytest.raises(EngineFailedError):
+            async for _ in stream:
+                pass
+        assert [type(result) for result in results] == [EngineFailedError] * 3
+        assert "Worn: the machine is worn" in str(results[0])
+        assert isinstance(results[0].__cause__, Worn)
+        for use in (engine.generate([1, 2], GREEDY_8), engine.stats(), anext(engine.stream([1, 2], GREEDY_8))):
+            with pytest.raises(EngineFailedError, match="must be made anew"):
+                await use
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_closing_gives_readers_what_there_is_and_refuses_the_rest() -> None:
+    async def main() -> None:
+        engine = AsyncEngine.from_parts(make_parts())
+        stream = engine.stream(random_ids(1, 9), ENDLESS)
+        await anext(stream)
+        task = asyncio.create_task(engine.generate(random_ids(2, 5), ENDLESS))
+        while (await engine.stats()).running < 2:
+            pass
+        await engine.close()
+        await engine.close()
+        assert [output.finish_reason for output in await task] == ["abort"]
+        last = [piece async for piece in stream][-1]
+        assert last.output is not None
+        assert last.output.finish_reason == "abort"
+        for use in (engine.generate([1, 2], GREEDY_8), engine.stats(), engine.abort(0), engine.reset_cache()):
+            with pytest.raises(ClosedError, match="the engine was closed; make a new one"):
+                await use
+
+    asyncio.run(main())
+
+
+def test_event_loops_of_two_threads_share_one_engine(oracle: GreedyOracle) -> None:
+    engine = AsyncEngine.from_parts(make_parts())
+    found: dict[int, list[int]] = {}
+
+    async def use(seed: int) -> None:
+        for turn in range(3):
+            (output,) = await engine.generate(random_ids(seed + turn, 9), GREEDY_8)
+            found[seed + turn] = output.token_ids
+
+    threads = [threading.Thread(target=lambda seed=seed: asyncio.run(use(seed))) for seed in (10, 20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {seed: oracle.continuation(random_ids(seed, 9), 8) for seed in (10, 11, 12, 20, 21, 22)}
+    asyncio.run(check_idle(engine))
+    asyncio.run(engine.close())
+
+
+def test_a_loop_that_is_gone_leaves_nothing_behind() -> None:
+    engine = AsyncEngine.from_parts(make_parts(kv_cache_tokens=8192))
+    loop = asyncio.new_event_loop()
+    stream = engine.stream(random_ids(1, 9), ENDLESS)
+    loop.run_until_complete(anext(stream))
+    loop.close()
+    asyncio.run(abandoned(engine))
+    asyncio.run(engine.close())
+    del stream
+
+
+async def abandoned(engine: AsyncEngine) -> None:
+    while (await engine.stats()).running:
+        pass
+    await check_idle(engine)
+
+
+def test_bad_arguments_are_refused_at_once() -> None:
+    async def use(engine: AsyncEngine) -> None:
+        for prompt in ([], [random_ids(1, 5), []]):
+            with pytest.raises(InvalidRequestError):
+                await engine.generate(prompt, GREEDY_8)
+        with pytest.raises(InvalidRequestError, match="priority must be an integer, not 'high'"):
+            engine.stream([1, 2], GREEDY_8, priority="high")  # type: ignore[arg-type]
+
+    run(use)
+    with pytest.raises(ConfigError, match="max_waiting must be an integer of at least 1, not 0"):
+        AsyncEngine.from_parts(make_parts(), max_waiting=0)
