@@ -74,9 +74,10 @@ def make_engine() -> Callable[..., Engine]:
     yield make
     for engine in engines:
         engine.check_invariants()
-        engine.reset_cache()
         stats = engine.stats()
         assert (stats.running, stats.waiting) == (0, 0)
+        engine.close()
+        stats = engine.stats()
         assert stats.free_pages == stats.cache.num_pages, f"pages leaked: {stats}"
 
 
