@@ -14,6 +14,7 @@ would expect, so `except ValueError` works too.
     │   └── MissingChatTemplateError          a chat turn was given, but the tokenizer has no chat template
     ├── ConfigError (ValueError)              an engine or cache setting is out of its range
     ├── ModelNotFoundError (OSError)          no model can be loaded from there
+    ├── ModelLoadError (OSError)              a model is there, but its files are damaged, incomplete or do not fit
     ├── UnsupportedModelError (ValueError)    the model does not run on paged attention
     ├── UnsupportedBackendError (ValueError)  the attention backend cannot serve this model here
     ├── OutOfPagesError (MemoryError)         nothing is left to evict and the pages do not suffice
@@ -69,6 +70,10 @@ class ConfigError(RadixKVError, ValueError):
 
 class ModelNotFoundError(RadixKVError, OSError):
     """Nothing that can be loaded as a model lies at the given place."""
+
+
+class ModelLoadError(RadixKVError, OSError):
+    """The files of a model are damaged, incomplete or contradict each other; the message names the file or tensors."""
 
 
 class UnsupportedModelError(RadixKVError, ValueError):

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -13,9 +14,9 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from radixkv.errors import ConfigError, InvalidRequestError, RadixKVError, UnsupportedModelError
-from radixkv.hf import RadixCache
+from radixkv.hf import ChunkedCache, RadixCache
 from radixkv.hf.call import Call
-from radixkv.hf.support import position_limit
+from radixkv.hf.support import check_positions, position_limit
 from tiny_models import FAMILIES, REFUSED, VOCAB_SIZE, make_model, tiny_model
 
 NEW_TOKENS = 6
@@ -284,8 +285,8 @@ def test_assistants_propose_and_rejected_tokens_are_not_stored() -> None:
 
 def test_a_batch_computes_its_common_prefix_once() -> None:
     model = servable()
-    computed = ComputedColumns(model)
     cache = RadixCache(model, max_tokens=512)
+    computed = ComputedColumns(model)
     head = draw(40, 1)
     prompts = [head + draw(n, n) for n in (2, 5, 9)]
 
@@ -299,15 +300,16 @@ def test_a_batch_computes_its_common_prefix_once() -> None:
 
 def test_padded_rows_whose_kv_depends_on_it_have_no_common_prefix() -> None:
     model = servable("llama4")
+    cache = RadixCache(model, max_tokens=512)
     computed = ComputedColumns(model)
-    run(model, [draw(40, 1) + draw(n, n) for n in (2, 5, 9)], RadixCache(model, max_tokens=512), max_new_tokens=1)
+    run(model, [draw(40, 1) + draw(n, n) for n in (2, 5, 9)], cache, max_new_tokens=1)
     assert computed.total == 3 * 49
 
 
 def test_sequences_of_one_prompt_compute_it_once() -> None:
     model = servable()
-    computed = ComputedColumns(model)
     cache = RadixCache(model, max_tokens=512)
+    computed = ComputedColumns(model)
     run(model, [draw(40, 1)], cache, max_new_tokens=1, do_sample=True, num_return_sequences=4)
     assert computed.total == 39 + 4
 
@@ -503,7 +505,7 @@ def test_models_that_keep_something_else_are_refused(family: str) -> None:
 def test_models_whose_tokens_see_later_ones_are_refused() -> None:
     config = FAMILIES["gemma3"]()
     config.use_bidirectional_attention = True
-    with pytest.raises(UnsupportedModelError, match="tokens behind them"):
+    with pytest.raises(UnsupportedModelError, match="tokens after them"):
         RadixCache(make_model(config), max_tokens=100)
 
 
@@ -632,5 +634,137 @@ def test_a_bert_that_is_no_decoder_is_refused() -> None:
         intermediate_size=48,
         is_decoder=False,
     )
-    with pytest.raises(UnsupportedModelError, match="its tokens see the tokens behind them"):
+    with pytest.raises(UnsupportedModelError, match="its tokens see the tokens after them"):
         RadixCache(hf.BertLMHeadModel(config), max_tokens=100)
+
+
+# ------------------------------------------------------------- decoders that place or mask tokens in their own way
+
+BERT_SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 514,
+}
+FROM_ONE = ["roberta", "xlm-roberta", "camembert", "data2vec-text", "xlm-roberta-xl", "roberta-prelayernorm", "xmod"]
+FROM_ZERO = ["bert", "megatron-bert", "electra", "rembert", "ernie", "bert-generation", "roformer"]
+
+
+def bert(model_type: str, *, is_decoder: bool = True) -> PreTrainedModel:
+    more: dict[str, Any] = {"embedding_size": 32} if model_type in ("electra", "roformer") else {}
+    more |= {"input_embedding_size": 32, "output_embedding_size": 32} if model_type == "rembert" else {}
+    more |= {"default_language": "en_XX"} if model_type == "xmod" else {}
+    config = hf.CONFIG_MAPPING[model_type](**BERT_SIZES, is_decoder=is_decoder, **more)
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(12)  # so that positions and neighbours decide which token comes next
+    return endless(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", [*FROM_ONE, *FROM_ZERO])
+def test_rows_that_share_a_prefix_get_their_tokens_wherever_positions_begin(model_type: str) -> None:
+    model = bert(model_type)
+    cache = RadixCache(model, max_tokens=1000)
+    head = draw(80, 1)
+    assert check_same(model, [head + draw(3, 2), head + draw(3, 3)], cache) == (80, 80)
+    assert check_same(model, [head + draw(5, 4)], cache) == (80,)
+    check_same(model, [head + draw(5, 4), head[:60] + draw(3, 5)], cache)  # with padding
+    check_same(model, [head + draw(9, 6)], cache)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_prefix_that_was_stored_in_other_columns_is_not_reused_where_columns_place_tokens() -> None:
+    model = bert("roformer")
+    cache = RadixCache(model, max_tokens=1000, page_size=4)
+    short, long = draw(30, 1), draw(41, 2)
+    assert check_same(model, [short, long], cache) == (0, 0)  # the first row's keys lie 11 columns later
+    assert check_same(model, [short], cache) == (0,)
+    assert check_same(model, [short, long], cache) == (29, 40)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", [*FROM_ONE, *FROM_ZERO])
+def test_berts_that_are_no_decoders_are_refused(model_type: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="its tokens see the tokens after them"):
+        RadixCache(bert(model_type, is_decoder=False), max_tokens=100)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_bert_of_small_weights_is_refused_too() -> None:
+    config = hf.MegatronBertConfig(**BERT_SIZES)
+    with pytest.raises(UnsupportedModelError, match="its tokens see the tokens after them"):
+        RadixCache(hf.AutoModelForCausalLM.from_config(config), max_tokens=100)
+
+
+def test_the_probe_leaves_the_model_as_it_was() -> None:
+    model = servable().train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    RadixCache(model, max_tokens=100)
+    assert [module.training for module in model.modules()] == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# ------------------------------------------------------------------------- settings of the process around a call
+
+
+@pytest.mark.parametrize("modes", [(True, False), (False, True), (True, False, True)])
+@pytest.mark.parametrize("made_in", [True, False])
+def test_calls_in_and_outside_of_inference_mode_share_prefixes(made_in: bool, modes: tuple[bool, ...]) -> None:
+    model = servable("mistral")
+    prompts = [draw(30, 1), draw(21, 2)]
+    expected = run(model, prompts)
+    with torch.inference_mode(made_in):
+        cache = RadixCache(model, max_tokens=256, page_size=4)
+    for step, mode in enumerate(modes):
+        with torch.inference_mode(mode):
+            assert torch.equal(run(model, prompts, cache), expected)
+        assert cache.cached_tokens == ((29, 20) if step else (0, 0))
+        with torch.inference_mode(not mode):
+            run(model, [prompts[0][:10] + draw(step + 2, 3)], cache)  # copies a page that the other mode wrote
+    cache.check_invariants()
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_of_the_process_changes_nothing(default: torch.dtype) -> None:
+    model = servable("gemma2")
+    prompts = [draw(80, 1) + draw(n, 2) for n in (3, 5)]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        expected = run(model, prompts)
+        cache = RadixCache(model, max_tokens=512, page_size=4)
+        for _ in range(2):
+            assert torch.equal(run(model, prompts, cache), expected)
+        assert torch.equal(run(model, prompts, past_key_values=ChunkedCache(model.config, chunk_tokens=4)), expected)
+        assert {k.dtype for k, _ in cache.store.like(1)} == {torch.float32}
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_the_default_device_of_the_process_changes_nothing() -> None:
+    model = servable()
+    inputs = padded([draw(80, 1) + draw(n, 2) for n in (3, 5)])
+    kwargs: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
+    expected = model.generate(**inputs, **kwargs)
+    with torch.device("meta"):
+        cache = RadixCache(model, max_tokens=512, page_size=4)
+    call = Call(frozenset())
+    with torch.device("meta"):  # generate itself makes tensors on the default device, so its parts are called here
+        call.note(inputs["input_ids"], inputs["attention_mask"])
+        assert call.padding == [2, 0]
+        check_positions(torch.tensor([[0, 0, 0], [0, 1, 2]], device="cpu"), 0, call.padding)
+    for _ in range(2):
+        assert torch.equal(model.generate(**inputs, past_key_values=cache, **kwargs), expected)
+    with torch.device("meta"):
+        keys, values = cache.store.like(1)[0]
+        tokens = np.array(inputs["input_ids"][1].tolist(), dtype=np.int32)
+        states = [(torch.empty(2, 9, 8, device="cpu"), torch.empty(2, 9, 8, device="cpu")) for _ in range(3)]
+        cache.store.load(tokens[:9], None, 0, states)
+    assert keys.device == values.device == torch.device("cpu")

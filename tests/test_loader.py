@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 from radixkv import Engine, SamplingParams, demo_model
-from radixkv.errors import ConfigError, MissingTokenizerError, ModelNotFoundError, UnsupportedModelError
+from radixkv.errors import (
+    ConfigError,
+    MissingTokenizerError,
+    ModelLoadError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+)
 from radixkv.models.loader import eos_token_ids, load, max_context_tokens
 from tiny_models import tiny_model
 
@@ -148,3 +156,128 @@ def test_angles_that_change_with_the_length_bound_the_context_in_some_layers_too
         rope_parameters={"full_attention": stretched, "sliding_attention": plain},
     )
     assert max_context_tokens(config) == 32
+
+
+# ------------------------------------------------------------------------------- damaged and incomplete files
+
+Tensors = dict[str, torch.Tensor]
+
+
+def without(*names: str) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        for name in names:
+            del tensors[name]
+
+    return change
+
+
+def with_tensor(name: str, *shape: int) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.update({name: torch.ones(shape)})
+
+
+def change_tensors(place: Path, change: Callable[[Tensors], None]) -> None:
+    tensors = load_file(place / "model.safetensors")
+    change(tensors)
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+
+
+def check_refused(place: Path, message: str) -> None:
+    with pytest.raises(ModelLoadError, match=message) as raised:
+        load(place)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("model.layers.1.mlp.up_proj.weight"), r"lacks model\.layers\.1\.mlp\.up_proj\.weight, which Qwen2"),
+        (without("model.norm.weight", "model.layers.0.self_attn.q_proj.bias"), r"lacks .*q_proj\.bias, model\.norm"),
+        (without("lm_head.weight"), r"lacks lm_head\.weight"),
+        (with_tensor("model.norm.weight", 3, 4), r"other shapes in model\.norm\.weight \(3×4, not 32\)"),
+        (with_tensor("model.layers.1.mlp.up_proj.bias", 48), r"would leave out model\.layers\.1\.mlp\.up_proj\.bias"),
+        (with_tensor("model.layers.3.mlp.up_proj.weight", 48, 32), r"would leave out model\.layers\.3\."),
+    ],
+)
+def test_a_checkpoint_that_does_not_hold_the_model_is_refused(
+    saved: Path, change: Callable[[Tensors], None], message: str
+) -> None:
+    change_tensors(saved, change)
+    check_refused(saved, message)
+
+
+def test_many_missing_tensors_are_counted(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4, "layer_types": None}))
+    check_refused(saved, r"lacks model\.layers\.3\..* and 8 more tensors")
+
+
+def test_tensors_that_no_part_of_the_model_uses_are_ignored(saved: Path) -> None:
+    expected = load(saved).model.state_dict()
+    change_tensors(saved, with_tensor("vision_tower.patch.weight", 4, 4))
+    change_tensors(saved, with_tensor("model.layers.3.enorm.weight", 32))  # as a layer that predicts further ahead
+    change_tensors(saved, with_tensor("model.layers.3.mlp.up_proj.weight", 48, 32))
+    found = load(saved).model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_tied_weight_may_be_absent(tmp_path: Path) -> None:
+    copy = shutil.copytree(demo_model.path(), tmp_path / "demo")
+    change_tensors(copy, without("lm_head.weight"))
+    model = load(copy).model
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    change_tensors(copy, without("model.embed_tokens.weight"))
+    check_refused(copy, r"lacks lm_head\.weight, model\.embed_tokens\.weight")
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors" * 100, None], ids=["empty", "garbage", "cut"])
+def test_damaged_weights_are_named(saved: Path, content: bytes | None) -> None:
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] if content is None else content)
+    check_refused(saved, r"model\.safetensors is damaged or incomplete")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"{nope", "not valid JSON"), (b"\xff\xfe", "not valid JSON"), (b"[1]", "a JSON object")]
+)
+def test_config_files_that_are_no_json_are_named(saved: Path, name: str, content: bytes, message: str) -> None:
+    (saved / name).write_bytes(content)
+    check_refused(saved, f"{name} .*{message}")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"hidden_size": "wide"}, {"hidden_act": "zork"}, {"num_attention_heads": 0}, {"dtype": "zork"}]
+)
+def test_configs_that_make_no_model_are_refused(saved: Path, fields: dict[str, object]) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, **fields}))
+    check_refused(saved, r"make no model \(.*\); check its config\.json")
+
+
+def test_ends_that_are_no_ids_are_refused(saved: Path) -> None:
+    model = load(saved).model
+    model.generation_config.eos_token_id = ["</s>"]
+    with pytest.raises(ModelLoadError, match=r"must be token ids; got \['</s>'\]"):
+        eos_token_ids(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", b"{nope", r"tokenizer\.json is not valid JSON"),
+        ("tokenizer.json", b"{}", r"the tokenizer in .*check its tokenizer\.json"),
+        ("tokenizer.json", None, r"the tokenizer in .*check its tokenizer_config\.json"),
+        ("tokenizer_config.json", b"{nope", r"tokenizer_config\.json is not valid JSON"),
+        ("chat_template.jinja", b"\xff\xfe{{", r"check its .*chat_template\.jinja"),
+    ],
+)
+def test_broken_tokenizers_are_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    copy = shutil.copytree(demo_model.path(), tmp_path / "demo")
+    (copy / name).unlink() if content is None else (copy / name).write_bytes(content)
+    check_refused(copy, message)
+
+
+@pytest.mark.parametrize("settings", [{"dtype": ["float32"]}, {"dtype": None}, {"device": None}, {"device": "abacus"}])
+def test_settings_of_no_known_kind(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        load("demo", **settings)

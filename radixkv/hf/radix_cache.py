@@ -17,6 +17,7 @@ from radixkv.hf.call import Call
 from radixkv.hf.chunk_buffer import ByteMeter
 from radixkv.hf.chunked_cache import DEFAULT_CHUNK_TOKENS, ChunkedLayer, check_chunk_tokens
 from radixkv.hf.page_store import LayerStates, PageStore
+from radixkv.hf.probe import probe_prefixes
 from radixkv.hf.support import check_inputs, check_model, check_positions, position_limit, sees_columns
 
 MIN_SHARED_TOKENS = 64
@@ -94,7 +95,7 @@ class RadixCache(Cache):  # type: ignore[misc]
         self.store = PageStore(-(-max_tokens // page_size), page_size, policy)
         self._model = model
         self._position_limit = position_limit(model.config)
-        self._sees_columns = sees_columns(model.config)
+        self._sees_columns = probe_prefixes(model) or sees_columns(model.config)
         self._call: Call | None = None
         self._cached_tokens: tuple[int, ...] = ()
         self._query_tokens = self._hit_tokens = 0
@@ -206,15 +207,15 @@ class RadixCache(Cache):  # type: ignore[misc]
         if first and limit <= first:
             return None  # a step, or an assistant's proposal, behind the prompt
         check_positions(kwargs.get("position_ids"), first, call.padding)
-        last = self._load_prefixes(call, first, limit)
+        last = self._load_prefixes(call, first, limit, kwargs)
         return (args, _without_leading_columns(kwargs, last - first)) if last > first else None
 
-    def _load_prefixes(self, call: Call, first: int, limit: int) -> int:
+    def _load_prefixes(self, call: Call, first: int, limit: int, kwargs: dict[str, Any]) -> int:
         """Load columns from `first` on that every row has stored, up to column `limit`. Returns: where they end."""
         last = first
         if call.exact_columns == call.num_columns:
             if first == 0:
-                self._compute_common_prefix(call, limit)
+                self._compute_common_prefix(call, limit, kwargs.get("position_ids"))
             stored = [
                 padding + self.store.peek(row[: max(0, limit - padding)], self._namespace(padding))
                 for row, padding in zip(call.row_tokens(), call.padding, strict=True)
@@ -227,8 +228,11 @@ class RadixCache(Cache):  # type: ignore[misc]
         self._load_columns(call, first, last)
         return last
 
-    def _compute_common_prefix(self, call: Call, limit: int) -> None:
-        """Compute and store what all rows begin with, once for all of them, if that saves enough."""
+    def _compute_common_prefix(self, call: Call, limit: int, position_ids: Tensor | None) -> None:
+        """Compute and store what all rows begin with, once for all of them, if that saves enough.
+
+        It has the `position_ids` that `generate` passes: models that are not given any may count otherwise.
+        """
         num_useful = min(max(0, limit - max(call.padding)), self.store.max_tokens)
         common = call.common_prefix()[:num_useful]
         missing = len(common) - self.store.peek(common, None)
@@ -236,8 +240,13 @@ class RadixCache(Cache):  # type: ignore[misc]
             return
         assert call.ids is not None, "its rows begin alike"
         input_ids = torch.from_numpy(common).to(call.ids)[None]
+        positions = {}
+        if position_ids is not None:
+            num_rows, padding = position_ids.shape[-2], call.padding[0]
+            assert num_rows in (1, call.num_rows), "generate passes the positions of each row, or of all alike"
+            positions["position_ids"] = position_ids[..., :1, padding : padding + len(common)]
         with self._recording(Call(frozenset())):
-            self._model(input_ids=input_ids, past_key_values=self, use_cache=True, logits_to_keep=1)
+            self._model(input_ids=input_ids, past_key_values=self, use_cache=True, logits_to_keep=1, **positions)
 
     def _load_columns(self, call: Call, first: int, last: int) -> None:
         """Put the stored KV of columns `[first, last)` behind what the layers hold; padding becomes zeros."""

@@ -28,9 +28,9 @@ def check_model(model: PreTrainedModel) -> None:
     if getattr(config, "cross_attention_layers", None) or getattr(config, "add_cross_attention", False):
         raise _unsupported(model, "it attends to other inputs than its tokens (cross attention)")
     if getattr(config, "use_bidirectional_attention", False) or _sees_later_tokens(model):
-        raise _unsupported(model, "its tokens see the tokens behind them, so a prefix alone has other KV")
+        raise _unsupported(model, "its tokens see the tokens after them, so a prefix alone has other KV")
     if not model.can_generate() or "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise _unsupported(model, "it is no decoder that generates with logits_to_keep")
+        raise _unsupported(model, "it does not generate, or its forward() does not accept logits_to_keep")
 
 
 def position_limit(config: PretrainedConfig) -> int | None:
@@ -70,7 +70,7 @@ def left_padding(attention_mask: Tensor | None, batch_size: int) -> list[int]:
         return [0] * batch_size
     real = attention_mask.bool().cpu()
     padding = (~real).sum(1)
-    expected = torch.arange(real.shape[1]) >= padding[:, None]
+    expected = torch.arange(real.shape[1], device="cpu") >= padding[:, None]
     for row in range(batch_size):
         if not torch.equal(real[row], expected[row]):
             raise InvalidRequestError(
@@ -83,8 +83,8 @@ def check_positions(position_ids: Tensor | None, first: int, padding: list[int])
     """Raise InvalidRequestError unless tokens are counted from 0, padding left out; `first` is the first column."""
     if position_ids is None:
         return
-    columns = torch.arange(first, first + position_ids.shape[-1])
-    expected = columns - torch.tensor(padding)[:, None]  # [batch, columns]
+    columns = torch.arange(first, first + position_ids.shape[-1], device="cpu")
+    expected = columns - torch.tensor(padding, dtype=torch.int64, device="cpu")[:, None]  # [batch, columns]
     if not ((position_ids.cpu() == expected) | (expected < 0)).all():
         raise InvalidRequestError(
             "a RadixCache needs position_ids that count each row's tokens from 0; leave position_ids out"
