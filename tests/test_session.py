@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from conftest import GreedyOracle, random_ids
+from oracles import GreedyOracle
+from prompts import random_ids
 from radixkv import Engine, SamplingParams
 from radixkv.errors import (
     ClosedError,
