@@ -23,6 +23,24 @@ from strategies import PAGE, leak_checked
 from tiny_models import tiny_model
 
 
+# Files that take longest, most of it compiling or interpreting kernels: begun first, so that no process idles at the end.
+SLOW_FILES = [
+    "test_attention.py",
+    "test_quantized_attention.py",
+    "test_triton.py",
+    "test_cache_machine.py",
+    "test_windows.py",
+    "test_quantized_pool.py",
+    "test_pool_kinds.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slow files first; the order is otherwise kept."""
+    rank = {name: number for number, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 @pytest.fixture(scope="session")
 def oracle() -> GreedyOracle:
     """The unmodified twin of the model in `make_engine`."""
