@@ -22,8 +22,7 @@ from radixkv.cli.common import EngineOptions
 from strategies import PAGE, leak_checked
 from tiny_models import tiny_model
 
-
-# Files that take longest, most of it compiling or interpreting kernels: begun first, so that no process idles at the end.
+# Files that take longest: begun first, so that no process idles at the end.
 SLOW_FILES = [
     "test_attention.py",
     "test_quantized_attention.py",
