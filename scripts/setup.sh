@@ -1,5 +1,6 @@
 # Sourced by the other scripts: makes or reuses .venv and installs radixkv with the given extra into it.
-# Versions come from constraints.txt (torch's CPU build). Nothing is done when nothing has changed.
+# Versions come from constraints.txt (torch's CPU build). Nothing is done when nothing has changed: an environment for
+# `dev` serves `test` too, which is a part of it.
 extra=$1
 PYTHON=${PYTHON:-python3}
 venv=.venv
@@ -14,13 +15,13 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 . "$venv/bin/activate"
 
-stamp="$venv/.radixkv-$extra"
 wanted=$(cat pyproject.toml constraints.txt | cksum)
-if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+is_installed() { [ "$(cat "$venv/.radixkv-$1" 2>/dev/null)" = "$wanted" ]; }
+if ! is_installed "$extra" && ! is_installed dev; then
   echo "Installing radixkv[$extra] (the first time this takes a few minutes) ..."
   pip install --quiet --disable-pip-version-check --constraint constraints.txt "setuptools>=77" wheel
   # torch first and by its exact version: asked for through radixkv alone it could be the build with CUDA
   pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
   pip install --quiet --disable-pip-version-check --no-build-isolation --constraint constraints.txt --editable ".[$extra]"
-  echo "$wanted" > "$stamp"
+  echo "$wanted" > "$venv/.radixkv-$extra"
 fi

@@ -11,48 +11,43 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when transformers imports Triton: its kernels run on the CPU
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-from transformers import PreTrainedModel
 
 from cli_runs import small_engine
+from oracles import GreedyOracle, oracle_of
 from radixkv import Engine, EngineConfig, PrefixCache
 from radixkv.cli.common import EngineOptions
 from radixkv.engine.assembly import assemble
 from runners import Around, TamperedRunner
 from strategies import PAGE, leak_checked
-from tiny_models import VOCAB_SIZE, tiny_model
+from tiny_models import tiny_model
+
+# Files that take longest: begun first, so that no process idles at the end.
+SLOW_FILES = [
+    "test_attention.py",
+    "test_quantized_attention.py",
+    "test_triton.py",
+    "test_cache_machine.py",
+    "test_windows.py",
+    "test_quantized_pool.py",
+    "test_pool_kinds.py",
+]
 
 
-class GreedyOracle:
-    """What the unmodified model says, computing everything anew for each token. Answers are remembered."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = copy.deepcopy(model)
-        self._next: dict[tuple[int, ...], int] = {}
-
-    def continuation(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
-        """The `num_tokens` likeliest tokens after `prompt`, one by one."""
-        ids = list(prompt)
-        for _ in range(num_tokens):
-            ids.append(self._likeliest(tuple(ids)))
-        return ids[len(prompt) :]
-
-    @torch.inference_mode()
-    def _likeliest(self, ids: tuple[int, ...]) -> int:
-        if ids not in self._next:
-            logits = self._model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
-            self._next[ids] = int(logits.argmax())
-        return self._next[ids]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slow files first; the order is otherwise kept."""
+    rank = {name: number for number, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")
 def oracle() -> GreedyOracle:
     """The unmodified twin of the model in `make_engine`."""
-    return GreedyOracle(tiny_model("llama"))
+    return oracle_of("llama")
 
 
 @pytest.fixture
@@ -106,9 +101,3 @@ def loaded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     engine.reset_cache()
     monkeypatch.setattr(EngineOptions, "load", lambda _: engine)
     return engine
-
-
-def random_ids(seed: int, num_tokens: int) -> list[int]:
-    """Ids that are neither special nor the same for two seeds."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCAB_SIZE, (num_tokens,), generator=generator).tolist()

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import GreedyOracle, random_ids
+from oracles import GreedyOracle
+from prompts import random_ids
 from radixkv import AsyncEngine, EngineConfig, RequestOutput, SamplingParams
 from radixkv.engine.assembly import EngineParts, assemble
 from radixkv.engine.step_input import StepInput

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import GreedyOracle, random_ids
+from oracles import GreedyOracle
+from prompts import random_ids
 from radixkv import Engine, EngineConfig, RequestOutput, SamplingParams
 from radixkv.attention import numba_backend
 from radixkv.attention.metadata import AttentionMetadata

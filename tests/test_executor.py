@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 
-from conftest import GreedyOracle
+from oracles import GreedyOracle
+from prompts import random_ids
 from radixkv import Engine, SamplingParams
 from radixkv.engine.gpu_sampling import DeviceSampler
 from radixkv.engine.step_input import StepInput
 from runners import Around
-from tiny_models import VOCAB_SIZE
 
 GREEDY = SamplingParams(max_tokens=9)
-
-
-def random_ids(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(1, VOCAB_SIZE, length).tolist()
 
 
 class Ahead:

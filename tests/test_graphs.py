@@ -12,7 +12,8 @@ import transformers as hf
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from conftest import GreedyOracle, random_ids
+from oracles import GreedyOracle
+from prompts import random_ids
 from radixkv.attention.backend import AttentionBackend, AttentionNeeds
 from radixkv.attention.flashinfer_backend import FlashInferBackend
 from radixkv.attention.metadata import AttentionMetadata, SequenceSpan, build_metadata

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from latent_cases import LatentCase
+from oracles import oracle_of
+from prompts import random_prompts
 from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.attention import latent_backend
 from radixkv.attention.backend import AttentionNeeds, AttentionParams, LayerAttention, ReferenceBackend
@@ -27,7 +29,7 @@ from radixkv.models import probe
 from radixkv.models.latent_attention import LatentAttention
 from radixkv.models.paged_attention import PagedContext, flattened_forward
 from radixkv.models.probe import plug_in_paged_attention
-from tiny_models import LATENT, VOCAB_SIZE, make_model, tiny_model
+from tiny_models import LATENT, make_model, tiny_model
 
 SPANS = [(0, 1), (0, 13), (20, 21), (37, 38), (15, 33), (16, 17), (31, 32), (3, 40)]  # [first, last) of each sequence
 NESTED = {(0, 1, 2, 3, 4, 5): 32, (0, 1, 2): 64, (3, 4): 48}
@@ -128,22 +130,6 @@ def test_latents_are_not_quantised() -> None:
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
-def random_prompts(seed: int, lengths: list[int], shared: int) -> list[list[int]]:
-    """Prompts of the given lengths that share their first `shared` tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in [shared, *lengths]]
-    return [drawn[0] + rest[: length - shared] for length, rest in zip(lengths, drawn[1:], strict=True)]
-
-
-def oracle_tokens(model: PreTrainedModel, prompt: list[int]) -> list[int]:
-    """Greedy continuation by the unmodified model, which computes everything anew for each token."""
-    ids = list(prompt)
-    with torch.inference_mode():
-        for _ in range(NEW_TOKENS):
-            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
-
-
 def latent_engine(model: PreTrainedModel, **settings: Any) -> Engine:
     defaults: dict[str, Any] = {"page_size": PAGE, "kv_cache_tokens": 512, "attention_backend": "latent"}
     return Engine(model, config=EngineConfig(**{**defaults, **settings}))
@@ -153,7 +139,7 @@ def latent_engine(model: PreTrainedModel, **settings: Any) -> Engine:
 def test_same_tokens_cold_warm_alone_and_batched(family: str) -> None:
     model = tiny_model(family)
     prompts = random_prompts(1, [37, 41, 33, 50], shared=32)
-    expected = [oracle_tokens(model, prompt) for prompt in prompts]
+    expected = [oracle_of(family).continuation(prompt, NEW_TOKENS) for prompt in prompts]
     engine = latent_engine(model, max_batch_tokens=64)
 
     cold = [engine.generate(prompt, GREEDY)[0] for prompt in prompts]
@@ -172,7 +158,7 @@ def test_same_tokens_cold_warm_alone_and_batched(family: str) -> None:
 def test_same_tokens_in_chunks(family: str) -> None:
     model = tiny_model(family)
     prompts = random_prompts(2, [61, 23], shared=0)
-    expected = [oracle_tokens(model, prompt) for prompt in prompts]
+    expected = [oracle_of(family).continuation(prompt, NEW_TOKENS) for prompt in prompts]
     outputs = latent_engine(model, max_batch_tokens=9).generate(prompts, GREEDY)
     assert [output.token_ids for output in outputs] == expected
 
@@ -263,7 +249,7 @@ def test_a_copy_has_weights_of_its_own(plugged_in: PreTrainedModel) -> None:
     for module in attentions(other):
         module.kv_b_proj.weight.data.zero_()
     prompt = random_prompts(5, [21], shared=0)[0]
-    expected = oracle_tokens(tiny_model(plugged_in.config.model_type), prompt)
+    expected = oracle_of(plugged_in.config.model_type).continuation(prompt, NEW_TOKENS)
     assert latent_engine(plugged_in).generate(prompt, GREEDY)[0].token_ids == expected
     assert latent_engine(other).generate(prompt, GREEDY)[0].token_ids != expected
 
@@ -285,7 +271,7 @@ def test_without_a_context_it_fails_instead_of_lying(plugged_in: PreTrainedModel
 
 def test_two_engines_on_one_model(plugged_in: PreTrainedModel) -> None:
     prompt = random_prompts(7, [21], shared=0)[0]
-    expected = oracle_tokens(tiny_model(plugged_in.config.model_type), prompt)
+    expected = oracle_of(plugged_in.config.model_type).continuation(prompt, NEW_TOKENS)
     engines = [latent_engine(plugged_in) for _ in range(2)]
     for engine in [*engines, *engines]:
         assert engine.generate(prompt, GREEDY)[0].token_ids == expected

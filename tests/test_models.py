@@ -6,44 +6,26 @@ import copy
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
+from oracles import oracle_of
+from prompts import random_prompts
 from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.attention import dense_extends
 from radixkv.errors import UnsupportedModelError
 from radixkv.models.probe import plug_in_paged_attention
 from runners import tampered_engine
-from tiny_models import FAMILIES, REFUSED, VOCAB_SIZE, tiny_model
+from tiny_models import FAMILIES, REFUSED, tiny_model
 
 NEW_TOKENS = 6
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
-
-
-def random_prompts(seed: int, lengths: list[int], shared: int) -> list[list[int]]:
-    """Prompts of the given lengths that share their first `shared` tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda n: torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist()  # noqa: E731
-    head = draw(shared)
-    return [head + draw(length - shared) for length in lengths]
-
-
-def oracle_tokens(model: PreTrainedModel, prompt: list[int]) -> list[int]:
-    """Greedy continuation by the unmodified model, which computes everything anew for each token."""
-    ids = list(prompt)
-    with torch.inference_mode():
-        for _ in range(NEW_TOKENS):
-            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
-            ids.append(int(logits.argmax()))
-    return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 def test_same_tokens_cold_warm_alone_and_batched(family: str, backend: str) -> None:
     model = tiny_model(family)
-    unmodified = copy.deepcopy(model)
     prompts = random_prompts(1, [37, 41, 33, 50], shared=32)
-    expected = [oracle_tokens(unmodified, prompt) for prompt in prompts]
+    expected = [oracle_of(family).continuation(prompt, NEW_TOKENS) for prompt in prompts]
     config = EngineConfig(page_size=4, kv_cache_tokens=512, attention_backend=backend, max_batch_tokens=64)
     engine = Engine(model, config=config)
 
@@ -158,7 +140,8 @@ def _stretched_by_length(forward):  # type: ignore[no-untyped-def]
 def test_long_extends_are_cut_into_blocks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense_extends, "BLOCK_SCORES", 200)  # three to five rows a block
     model = tiny_model(family)
-    expected = oracle_tokens(copy.deepcopy(model), prompt := random_prompts(4, [47], shared=0)[0])
+    prompt = random_prompts(4, [47], shared=0)[0]
+    expected = oracle_of(family).continuation(prompt, NEW_TOKENS)
     engine = Engine(model, config=EngineConfig(page_size=4, kv_cache_tokens=512, attention_backend="torch"))
     engine.generate(prompt[:14], SamplingParams(max_tokens=1))
     assert engine.generate(prompt, GREEDY)[0].token_ids == expected
@@ -173,7 +156,7 @@ def test_a_window_that_only_a_mask_knows_is_refused() -> None:
 def test_two_engines_on_one_model() -> None:
     model = tiny_model("llama")
     prompt = random_prompts(5, [21], shared=0)[0]
-    expected = oracle_tokens(copy.deepcopy(model), prompt)
+    expected = oracle_of("llama").continuation(prompt, NEW_TOKENS)
     engines = [Engine(model, config=EngineConfig(page_size=4, kv_cache_tokens=128)) for _ in range(2)]
     for engine in [*engines, *engines]:
         assert engine.generate(prompt, GREEDY)[0].token_ids == expected

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from prompts import random_prompts
 from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.engine.step_input import StepInput
 from radixkv.memory.kv_pool import KVPool
@@ -15,7 +16,6 @@ from radixkv.memory.latent_pool import LatentKVPool
 from radixkv.memory.quantized_pool import QuantizedKVPool
 from radixkv.memory.split_pool import SplitKVPool
 from runners import Around, tampered_engine
-from test_models import random_prompts
 from tiny_models import tiny_model
 
 PARAMS = SamplingParams(max_tokens=14, ignore_eos=True)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from conftest import GreedyOracle, random_ids
+from oracles import GreedyOracle
+from prompts import random_ids
 from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.assembly import assemble

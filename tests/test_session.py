@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from conftest import GreedyOracle, random_ids
+from oracles import GreedyOracle
+from prompts import random_ids
 from radixkv import Engine, SamplingParams
 from radixkv.engine.step_input import StepInput
 from radixkv.errors import (

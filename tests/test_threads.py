@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import GreedyOracle, random_ids
+from oracles import GreedyOracle
+from prompts import random_ids
 from radixkv import Engine, Progress, SamplingParams
 from radixkv.engine.step_input import StepInput
 from radixkv.errors import ClosedError

@@ -11,6 +11,8 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from oracles import oracle_of
+from prompts import random_prompts
 from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.attention.backend import AttentionNeeds
 from radixkv.attention.split_backend import split_needs
@@ -20,7 +22,6 @@ from radixkv.memory import kv_pool
 from radixkv.memory.quantized_pool import kv_bytes_per_token
 from radixkv.models.probe import plug_in_paged_attention
 from radixkv.models.streaming import Streaming
-from test_models import oracle_tokens, random_prompts
 from tiny_models import make_model, tiny_model, with_common
 
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -43,9 +44,8 @@ def check_nothing_is_lost(engine: Engine) -> None:
 def test_same_tokens_where_windows_are_scarce(family: str, backend: str) -> None:
     """Long prompts in chunks, cold, warm and together, with hardly more window pages than one request needs."""
     model = tiny_model(family)
-    unmodified = copy.deepcopy(model)
     prompts = random_prompts(7, [90, 61, 75], shared=40)
-    expected = [oracle_tokens(unmodified, prompt) for prompt in prompts]
+    expected = [oracle_of(family).continuation(prompt, 6) for prompt in prompts]
     window = 16 if family == "llama4" else 9
     config = EngineConfig(
         page_size=4,
@@ -96,12 +96,12 @@ def test_memory_shrinks(family: str, share: float) -> None:
 
 def test_one_request_after_another_is_retracted_when_window_pages_lack() -> None:
     model = tiny_model("mistral")
-    unmodified = copy.deepcopy(model)
     prompts = random_prompts(5, [3, 4, 3, 5, 4, 3], shared=0)
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     engine = Engine(model, config=EngineConfig(page_size=1, kv_cache_tokens=30, max_context_tokens=100))
     outputs = engine.generate(prompts, params)
-    assert [output.token_ids[:6] for output in outputs] == [oracle_tokens(unmodified, prompt) for prompt in prompts]
+    expected = [oracle_of("mistral").continuation(prompt, 20) for prompt in prompts]
+    assert [output.token_ids for output in outputs] == expected
     assert engine.stats().retractions > 0
     check_nothing_is_lost(engine)
 
