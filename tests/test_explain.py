@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from radixkv import PrefixCache
 from radixkv.cache.insight.diagnostics import MIN_HISTORY_PAGES
-from radixkv.cache.insight.explanation import Explanation, NearMiss
+from radixkv.cache.insight.explanation import Explanation, NearMiss, OtherNamespaces
 from radixkv.cache.insight.history import Eviction
 from radixkv.cache.tree.node import Namespace
 from radixkv.errors import ConfigError, InvalidTokenIdsError, TokenIdsTypeError
@@ -49,14 +49,14 @@ def test_hit(exact: bool, word: str) -> None:
     cache = make_cache(exact=exact)
     put(cache, ids("abcd"))
     found = cache.explain(ids(word))
-    assert found == (len(ids(word)), len(ids(word)), "hit", None, None, 0, {}, None, 0)
+    assert found == (len(ids(word)), len(ids(word)), "hit", None, None, 0, None, None, 0)
     assert str(found) == f"{len(ids(word))} of {len(ids(word))} tokens are cached"
 
 
 @exactness
 def test_an_empty_cache_has_seen_nothing(exact: bool) -> None:
     found = make_cache(exact=exact).explain(ids("ab"))
-    assert found == (8, 0, "never seen", None, None, 0, {}, None, 0)
+    assert found == (8, 0, "never seen", None, None, 0, None, None, 0)
     assert str(found) == "0 of 8 tokens are cached; nothing cached begins like this prompt"
 
 
@@ -111,7 +111,7 @@ def test_prompt_that_goes_on_after_a_cached_one() -> None:
 def test_nothing_in_common() -> None:
     cache = make_cache()
     put(cache, [1, 2, 3, 4])
-    assert cache.explain([9, 2, 3, 4]) == (4, 0, "never seen", None, None, 0, {}, None, 0)
+    assert cache.explain([9, 2, 3, 4]) == (4, 0, "never seen", None, None, 0, None, None, 0)
 
 
 # -- evictions -------------------------------------------------------------------------------------------------------
@@ -275,36 +275,38 @@ def test_an_end_that_a_longer_copy_replaces_was_not_evicted() -> None:
 
 
 @exactness
-def test_other_namespaces_that_hold_more(exact: bool) -> None:
+def test_an_administrator_learns_how_many_namespaces_hold_more(exact: bool) -> None:
     cache = make_cache(num_pages=32, exact=exact)
     put(cache, ids("a"))
     put(cache, ids("abc"), ("t", None))
     put(cache, ids("ab"), (None, "s"))
     put(cache, ids("abcd"), ("t", "s"))
     put(cache, ids("a"), ("u", None))
-    found = cache.explain(ids("abcw"))
+    found = cache.explain_as_admin(ids("abcw"))
     assert (found.cached_tokens, found.reason) == (4, "other namespace")
-    assert found.other_namespaces == {("t", None): 12, (None, "s"): 8, ("t", "s"): 12}
+    assert found.other_namespaces == OtherNamespaces(3, 12)
     assert str(found) == (
-        "4 of 16 tokens are cached; the rest was never seen in this namespace, but extra_key 't' holds 12, "
-        "cache_salt 's' holds 8, extra_key 't' and cache_salt 's' holds 12"
+        "4 of 16 tokens are cached; the rest was never seen in this namespace, but 3 other namespaces hold up to 12"
     )
-    assert "the default namespace holds 4" in str(cache.explain(ids("ab"), extra_key="v"))
-    assert cache.explain(ids("abc"), extra_key="t").other_namespaces == {}
+    assert str(cache.explain_as_admin(ids("abcd"), extra_key="v")).endswith("5 other namespaces hold up to 16")
+    assert cache.explain_as_admin(ids("abc"), extra_key="t") == cache.explain(ids("abc"), extra_key="t")
 
 
-def test_names_of_namespaces_stay_on_one_line() -> None:
+def test_an_administrator_learns_no_names() -> None:
     cache = make_cache()
-    put(cache, ids("a"), ("two\nlines", None))
-    assert "extra_key 'two\\nlines' holds 4" in str(cache.explain(ids("a")))
+    put(cache, ids("a"), ("tenant", "secret"))
+    told = str(cache.explain_as_admin(ids("a"))) + repr(cache.explain_as_admin(ids("a")))
+    assert "another namespace holds 4" in told
+    assert "tenant" not in told
+    assert "secret" not in told
 
 
 def test_what_was_evicted_here_is_no_matter_of_namespaces() -> None:
     cache = make_cache()
     put(cache, ids("ab"))
     put(cache, ids("abcdefg"), ("t", None))
-    found = cache.explain(ids("ab"))
-    assert (found.reason, found.other_namespaces) == ("evicted", {("t", None): 8})
+    found = cache.explain_as_admin(ids("ab"))
+    assert (found.reason, found.other_namespaces) == ("evicted", OtherNamespaces(1, 8))
 
 
 # -- pages -----------------------------------------------------------------------------------------------------------
@@ -332,9 +334,9 @@ def test_whole_pages_leave_the_last_tokens_out(word: str) -> None:
 def test_whole_pages_of_other_namespaces() -> None:
     cache = make_cache(exact=False)
     put(cache, ids("ab"), ("t", None))
-    found = cache.explain([*ids("a"), *ids("b")[:3], 9])
-    assert (found.reason, found.other_namespaces) == ("other namespace", {("t", None): 4})
-    assert cache.explain([*ids("a")[:3], 9, 9]).reason == "never seen"  # there, it would not be found either
+    found = cache.explain_as_admin([*ids("a"), *ids("b")[:3], 9])
+    assert (found.reason, found.other_namespaces) == ("other namespace", OtherNamespaces(1, 4))
+    assert cache.explain_as_admin([*ids("a")[:3], 9, 9]).reason == "never seen"  # there, it would not be found either
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
@@ -361,7 +363,8 @@ def test_explaining_changes_nothing(exact: bool) -> None:
         with cache.acquire(ids("mn")):
             before = snapshot(cache.tree), cache.stats(), cache.allocator.num_free
             reasons = {
-                cache.explain(ids(word, tail), extra_key=extra_key).reason
+                explain(ids(word, tail), extra_key=extra_key).reason
+                for explain in (cache.explain, cache.explain_as_admin)
                 for word in ("", "a", "ab", "abc", "abz", "xyz", "mno", "mnopq", "q")
                 for tail in range(PAGE)
                 for extra_key in (None, "t", "u")
@@ -411,7 +414,7 @@ def test_a_reset_forgets_the_past() -> None:
     put(cache, [*range(200, 232)])
     cache.reset()
     for prompt in (ids("abc"), [*range(200, 232)]):
-        assert cache.explain(prompt) == (len(prompt), 0, "never seen", None, None, 0, {}, None, 0)
+        assert cache.explain(prompt) == (len(prompt), 0, "never seen", None, None, 0, None, None, 0)
 
 
 def test_a_reset_around_a_lease_is_no_eviction_by_the_policy() -> None:
@@ -507,6 +510,7 @@ def check_explanation(cache: PrefixCache, memory: Memory, namespace: Namespace, 
     """Compare an explanation with the memory and with what can be looked up."""
     before = snapshot(cache.tree)
     found = cache.explain(tokens, extra_key=namespace[0], cache_salt=namespace[1])
+    as_admin = cache.explain_as_admin(tokens, extra_key=namespace[0], cache_salt=namespace[1])
     assert snapshot(cache.tree) == before
     assert "\n" not in str(found)
     lost_pages, at_least, at_most = memory.lost(namespace, tokens, found.cached_tokens)
@@ -515,7 +519,9 @@ def check_explanation(cache: PrefixCache, memory: Memory, namespace: Namespace, 
     if found.eviction is not None and lost_pages:
         assert found.eviction.num_pages == lost_pages
     others = {other: peek(cache, other, tokens) for other in NAMESPACES if other != namespace}
-    assert found.other_namespaces == {other: held for other, held in others.items() if held > found.cached_tokens}
+    more = [held for held in others.values() if held > found.cached_tokens]
+    assert as_admin.other_namespaces == (OtherNamespaces(len(more), max(more)) if more else None)
+    assert as_admin._replace(reason=found.reason, other_namespaces=None, evicted_ago_s=found.evicted_ago_s) == found
     position, _ = cache.tree.peek_path(tokens, extra_key=namespace[0], cache_salt=namespace[1])
     assert (found.near_miss is None) == (position in (0, len(tokens)))
     assert found.near_miss is None or found.near_miss.position == position
@@ -525,11 +531,12 @@ def check_explanation(cache: PrefixCache, memory: Memory, namespace: Namespace, 
     expected = [
         ("hit", found.cached_tokens == len(tokens)),
         ("evicted", found.evicted_tokens > 0),
-        ("other namespace", bool(found.other_namespaces)),
+        ("other namespace", bool(more)),
         ("page", rounded),
         ("never seen", True),
     ]
-    assert found.reason == next(reason for reason, holds in expected if holds)
+    assert as_admin.reason == next(reason for reason, holds in expected if holds)
+    assert found.reason == next(reason for reason, holds in expected if holds and reason != "other namespace")
     return found
 
 

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from radixkv.cache.insight.history import Eviction, EvictionHistory, Timeline
 from radixkv.errors import ConfigError
 
+HERE = ("tenant a", None)  # a namespace
+
 
 def hashes(*values: int) -> NDArray[np.uint64]:
     return np.array(values, np.uint64)
@@ -20,6 +22,7 @@ def evict(history: EvictionHistory, page_hashes: NDArray[np.uint64], number: int
     """Eviction `number`, told apart by its times."""
     history.record(
         page_hashes,
+        HERE,
         policy=f"policy {number}",
         evicted_at_s=10.0 * number,
         last_used_at_s=None if number % 5 == 0 else 7.0 * number,
@@ -63,7 +66,7 @@ def test_agrees_with_a_list_of_everything(capacity_pages: int, pages_a_node: int
         assert len(history) == sum(len(pages) for _, pages in oracle.nodes)
         start = int(rng.integers(0, 260))
         asked = list(range(start, start + int(rng.integers(0, 100))))
-        found, expected = history.find(hashes(*asked)), oracle.find(asked)
+        found, expected = history.find(hashes(*asked), HERE), oracle.find(asked)
         if expected is None:
             assert found is None
         else:
@@ -74,9 +77,9 @@ def test_agrees_with_a_list_of_everything(capacity_pages: int, pages_a_node: int
 def test_tells_when_why_and_how_long_after_the_last_use() -> None:
     history = EvictionHistory(100)
     history.record(
-        hashes(1, 2), policy="slru", evicted_at_s=12.5, last_used_at_s=2.5, evicted_tick=40, last_use_tick=30
+        hashes(1, 2), HERE, policy="slru", evicted_at_s=12.5, last_used_at_s=2.5, evicted_tick=40, last_use_tick=30
     )
-    found = history.find(hashes(2, 3))
+    found = history.find(hashes(2, 3), HERE)
     assert found == Eviction(
         num_pages=1, policy="slru", evicted_at_s=12.5, last_used_at_s=2.5, evicted_tick=40, last_use_tick=30
     )
@@ -86,7 +89,7 @@ def test_tells_when_why_and_how_long_after_the_last_use() -> None:
 def test_last_use_may_be_untimed() -> None:
     history = EvictionHistory(100)
     evict(history, hashes(1), 5)
-    found = history.find(hashes(1))
+    found = history.find(hashes(1), HERE)
     assert found is not None
     assert (found.last_used_at_s, found.unused_s, found.unused_ticks) == (None, None, 5)
 
@@ -96,7 +99,7 @@ def test_pages_of_several_evictions_follow_each_other() -> None:
     history = EvictionHistory(100)
     for number, node in enumerate([hashes(5, 6), hashes(3, 4), hashes(1, 2)]):
         evict(history, node, number)
-    found = history.find(hashes(1, 2, 3, 4, 5, 9, 6))
+    found = history.find(hashes(1, 2, 3, 4, 5, 9, 6), HERE)
     assert found is not None
     assert (found.policy, found.num_pages) == ("policy 2", 5)
 
@@ -105,29 +108,47 @@ def test_of_two_evictions_the_newest_counts() -> None:
     history = EvictionHistory(100)
     evict(history, hashes(1, 2, 3), 1)
     evict(history, hashes(1, 2), 2)
-    assert [history.find(hashes(page)).policy for page in (1, 2, 3)] == ["policy 2", "policy 2", "policy 1"]  # type: ignore[union-attr]
+    assert [history.find(hashes(page), HERE).policy for page in (1, 2, 3)] == ["policy 2", "policy 2", "policy 1"]  # type: ignore[union-attr]
 
 
 def test_never_seen_and_forgotten_pages_are_not_found() -> None:
     history = EvictionHistory(16)
-    assert history.find(hashes(0)) is None
-    assert history.find(hashes()) is None
+    assert history.find(hashes(0), HERE) is None
+    assert history.find(hashes(), HERE) is None
     evict(history, hashes(1, 2), 1)
-    assert history.find(hashes(0)) is None
-    assert history.find(hashes(3, 1)) is None
+    assert history.find(hashes(0), HERE) is None
+    assert history.find(hashes(3, 1), HERE) is None
     evict(history, np.arange(10, 26, dtype=np.uint64), 2)
-    assert history.find(hashes(2)) is None
+    assert history.find(hashes(2), HERE) is None
     assert len(history) == 16
+
+
+def test_a_hash_that_another_namespace_also_has_is_not_found() -> None:
+    """Hashes of 64 bits can be made to collide: the namespace decides, also for the pages that follow."""
+    history, there = EvictionHistory(100), ("tenant b", None)
+    evict(history, hashes(1, 2), 1)
+    history.record(
+        hashes(3, 2, 1), there, policy="theirs", evicted_at_s=0.0, last_used_at_s=None, evicted_tick=9, last_use_tick=9
+    )
+    for asked, num_pages in ((hashes(1, 2, 3), 2), (hashes(2, 1, 3), 2), (hashes(2, 3, 1), 1)):
+        found = history.find(asked, HERE)
+        assert found is not None
+        assert (found.policy, found.num_pages) == ("policy 1", num_pages)
+    assert history.find(hashes(3, 2), HERE) is None
+    found = history.find(hashes(3, 2, 1, 1), there)
+    assert found is not None
+    assert (found.policy, found.num_pages) == ("theirs", 4)
+    assert history.find(hashes(1), ("tenant a", "salt")) is None
 
 
 def test_clear_forgets_everything() -> None:
     history = EvictionHistory(16)
     evict(history, hashes(1, 2), 1)
     history.clear()
-    assert (len(history), history.find(hashes(1))) == (0, None)
+    assert (len(history), history.find(hashes(1), HERE)) == (0, None)
     evict(history, hashes(2), 2)
-    assert history.find(hashes(1)) is None
-    assert history.find(hashes(2)) is not None
+    assert history.find(hashes(1), HERE) is None
+    assert history.find(hashes(2), HERE) is not None
 
 
 def test_memory_is_bounded_for_single_pages() -> None:
@@ -135,8 +156,8 @@ def test_memory_is_bounded_for_single_pages() -> None:
     for number in range(1000):
         evict(history, hashes(number), number)
     assert (len(history), len(history._nodes)) == (10, 10)
-    assert history.find(hashes(990)) is not None
-    assert history.find(hashes(989)) is None
+    assert history.find(hashes(990), HERE) is not None
+    assert history.find(hashes(989), HERE) is None
 
 
 @pytest.mark.parametrize("capacity_pages", [0, -1])

@@ -226,8 +226,9 @@ class PrefixCache:
     def explain(self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None) -> Explanation:
         """How far `ids` is cached now, and why not further. Changes nothing.
 
-        O(tokens × namespaces), and up to `page_size` passes over the hashes of the evictions remembered: as many pages
-        as the pool has, at most 262,144.
+        Looks at the namespace of `extra_key` and `cache_salt` alone: the answer is the same whatever others hold.
+        O(tokens), and up to `page_size` passes over the hashes of the evictions remembered: as many pages as the pool
+        has, at most 262,144.
 
         Raises: ConfigError if the cache was made without diagnostics; TokenIdsTypeError, InvalidTokenIdsError.
         """
@@ -240,6 +241,19 @@ class PrefixCache:
         if not self.shares_partial_pages:
             held_tokens = held_tokens // self.page_size * self.page_size
         return self._diagnostics.explain(tokens, (extra_key, cache_salt), cached_tokens, held_tokens)
+
+    def explain_as_admin(
+        self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None
+    ) -> Explanation:
+        """As `explain`, and how many other namespaces hold more of `ids`. O(tokens × namespaces) besides.
+
+        Never pass the answer on to a tenant: by asking again and again, one reads the prompts of others from it.
+
+        Raises: as `explain`.
+        """
+        explanation = self.explain(ids, extra_key=extra_key, cache_salt=cache_salt)
+        assert self._diagnostics is not None, "explain would have raised"
+        return self._diagnostics.add_other_namespaces(explanation, token_array(ids), (extra_key, cache_salt))
 
     def committed(self, tokens: NDArray[np.int32], namespace: Namespace) -> None:
         """Note that more is cached now than a request asked for. Leases call it."""

@@ -172,7 +172,7 @@ class Past:
 
     def explain(self, number: int, place: str, tokens: Tokens) -> Finding:
         """How far a prompt is cached now, why not further, and which of the prompts before have to do with it."""
-        explanation = self._cache.explain(tokens)
+        explanation = self._cache.explain_as_admin(tokens)
         near_miss, eviction = explanation.near_miss, explanation.eviction
         return Finding(
             number,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from radixkv.cache.insight.explanation import Explanation, name_of
+from radixkv.cache.insight.explanation import Explanation
 from radixkv.cli.difference import Difference, Side, draw
 
 if TYPE_CHECKING:
@@ -46,10 +46,8 @@ def as_json(finding: Finding) -> str:
     """All that is known, as one object on one line."""
     explanation, likest, loss = finding.explanation, finding.likest, finding.loss
     fields = {"prompt": finding.number, "place": finding.place, **explanation._asdict()}
-    fields["other_namespaces"] = [
-        {"extra_key": extra_key, "cache_salt": cache_salt, "cached_tokens": cached_tokens}
-        for (extra_key, cache_salt), cached_tokens in explanation.other_namespaces.items()
-    ]
+    if explanation.other_namespaces is not None:
+        fields["other_namespaces"] = explanation.other_namespaces._asdict()
     if loss is not None and explanation.eviction is not None:
         fields["eviction"] = {
             **explanation.eviction._asdict(),
@@ -94,8 +92,7 @@ def _why(finding: Finding, page_size: int) -> str:
     if explanation.eviction is not None:
         return f"the next {explanation.evicted_tokens:,} were evicted by {explanation.eviction.policy}"
     if explanation.reason == "other namespace":
-        held = ", ".join(f"{name_of(space)} holds {count:,}" for space, count in explanation.other_namespaces.items())
-        return f"never seen in this namespace, but {held}"
+        return f"never seen in this namespace, but {explanation.other_namespaces}"
     if explanation.reason == "page":
         more_tokens = 0 if likest is None else likest.difference.position - explanation.cached_tokens
         if more_tokens > 0:

@@ -7,7 +7,13 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv.cache.insight.explanation import CONTEXT_TOKENS, Explanation, MissReason, NearMiss
+from radixkv.cache.insight.explanation import (
+    CONTEXT_TOKENS,
+    Explanation,
+    MissReason,
+    NearMiss,
+    OtherNamespaces,
+)
 from radixkv.cache.insight.history import Eviction, EvictionHistory, Timeline
 from radixkv.cache.insight.miss_ratio import MissRatioCurve
 from radixkv.cache.insight.prefix_hash import namespace_seed, prefix_hashes
@@ -62,8 +68,11 @@ class Diagnostics:
         """Remember the pages of `node`, unless a lease has just put a longer copy in its place."""
         if self._is_replaced(node):
             return
+        namespace = node.root.namespace
+        assert namespace is not None, node
         self._history.record(
             self._page_hashes(node),
+            namespace,
             policy=self._tree.policy.name if self._cause is None else self._cause,
             evicted_at_s=self._tree.clock(),
             last_used_at_s=self._timeline.seconds_at(node.last_access),
@@ -104,13 +113,12 @@ class Diagnostics:
         self, tokens: NDArray[np.int32], namespace: Namespace, cached_tokens: int, held_tokens: int
     ) -> Explanation:
         """Why no more than `cached_tokens` of `tokens` would be found now, of which the tree has `held_tokens`. Changes
-        nothing.
+        nothing, and looks at nothing that belongs to another namespace.
 
-        O(tokens × namespaces + page_size × pages remembered).
+        O(tokens + page_size × pages remembered).
         """
         near_miss = self._near_miss(tokens, namespace)
         eviction, evicted_tokens = self._eviction(tokens, namespace, cached_tokens)
-        others = self._other_namespaces(tokens, namespace, cached_tokens)
         reason: MissReason = "never seen"
         if cached_tokens == len(tokens):
             reason = "hit"
@@ -118,8 +126,6 @@ class Diagnostics:
             reason = "window"
         elif eviction is not None:
             reason = "evicted"
-        elif others:
-            reason = "other namespace"
         elif self._is_rounded(len(tokens), cached_tokens, near_miss):
             reason = "page"
         return Explanation(
@@ -129,10 +135,24 @@ class Diagnostics:
             eviction=eviction,
             evicted_ago_s=None if eviction is None else self._tree.clock() - eviction.evicted_at_s,
             evicted_tokens=evicted_tokens,
-            other_namespaces=others,
+            other_namespaces=None,
             near_miss=near_miss,
             given_up_tokens=held_tokens - cached_tokens,
         )
+
+    def add_other_namespaces(
+        self, explanation: Explanation, tokens: NDArray[np.int32], namespace: Namespace
+    ) -> Explanation:
+        """The same `explanation` of `tokens`, with what an administrator may know of other namespaces.
+
+        O(tokens × namespaces).
+        """
+        held = [self._held(tokens, other) for other in self._tree.namespaces() if other != namespace]
+        more = [num_tokens for num_tokens in held if num_tokens > explanation.cached_tokens]
+        if not more:
+            return explanation
+        reason = "other namespace" if explanation.reason in ("page", "never seen") else explanation.reason
+        return explanation._replace(reason=reason, other_namespaces=OtherNamespaces(len(more), max(more)))
 
     def _is_rounded(self, num_tokens: int, cached_tokens: int, near_miss: NearMiss | None) -> bool:
         """Whether it is for the page size alone that the next token is not found."""
@@ -147,22 +167,16 @@ class Diagnostics:
         page_size = self._tree.page_size
         hashes = prefix_hashes(tokens, page_size, namespace_seed(*namespace))
         num_pages = cached_tokens // page_size
-        eviction = self._history.find(hashes[num_pages:])
+        eviction = self._history.find(hashes[num_pages:], namespace)
         if eviction is not None:
             num_pages += eviction.num_pages
         end = num_pages * page_size
         seed = int(hashes[num_pages - 1]) if num_pages else namespace_seed(*namespace)
         for tail_end in range(min(len(tokens), end + page_size - 1), max(end, cached_tokens), -1):
-            tail = self._history.find(_tail_hash(tokens[end:tail_end].tobytes(), seed))
+            tail = self._history.find(_tail_hash(tokens[end:tail_end].tobytes(), seed), namespace)
             if tail is not None:
                 return eviction or tail, tail_end - cached_tokens
         return eviction, 0 if eviction is None else end - cached_tokens
-
-    def _other_namespaces(
-        self, tokens: NDArray[np.int32], namespace: Namespace, cached_tokens: int
-    ) -> dict[Namespace, int]:
-        held = {other: self._held(tokens, other) for other in self._tree.namespaces() if other != namespace}
-        return {other: num_tokens for other, num_tokens in held.items() if num_tokens > cached_tokens}
 
     def _held(self, tokens: NDArray[np.int32], namespace: Namespace) -> int:
         """How many leading tokens a namespace shares."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from radixkv.cache.insight.history import Eviction
-from radixkv.cache.tree.node import Namespace
 
 MissReason = Literal["hit", "window", "evicted", "other namespace", "page", "never seen"]
 CONTEXT_TOKENS = 16  # of a near miss that are shown on either side
@@ -24,8 +23,26 @@ class NearMiss(NamedTuple):
     asked_ids: list[int]
 
 
+class OtherNamespaces(NamedTuple):
+    """How many other namespaces hold more of a prompt, and how many leading tokens the one with the most holds.
+
+    No names: a namespace may be a tenant, and a `cache_salt` is a secret.
+    """
+
+    num_namespaces: int
+    most_tokens: int
+
+    def __str__(self) -> str:
+        if self.num_namespaces == 1:
+            return f"another namespace holds {self.most_tokens:,}"
+        return f"{self.num_namespaces:,} other namespaces hold up to {self.most_tokens:,}"
+
+
 class Explanation(NamedTuple):
     """How far a prompt is cached, and why not further; `str` says it in one line.
+
+    `PrefixCache.explain` tells of the prompt's own namespace alone: whatever other namespaces hold, it is the same.
+    `PrefixCache.explain_as_admin` counts the others, too.
 
     Attributes:
         num_tokens: tokens in the prompt.
@@ -35,16 +52,16 @@ class Explanation(NamedTuple):
             "hit": it does not, all tokens are cached;
             "window": `given_up_tokens` more are cached, but no longer in the layers that see a window of tokens;
             "evicted": the next page, or the end of a prompt in it, was cached and had to make room: see `eviction`;
-            "other namespace": another namespace holds more of it: see `other_namespaces`;
+            "other namespace": another namespace holds more of it: see `other_namespaces`; for administrators only;
             "page": whole pages alone are shared, and the next one is the same in part only, or the prompt ends in it;
-            "never seen": nobody asked for this continuation, or it is too long ago to be remembered.
+            "never seen": no request in this namespace went on like this, or the cache has forgotten it.
         eviction: when and how the next tokens were evicted.
         evicted_ago_s: seconds since then.
         evicted_tokens: tokens after `cached_tokens` that were evicted, by this eviction or others.
-        other_namespaces: how many leading tokens the other namespaces hold; those that hold more than this one.
+        other_namespaces: how many others hold more of it; None if none does, or the caller is no administrator.
         near_miss: the cached sequence that agrees with it the longest; None if nothing agrees in the first token, or
             if all tokens are cached.
-        given_up_tokens: tokens after `cached_tokens` that layers of a window have given up, and others have not.
+        given_up_tokens: tokens after `cached_tokens` whose KV the layers with a window have lost, and others have not.
     """
 
     num_tokens: int
@@ -53,7 +70,7 @@ class Explanation(NamedTuple):
     eviction: Eviction | None
     evicted_ago_s: float | None
     evicted_tokens: int
-    other_namespaces: dict[Namespace, int]
+    other_namespaces: OtherNamespaces | None
     near_miss: NearMiss | None
     given_up_tokens: int
 
@@ -70,8 +87,7 @@ class Explanation(NamedTuple):
         if self.reason == "evicted":
             return self._why_evicted()
         if self.reason == "other namespace":
-            held = ", ".join(f"{name_of(space)} holds {tokens}" for space, tokens in self.other_namespaces.items())
-            return f"the rest was never seen in this namespace, but {held}"
+            return f"the rest was never seen in this namespace, but {self.other_namespaces}"
         if self.reason == "page":
             return self._why_rounded()
         if self.near_miss is None:
@@ -95,16 +111,6 @@ class Explanation(NamedTuple):
         if same_tokens > 0:
             return f"{same_tokens} more are the same, but only whole pages are shared"
         return f"the last {self.num_tokens - self.cached_tokens} fill no page, and only whole pages are shared"
-
-
-def name_of(namespace: Namespace) -> str:
-    """A namespace in words, on one line.
-
-    >>> name_of(("tenant a", None)), name_of((None, None))
-    ("extra_key 'tenant a'", 'the default namespace')
-    """
-    parts = zip(("extra_key", "cache_salt"), namespace, strict=True)
-    return " and ".join(f"{name} {value!r}" for name, value in parts if value is not None) or "the default namespace"
 
 
 def _first_ids(ids: list[int]) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from radixkv.cache.tree.node import Namespace
 from radixkv.errors import ConfigError
 
 _PAGES_A_NODE = 8  # as many as must have been evicted at a time, for the history to remember all it has room for
@@ -45,9 +46,12 @@ class Eviction(NamedTuple):
 
 
 class _Node(NamedTuple):
-    """One eviction: the place of its first page among all pages ever recorded, and what `Eviction` tells of it."""
+    """One eviction: the place of its first page among all pages ever recorded, whose pages they were, and what
+    `Eviction` tells of it.
+    """
 
     first_page: int
+    namespace: Namespace
     policy: str
     evicted_at_s: float
     last_used_at_s: float | None
@@ -61,12 +65,15 @@ class EvictionHistory:
     Remembers the last `capacity_pages` pages, or fewer if they were evicted less than 8 at a time: the last
     `capacity_pages / 8` evictions. Memory: 8 bytes a page and some 340 an eviction, so at most 50 bytes for each page
     of `capacity_pages`. A ghost is a 64-bit `prefix_hashes`: one of a million is mistaken for another page with a
-    probability of about 5e-14 a question.
+    probability of about 5e-14 a question. Users can make prompts whose hashes collide, so each ghost also remembers its
+    namespace, and `find` answers from one namespace alone.
 
     >>> history = EvictionHistory(capacity_pages=1000)
-    >>> page_hashes = np.array([11, 12, 13], np.uint64)                     # by `prefix_hashes`
-    >>> history.record(page_hashes, policy="lru", evicted_at_s=9.0, last_used_at_s=4.0, evicted_tick=7, last_use_tick=2)
-    >>> found = history.find(np.array([12, 13, 99], np.uint64))
+    >>> page_hashes, tenant = np.array([11, 12, 13], np.uint64), ("tenant", None)           # by `prefix_hashes`
+    >>> history.record(
+    ...     page_hashes, tenant, policy="lru", evicted_at_s=9.0, last_used_at_s=4.0, evicted_tick=7, last_use_tick=2
+    ... )
+    >>> found = history.find(np.array([12, 13, 99], np.uint64), tenant)
     >>> found.num_pages, found.policy, found.unused_s, found.unused_ticks
     (2, 'lru', 5.0, 5)
     """
@@ -87,6 +94,7 @@ class EvictionHistory:
     def record(
         self,
         hashes: NDArray[np.uint64],
+        namespace: Namespace,
         *,
         policy: str,
         evicted_at_s: float,
@@ -98,7 +106,9 @@ class EvictionHistory:
 
         `hashes`: the prefix hashes of its pages, shape (pages,), in order.
         """
-        self._nodes.append(_Node(self._num_recorded, policy, evicted_at_s, last_used_at_s, evicted_tick, last_use_tick))
+        self._nodes.append(
+            _Node(self._num_recorded, namespace, policy, evicted_at_s, last_used_at_s, evicted_tick, last_use_tick)
+        )
         self._num_recorded += len(hashes)
         kept = hashes[-self.capacity_pages :]
         start = (self._num_recorded - len(kept)) % self.capacity_pages
@@ -108,38 +118,46 @@ class EvictionHistory:
         while len(self._nodes) > 1 and self._nodes[1].first_page <= self._num_recorded - self.capacity_pages:
             self._nodes.popleft()
 
-    def find(self, hashes: NDArray[np.uint64]) -> Eviction | None:
+    def find(self, hashes: NDArray[np.uint64], namespace: Namespace) -> Eviction | None:
         """The last eviction of the page `hashes[0]`, and how many of the pages after it are gone too.
 
         `hashes`: the prefix hashes of a prompt's pages from where its match ended. None if the first of them was never
         evicted, or so long ago that it is forgotten. O(capacity_pages) for each eviction that took some of them.
         """
-        page = self._last_page(hashes[0]) if len(hashes) else None
+        page = self._last_page(hashes[0], namespace) if len(hashes) else None
         if page is None:
             return None
-        node = self._nodes[bisect_right(self._nodes, page, key=lambda node: node.first_page) - 1]
-        return Eviction(self._count_leading(hashes), *node[1:])
+        node = self._nodes[self._index_of_node(page)]
+        return Eviction(self._count_leading(hashes, namespace), *node[2:])
 
     def clear(self) -> None:
         """Forget everything."""
         self._num_recorded = 0
         self._nodes.clear()
 
-    def _last_page(self, page_hash: np.uint64) -> int | None:
-        """The newest of the remembered pages of that hash."""
+    def _last_page(self, page_hash: np.uint64, namespace: Namespace) -> int | None:
+        """The newest of the namespace's remembered pages of that hash."""
         places = np.flatnonzero(self._hashes == page_hash)
         pages = self._num_recorded - 1 - (self._num_recorded - 1 - places) % self.capacity_pages
-        page = int(pages.max(initial=-1))
-        return page if page >= self._oldest_page else None
+        for page in np.sort(pages[pages >= self._oldest_page])[::-1].tolist():
+            if self._nodes[self._index_of_node(page)].namespace == namespace:
+                return int(page)
+        return None
 
-    def _count_leading(self, hashes: NDArray[np.uint64]) -> int:
+    def _index_of_node(self, page: int) -> int:
+        """Which of `_nodes` the remembered `page` was in. O(log evictions)."""
+        return bisect_right(self._nodes, page, key=lambda node: node.first_page) - 1
+
+    def _count_leading(self, hashes: NDArray[np.uint64], namespace: Namespace) -> int:
         """How many of `hashes` come before the first that is not remembered."""
         count = 0
         while count < len(hashes):
-            page = self._last_page(hashes[count])
+            page = self._last_page(hashes[count], namespace)
             if page is None:
                 break
-            rest = hashes[count : count + self._num_recorded - page]  # what one eviction took lies in one piece
+            following = self._index_of_node(page) + 1
+            node_end = self._nodes[following].first_page if following < len(self._nodes) else self._num_recorded
+            rest = hashes[count : count + node_end - page]  # what one eviction took lies in one piece
             differs = self._hashes[np.arange(page, page + len(rest)) % self.capacity_pages] != rest
             count += int(differs.argmax()) if differs.any() else len(rest)
         return count
