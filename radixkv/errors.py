@@ -19,6 +19,7 @@ would expect, so `except ValueError` works too.
     ├── UnsupportedBackendError (ValueError)  the attention backend cannot serve this model here
     ├── OutOfPagesError (MemoryError)         nothing is left to evict and the pages do not suffice
     ├── NonFiniteLogitsError (ArithmeticError) the model returned NaN or infinity for a request
+    ├── SessionBusyError (RuntimeError)       a session was changed amid a turn of the same thread
     ├── ClosedError (RuntimeError)            a lease, session or engine was used after it was closed
     ├── QueueFullError (RuntimeError)         too many requests wait already; try again later
     ├── EngineFailedError (RuntimeError)      the engine's thread ended because of an error; make a new engine
@@ -100,6 +101,10 @@ class OutOfPagesError(RadixKVError, MemoryError):
 
 class NonFiniteLogitsError(RadixKVError, ArithmeticError):
     """The model returned NaN or infinite logits for a request."""
+
+
+class SessionBusyError(RadixKVError, RuntimeError):
+    """A session was asked for something amid a turn that the same thread has begun and not finished."""
 
 
 class ClosedError(RadixKVError, RuntimeError):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import cycle
+from random import Random
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chat_tokenizers import byte_level, sentence_piece
 from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.engine.assembly import assemble
 from radixkv.engine.detokenizer import Detokenizer, decode
@@ -111,3 +113,54 @@ def test_an_unfinished_last_character_is_in_every_kind_of_output() -> None:
         texts.append(engine.generate("x", params)[0].text)
         texts.append("".join(chunk.text for chunk in engine.stream("x", params)))
     assert texts == ["aé\ufffd"] * 4
+
+
+def streamed(tokenizer: object, ids: list[int], stops: tuple[str, ...] = ()) -> tuple[str, Detokenizer]:
+    detokenizer = Detokenizer(tokenizer, stops)
+    pieces = []
+    for token_id in ids:
+        pieces.append(detokenizer.push(token_id))
+        if detokenizer.stopped:
+            break
+    return "".join([*pieces, detokenizer.flush()]), detokenizer
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"), [("<|im_end|>", "hello"), ("o<|im_end|>", "hell"), ("<|im_end|>\n", "hello world")]
+)
+def test_a_stop_string_may_hold_special_tokens(stop: str, text: str) -> None:
+    tokenizer = byte_level("<|im_end|>")
+    whole = "hello<|im_end|> world<|im_end|>\nagain"
+    ids = tokenizer(whole).input_ids
+    got, detokenizer = streamed(tokenizer, ids, ("zzz", stop))
+    assert got == detokenizer.text == text
+    assert detokenizer.stopped
+
+
+def test_text_of_a_special_token_that_is_spelled_out_is_no_special_token() -> None:
+    tokenizer = byte_level("<|im_end|>")
+    ids = tokenizer("a <|im_", add_special_tokens=False).input_ids + tokenizer("end|> b").input_ids
+    assert streamed(tokenizer, ids, ("<|im_end|>",))[0] == "a <|im_end|> b"
+
+
+def test_an_invalid_byte_takes_the_byte_tokens_before_it_along() -> None:
+    tokenizer = sentence_piece()
+    ids = tokenizer.convert_tokens_to_ids(["<0x04>", "<0xD1>"])
+    assert streamed(tokenizer, ids)[0] == decode(tokenizer, ids) == "\ufffd\ufffd"
+
+
+def test_a_stop_string_of_byte_tokens_ends_the_text_at_once() -> None:
+    tokenizer = sentence_piece()
+    text, detokenizer = streamed(tokenizer, tokenizer.convert_tokens_to_ids(["h", "<0x0A>", "<0xD1>"]), ("\n",))
+    assert (text, detokenizer.stopped) == ("h", True)
+
+
+@pytest.mark.parametrize("num_streams", [200, pytest.param(3000, marks=pytest.mark.stress)])
+def test_random_streams_join_to_the_text_of_all_ids(num_streams: int) -> None:
+    random = Random(0)
+    for tokenizer in (sentence_piece(), byte_level("<|im_end|>")):
+        num_bytes = [i for i, t in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))) if "<0x" in t]
+        for _ in range(num_streams):
+            pool = num_bytes if num_bytes and random.random() < 0.5 else range(len(tokenizer))
+            ids = random.choices(pool, k=random.randint(1, 12)) + random.choices(range(len(tokenizer)), k=3)
+            assert streamed(tokenizer, ids)[0] == decode(tokenizer, ids), ids

@@ -28,8 +28,7 @@ from radixkv.errors import ConfigError, InvalidRequestError, RadixKVError
 
 if TYPE_CHECKING:
     from radixkv.engine.engine import Engine
-    from radixkv.engine.request import RequestOutput
-    from radixkv.engine.results import StreamChunk
+    from radixkv.engine.request import Progress, RequestOutput
     from radixkv.engine.sampling import SamplingParams
 
 T = TypeVar("T")
@@ -118,14 +117,14 @@ def _of_prompt(prompt: Prompt, work: Callable[[], T]) -> T:
         raise RadixKVError(f"{prompt.place} failed: {describe(error)}") from error
 
 
-def _open_stream(engine: Engine, prompt: Prompt, params: SamplingParams) -> Iterator[StreamChunk]:
+def _open_stream(engine: Engine, prompt: Prompt, params: SamplingParams) -> Iterator[Progress]:
     try:
         return engine.stream(prompt.content, params)
     except RadixKVError as error:
         raise InvalidRequestError(f"{prompt.place}: {error}") from error
 
 
-def _print_stream(chunks: Iterator[StreamChunk]) -> RequestOutput:
+def _print_stream(chunks: Iterator[Progress]) -> RequestOutput:
     for chunk in chunks:
         typer.echo(chunk.text, nl=False)  # which flushes
         if chunk.output is not None:

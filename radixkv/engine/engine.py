@@ -26,7 +26,7 @@ from radixkv.engine.request import Progress, Request, RequestOutput
 from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.engine.results import EngineStats, FinishedOutbox, Outbox
 from radixkv.engine.sampling import SamplingParams
-from radixkv.engine.session import Session
+from radixkv.engine.session import Session, UserSpecialTokens
 from radixkv.models.loader import load
 
 
@@ -210,12 +210,15 @@ class Engine:
         cache_salt: str | None = None,
         priority: int = 0,
         keep_for_s: float | None = None,
+        user_special_tokens: UserSpecialTokens = "allow",
     ) -> Session:
         """Start a conversation; the first `send` begins it with a system turn if `system` is given.
 
-        The other arguments are those of `generate`, for each of its turns.
+        `user_special_tokens="text"` encodes control tokens in a user's text as ordinary text. The other arguments are
+        those of `generate`, for each of its turns.
         """
-        return Session(self, checked_cache_options(extra_key, cache_salt, priority, keep_for_s), system=system)
+        options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s)
+        return Session(self, options, system=system, user_special_tokens=user_special_tokens)
 
     def register_session(self, session: Session) -> None:
         """Know a session, as long as it lives, for what sessions have in common. Sessions call it."""

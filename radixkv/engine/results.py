@@ -102,6 +102,3 @@ class EngineStats(NamedTuple):
     def protected_pages(self) -> int:
         """Pages of cached prefixes that running requests read."""
         return self.cache.protected_tokens // self.cache.page_size
-
-
-StreamChunk = Progress

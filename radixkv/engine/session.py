@@ -1,26 +1,29 @@
-"""Conversations: exact token ids, kept from turn to turn."""
+"""Conversations: the chat template's tokens with the answers' own ids in them, kept from turn to turn."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import logging
+from collections.abc import Generator
 from contextlib import closing
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from radixkv.cache.token_ids import TokenIds
 from radixkv.engine.arguments import CacheOptions
+from radixkv.engine.chat_template import Message
+from radixkv.engine.conversation import Composer, Conversation, Prompt, SessionExplanation, common_tokens
 from radixkv.engine.request import RequestOutput
 from radixkv.engine.sampling import SamplingParams
-from radixkv.errors import ClosedError, InvalidRequestError, MissingChatTemplateError
+from radixkv.engine.turn_queue import TurnQueue
+from radixkv.errors import ClosedError, InvalidRequestError
 
 if TYPE_CHECKING:
     from radixkv.engine.engine import Engine
-    from radixkv.engine.results import StreamChunk
+    from radixkv.engine.request import Progress
 
-PLACEHOLDER = "\u241fanswer\u241f"  # stands for an answer while a template is rendered around it
-Message = dict[str, str]
+logger = logging.getLogger(__name__)
+UserSpecialTokens = Literal["allow", "text"]
 
 
 class KVUsage(NamedTuple):
@@ -41,10 +44,18 @@ class KVUsage(NamedTuple):
 
 class Session:
     """A conversation with an engine. It keeps token ids, not pages: its KV stays in the cache while there is room,
-    and is computed again if it was evicted, so an idle session never blocks anybody.
+    and is computed again if it was evicted, so an idle session blocks no other request.
 
-    Past turns are never tokenised again: their exact ids are the prefix of the next prompt, and hit the cache.
-    A turn that fails or is broken off leaves the conversation as it was before.
+    A turn's prompt is what the chat template renders of the whole conversation. Where the rendering contains an
+    answer's text, the answer's own ids stand for it, so the past is the prefix of the next prompt and hits the cache.
+    Where the template changes or drops an answer, or moves other text, the template decides; `explain` says what that
+    costs, and a warning is logged once. What `append` and `generate` add stays as it stands.
+
+    Threads may share a session. `send`, `stream`, `append` and `generate` run one at a time, in the order of the
+    calls (a stream's turn begins with its first `next`). A thread that has a turn unfinished gets SessionBusyError
+    instead of waiting for itself. `fork` and everything that only reads see the state before the running turn.
+    After `close` the running turn goes on to its end and counts; turns that wait get ClosedError. A turn that fails or
+    is broken off leaves the conversation as it was before.
 
     >>> import radixkv
     >>> engine = radixkv.Engine.from_pretrained("demo", kv_cache_tokens=4096)
@@ -55,11 +66,32 @@ class Session:
     (0, True)
     """
 
-    def __init__(self, engine: Engine, options: CacheOptions, *, system: str | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        options: CacheOptions,
+        *,
+        system: str | None = None,
+        user_special_tokens: UserSpecialTokens = "allow",
+    ) -> None:
+        """Begin a conversation; `Engine.session` calls it.
+
+        user_special_tokens: "allow" lets special tokens in a user's text act as such, as the tokenizer does; "text"
+            encodes them as ordinary text, so that a user cannot write a turn of another role.
+
+        Raises: InvalidRequestError.
+        """
+        if system is not None:
+            _check_text("system", system)
+        if user_special_tokens not in ("allow", "text"):
+            raise InvalidRequestError(f"user_special_tokens must be 'allow' or 'text', not {user_special_tokens!r}")
         self._engine = engine
         self._options = options
-        self._ids: NDArray[np.int32] = np.empty(0, np.int32)
-        self._messages: list[Message] = [{"role": "system", "content": system}] if system is not None else []
+        self._user_special_tokens: UserSpecialTokens = user_special_tokens
+        self._composer = Composer(engine, plain_users=user_special_tokens == "text")
+        self._now = Conversation(messages=() if system is None else ({"role": "system", "content": system},))
+        self._turns = TurnQueue()
+        self._warned = False
         self._closed = False
         engine.register_session(self)
 
@@ -70,56 +102,94 @@ class Session:
 
     @property
     def token_ids(self) -> list[int]:
-        """The conversation so far, to the token."""
-        return list(map(int, self._ids))
+        """The context after the last turn, to the token."""
+        return list(map(int, self._now.ids))
 
     @property
     def messages(self) -> list[Message]:
-        """The chat turns so far."""
-        return [dict(message) for message in self._messages]
+        """The chat turns so far, as the template gets them.
+
+        An answer is the output's text, without what the template itself writes before an answer (a blank, a header).
+        """
+        return [dict(message) for message in self._now.messages]
 
     def send(self, text: str, params: SamplingParams | None = None) -> RequestOutput:
         """Add a user turn through the chat template, and generate the answer.
 
-        Raises: MissingChatTemplateError, MissingTokenizerError, PromptTooLongError, ClosedError, and whatever went
-            wrong with the request.
+        Raises: MissingChatTemplateError, MissingTokenizerError, PromptTooLongError, InvalidRequestError if `text` is
+            not text, SessionBusyError, ClosedError, and the request's own error.
         """
         *_, last = self.stream(text, params)
         assert last.output is not None, "the last chunk carries the output"
         return last.output
 
-    def stream(self, text: str, params: SamplingParams | None = None) -> Generator[StreamChunk]:
-        """As `send`, piece by piece; the turn counts once the iterator is exhausted."""
-        self._check_open()
-        prompt = np.concatenate([self._ids, self._turn_ids(text)])
-        return self._run(prompt, params, [*self._messages, {"role": "user", "content": text}])
+    def stream(self, text: str, params: SamplingParams | None = None) -> Generator[Progress]:
+        """As `send`, piece by piece. The turn begins with the first `next` and counts once the iterator is exhausted.
 
-    def append(self, content: str | TokenIds) -> None:
-        """Add text (encoded as it stands, without special tokens) or token ids to the context; nothing is computed.
-
-        Raises: TokenIdsTypeError, InvalidTokenIdsError, MissingTokenizerError, ClosedError.
+        Closing or dropping the iterator breaks the turn off. Raises: as `send`; for bad arguments at once.
         """
         self._check_open()
-        if isinstance(content, str):
-            content = self._encode(content)
-        self._ids = np.concatenate([self._ids, self._engine.known_ids(content)])
+        _check_text("text", text)
+        seen = self._now
+        prompt = self._composer.compose(seen, text)
+        chunks = self._engine.stream(prompt.ids, params, **self._options._asdict())  # checks, and starts nothing yet
+        return self._chat_turn(text, params, seen, prompt, chunks)
+
+    def append(self, content: str | TokenIds) -> None:
+        """Add text (encoded as it stands, without special tokens of its own) or token ids to the context.
+
+        Nothing is computed. What is added after an answer belongs to it. Waits for a turn of another thread.
+
+        Raises: TokenIdsTypeError, InvalidTokenIdsError, MissingTokenizerError, SessionBusyError, ClosedError.
+        """
+        self._check_open()
+        ids = self._engine.encode(content, add_special_tokens=False) if isinstance(content, str) else content
+        ids = self._engine.known_ids(ids).copy()
+        with self._turns.turn():
+            self._check_open()
+            self._now = self._now.with_added(ids, by_model=False)
 
     def generate(self, params: SamplingParams | None = None) -> RequestOutput:
         """Continue the context as it stands, and add what was generated to it.
 
-        Raises: InvalidRequestError if the context is empty, PromptTooLongError, ClosedError.
+        Raises: InvalidRequestError if the context is empty, PromptTooLongError, SessionBusyError, ClosedError.
         """
         self._check_open()
-        *_, last = self._run(self._ids, params, None)
-        assert last.output is not None, "the last chunk carries the output"
+        with self._turns.turn():
+            self._check_open()
+            with closing(self._engine.stream(self._now.ids, params, **self._options._asdict())) as chunks:
+                *_, last = chunks
+            assert last.output is not None, "the last chunk carries the output"
+            if _counts(last.output):
+                self._now = self._now.with_added(np.array(last.output.token_ids, np.int32), by_model=True)
         return last.output
 
     def fork(self) -> Session:
-        """A second conversation with the same past, which shares all its pages. O(tokens) of ids, no KV is copied."""
+        """A second conversation with the same past, which shares all its pages. No KV is copied.
+
+        During a turn, the branch has the state before that turn. Raises: ClosedError.
+        """
         self._check_open()
-        branch = Session(self._engine, self._options)
-        branch._ids, branch._messages = self._ids.copy(), self.messages
+        branch = Session(self._engine, self._options, user_special_tokens=self._user_special_tokens)
+        branch._now, branch._warned = self._now, self._warned
         return branch
+
+    def explain(self) -> SessionExplanation:
+        """What the next turn keeps of this context, and what the chat template holds otherwise.
+
+        Raises: as `send`.
+
+        >>> import radixkv
+        >>> engine = radixkv.Engine.from_pretrained("demo", kv_cache_tokens=4096)
+        >>> with engine.session() as chat:
+        ...     _ = chat.send("Who are you?", radixkv.SamplingParams(max_tokens=16))
+        ...     explanation = chat.explain()
+        >>> explanation.recomputed_tokens, explanation.changed
+        (0, False)
+        """
+        self._check_open()
+        now = self._now
+        return self._composer.compose(now, "?").explain(now, self._composer.encoder.special_ids)
 
     def kv_usage(self) -> KVUsage:
         """What the context holds in the pool now. O(tokens × open sessions)."""
@@ -128,23 +198,23 @@ class Session:
             return self._kv_usage()
 
     def _kv_usage(self) -> KVUsage:
-        cache = self._engine.cache
+        cache, ids = self._engine.cache, self._now.ids
         extra_key, cache_salt = self.namespace
-        tokens, path = cache.tree.peek_path(self._ids, extra_key=extra_key, cache_salt=cache_salt)
+        tokens, path = cache.tree.peek_path(ids, extra_key=extra_key, cache_salt=cache_salt)
         shared = branching = 0
         for node in path:
             branching += node.num_tokens
             if len(node.children) > 1 or (branching > tokens):
                 shared = min(branching, tokens)
-        others = [s._ids for s in self._engine.open_sessions(self.namespace) if s is not self]
-        in_common = max((_common_tokens(self._ids, ids) for ids in others), default=0)
+        others = [s._now.ids for s in self._engine.open_sessions(self.namespace) if s is not self]
+        in_common = max((common_tokens(ids, other) for other in others), default=0)
         shared = max(shared, min(tokens, in_common))
         pages = np.concatenate([np.empty(0, np.int32), *(node.page_ids for node in path)])[: cache.pages_for(tokens)]
         num_bytes = self._engine.pool.bytes_of(pages, tokens)
-        return KVUsage(len(self._ids), tokens, len(pages), num_bytes, shared, tokens - shared)
+        return KVUsage(len(ids), tokens, len(pages), num_bytes, shared, tokens - shared)
 
     def close(self) -> None:
-        """End the conversation. Its KV stays in the cache until it is evicted. Idempotent."""
+        """End the conversation. Its KV stays in the cache until it is evicted. Idempotent; never waits."""
         self._closed = True
 
     @property
@@ -154,60 +224,38 @@ class Session:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _run(
-        self, prompt: NDArray[np.int32], params: SamplingParams | None, messages: list[Message] | None
-    ) -> Generator[StreamChunk]:
-        chunks = self._engine.stream(prompt, params, **self._options._asdict())
-        return self._record(prompt, messages, chunks)
+    def _chat_turn(
+        self,
+        text: str,
+        params: SamplingParams | None,
+        seen: Conversation,
+        prompt: Prompt,
+        chunks: Generator[Progress],
+    ) -> Generator[Progress]:
+        with self._turns.turn():
+            self._check_open()
+            if self._now is not seen:  # other turns came in between
+                prompt = self._composer.compose(self._now, text)
+                chunks = self._engine.stream(prompt.ids, params, **self._options._asdict())
+            self._warn_once(prompt)
+            with closing(chunks):
+                for chunk in chunks:
+                    if chunk.output is not None and _counts(chunk.output):
+                        self._now = self._composer.answered(self._now, prompt, chunk.output)
+                    yield chunk
 
-    def _record(
-        self, prompt: NDArray[np.int32], messages: list[Message] | None, chunks: Generator[StreamChunk]
-    ) -> Generator[StreamChunk]:
-        with closing(chunks):
-            yield from self._recorded(prompt, messages, chunks)
-
-    def _recorded(
-        self, prompt: NDArray[np.int32], messages: list[Message] | None, chunks: Iterator[StreamChunk]
-    ) -> Generator[StreamChunk]:
-        for chunk in chunks:
-            if chunk.output is not None and chunk.output.finish_reason in ("stop", "length"):
-                self._ids = np.concatenate([prompt, np.array(chunk.output.token_ids, np.int32)])
-                if messages is not None:
-                    self._messages = [*messages, {"role": "assistant", "content": chunk.output.text or ""}]
-            yield chunk
-
-    def _turn_ids(self, text: str) -> NDArray[np.int32]:
-        """What the chat template puts between the conversation so far and the answer to `text`.
-
-        What was appended or generated since the last answer counts as part of it.
-        """
-        user = {"role": "user", "content": text}
-        if not any(message["role"] == "user" for message in self._messages):
-            return self._encode(self._render([*self._messages, user]))
-        placeholder = PLACEHOLDER
-        while placeholder in text:
-            placeholder += PLACEHOLDER
-        asked = [*self._messages[:-1], {"role": "assistant", "content": placeholder}, user]
-        ids = self._encode(self._render(asked).rpartition(placeholder)[2])
-        # the answer may have ended with the very token that the template closes a turn with
-        if len(ids) and len(self._ids) and ids[0] == self._ids[-1]:
-            ids = ids[1:]
-        return ids
-
-    def _render(self, messages: list[Message]) -> str:
-        tokenizer = self._engine.require_tokenizer(messages[-1]["content"])
-        if not getattr(tokenizer, "chat_template", None):
-            raise MissingChatTemplateError(
-                "the tokenizer has no chat template; use session.append(text) and session.generate() instead"
+    def _warn_once(self, prompt: Prompt) -> None:
+        if self._warned:
+            return
+        explanation = prompt.explain(self._now, self._composer.encoder.special_ids)
+        if explanation.changed:
+            self._warned = True
+            logger.warning(
+                "the chat template renders earlier turns differently once they are in the history; %d of %d tokens of "
+                "context are computed again in this turn (session.explain() has the details)",
+                explanation.recomputed_tokens,
+                explanation.context_tokens,
             )
-        try:
-            rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise what they like, of jinja2 and of Python
-            raise InvalidRequestError(f"the chat template refuses this turn: {error}") from error
-        return rendered
-
-    def _encode(self, text: str) -> NDArray[np.int32]:
-        return self._engine.encode(text, add_special_tokens=False)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -221,10 +269,22 @@ class Session:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Session({len(self._ids)} tokens, {len(self._messages)} messages{', closed' if self._closed else ''})"
+        now = self._now
+        return f"Session({len(now.ids)} tokens, {len(now.messages)} messages{', closed' if self._closed else ''})"
 
 
-def _common_tokens(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
-    size = min(len(a), len(b))
-    differs = np.flatnonzero(a[:size] != b[:size])
-    return int(differs[0]) if len(differs) else size
+def _counts(output: RequestOutput) -> bool:
+    """Whether the turn came to its end; one that was aborted or failed is no turn."""
+    return output.finish_reason in ("stop", "length")
+
+
+def _check_text(name: str, text: object) -> None:
+    """Raises: InvalidRequestError unless `text` is a str that can be encoded."""
+    if not isinstance(text, str):
+        raise InvalidRequestError(f"{name} must be a str, not {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"{name} must be valid Unicode; it has a {error.reason} at character {error.start}"
+        ) from error
