@@ -183,7 +183,7 @@ class ReferenceBackend:
             v,
             qo_indptr=self._metadata.qo_indptr.tolist(),
             kv_indptr=self._metadata.kv_indptr.tolist(),
-            kv_indices=torch.arange(len(pages), device=q.device),
+            kv_indices=torch.arange(len(pages), dtype=torch.int64, device=q.device),
             kv_lens=self._metadata.kv_lens.tolist(),
             scale=params.scale,
             sliding_window=params.sliding_window,

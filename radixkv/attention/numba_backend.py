@@ -123,7 +123,7 @@ class NumbaBackend:
 
     def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
         kv = self.pool.layers[layer]
-        out = torch.empty(q.shape[0], q.shape[1], kv.v_head_dim)
+        out = _float32(q.shape[0], q.shape[1], kv.v_head_dim)
         heads = Heads(q.shape[1], kv.num_kv_heads)
         key = _Visible(heads, params.sliding_window, params.chunk_size, params.sink_tokens, params.sinks is not None)
         if key not in self._work:
@@ -179,8 +179,8 @@ class NumbaBackend:
         if isinstance(pool, QuantizedKVPool):
             scales = [pool.k_scales[layer].data_ptr(), pool.v_scales[layer].data_ptr()]
         num_rows = q.shape[0] * q.shape[1]
-        partial_out = torch.empty(work.num_partials, kv.v_head_dim)
-        lse = torch.empty(num_rows + work.num_partials)
+        partial_out = _float32(work.num_partials, kv.v_head_dim)
+        lse = _float32(num_rows + work.num_partials)
         factors = _factors(params, numba_ir.UNITS.get(self._mode, 1.0))
         counter = np.zeros(1, np.int64)
         arguments = np.zeros(numba_cpu.NUM_ARGUMENTS, np.int64)
@@ -245,7 +245,7 @@ class NumbaBackend:
                 numba_cpu.attention_worker(self._mode, rows)
             numba_cpu.merge_worker()
             kv = self.pool.layers[0]
-            nothing = [torch.empty(0, kv.num_kv_heads, dim) for dim in (kv.k_head_dim, kv.v_head_dim)]
+            nothing = [_float32(0, kv.num_kv_heads, dim) for dim in (kv.k_head_dim, kv.v_head_dim)]
             self.write(0, torch.empty(0, dtype=torch.int64, device=self.pool.device), *nothing)
 
 
@@ -273,6 +273,11 @@ _WRITERS = {
 
 
 _ENCODERS = {"int8": numba_codes.write_int8, "int4": numba_codes.write_int4}
+
+
+def _float32(*shape: int) -> Tensor:
+    """What the kernel writes to: it takes addresses alone, so the application's default dtype must not decide."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _why_not_codes(needs: AttentionNeeds) -> str | None:

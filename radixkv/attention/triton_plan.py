@@ -127,7 +127,7 @@ def aligned(size: int) -> int:
 
 def staging(size: int, device: torch.device) -> Tensor:
     """Int32 on the CPU; for a GPU in pinned memory, which torch does not reuse before a copy from it is done."""
-    return torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return torch.empty(size, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
 
 
 def upload(arrays: Sequence[Ints], device: torch.device) -> list[Tensor]:

@@ -57,7 +57,7 @@ class PendingTokens:
         on_device = torch.stack([ids, finite.long()])
         self._copied: torch.cuda.Event | None = None
         if on_device.is_cuda:
-            self._values = torch.empty(on_device.shape, dtype=torch.int64, pin_memory=True)
+            self._values = torch.empty(on_device.shape, dtype=torch.int64, device="cpu", pin_memory=True)
             self._values.copy_(on_device, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -141,7 +141,7 @@ class _Filters(NamedTuple):
 
 def _filters(drawn: Sequence[tuple[int, SamplingParams]], vocab_size: int, device: torch.device) -> _Filters:
     def on_device(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+        return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
     all_params = [params for _, params in drawn]
     top_k = [min(params.top_k or vocab_size, vocab_size) for params in all_params]

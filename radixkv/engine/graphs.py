@@ -170,7 +170,7 @@ class GraphRunner:
         self._input_ids, self._positions, self._slots = (
             torch.zeros(max_batch_size, dtype=torch.int64, device=model.device) for _ in range(3)
         )
-        self._rows = torch.arange(max_batch_size, device=model.device)
+        self._rows = torch.arange(max_batch_size, dtype=torch.int64, device=model.device)
 
     @staticmethod
     def ladder(max_batch_size: int) -> list[int]:

@@ -54,7 +54,8 @@ class KVPool:
         self.num_pages, self.page_size = num_pages, page_size
         self.dtype, self.device = dtype, torch.device(device)
         try:
-            tensors = [self._tensors(layer) for layer in self.layers]
+            with torch.inference_mode(False):  # pages outlive whatever mode they were made in, and are written in any
+                tensors = [self._tensors(layer) for layer in self.layers]
         except (RuntimeError, MemoryError) as error:  # torch has no narrower error for the CPU's memory
             raise ConfigError(
                 f"no room on {device} for a KV pool of {num_pages * page_size} tokens of {self.bytes_per_token} bytes; "

@@ -61,7 +61,8 @@ class LatentKVPool(KVPool):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(layers, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
-        self.v = [k[..., : _latent_dim(layer)] for k, layer in zip(self.k, layers, strict=True)]
+        with torch.inference_mode(False):
+            self.v = [k[..., : _latent_dim(layer)] for k, layer in zip(self.k, layers, strict=True)]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, [tokens, 1, latent_dim + rope_dim], in `slots`, int64 [tokens]; v is its first part."""

@@ -112,9 +112,10 @@ class _ScalePages:
         self, layout: KVLayout, layers: Sequence[LayerKV], *, num_pages: int, page_size: int, device: torch.device
     ) -> None:
         self._in_lanes, self._page_size = layout == "lanes", page_size
-        self.k, self.v = (
-            [self._empty(num_pages, kv.num_kv_heads, kv.k_head_dim, device) for kv in layers] for _ in range(2)
-        )
+        with torch.inference_mode(False):  # as in `KVPool`
+            self.k, self.v = (
+                [self._empty(num_pages, kv.num_kv_heads, kv.k_head_dim, device) for kv in layers] for _ in range(2)
+            )
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store those of tokens, [tokens, num_kv_heads, num_scales]."""
