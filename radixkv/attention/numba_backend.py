@@ -15,7 +15,7 @@ from radixkv.attention.metadata import AttentionMetadata
 from radixkv.attention.numba_tasks import Heads, Read, Work, plan_work
 from radixkv.attention.shared_prefix import NEVER, NO_CASCADE, BreakEven, plan_cascade
 from radixkv.kernels import numba_codes, numba_cpu, numba_ir, openmp
-from radixkv.kernels.compiling import told_if_slow
+from radixkv.kernels.compiling import log_if_slow
 from radixkv.memory.kv_codes import code_form, is_quantized
 from radixkv.memory.kv_pool import KVLayout, KVPool
 from radixkv.memory.quantized_pool import QuantizedKVPool
@@ -240,7 +240,7 @@ class NumbaBackend:
     def _compile(self, needs: AttentionNeeds) -> None:
         """Compile what the model needs, or load it from disk, so that no request waits for it."""
         groups = {layer.num_q_heads // layer.kv.num_kv_heads for layer in needs.layers}
-        with told_if_slow("the attention kernels"):
+        with log_if_slow("the attention kernels"):
             for rows in sorted({min(group, numba_cpu.MAX_ROWS) for group in groups} | {numba_cpu.MAX_ROWS}):
                 numba_cpu.attention_worker(self._mode, rows)
             numba_cpu.merge_worker()
