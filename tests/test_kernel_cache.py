@@ -26,13 +26,14 @@ NOWHERE = {
 )
 def test_an_engine_starts_where_compiled_code_cannot_be_kept_and_says_so_once(backend: str, dtype: str) -> None:
     code = (
-        "import logging; logging.basicConfig(format='%(message)s')\n"
-        "from radixkv import Engine, SamplingParams\n"
-        f"engine = Engine.from_pretrained('demo', dtype={dtype!r}, attention_backend={backend!r},"
-        " kv_cache_tokens=512, page_size=16)\n"
-        "print(engine.generate('ROMEO:', SamplingParams(max_tokens=4))[0].finish_reason)"
+        "import logging, torch; logging.basicConfig(format='%(message)s')\n"
+        "from tiny_models import tiny_model\n"
+        "from radixkv import Engine, EngineConfig, SamplingParams\n"
+        f"config = EngineConfig(attention_backend={backend!r}, kv_cache_tokens=512, page_size=16)\n"
+        f"engine = Engine(tiny_model('llama').to(torch.{dtype}), config=config)\n"
+        "print(engine.generate([5, 6, 7], SamplingParams(max_tokens=4))[0].finish_reason)"
     )
-    environment = {**os.environ, **NOWHERE, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **NOWHERE, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
     done = subprocess.run(
         [sys.executable, "-c", code], check=True, timeout=300, env=environment, capture_output=True, text=True
     )
