@@ -130,8 +130,7 @@ class NumbaBackend:
             self._work[key] = self._plan_work(key)
         if params.sink_tokens:
             q = torch.cat([q, q if params.sink_queries is None else params.sink_queries])
-        queries = self.pool.queries(q) if isinstance(self.pool, QuantizedKVPool) else q
-        self._attend(layer, self._work[key], queries.float().contiguous(), params, out)
+        self._attend(layer, self._work[key], self.pool.queries(q).float().contiguous(), params, out)
         return out.to(q.dtype)
 
     # -- planning ----------------------------------------------------------------------------------------------------

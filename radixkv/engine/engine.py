@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from radixkv.attention.backend import AttentionNeeds, choose_backend
-from radixkv.attention.flashinfer_backend import sampling_kernels
 from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.config import EngineConfig
 from radixkv.engine.arguments import CacheOptions, Prompt, as_list_of_params, as_list_of_prompts, checked_cache_options
 from radixkv.engine.detokenizer import Detokenizer
 from radixkv.engine.executor import Executor
-from radixkv.engine.gpu_sampling import DeviceSampler
+from radixkv.engine.gpu_sampling import DeviceSampler, sampling_kernels
 from radixkv.engine.graphs import make_graphs
 from radixkv.engine.interrupts import DeferredInterrupt
 from radixkv.engine.kv_memory import make_kv_memory

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from radixkv.engine.sampling import SamplingParams
+from radixkv.kernels import flashinfer_paged
 
 MIN_TEMPERATURE = 1e-3  # below it the float32 of the kernels is coarse; `Sampler` has float64
 
@@ -31,6 +33,15 @@ class SamplingKernels(Protocol):
     ) -> Tensor:
         """One id a row, int32 [rows], after top_k (int32 [rows] or one for all), top_p and min_p (float32 [rows])."""
         ...
+
+
+def sampling_kernels() -> ModuleType | None:
+    """FlashInfer's sampling, which has `softmax` and `draw`; None where FlashInfer is not installed."""
+    try:
+        flashinfer_paged.load()
+    except ImportError:
+        return None
+    return flashinfer_paged
 
 
 class RowSampling(NamedTuple):

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from radixkv.attention.backend import AttentionBackend
+from radixkv.attention.backend import AttentionBackend, GraphableBackend
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.config import EngineConfig
 from radixkv.errors import UnsupportedBackendError, UnsupportedModelError
@@ -46,20 +46,6 @@ class Capturer(Protocol):
 
     def capture(self, forward: Callable[[], Tensor]) -> Replay:
         """Run `forward`, and return what repeats it on the same memory."""
-        ...
-
-
-@runtime_checkable
-class GraphableBackend(AttentionBackend, Protocol):
-    """A backend whose decodes can be captured."""
-
-    def fixed(self, batch_size: int, max_pages: int) -> AttentionBackend:
-        """A backend over the same pool for exactly `batch_size` decodes with `max_pages` pages at most, whose `run` can
-        be captured; each `plan` says what the next replay reads."""
-        ...
-
-    def pays_to_share(self, metadata: AttentionMetadata) -> bool:
-        """Whether this backend reads a prefix of the batch once, so that it is faster than a graph of plain decodes."""
         ...
 
 

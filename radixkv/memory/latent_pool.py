@@ -74,6 +74,9 @@ class LatentKVPool(KVPool):
         k = self.k[layer].index_select(0, pages).flatten(0, 1)
         return k, k[..., : self.v[layer].shape[-1]]
 
+    def page_tensors(self, page: int) -> list[Tensor]:
+        return [pages[page] for pages in self.k]
+
     def copy_page(self, source: int, target: int, num_tokens: int) -> None:
         for pages in self.k:
             pages[target, :num_tokens].copy_(pages[source, :num_tokens])

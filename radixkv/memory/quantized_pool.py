@@ -73,10 +73,8 @@ class QuantizedKVPool(KVPool):
             k = rotate_back(k)
         return k.to(self.dtype), v.to(self.dtype)
 
-    def clear_page(self, page: int) -> None:
-        self._codes.clear_page(page)
-        for pages in (*self.k_scales, *self.v_scales):
-            pages[page].zero_()
+    def page_tensors(self, page: int) -> list[Tensor]:
+        return [*self._codes.page_tensors(page), *(pages[page] for pages in (*self.k_scales, *self.v_scales))]
 
     def copy_page(self, source: int, target: int, num_tokens: int) -> None:
         self._codes.copy_page(source, target, num_tokens)
