@@ -1,4 +1,4 @@
-"""A word to whoever waits while kernels are compiled."""
+"""Where Numba keeps what it compiled, and log messages when compilation is slow."""
 
 from __future__ import annotations
 
@@ -6,16 +6,40 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+
+import numba as nb
 
 NOTICE_AFTER_S = 1.0  # loading from disk takes less
 
 logger = logging.getLogger(__name__)
 
 
+@cache
+def can_cache() -> bool:
+    """Whether Numba can keep compiled code on disk. Logs a warning, once, if it cannot.
+
+    Numba tries the folder NUMBA_CACHE_DIR, `__pycache__` beside the source, and the user's cache folder, and raises a
+    RuntimeError where a function is declared with `cache=True` and it can write to none of them.
+    """
+    try:
+        nb.njit(cache=True)(_nothing)
+    except RuntimeError as error:
+        logger.warning(
+            "compiled kernels cannot be kept on disk, so each process compiles its own: "
+            "set NUMBA_CACHE_DIR to a writable folder (%s)",
+            error,
+        )
+        return False
+    return True
+
+
 @contextmanager
-def told_if_slow(what: str) -> Iterator[None]:
-    """Say that `what` is being compiled, if what happens inside takes long."""
-    message = "compiling %s for this processor: some seconds, once; later starts load them"
+def log_if_slow(what: str) -> Iterator[None]:
+    """Log that `what` is being compiled if the body takes long."""
+    message = "compiling %s for this processor, which takes some seconds"
+    if can_cache():
+        message += "; later starts load them"
     timer = threading.Timer(NOTICE_AFTER_S, logger.warning, args=(message, what))
     timer.daemon = True
     timer.start()
@@ -23,3 +47,7 @@ def told_if_slow(what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def _nothing() -> None:
+    """A function for `can_cache` to declare; nobody compiles or calls it."""

@@ -270,4 +270,4 @@ class _Staging:
         return self._target[:size].copy_(self._pinned[:size], non_blocking=True)
 
     def _pin(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.int32, pin_memory=self._is_cuda)
+        return torch.empty(size, dtype=torch.int32, device="cpu", pin_memory=self._is_cuda)

@@ -11,12 +11,14 @@ import math
 import numba as nb
 import numpy as np
 
+from radixkv.kernels.compiling import can_cache
+
 LARGEST_INT8, LARGEST_INT4 = np.float32(127), np.float32(15)
 NAN = np.uint16(0x7FC0)
 BYTES_OF_LANE = 4
 
 
-@nb.njit(cache=True, nogil=True)
+@nb.njit(cache=can_cache(), nogil=True)
 def write_int8(slots, page_size, k, v, k_pages, v_pages, k_scales, v_scales):
     """Store tokens; k and v are float32 [tokens, heads, dim], the pages as `QuantizedKVPool` has them in lanes."""
     for i in range(len(slots)):
@@ -34,7 +36,7 @@ def write_int8(slots, page_size, k, v, k_pages, v_pages, k_scales, v_scales):
                 v_pages[page, h, word, d, byte] = np.uint8(np.int8(nearest(v[i, h, d], scale)))
 
 
-@nb.njit(cache=True, nogil=True)
+@nb.njit(cache=can_cache(), nogil=True)
 def write_int4(slots, page_size, k, v, k_pages, v_pages, k_scales, v_scales):
     """Store tokens likewise; k comes rotated."""
     for i in range(len(slots)):

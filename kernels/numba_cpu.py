@@ -21,6 +21,7 @@ import numpy as np
 from numba import types
 
 from radixkv.kernels import numba_ir
+from radixkv.kernels.compiling import can_cache
 from radixkv.kernels.numba_ir import (
     ALL_MODES,
     CODE_MODES,
@@ -99,7 +100,7 @@ def attention_worker(mode: str, rows: int) -> Any:
     shape = tile_of(mode, rows).shape
     source = zlib.crc32(Path(numba_ir.__file__).read_bytes())  # Numba's cache looks at this file alone
 
-    @nb.cfunc(types.void(types.CPointer(types.int64)), cache=True)
+    @nb.cfunc(types.void(types.CPointer(types.int64)), cache=can_cache())
     def attention(data):
         if source != NO_SOURCE:
             run_attention(nb.carray(data, (NUM_ARGUMENTS,)), shape)
@@ -409,7 +410,7 @@ def finish(a, first_row, partial, acc, maximum, total, zeros, shape):
 def merge_worker() -> Any:
     """The compiled worker that merges the parts of split rows, and adds sinks."""
 
-    @nb.cfunc(types.void(types.CPointer(types.int64)), cache=True)
+    @nb.cfunc(types.void(types.CPointer(types.int64)), cache=can_cache())
     def merge(data):
         a = nb.carray(data, (NUM_ARGUMENTS,))
         v_dim = a[V_DIM]
@@ -442,7 +443,7 @@ def merge_worker() -> Any:
     return merge
 
 
-@nb.njit(cache=True, nogil=True)
+@nb.njit(cache=can_cache(), nogil=True)
 def write_lanes_32(slots, page_size, k, v, k_pages, v_pages):
     """Store tokens of 4-byte values; k and v are [tokens, heads, dim], the pages as `LaneKVPool` has them."""
     for i in range(len(slots)):
@@ -454,7 +455,7 @@ def write_lanes_32(slots, page_size, k, v, k_pages, v_pages):
                 v_pages[page, h, at, d, 0] = v[i, h, d]
 
 
-@nb.njit(cache=True, nogil=True)
+@nb.njit(cache=can_cache(), nogil=True)
 def write_lanes_16(slots, page_size, k, v, k_pages, v_pages):
     """Store tokens of 2-byte values."""
     for i in range(len(slots)):
@@ -466,7 +467,7 @@ def write_lanes_16(slots, page_size, k, v, k_pages, v_pages):
                 v_pages[page, h, at // 2, d, at % 2] = v[i, h, d]
 
 
-@nb.njit(cache=True, nogil=True)
+@nb.njit(cache=can_cache(), nogil=True)
 def write_lanes_8(slots, page_size, k, v, k_pages, v_pages):
     """Store tokens of single bytes."""
     for i in range(len(slots)):

@@ -16,6 +16,7 @@ import numpy as np
 from numba import types
 
 from radixkv.kernels import numba_ir
+from radixkv.kernels.compiling import can_cache
 from radixkv.kernels.numba_ir import LANES, Tile, load_f32, next_number, product_tile, store_as
 
 ROWS_AT_ONCE = 32  # output components that a thread takes at a time
@@ -52,7 +53,7 @@ def _worker(tile: Tile) -> Any:
     shape = tile.shape
     source = zlib.crc32(Path(numba_ir.__file__).read_bytes())  # Numba's cache looks at this file alone
 
-    @nb.cfunc(types.void(types.CPointer(types.int64)), cache=True)
+    @nb.cfunc(types.void(types.CPointer(types.int64)), cache=can_cache())
     def linear(data):
         if source != NO_SOURCE:
             run_linear(nb.carray(data, (NUM_ARGUMENTS,)), shape)

@@ -26,7 +26,7 @@ def visible_mask(
 ) -> Tensor:
     """Which keys each query sees, bool [q_len, kv_len]."""
     q = q_positions[:, None]
-    j = torch.arange(kv_len, device=q_positions.device)[None, :]
+    j = torch.arange(kv_len, dtype=torch.int64, device=q_positions.device)[None, :]
     visible = j <= q
     if sliding_window is not None:
         visible &= j > q - sliding_window
@@ -115,7 +115,7 @@ def paged_attention(
     for i, kv_len in enumerate(kv_lens):
         own_q = q[qo_indptr[i] : qo_indptr[i + 1]]
         page_ids = kv_indices[kv_indptr[i] : kv_indptr[i + 1]].long()
-        positions = torch.arange(kv_len - own_q.shape[0], kv_len, device=q.device)
+        positions = torch.arange(kv_len - own_q.shape[0], kv_len, dtype=torch.int64, device=q.device)
         visible = visible_mask(
             positions, kv_len, sliding_window=sliding_window, chunk_size=chunk_size, sink_tokens=sink_tokens
         )

@@ -19,9 +19,10 @@ import fake_flashinfer
 from attention_cases import TOLERANCE, Case
 from radixkv.attention import flashinfer_backend
 from radixkv.attention.backend import AttentionNeeds, AttentionParams, LayerAttention
-from radixkv.attention.flashinfer_backend import FlashInferBackend, sampling_kernels
+from radixkv.attention.flashinfer_backend import FlashInferBackend
 from radixkv.attention.metadata import AttentionMetadata, SequenceSpan, build_metadata
 from radixkv.attention.shared_prefix import BreakEven
+from radixkv.engine.gpu_sampling import sampling_kernels
 from radixkv.kernels.flashinfer_paged import load
 from radixkv.memory.kv_pool import KVPool
 from radixkv.memory.kv_shape import LayerKV

@@ -18,10 +18,9 @@ import torch
 import fake_flashinfer_mla
 from latent_cases import LatentCase
 from radixkv.attention import flashinfer_mla_backend
-from radixkv.attention.backend import AttentionNeeds, AttentionParams, LayerAttention
+from radixkv.attention.backend import AttentionNeeds, AttentionParams, GraphableBackend, LayerAttention
 from radixkv.attention.flashinfer_mla_backend import FlashInferLatentBackend
 from radixkv.attention.metadata import AttentionMetadata, SequenceSpan, build_metadata
-from radixkv.engine.graphs import GraphableBackend
 from radixkv.kernels.flashinfer_mla import load
 from radixkv.memory.kv_shape import LayerKV
 from radixkv.memory.latent_pool import LatentKV, LatentKVPool

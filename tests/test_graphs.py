@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from oracles import GreedyOracle
 from prompts import random_ids
-from radixkv.attention.backend import AttentionBackend, AttentionNeeds
+from radixkv.attention.backend import AttentionBackend, AttentionNeeds, GraphableBackend
 from radixkv.attention.flashinfer_backend import FlashInferBackend
 from radixkv.attention.metadata import AttentionMetadata, SequenceSpan, build_metadata
 from radixkv.attention.split_backend import make_split_backend, split_needs
 from radixkv.attention.torch_backend import TorchBackend
-from radixkv.engine.graphs import CudaCapturer, GraphableBackend, GraphRunner, Replay
+from radixkv.engine.graphs import CudaCapturer, GraphRunner, Replay
 from radixkv.errors import UnsupportedModelError
 from radixkv.memory.kv_pool import KVPool
 from radixkv.memory.split_pool import SplitKVPool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -90,6 +90,20 @@ class AttentionBackend(Protocol):
 
     def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
         """Attention of the planned batch: q [tokens, num_q_heads, k_head_dim] -> [tokens, num_q_heads, v_head_dim]."""
+        ...
+
+
+@runtime_checkable
+class GraphableBackend(AttentionBackend, Protocol):
+    """A backend whose decodes can be captured."""
+
+    def fixed(self, batch_size: int, max_pages: int) -> AttentionBackend:
+        """A backend over the same pool for exactly `batch_size` decodes with `max_pages` pages at most, whose `run` can
+        be captured; each `plan` says what the next replay reads."""
+        ...
+
+    def pays_to_share(self, metadata: AttentionMetadata) -> bool:
+        """Whether this backend reads a prefix of the batch once, so that it is faster than a graph of plain decodes."""
         ...
 
 
@@ -183,7 +197,7 @@ class ReferenceBackend:
             v,
             qo_indptr=self._metadata.qo_indptr.tolist(),
             kv_indptr=self._metadata.kv_indptr.tolist(),
-            kv_indices=torch.arange(len(pages), device=q.device),
+            kv_indices=torch.arange(len(pages), dtype=torch.int64, device=q.device),
             kv_lens=self._metadata.kv_lens.tolist(),
             scale=params.scale,
             sliding_window=params.sliding_window,

@@ -125,7 +125,9 @@ class DenseExtends:
     def _extend_visible(self, extends: _Extends, start: int, params: AttentionParams) -> Tensor:
         key = ("visible", extends.qo_len, extends.kv_len, start, *limits(params).values())
         if key not in self._masks:
-            positions = torch.arange(extends.kv_len - extends.qo_len, extends.kv_len, device=self.pool.device)
+            positions = torch.arange(
+                extends.kv_len - extends.qo_len, extends.kv_len, dtype=torch.int64, device=self.pool.device
+            )
             self._masks[key] = visible_mask(positions, extends.kv_len, **limits(params))[:, start:]
         return self._masks[key]
 

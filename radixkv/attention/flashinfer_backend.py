@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +16,8 @@ from radixkv.attention.backend import (
     LayerAttention,
     why_not_keys_and_values,
 )
-from radixkv.attention.metadata import AttentionMetadata
+from radixkv.attention.metadata import AttentionMetadata, concatenated_ranges, indptr
 from radixkv.attention.shared_prefix import BreakEven, CascadePlan, SharedPart, plan_cascade
-from radixkv.kernels import flashinfer_paged
 from radixkv.kernels.flashinfer_paged import (
     NO_WINDOW,
     AttentionKind,
@@ -188,15 +186,6 @@ class FixedFlashInferBackend:
         return out
 
 
-def sampling_kernels() -> ModuleType | None:
-    """FlashInfer's sampling, `softmax` and `draw`, for the engine, which imports no kernels itself; None without it."""
-    try:
-        load()
-    except ImportError:
-        return None
-    return flashinfer_paged
-
-
 Rows = slice | Tensor
 """Rows of a tensor: a slice where they lie side by side, else int64 indices on its device."""
 
@@ -236,7 +225,7 @@ class _Plan:
         self._levels = []
         starts = _first_tokens(metadata, self._kind.window_left)
         if extends is not None:
-            qo_indptr = _indptr(metadata.qo_lens[extends.sequences])
+            qo_indptr = indptr(metadata.qo_lens[extends.sequences])
             self._extend.plan(qo_indptr, _page_lists(metadata, extends.sequences, starts), causal=True)
         if decodes is not None:
             if cascade.parts and self._kind.window_left == NO_WINDOW:
@@ -286,11 +275,11 @@ class _Plan:
         """Each part is one sequence to FlashInfer, whose queries are those of all decodes that share it."""
         places = np.searchsorted(decodes, np.concatenate([part.sequences for part in parts]))
         pages = PageLists(
-            _indptr([len(part.pages) for part in parts]),
+            indptr([len(part.pages) for part in parts]),
             np.concatenate([part.pages for part in parts]),
             np.full(len(parts), self._kind.page_size, np.int32),  # parts are whole pages
         )
-        prefill.plan(_indptr([len(part.sequences) for part in parts]), pages, causal=False)
+        prefill.plan(indptr([len(part.sequences) for part in parts]), pages, causal=False)
         return _Level(_rows(places, self._workspace.device), len(places), prefill)
 
 
@@ -357,15 +346,15 @@ def _page_lists(metadata: AttentionMetadata, sequences: NDArray[np.intp], starts
     if np.array_equal(first[1:], last[:-1]):
         indices = metadata.kv_indices[first[0] : last[-1]]
     else:
-        indices = metadata.kv_indices[_concatenated_ranges(first, last - first)]
-    return PageLists(_indptr(last - first), indices, metadata.kv_last_page_len[sequences])
+        indices = metadata.kv_indices[concatenated_ranges(first, last - first)]
+    return PageLists(indptr(last - first), indices, metadata.kv_last_page_len[sequences])
 
 
 def _share(metadata: AttentionMetadata, sequences: NDArray[np.intp], device: torch.device) -> _Share | None:
     """Those sequences of the batch, if there are any."""
     if not len(sequences):
         return None
-    tokens = _concatenated_ranges(metadata.qo_indptr[sequences], metadata.qo_lens[sequences])
+    tokens = concatenated_ranges(metadata.qo_indptr[sequences], metadata.qo_lens[sequences])
     return _Share(sequences, _rows(tokens, device))
 
 
@@ -379,16 +368,6 @@ def _by_level(parts: Sequence[SharedPart]) -> list[list[SharedPart]]:
         levels += [[]] if level == len(levels) else []
         levels[level].append(part)
     return levels
-
-
-def _concatenated_ranges(starts: NDArray[np.integer], counts: NDArray[np.integer]) -> NDArray[np.int64]:
-    """[starts[0], ..., starts[0] + counts[0] - 1, starts[1], ...]."""
-    ends = np.cumsum(counts, dtype=np.int64)
-    return np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
-
-
-def _indptr(counts: NDArray[np.integer] | Sequence[int]) -> NDArray[np.int32]:
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
 
 def _rows(indices: NDArray[np.integer], device: torch.device) -> Rows:

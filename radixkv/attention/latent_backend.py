@@ -65,7 +65,7 @@ class LatentBackend:
         self._break_even = break_even
         self._num_heads = max(layer.num_q_heads for layer in needs.layers)
         self._extends: list[_Extend] = []
-        self._decode_rows = torch.empty(0, dtype=torch.int64)
+        self._decode_rows = torch.empty(0, dtype=torch.int64, device=pool.device)
         self._decodes: list[_Decodes] = []
         self._shared: list[_Shared] = []
 

@@ -118,11 +118,11 @@ def lay_out(spans: Sequence[SequenceSpan], *, page_size: int) -> BatchLayout:
     num_pages = -(-kv_lens // page_size)
     positions = np.concatenate([np.arange(span.first, span.last, dtype=np.int64) for span in spans])
     qo_lens = np.array([span.last - span.first for span in spans])
-    kv_indptr = _indptr(num_pages)
+    kv_indptr = indptr(num_pages)
     kv_indices = np.concatenate([span.pages[:count] for span, count in zip(spans, num_pages, strict=True)])
     return BatchLayout(
         page_size=page_size,
-        qo_indptr=_indptr(qo_lens),
+        qo_indptr=indptr(qo_lens),
         kv_indptr=kv_indptr,
         kv_indices=kv_indices,
         kv_last_page_len=kv_lens - (num_pages - 1) * page_size,
@@ -139,6 +139,25 @@ def flattened_slots(metadata: AttentionMetadata, kv_indices: NDArray[np.int32]) 
     first_positions = metadata.kv_lens - qo_lens - metadata.qo_indptr[:-1]
     positions = np.arange(metadata.num_tokens) + np.repeat(first_positions, qo_lens)
     return _slots(positions, np.repeat(metadata.kv_indptr[:-1], qo_lens), kv_indices, metadata.page_size)
+
+
+def indptr(counts: NDArray[np.integer] | Sequence[int]) -> NDArray[np.int32]:
+    """Where each of several ranges begins that lie one after another, and where the last one ends.
+
+    >>> indptr([2, 0, 3]).tolist()
+    [0, 2, 2, 5]
+    """
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+
+
+def concatenated_ranges(starts: NDArray[np.integer], counts: NDArray[np.integer]) -> NDArray[np.int64]:
+    """The ranges [start, start + count), one after another.
+
+    >>> concatenated_ranges(np.array([7, 0]), np.array([2, 3])).tolist()
+    [7, 8, 0, 1, 2]
+    """
+    ends = np.cumsum(counts, dtype=np.int64)
+    return np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
 
 
 def _slots(
@@ -171,7 +190,3 @@ def _shared_nodes(spans: Sequence[SequenceSpan]) -> Iterator[SharedNode]:
     for key in sorted(readers, key=lambda key: bounds[key]):
         if len(readers[key]) > 1:
             yield SharedNode(tuple(readers[key]), *bounds[key])
-
-
-def _indptr(counts: NDArray[np.integer]) -> NDArray[np.int32]:
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)

@@ -15,7 +15,7 @@ from radixkv.attention.metadata import AttentionMetadata
 from radixkv.attention.numba_tasks import Heads, Read, Work, plan_work
 from radixkv.attention.shared_prefix import NEVER, NO_CASCADE, BreakEven, plan_cascade
 from radixkv.kernels import numba_codes, numba_cpu, numba_ir, openmp
-from radixkv.kernels.compiling import told_if_slow
+from radixkv.kernels.compiling import log_if_slow
 from radixkv.memory.kv_codes import code_form, is_quantized
 from radixkv.memory.kv_pool import KVLayout, KVPool
 from radixkv.memory.quantized_pool import QuantizedKVPool
@@ -123,15 +123,14 @@ class NumbaBackend:
 
     def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
         kv = self.pool.layers[layer]
-        out = torch.empty(q.shape[0], q.shape[1], kv.v_head_dim)
+        out = _float32(q.shape[0], q.shape[1], kv.v_head_dim)
         heads = Heads(q.shape[1], kv.num_kv_heads)
         key = _Visible(heads, params.sliding_window, params.chunk_size, params.sink_tokens, params.sinks is not None)
         if key not in self._work:
             self._work[key] = self._plan_work(key)
         if params.sink_tokens:
             q = torch.cat([q, q if params.sink_queries is None else params.sink_queries])
-        queries = self.pool.queries(q) if isinstance(self.pool, QuantizedKVPool) else q
-        self._attend(layer, self._work[key], queries.float().contiguous(), params, out)
+        self._attend(layer, self._work[key], self.pool.queries(q).float().contiguous(), params, out)
         return out.to(q.dtype)
 
     # -- planning ----------------------------------------------------------------------------------------------------
@@ -179,8 +178,8 @@ class NumbaBackend:
         if isinstance(pool, QuantizedKVPool):
             scales = [pool.k_scales[layer].data_ptr(), pool.v_scales[layer].data_ptr()]
         num_rows = q.shape[0] * q.shape[1]
-        partial_out = torch.empty(work.num_partials, kv.v_head_dim)
-        lse = torch.empty(num_rows + work.num_partials)
+        partial_out = _float32(work.num_partials, kv.v_head_dim)
+        lse = _float32(num_rows + work.num_partials)
         factors = _factors(params, numba_ir.UNITS.get(self._mode, 1.0))
         counter = np.zeros(1, np.int64)
         arguments = np.zeros(numba_cpu.NUM_ARGUMENTS, np.int64)
@@ -240,12 +239,12 @@ class NumbaBackend:
     def _compile(self, needs: AttentionNeeds) -> None:
         """Compile what the model needs, or load it from disk, so that no request waits for it."""
         groups = {layer.num_q_heads // layer.kv.num_kv_heads for layer in needs.layers}
-        with told_if_slow("the attention kernels"):
+        with log_if_slow("the attention kernels"):
             for rows in sorted({min(group, numba_cpu.MAX_ROWS) for group in groups} | {numba_cpu.MAX_ROWS}):
                 numba_cpu.attention_worker(self._mode, rows)
             numba_cpu.merge_worker()
             kv = self.pool.layers[0]
-            nothing = [torch.empty(0, kv.num_kv_heads, dim) for dim in (kv.k_head_dim, kv.v_head_dim)]
+            nothing = [_float32(0, kv.num_kv_heads, dim) for dim in (kv.k_head_dim, kv.v_head_dim)]
             self.write(0, torch.empty(0, dtype=torch.int64, device=self.pool.device), *nothing)
 
 
@@ -273,6 +272,11 @@ _WRITERS = {
 
 
 _ENCODERS = {"int8": numba_codes.write_int8, "int4": numba_codes.write_int4}
+
+
+def _float32(*shape: int) -> Tensor:
+    """What the kernel writes to: it takes addresses alone, so the application's default dtype must not decide."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _why_not_codes(needs: AttentionNeeds) -> str | None:

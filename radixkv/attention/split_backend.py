@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radixkv.attention.backend import AttentionBackend, AttentionNeeds, AttentionParams
+from radixkv.attention.backend import AttentionBackend, AttentionNeeds, AttentionParams, GraphableBackend
 from radixkv.attention.metadata import AttentionMetadata, flattened_slots, to_device
 
 
@@ -96,13 +96,13 @@ class GraphableSplitBackend(SplitBackend):
 
     def pays_to_share(self, metadata: AttentionMetadata) -> bool:
         """Whether the layers of full attention read a prefix of the batch once, which a `fixed` backend does not do."""
-        full: Any = self._full
-        return full is not None and bool(full.pays_to_share(metadata))
+        return isinstance(self._full, GraphableBackend) and self._full.pays_to_share(metadata)
 
     def fixed(self, batch_size: int, max_pages: int) -> FixedSplitBackend:
-        """Of fixed backends of both pools. See `engine.graphs.GraphableBackend`."""
-        full: Any = self._full
-        window: Any = self._window
+        """Of fixed backends of both pools. See `GraphableBackend`."""
+        full, window = self._full, self._window
+        assert isinstance(window, GraphableBackend), "make_split_backend asked"
+        assert full is None or isinstance(full, GraphableBackend), "make_split_backend asked"
         return FixedSplitBackend(
             self._places,
             None if full is None else full.fixed(batch_size, max_pages),
@@ -139,7 +139,7 @@ def make_split_backend(
     needs: AttentionNeeds, full: AttentionBackend | None, window: AttentionBackend, of_page: NDArray[np.int32]
 ) -> SplitBackend:
     """One that a CUDA graph can capture if its parts can be."""
-    graphable = hasattr(window, "fixed") and (full is None or hasattr(full, "fixed"))
+    graphable = isinstance(window, GraphableBackend) and (full is None or isinstance(full, GraphableBackend))
     return (GraphableSplitBackend if graphable else SplitBackend)(needs, full, window, of_page)
 
 

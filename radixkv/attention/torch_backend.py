@@ -30,7 +30,7 @@ class TorchBackend:
         self.pool = pool
         self._dense = DenseExtends(pool)
         self._decodes: NDArray[np.intp] = np.empty(0, np.intp)
-        self._decode_rows = torch.empty(0, dtype=torch.int64)
+        self._decode_rows = torch.empty(0, dtype=torch.int64, device=pool.device)
         self._metadata: AttentionMetadata | None = None
 
     @staticmethod
@@ -128,7 +128,7 @@ class TorchBackend:
         counts = np.diff(metadata.kv_indptr)[sequences][:, None]
         page_index = metadata.kv_indptr[sequences][:, None] + np.minimum(place, counts - 1)  # the last one stands in
         pages = self._tensor(metadata.kv_indices[page_index].ravel())
-        past_end = torch.arange(longest, device=self.pool.device) >= kv_lens[:, None]
+        past_end = torch.arange(longest, dtype=torch.int64, device=self.pool.device) >= kv_lens[:, None]
         k, v = (
             x.unflatten(0, (len(sequences), -1))[:, :longest].masked_fill_(past_end[..., None, None], 0).transpose(1, 2)
             for x in self.pool.gather(layer, pages)

@@ -16,14 +16,13 @@ from radixkv.attention.backend import (
     LayerAttention,
     why_not_keys_and_values,
 )
-from radixkv.attention.metadata import AttentionMetadata
+from radixkv.attention.metadata import AttentionMetadata, concatenated_ranges
 from radixkv.attention.shared_prefix import BreakEven, CascadePlan, plan_cascade
 from radixkv.attention.triton_plan import (
     PartialSlots,
     SplitPart,
     aligned,
     concatenated,
-    concatenated_ranges,
     extend_splits,
     extend_table,
     extend_tiles,
@@ -195,8 +194,7 @@ class TritonBackend:
 
     def _queries(self, q: Tensor) -> Tensor:
         """As the kernels take them: in order, and rotated if the codes of K are."""
-        if isinstance(self.pool, QuantizedKVPool):
-            q = self.pool.queries(q).to(q.dtype)
+        q = self.pool.queries(q).to(q.dtype)
         return q if q.stride(2) == 1 else q.contiguous()
 
     def _stream(self, sink_tokens: int) -> StreamStep:
@@ -290,7 +288,7 @@ class TritonBackend:
         block_rows = self._tile_rows(int(qo_lens.max()))
         few_tiles = int(extend_tiles(metadata, extends, self._groups[0], block_rows[self._groups[0]]).sum())
         num_splits = extend_splits(metadata, extends, few_tiles * self._num_kv_heads, self._wanted_tiles)
-        tokens = np.repeat(metadata.qo_indptr[extends], qo_lens) + concatenated_ranges(qo_lens)
+        tokens = concatenated_ranges(metadata.qo_indptr[extends], qo_lens)
         first_slots = np.arange(len(tokens) + 1, dtype=np.int32) * np.int32(num_splits)
         slots = np.zeros(metadata.num_tokens, np.int32)
         slots[tokens] = first_slots[:-1]

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radixkv.attention.metadata import AttentionMetadata
+from radixkv.attention.metadata import AttentionMetadata, concatenated_ranges, indptr
 from radixkv.attention.shared_prefix import SharedPart
 
 Ints = NDArray[np.int32]
@@ -52,13 +52,13 @@ class PartialSlots(NamedTuple):
         counts = np.full(len(decodes), num_splits)
         for members, part in zip(places, parts, strict=True):
             counts[members] += len(part.starts)
-        indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        free = indptr[:-1] + num_splits
+        starts = indptr(counts)
+        free = starts[:-1] + num_splits
         of_members = []
         for members, part in zip(places, parts, strict=True):
             of_members.append(free[members])
             free[members] += len(part.starts)
-        return cls(indptr, concatenated(of_members))
+        return cls(starts, concatenated(of_members))
 
 
 def extend_splits(metadata: AttentionMetadata, extends: NDArray[np.intp], num_tiles: int, wanted_tiles: int) -> int:
@@ -78,7 +78,7 @@ def extend_table(
     """Tiles of all extends, see `Tiles`. Those that read most come first, so that none of them is left for the end."""
     num_tiles = extend_tiles(metadata, extends, group, block_rows)
     sequence = np.repeat(extends, num_tiles)
-    first_row = concatenated_ranges(num_tiles) * block_rows
+    first_row = concatenated_ranges(np.zeros_like(num_tiles), num_tiles) * block_rows
     qo_lens, kv_lens = metadata.qo_lens[sequence], metadata.kv_lens[sequence]
     visible = kv_lens - qo_lens + np.minimum((first_row + block_rows - 1) // group, qo_lens - 1) + 1
     split_tokens = _whole_blocks(-(-kv_lens // num_splits))
@@ -111,12 +111,6 @@ def _whole_blocks(num_tokens: Ints) -> Ints:
     return -(-num_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
-def concatenated_ranges(counts: Ints) -> NDArray[np.int64]:
-    """[0, ..., counts[0] - 1, 0, ..., counts[1] - 1, ...]."""
-    ends = np.cumsum(counts, dtype=np.int64)
-    return np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-
-
 def concatenated(arrays: Sequence[Ints]) -> Ints:
     return np.concatenate([np.empty(0, np.int32), *arrays])
 
@@ -127,7 +121,7 @@ def aligned(size: int) -> int:
 
 def staging(size: int, device: torch.device) -> Tensor:
     """Int32 on the CPU; for a GPU in pinned memory, which torch does not reuse before a copy from it is done."""
-    return torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return torch.empty(size, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
 
 
 def upload(arrays: Sequence[Ints], device: torch.device) -> list[Tensor]:

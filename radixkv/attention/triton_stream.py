@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radixkv.attention.metadata import AttentionMetadata
-from radixkv.attention.triton_plan import concatenated_ranges, extend_table, upload
+from radixkv.attention.metadata import AttentionMetadata, concatenated_ranges
+from radixkv.attention.triton_plan import extend_table, upload
 
 if TYPE_CHECKING:
     from radixkv.kernels.triton_paged import Decodes, PagedKV, Rule, Tiles
@@ -128,7 +128,7 @@ def _plan_extends(
     from radixkv.kernels.triton_paged import Tiles
 
     qo_lens = metadata.qo_lens[extends]
-    tokens = np.repeat(metadata.qo_indptr[extends], qo_lens) + concatenated_ranges(qo_lens)
+    tokens = concatenated_ranges(metadata.qo_indptr[extends], qo_lens)
     indptr = np.arange(len(tokens) + 1, dtype=np.int32) * np.int32(2)
     slots = np.zeros(metadata.num_tokens, np.int32)
     slots[tokens] = indptr[:-1]

@@ -8,10 +8,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from radixkv.attention.backend import AttentionNeeds, choose_backend
-from radixkv.attention.flashinfer_backend import sampling_kernels
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.config import EngineConfig
-from radixkv.engine.gpu_sampling import DeviceSampler
+from radixkv.engine.gpu_sampling import DeviceSampler, sampling_kernels
 from radixkv.engine.graphs import make_graphs
 from radixkv.engine.intake import ContextLimit, Intake
 from radixkv.engine.kv_memory import KVMemory, Pool, make_kv_memory

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from radixkv.engine.sampling import SamplingParams
+from radixkv.kernels import flashinfer_paged
 
 MIN_TEMPERATURE = 1e-3  # below it the float32 of the kernels is coarse; `Sampler` has float64
 
@@ -31,6 +33,15 @@ class SamplingKernels(Protocol):
     ) -> Tensor:
         """One id a row, int32 [rows], after top_k (int32 [rows] or one for all), top_p and min_p (float32 [rows])."""
         ...
+
+
+def sampling_kernels() -> ModuleType | None:
+    """FlashInfer's sampling, which has `softmax` and `draw`; None where FlashInfer is not installed."""
+    try:
+        flashinfer_paged.load()
+    except ImportError:
+        return None
+    return flashinfer_paged
 
 
 class RowSampling(NamedTuple):
@@ -57,7 +68,7 @@ class PendingTokens:
         on_device = torch.stack([ids, finite.long()])
         self._copied: torch.cuda.Event | None = None
         if on_device.is_cuda:
-            self._values = torch.empty(on_device.shape, dtype=torch.int64, pin_memory=True)
+            self._values = torch.empty(on_device.shape, dtype=torch.int64, device="cpu", pin_memory=True)
             self._values.copy_(on_device, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -141,7 +152,7 @@ class _Filters(NamedTuple):
 
 def _filters(drawn: Sequence[tuple[int, SamplingParams]], vocab_size: int, device: torch.device) -> _Filters:
     def on_device(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+        return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
     all_params = [params for _, params in drawn]
     top_k = [min(params.top_k or vocab_size, vocab_size) for params in all_params]

@@ -17,16 +17,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from radixkv.attention.backend import AttentionBackend
+from radixkv.attention.backend import AttentionBackend, GraphableBackend
 from radixkv.attention.metadata import AttentionMetadata
-from radixkv.config import EngineConfig
+from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.errors import UnsupportedBackendError, UnsupportedModelError
 from radixkv.models.paged_attention import PagedContext, flattened_forward
 
@@ -46,20 +46,6 @@ class Capturer(Protocol):
 
     def capture(self, forward: Callable[[], Tensor]) -> Replay:
         """Run `forward`, and return what repeats it on the same memory."""
-        ...
-
-
-@runtime_checkable
-class GraphableBackend(AttentionBackend, Protocol):
-    """A backend whose decodes can be captured."""
-
-    def fixed(self, batch_size: int, max_pages: int) -> AttentionBackend:
-        """A backend over the same pool for exactly `batch_size` decodes with `max_pages` pages at most, whose `run` can
-        be captured; each `plan` says what the next replay reads."""
-        ...
-
-    def pays_to_share(self, metadata: AttentionMetadata) -> bool:
-        """Whether this backend reads a prefix of the batch once, so that it is faster than a graph of plain decodes."""
         ...
 
 
@@ -91,7 +77,7 @@ class CudaCapturer:
 
 
 def make_graphs(
-    model: PreTrainedModel, backend: AttentionBackend, config: EngineConfig, *, scratch_page: int
+    model: PreTrainedModel, backend: AttentionBackend, config: ResolvedConfig, *, scratch_page: int
 ) -> GraphRunner | None:
     """Graphs for all batch sizes that an engine of that (resolved) config may have, captured; None to go without.
 
@@ -105,8 +91,6 @@ def make_graphs(
         raise UnsupportedBackendError(
             f"attention backend {backend.name!r} cannot run in CUDA graphs; set cuda_graphs=None"
         )
-    assert config.max_running_requests is not None, "resolved"
-    assert config.max_context_tokens is not None, "resolved"
     pages_per_request = -(-config.max_context_tokens // config.page_size)
     graphs = GraphRunner(
         model,
@@ -170,7 +154,7 @@ class GraphRunner:
         self._input_ids, self._positions, self._slots = (
             torch.zeros(max_batch_size, dtype=torch.int64, device=model.device) for _ in range(3)
         )
-        self._rows = torch.arange(max_batch_size, device=model.device)
+        self._rows = torch.arange(max_batch_size, dtype=torch.int64, device=model.device)
 
     @staticmethod
     def ladder(max_batch_size: int) -> list[int]:

@@ -166,12 +166,14 @@ def _finite(scales: Tensor) -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)  # kept, and autograd may not save an inference tensor
 def _rotation(dim: int, device: torch.device) -> Tensor:
     """The orthogonal matrix of `rotate`, float32 [dim, dim]."""
     size = dim & -dim
-    hadamard = torch.ones(1, 1)
+    hadamard = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     while hadamard.shape[0] < size:
         hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)], 0)
-    signs = 1 - 2 * torch.randint(2, (dim, 1), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    signs = 1 - 2 * torch.randint(2, (dim, 1), generator=generator, dtype=torch.int64, device="cpu")
     blocks: Tensor = torch.block_diag(*[hadamard / math.sqrt(size)] * (dim // size))
     return (signs * blocks).to(device)

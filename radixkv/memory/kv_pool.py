@@ -54,7 +54,8 @@ class KVPool:
         self.num_pages, self.page_size = num_pages, page_size
         self.dtype, self.device = dtype, torch.device(device)
         try:
-            tensors = [self._tensors(layer) for layer in self.layers]
+            with torch.inference_mode(False):  # pages outlive whatever mode they were made in, and are written in any
+                tensors = [self._tensors(layer) for layer in self.layers]
         except (RuntimeError, MemoryError) as error:  # torch has no narrower error for the CPU's memory
             raise ConfigError(
                 f"no room on {device} for a KV pool of {num_pages * page_size} tokens of {self.bytes_per_token} bytes; "
@@ -86,14 +87,22 @@ class KVPool:
         """A copy of the KV in `pages` (int64 [n]): K and V as [n * page_size, num_kv_heads, head_dim]."""
         return self.k[layer].index_select(0, pages).flatten(0, 1), self.v[layer].index_select(0, pages).flatten(0, 1)
 
+    def queries(self, q: Tensor) -> Tensor:
+        """What is to be multiplied with K as it is kept: q [..., k_head_dim], unless keys are kept otherwise."""
+        return q
+
+    def page_tensors(self, page: int) -> list[Tensor]:
+        """Views of all that is kept of `page`, layer after layer; equal pages of equal pools have equal shapes."""
+        return [pages[page] for pages in (*self.k, *self.v)]
+
     def bytes_of(self, pages: NDArray[np.int32], num_tokens: int) -> int:
         """KV bytes of the first `num_tokens` tokens in `pages`."""
         return num_tokens * self.bytes_per_token
 
     def clear_page(self, page: int) -> None:
         """Make the KV of `page` zeros, in every layer."""
-        for pages in (*self.k, *self.v):
-            pages[page].zero_()
+        for tensor in self.page_tensors(page):
+            tensor.zero_()
 
     def copy_page(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the KV of the first `num_tokens` slots of page `source` to page `target`, in every layer."""

@@ -61,7 +61,8 @@ class LatentKVPool(KVPool):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(layers, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
-        self.v = [k[..., : _latent_dim(layer)] for k, layer in zip(self.k, layers, strict=True)]
+        with torch.inference_mode(False):
+            self.v = [k[..., : _latent_dim(layer)] for k, layer in zip(self.k, layers, strict=True)]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, [tokens, 1, latent_dim + rope_dim], in `slots`, int64 [tokens]; v is its first part."""
@@ -72,6 +73,9 @@ class LatentKVPool(KVPool):
         """A copy of what lies in `pages` (int64 [n]), [n * page_size, 1, latent_dim + rope_dim]; V is a view of it."""
         k = self.k[layer].index_select(0, pages).flatten(0, 1)
         return k, k[..., : self.v[layer].shape[-1]]
+
+    def page_tensors(self, page: int) -> list[Tensor]:
+        return [pages[page] for pages in self.k]
 
     def copy_page(self, source: int, target: int, num_tokens: int) -> None:
         for pages in self.k:

@@ -73,10 +73,8 @@ class QuantizedKVPool(KVPool):
             k = rotate_back(k)
         return k.to(self.dtype), v.to(self.dtype)
 
-    def clear_page(self, page: int) -> None:
-        self._codes.clear_page(page)
-        for pages in (*self.k_scales, *self.v_scales):
-            pages[page].zero_()
+    def page_tensors(self, page: int) -> list[Tensor]:
+        return [*self._codes.page_tensors(page), *(pages[page] for pages in (*self.k_scales, *self.v_scales))]
 
     def copy_page(self, source: int, target: int, num_tokens: int) -> None:
         self._codes.copy_page(source, target, num_tokens)
@@ -112,9 +110,10 @@ class _ScalePages:
         self, layout: KVLayout, layers: Sequence[LayerKV], *, num_pages: int, page_size: int, device: torch.device
     ) -> None:
         self._in_lanes, self._page_size = layout == "lanes", page_size
-        self.k, self.v = (
-            [self._empty(num_pages, kv.num_kv_heads, kv.k_head_dim, device) for kv in layers] for _ in range(2)
-        )
+        with torch.inference_mode(False):  # as in `KVPool`
+            self.k, self.v = (
+                [self._empty(num_pages, kv.num_kv_heads, kv.k_head_dim, device) for kv in layers] for _ in range(2)
+            )
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store those of tokens, [tokens, num_kv_heads, num_scales]."""

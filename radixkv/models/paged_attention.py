@@ -89,7 +89,7 @@ class _FlattenedPositions:
     """
 
     def __init__(self, positions: Tensor) -> None:
-        self._differences = positions - torch.arange(len(positions), device=positions.device)
+        self._differences = positions - torch.arange(len(positions), dtype=torch.int64, device=positions.device)
 
     def get_seq_length(self, layer_idx: int = 0) -> Tensor:
         return self._differences

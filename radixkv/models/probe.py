@@ -46,7 +46,7 @@ class _ProbeContext:
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
         outputs = []
         for own_q, own_k, own_v in zip(*(t.split(self._lengths) for t in (q, k, v)), strict=True):
-            positions = torch.arange(len(own_q), device=q.device)
+            positions = torch.arange(len(own_q), dtype=torch.int64, device=q.device)
             visible = visible_mask(
                 positions, len(own_q), sliding_window=params.sliding_window, chunk_size=params.chunk_size
             )
@@ -108,11 +108,10 @@ def plug_in_paged_attention(model: PreTrainedModel) -> tuple[LayerAttention, ...
 
 
 def _run(model: PreTrainedModel, sequences: list[Tensor], context: _ProbeContext) -> Tensor:
-    last_rows = torch.tensor([len(ids) for ids in sequences]).cumsum(0) - 1
-    positions = torch.cat([torch.arange(len(ids)) for ids in sequences])
-    return flattened_forward(
-        model, torch.cat(sequences), positions.to(model.device), last_rows.to(model.device), context
-    )
+    device = model.device
+    lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int64, device=device)
+    positions = torch.cat([torch.arange(len(ids), dtype=torch.int64, device=device) for ids in sequences])
+    return flattened_forward(model, torch.cat(sequences), positions, lengths.cumsum(0) - 1, context)
 
 
 def _check(model: PreTrainedModel, context: _ProbeContext, found: Tensor, expected: Tensor) -> None:
@@ -173,7 +172,7 @@ def _check_limits(model: PreTrainedModel, context: _ProbeContext) -> None:
 
 
 def _probe_ids(length: int, vocab_size: int) -> Tensor:
-    return torch.arange(1, length + 1) * 7919 % vocab_size
+    return torch.arange(1, length + 1, dtype=torch.int64, device="cpu") * 7919 % vocab_size
 
 
 def _unsupported(model: PreTrainedModel, why: str) -> UnsupportedModelError:

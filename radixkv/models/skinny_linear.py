@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from radixkv.kernels import numba_ir, numba_linear, openmp
-from radixkv.kernels.compiling import told_if_slow
+from radixkv.kernels.compiling import log_if_slow
 
 STEP_BYTES = 64
 MAX_TOKENS = {"f32": 64, "bf16dot": 32, "bf16": 4, "f16": 64}  # more are faster in torch's dense products, as measured
@@ -42,7 +42,7 @@ def speed_up_linears(model: nn.Module) -> None:
         if type(module) is nn.Linear and _mode(module.weight) is not None:
             module.__class__ = SkinnyLinear
             modes.add(_mode(module.weight))
-    with told_if_slow("the kernels of linear layers"):
+    with log_if_slow("the kernels of linear layers"):
         for mode in sorted(mode for mode in modes if mode is not None):
             for num_tokens in WARM_UP_TOKENS:
                 if num_tokens <= MAX_TOKENS[mode]:

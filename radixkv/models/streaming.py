@@ -172,7 +172,7 @@ def _find_rotations(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, 
 
 def _queries_at(model: PreTrainedModel, position: int) -> dict[int, Tensor]:
     probe = _QueryProbe()
-    token, place = (torch.tensor([value], device=model.device) for value in (5, position))
+    token, place = (torch.tensor([value], dtype=torch.int64, device=model.device) for value in (5, position))
     flattened_forward(model, token, place, torch.zeros_like(token), probe)
     return probe.queries
 
@@ -188,7 +188,8 @@ def _explains(rotation: Rotation | None, at: dict[int, Tensor]) -> bool:
     for position, queries in at.items():
         turned = start
         if rotation is not None:
-            turned = rotation.turn(start[None], *rotation.angles(torch.tensor([position], device=start.device)))[0]
+            place = torch.tensor([position], dtype=torch.int64, device=start.device)
+            turned = rotation.turn(start[None], *rotation.angles(place))[0]
         if not float((turned - queries).abs().max()) <= limit:
             return False
     return True
