@@ -109,6 +109,6 @@ def pretrained_tokenizer(name: str) -> Any | None:
 
 
 def _has_tokenizer(directory: Path) -> bool:
-    from radixkv.models.loader import TOKENIZER_FILES
+    from radixkv.models.loader import SIGNS_OF_A_TOKENIZER
 
-    return any((directory / file).exists() for file in TOKENIZER_FILES)
+    return any((directory / file).exists() for file in SIGNS_OF_A_TOKENIZER)
