@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
+from hypothesis import settings
 
 from cli_runs import small_engine
 from oracles import GreedyOracle, oracle_of
@@ -25,6 +26,11 @@ from radixkv.engine.assembly import assemble
 from runners import Around, TamperedRunner
 from strategies import PAGE, leak_checked
 from tiny_models import tiny_model
+
+# Hypothesis tests that do not say how many examples they take. `scripts/test --hypothesis-profile long` looks further.
+settings.register_profile("brief", max_examples=40, deadline=None, derandomize=True)
+settings.register_profile("long", max_examples=1000, deadline=None)
+settings.load_profile("brief")
 
 # Files that take longest: begun first, so that no process idles at the end.
 SLOW_FILES = [

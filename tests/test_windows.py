@@ -218,8 +218,8 @@ class PaperCache:
 def test_streams_as_the_paper_does(backend: str, window: int, sinks: int) -> None:
     """Beyond the window, cold and on a cached prefix, in chunks of any size."""
     model = tiny_model("llama")
-    prompt = random_prompts(11, [70 if backend != "triton" else 30], shared=0)[0]
-    num_tokens = 12 if backend != "triton" else 3  # it is interpreted
+    prompt = random_prompts(11, [70 if backend != "triton" else 18], shared=0)[0]
+    num_tokens = 12 if backend != "triton" else 2  # it is interpreted
     expected = PaperCache(copy.deepcopy(model), window=window, sinks=sinks).continuation(prompt, num_tokens)
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     config = EngineConfig(
@@ -241,9 +241,9 @@ def test_streams_as_the_paper_does(backend: str, window: int, sinks: int) -> Non
 def test_a_stream_runs_on_beyond_the_models_context_in_constant_memory() -> None:
     engine = Engine(tiny_model("llama"), config=EngineConfig(page_size=4, kv_cache_tokens=64, window=24, sinks=4))
     assert engine.max_context_tokens == 1 << 20
-    params = SamplingParams(max_tokens=700, ignore_eos=True, temperature=1.0, seed=1)
+    params = SamplingParams(max_tokens=500, ignore_eos=True, temperature=1.0, seed=1)
     (output,) = engine.generate(random_prompts(1, [30], shared=0)[0], params)
-    assert len(output.token_ids) == 700, "the model was made for 512"
+    assert len(output.token_ids) == 500, "and 30 of the prompt: the model was made for 512"
     stats = engine.stats()
     assert stats.pool_bytes == 17 * 4 * stats.kv_bytes_per_token, "16 pages, and one of zeros"
     check_nothing_is_lost(engine)
