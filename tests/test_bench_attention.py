@@ -275,6 +275,7 @@ def test_a_gpu_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     report = Report([row("numba", 1)], Speeds(1, 1, 1), {})
-    for write, name in ((files.write_json, "x.json"), (attention_report.write_plot, "x.png")):
-        with pytest.raises(BenchError, match="cannot write"):
-            write(report, tmp_path / "none" / name)
+    with pytest.raises(BenchError, match="cannot write"):
+        files.write_json(report.as_dict(), tmp_path / "none" / "x.json")
+    with pytest.raises(BenchError, match="cannot write"):
+        attention_report.write_plot(report, tmp_path / "none" / "x.png")
