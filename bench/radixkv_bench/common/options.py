@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,6 +28,11 @@ RandomModelSizes = Annotated[
         "also intermediate=, vocab=, head_dim=.",
     ),
 ]
+
+
+def size(help_text: str, *, least: int | None = None) -> Any:
+    """An option that says how large the workload is; `least` is the smallest value allowed."""
+    return typer.Option(min=least, rich_help_panel=SIZES, help=help_text)
 
 
 def choose_model(model: str | None, random_model: str | None) -> str | RandomModel:

@@ -12,7 +12,7 @@ import typer
 
 from radixkv_bench.common import models
 from radixkv_bench.common.command import Outcome, command, error_console
-from radixkv_bench.common.options import RUN, SIZES, ModelName, RandomModelSizes, Rounds, choose_model
+from radixkv_bench.common.options import RUN, ModelName, RandomModelSizes, Rounds, choose_model, size
 from radixkv_bench.layouts import report as reports
 from radixkv_bench.layouts.runs import Job, Measured, Settings, differences
 from radixkv_bench.layouts.traffic import Sizes
@@ -22,26 +22,18 @@ SIZE_DEFAULTS, DEFAULTS = Sizes(), Settings()
 
 @command("layouts")
 def main(
-    sessions: Annotated[
-        int, typer.Option(min=1, rich_help_panel=SIZES, help="Sessions that come and go.")
-    ] = SIZE_DEFAULTS.sessions,
-    turns: Annotated[
-        int, typer.Option(min=1, rich_help_panel=SIZES, help="Turns of each session.")
-    ] = SIZE_DEFAULTS.turns,
-    system_tokens: Annotated[
-        int, typer.Option(min=0, rich_help_panel=SIZES, help="Tokens that all sessions begin with.")
-    ] = SIZE_DEFAULTS.system_tokens,
+    sessions: Annotated[int, size("Sessions that come and go.", least=1)] = SIZE_DEFAULTS.sessions,
+    turns: Annotated[int, size("Turns of each session.", least=1)] = SIZE_DEFAULTS.turns,
+    system_tokens: Annotated[int, size("Tokens that all sessions begin with.", least=0)] = SIZE_DEFAULTS.system_tokens,
     turn_tokens: Annotated[
         int,
-        typer.Option(min=1, rich_help_panel=SIZES, help="Tokens asked a turn: the mean of lengths with a long tail."),
+        size("Tokens asked a turn: the mean of lengths with a long tail.", least=1),
     ] = SIZE_DEFAULTS.turn_tokens,
     output_tokens: Annotated[
-        int, typer.Option(min=1, rich_help_panel=SIZES, help="Tokens answered a turn: likewise the mean.")
+        int, size("Tokens answered a turn: likewise the mean.", least=1)
     ] = SIZE_DEFAULTS.output_tokens,
-    running: Annotated[
-        int, typer.Option(min=1, rich_help_panel=SIZES, help="Requests served at one time.")
-    ] = SIZE_DEFAULTS.running,
-    seed: Annotated[int, typer.Option(min=0, rich_help_panel=SIZES, help="Of the lengths.")] = SIZE_DEFAULTS.seed,
+    running: Annotated[int, size("Requests served at one time.", least=1)] = SIZE_DEFAULTS.running,
+    seed: Annotated[int, size("Of the lengths.", least=0)] = SIZE_DEFAULTS.seed,
     model: ModelName = None,
     random_model: RandomModelSizes = None,
     rounds: Rounds = DEFAULTS.rounds,

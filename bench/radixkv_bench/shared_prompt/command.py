@@ -14,7 +14,7 @@ import typer
 from radixkv_bench.common import models
 from radixkv_bench.common.command import Outcome, command, error_console
 from radixkv_bench.common.errors import BenchError
-from radixkv_bench.common.options import RUN, SIZES, ModelName, RandomModelSizes, Rounds, choose_model
+from radixkv_bench.common.options import RUN, ModelName, RandomModelSizes, Rounds, choose_model, size
 from radixkv_bench.shared_prompt import job, plot
 from radixkv_bench.shared_prompt import report as reports
 from radixkv_bench.shared_prompt.job import BASELINES, Settings
@@ -41,24 +41,14 @@ def main(
             "question (texts), turns (a list of texts: a conversation), token_ids or input_tok_ids.",
         ),
     ] = None,
-    requests: Annotated[
-        Count, typer.Option(rich_help_panel=SIZES, help="few-shot, document, none: requests. --prompts: rows read.")
-    ] = None,
-    prefix_tokens: Annotated[
-        Count, typer.Option(rich_help_panel=SIZES, help="Tokens that all requests begin with.")
-    ] = None,
-    suffix_tokens: Annotated[
-        Count, typer.Option(rich_help_panel=SIZES, help="Tokens of each request, turn or thought of its own.")
-    ] = None,
-    output_tokens: Annotated[
-        Count, typer.Option(rich_help_panel=SIZES, help="Tokens each request is answered with.")
-    ] = None,
-    sessions: Annotated[
-        Count, typer.Option(rich_help_panel=SIZES, help="multi-turn: conversations side by side.")
-    ] = None,
-    turns: Annotated[Count, typer.Option(rich_help_panel=SIZES, help="multi-turn: turns of each conversation.")] = None,
-    depth: Annotated[Count, typer.Option(rich_help_panel=SIZES, help="tree: levels below the root.")] = None,
-    branching: Annotated[Count, typer.Option(rich_help_panel=SIZES, help="tree: continuations of each state.")] = None,
+    requests: Annotated[Count, size("few-shot, document, none: requests. --prompts: rows read.")] = None,
+    prefix_tokens: Annotated[Count, size("Tokens that all requests begin with.")] = None,
+    suffix_tokens: Annotated[Count, size("Tokens of each request, turn or thought of its own.")] = None,
+    output_tokens: Annotated[Count, size("Tokens each request is answered with.")] = None,
+    sessions: Annotated[Count, size("multi-turn: conversations side by side.")] = None,
+    turns: Annotated[Count, size("multi-turn: turns of each conversation.")] = None,
+    depth: Annotated[Count, size("tree: levels below the root.")] = None,
+    branching: Annotated[Count, size("tree: continuations of each state.")] = None,
     model: ModelName = None,
     random_model: RandomModelSizes = None,
     baselines: Annotated[
