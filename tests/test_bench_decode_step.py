@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
-import decode_report
-import decode_runs
-import decode_step
-import device_timing
-import models
-import probes
-import random_decoders
-from decode_runs import HF, OURS, BatchTimes, GenerateRunner, RadixKVRunner, Timing
-from probes import Probes
-from random_decoders import SMALL, Decoder
+from radixkv_bench.common import device_timing, models, probes, random_decoders
+from radixkv_bench.common.probes import Probes
+from radixkv_bench.common.random_decoders import SMALL, Decoder
+from radixkv_bench.decode import command as decode_step
+from radixkv_bench.decode import report as decode_report
+from radixkv_bench.decode import runs as decode_runs
+from radixkv_bench.decode.runs import HF, OURS, BatchTimes, Timing
 
 CPU = torch.device("cpu")
 SIZES = "hidden=32,layers=2,heads=4,kv_heads=2,intermediate=48,vocab=100"
@@ -73,7 +67,7 @@ def test_figures_of_a_batch() -> None:
 def test_runners_take_turns_and_answer_the_same() -> None:
     """On the same float32 weights, the prompts of one round, backwards in the next."""
     model = random_decoders.build(TINY, 64, torch.float32, CPU)
-    runners = (RadixKVRunner(model, 3, 20, 5, "auto"), GenerateRunner(model))
+    runners = decode_runs.make_runners(model, 3, 20, 5, "auto")
     turns = decode_runs.play(runners, 3, 20, 5, vocab=100, rounds=2, probes=Probes(CPU, gemms=False), device=CPU)
     seen = [(name, times) for name, times in turns]
     assert [name for name, _ in seen] == ["warming up", OURS, HF, HF, OURS, "done"]
@@ -112,8 +106,8 @@ def test_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     [
         (("--batch", "1,x"), "--batch must be numbers, comma-separated, not '1,x'"),
         (("--batch", "0,1"), "--batch must be 1 or more, not '0,1'"),
-        (("--output-tokens", "1"), "--output-tokens must be at least 2, not 1"),
-        (("--rounds", "0"), "--rounds must be at least 1, not 0"),
+        (("--output-tokens", "1"), "Invalid value for '--output-tokens': "),
+        (("--rounds", "0"), "Invalid value for '--rounds': "),
         (("--dtype", "int8"), "--dtype must be one of bfloat16, float32, float16, not 'int8'"),
         (("--backend", "none"), "unknown attention backend 'none'"),
         (("--random-model", "hidden=32"), "--random-model needs layers"),

@@ -13,11 +13,9 @@ import pytest
 import torch
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
-import gpu_check
-import gpu_parts
-from gpu_check import ROOT, Part
+from radixkv_bench.gpu import check as gpu_check
+from radixkv_bench.gpu import parts as gpu_parts
+from radixkv_bench.gpu.check import ROOT, Part
 
 WRITE = "import json, sys; json.dump({'rows': [{'batch': 8, 'step_over_floor': 1.3}]}, open(sys.argv[1], 'w'))"
 HANG = "import threading; print('here', flush=True); threading.Event().wait()"

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
-import kv_quality
+from radixkv_bench.quality import command as kv_quality
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -15,19 +15,17 @@ import psutil
 import pytest
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
-import radix_tree as bench
-import tree_growth
-import tree_memory
-import tree_plot
-from errors import BenchError
 from radixkv import RadixTree
 from radixkv.replay.simulation import replay_trace
 from radixkv.replay.traces import Request
-from tree_growth import GrownTree, Growth, Probed, Shape, Stock, num_systems
-from tree_memory import CopyRace, Metadata
-from tree_plot import Report, Target
+from radixkv_bench.common.errors import BenchError
+from radixkv_bench.tree import command as bench
+from radixkv_bench.tree import growth as tree_growth
+from radixkv_bench.tree import memory as tree_memory
+from radixkv_bench.tree import report as tree_plot
+from radixkv_bench.tree.growth import GrownTree, Growth, Probed, Shape, Stock, num_systems
+from radixkv_bench.tree.memory import CopyRace, Metadata
+from radixkv_bench.tree.report import Report, Target
 
 
 def ignore(steps: int) -> None:
@@ -288,10 +286,10 @@ def no_measuring(*arguments: object) -> Report:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rounds", "0"], "--rounds must be at least 1, not 0"),
-        (["--page-size", "0"], "--page-size must be at least 1, not 0"),
+        (["--rounds", "0"], "Invalid value for '--rounds': "),
+        (["--page-size", "0"], "Invalid value for '--page-size': "),
         (["--page-size", "64"], "--page-size must divide 32"),
-        (["--capacity", "15"], "--capacity must be at least 16 tokens, not 15"),
+        (["--capacity", "15"], "Invalid value for '--capacity': "),
         (["--leaves", "1000,many"], "--leaves must be numbers, comma-separated, not '1000,many'"),
         (["--leaves", "1000,1000"], "--leaves must be two sizes or more"),
         (["--leaves", "50,1000"], "of at least 100, not '50,1000'"),

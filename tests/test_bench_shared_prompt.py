@@ -15,20 +15,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
-import corpus
-import job
-import measure
-import models
-import oracle
-import prompts_file
-import shared_prompt
-import workloads
-from errors import BenchError
-from measure import Answer, Round, Usage
 from radixkv.engine.scheduler import WORTH_WAITING_TOKENS
-from workloads import Request, Workload
+from radixkv_bench.common import corpus, models
+from radixkv_bench.common.errors import BenchError
+from radixkv_bench.common.runners import Answer, Usage
+from radixkv_bench.shared_prompt import command as shared_prompt
+from radixkv_bench.shared_prompt import job, measure, oracle, prompts_file, workloads
+from radixkv_bench.shared_prompt.measure import Round
+from radixkv_bench.shared_prompt.workloads import Request, Workload
 
 TINY = "hidden=32,layers=2,heads=2,kv_heads=1,vocab=2048"
 
@@ -257,7 +251,7 @@ class EchoRunner:
         answers = [[len(prompt) % 100] * output_tokens for prompt in prompts]
         if self._wrong_at is not None:
             answers[0][self._wrong_at] += 1
-        return [Answer(answer, 0.25) for answer in answers]
+        return [Answer(answer, 0.25, 0.5) for answer in answers]
 
     def usage(self) -> Usage:
         return Usage(sum(map(len, self.prompts)), 0, 10)
@@ -445,7 +439,7 @@ def test_differing_tokens_are_explained(
         (["--workload", "fewshot"], "there is no workload 'fewshot'"),
         (["--requests", "many"], "--requests"),
         (["--no-such-option"], "--no-such-option"),
-        (["--rounds", "0"], "--rounds must be at least 1, not 0"),
+        (["--rounds", "0"], "Invalid value for '--rounds': "),
         (["--baselines", "vllm"], "there is no baseline 'vllm'"),
         (["--workload", "tree", "--prompts", "x.jsonl"], "--workload and --prompts"),
         (["--model", "demo", "--random-model", "hidden=8,layers=1"], "--model and --random-model"),

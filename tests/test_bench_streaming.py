@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
-import streaming
+from radixkv_bench.streaming import command as streaming
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -293,7 +293,8 @@ class TritonBackend:
         slots = np.zeros(metadata.num_tokens, np.int32)
         slots[tokens] = first_slots[:-1]
         tables = [extend_table(metadata, extends, group, block_rows[group], num_splits) for group in self._groups]
-        rows, indptr, token_slots, *tables_there = upload([tokens.astype(np.int32), first_slots, slots, *tables], self.pool.device)
+        arrays = [tokens.astype(np.int32), first_slots, slots, *tables]
+        rows, indptr, token_slots, *tables_there = upload(arrays, self.pool.device)
         merged = num_splits > 1
         return _ExtendStep(
             {

@@ -1,0 +1,1 @@
+"""One layer's attention over paged KV, against the machine's limits."""

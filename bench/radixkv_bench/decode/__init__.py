@@ -1,0 +1,1 @@
+"""Decode steps of whole models, against the time to read weights and KV."""

@@ -1,0 +1,1 @@
+"""The checks that need an NVIDIA GPU."""

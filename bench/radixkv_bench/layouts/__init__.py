@@ -1,0 +1,1 @@
+"""Ways to lay KV out in memory: their bytes, copies and speed."""

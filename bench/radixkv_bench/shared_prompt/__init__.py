@@ -1,0 +1,1 @@
+"""Prompts that share prefixes: radixkv with and without its cache, and Hugging Face's generate."""

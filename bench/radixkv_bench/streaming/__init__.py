@@ -1,0 +1,1 @@
+"""Perplexity and generation beyond a model's context."""
