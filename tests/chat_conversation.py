@@ -10,8 +10,7 @@ import numpy as np
 
 from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.detokenizer import decode
-from radixkv.engine.request import RequestMetrics, RequestOutput
-from radixkv.engine.results import StreamChunk
+from radixkv.engine.request import Progress, RequestMetrics, RequestOutput
 from radixkv.engine.session import Session
 
 
@@ -42,7 +41,7 @@ class ScriptedEngine:
         with nullcontext():
             yield
 
-    def stream(self, prompt: Any, params: Any = None, **options: Any) -> Generator[StreamChunk]:
+    def stream(self, prompt: Any, params: Any = None, **options: Any) -> Generator[Progress]:
         ids = self.encode(self.answers.pop(0)).tolist()
         text = decode(self.tokenizer, ids)
         ids += self.tokenizer.convert_tokens_to_ids([self._end]) if self._end else []
@@ -57,9 +56,9 @@ class ScriptedEngine:
         )
         return self._chunks(output)
 
-    def _chunks(self, output: RequestOutput) -> Generator[StreamChunk]:
-        yield StreamChunk(0, "", [], None)
-        yield StreamChunk(0, output.text or "", output.token_ids, output)
+    def _chunks(self, output: RequestOutput) -> Generator[Progress]:
+        yield Progress(0, [], "", None)
+        yield Progress(0, output.token_ids, output.text or "", output)
 
     @staticmethod
     def shared(a: Sequence[int], b: Sequence[int]) -> int:
