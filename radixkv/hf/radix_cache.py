@@ -163,7 +163,7 @@ class RadixCache(Cache):  # type: ignore[misc]
         if self._call is None:
             raise InvalidRequestError(
                 "a RadixCache serves generate of the model it was made with, where it learns which tokens it holds; "
-                "make it before the call (cache = RadixCache(model, …), then past_key_values=cache), and pass it to each call"
+                "make it before the call (cache = RadixCache(model, …), then past_key_values=cache)"
             )
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
