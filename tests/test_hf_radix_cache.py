@@ -17,6 +17,7 @@ from radixkv.errors import ConfigError, InvalidRequestError, RadixKVError, Unsup
 from radixkv.hf import ChunkedCache, RadixCache
 from radixkv.hf.call import Call
 from radixkv.hf.support import check_positions, position_limit
+from radixkv.models.probe import plug_in_paged_attention
 from tiny_models import FAMILIES, REFUSED, VOCAB_SIZE, make_model, tiny_model
 
 NEW_TOKENS = 6
@@ -768,3 +769,16 @@ def test_the_default_device_of_the_process_changes_nothing() -> None:
         states = [(torch.empty(2, 9, 8, device="cpu"), torch.empty(2, 9, 8, device="cpu")) for _ in range(3)]
         cache.store.load(tokens[:9], None, 0, states)
     assert keys.device == values.device == torch.device("cpu")
+
+
+def test_a_cache_that_is_made_inside_the_call_is_refused_with_the_way_out() -> None:
+    model = servable()
+    with pytest.raises(InvalidRequestError, match="make it before the call"):
+        model.generate(**padded([draw(9, 1)]), past_key_values=RadixCache(model, max_tokens=100), max_new_tokens=1)
+
+
+def test_a_model_that_serves_an_engine_is_refused() -> None:
+    model = servable()
+    plug_in_paged_attention(model)
+    with pytest.raises(UnsupportedModelError, match="it serves a radixkv Engine; load another instance"):
+        RadixCache(model, max_tokens=100)

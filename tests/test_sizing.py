@@ -123,6 +123,76 @@ def test_uniform_layers(config: dict[str, Any], layer: LayerKV) -> None:
     assert layers_of(config) == (layer,) * 3
 
 
+@pytest.mark.parametrize(
+    ("config", "kv_heads"),
+    [
+        pytest.param({"dim": 64, "n_layers": 2, "head_dim": 8, "n_heads": 8, "n_kv_heads": 2}, [2, 2], id="mistral"),
+        pytest.param(dense(4, 8, 64, num_key_value_heads=2, use_cla=True, cla_share_factor=2), [2, 0, 2, 0], id="cla"),
+        pytest.param(dense(2, 8, 64, num_key_value_heads=2, use_cla=False, cla_share_factor=2), [2, 2], id="cla-off"),
+        pytest.param(dense(4, 8, 64, num_key_value_heads=2, layer_group_size=2), [0, 2, 0, 2], id="ling"),
+        pytest.param(dense(5, 8, 64, num_key_value_heads=2, layer_group_size=2), [0, 2, 0, 2, 2], id="ling-uneven"),
+        pytest.param(dense(2, 40, 320, n_shared_head=8), [5, 5], id="plamo"),
+        pytest.param(dense(2, 9, 72, n_shared_head=8), [2, 2], id="plamo-uneven"),
+        pytest.param(dense(2, 8, 64, attn_config={"attn_type": "multiquery_attention"}), [1, 1], id="mpt-multiquery"),
+        pytest.param(dense(2, 8, 64, attn_config={"multiquery": True}), [1, 1], id="mpt-flag"),
+        pytest.param(
+            dense(2, 8, 64, attn_config={"attn_type": "grouped_query_attention", "kv_n_heads": 4}),
+            [4, 4],
+            id="mpt-grouped",
+        ),
+        pytest.param(dense(2, 8, 64, attn_config={"attn_type": "multihead_attention"}), [8, 8], id="mpt"),
+    ],
+)
+def test_heads_and_layers_that_share_are_counted_once(config: dict[str, Any], kv_heads: list[int]) -> None:
+    assert [layer.num_kv_heads for layer in layers_of(config)] == kv_heads
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("kv_share_factor", 2),
+        ("num_shared_kv_layers", 4),
+        ("cross_layer_attention_groups", 2),
+        ("kv_cache_sharing", True),
+        ("n_query_groups", 4),
+        ("mqa", True),
+        ("heads_per_group", 8),
+        ("layer_sharing", [0, 0, 1, 1]),
+        ("reuse_kv_every", 2),
+        ("attn_config", {"kv_group_size": 4}),
+    ],
+)
+def test_a_setting_about_sharing_that_is_not_known_is_named(name: str, value: Any) -> None:
+    unknown = f"attn_config.{next(iter(value))}" if isinstance(value, dict) else name
+    with pytest.raises(UnsupportedModelError, match=f"the meaning of {unknown} for keys and values is not known"):
+        kv_shape_from_config(dense(4, 8, 64, **{name: value}))
+
+
+def test_settings_about_something_else_are_passed_over() -> None:
+    harmless = {
+        "n_shared_experts": 2,
+        "moe_layer_interval": 2,
+        "layer_norm_eps": 1e-5,
+        "num_nextn_predict_layers": 1,
+        "query_pre_attn_scalar": 256,
+        "q_lora_rank": 1536,
+        "kv_share_factor": None,
+        "heads_per_group": False,
+    }
+    assert layers_of(dense(2, 8, 64, **harmless)) == layers_of(dense(2, 8, 64))
+
+
+def test_the_keys_of_an_indexer_are_counted() -> None:
+    deepseek_v32 = kv_shape_from_config({**DEEPSEEK_V3, "index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048})
+    assert deepseek_v32.bytes_per_token("bfloat16") == 61 * (512 + 64 + 128) * 2
+    assert deepseek_v32.bytes_per_token("int8") == 61 * (512 + 64 + 2 + 128 + 2)
+    latent = dense(6, 4, 64, kv_lora_rank=24, qk_rope_head_dim=8, index_head_dim=16)
+    every_other = {"index_topk_freq": 2, "index_skip_topk_offset": 1}
+    for stated in (every_other, {"index_topk_pattern": "FSFSFS"}, {"indexer_types": ["full", "shared"] * 3}):
+        values = [layer.values_per_token for layer in layers_of({**latent, **stated})]
+        assert values == [48, 32, 48, 32, 48, 32]
+
+
 def test_a_latent_layer_keeps_one_copy_for_all_heads() -> None:
     (layer,) = set(layers_of(DEEPSEEK_V3))
     assert layer.is_latent
@@ -339,6 +409,10 @@ def test_scales_by_hand() -> None:
         (dense(2, 4, 64, num_kv_shared_layers=2), "none of the 2 layers keeps"),
         (dense(2, 4, 64, is_encoder_decoder=True), "encoder-decoder"),
         (dense(2, 4, 64, index_head_dim=128), "index_head_dim"),
+        (dense(2, 4, 64, kv_lora_rank=8, qk_rope_head_dim=4, index_head_dim=8, index_kpool=16), "index_head_dim"),
+        (dense(2, 4, 64, layer_types=["indexed_attention"] * 2), "'indexed_attention'"),
+        (dense(2, 4, 64, attn_config={"attn_type": "grouped_query_attention"}), "missing attn_config.kv_n_heads"),
+        (dense(2, 4, 64, n_shared_head=0), "n_shared_head .* at least 1, not 0"),
         ({"model_type": "mamba2", "num_hidden_layers": 2, "num_heads": 8, "head_dim": 64}, "no attention"),
     ],
 )
@@ -453,7 +527,21 @@ def test_more_memory_never_holds_less_and_more_tokens_never_cost_less(
 # ---------------------------------------------------------------------------------- models as the oracle
 
 TINY = {"vocab_size": 32, "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 32}
+_INDEXED = {
+    **TINY,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "first_k_dense_replace": 4,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "index_topk": 8,
+}
 MODELS: dict[str, dict[str, Any]] = {
+    "mpt": {"vocab_size": 32, "n_layers": 2, "n_heads": 4, "d_model": 32},
     "llama": {**TINY, "num_key_value_heads": 2},
     "qwen3": {**TINY, "num_key_value_heads": 2, "head_dim": 24},
     "gpt2": {"vocab_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32},
@@ -522,3 +610,19 @@ def test_odd_fields_are_named() -> None:
     with pytest.raises(UnsupportedModelError, match="is said to have 30000000 layers; more than 10,000 must be"):
         kv_shape_from_config(dense(30_000_000, 8, 64))
     assert kv_shape_from_config(dense(2, 8, 64, model_type=["llama"])).num_layers == 2
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa"])
+def test_the_keys_of_an_indexer_are_those_that_the_model_itself_caches(model_type: str) -> None:
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    more = {"indexer_types": ["full", "shared", "full", "shared"]} if model_type == "glm_moe_dsa" else {}
+    config = CONFIG_MAPPING[model_type](**_INDEXED, **more)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        cache = model(input_ids=torch.arange(5)[None], use_cache=True).past_key_values
+    own = [0 if layer.indexer_keys is None else layer.indexer_keys.shape[-1] for layer in cache.layers]
+    found = [layer.values_per_token - (16 + 8) for layer in kv_shape_from_config(config).layers]
+    assert found == own
+    assert 16 in own

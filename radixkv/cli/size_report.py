@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from radixkv.cli.display import note
-from radixkv.memory.kv_shape import KVShape, LayerKV, kv_budget_bytes
+from radixkv.memory.kv_shape import IndexedLayerKV, KVShape, LayerKV, kv_budget_bytes
 from radixkv.memory.savings import Alternative, alternatives
 from radixkv.memory.sizing import LayerConfig
 
@@ -196,7 +196,8 @@ def _describe(layer: LayerKV, dtype: str) -> tuple[str, str]:
         return "no KV", ""
     per_token = f"{layer.bytes_per_token(dtype):,} bytes a token"
     if layer.is_latent:
-        return f"a latent of {layer.k_head_dim}", per_token
+        index_key = f" and an index key of {layer.index_dim}" if isinstance(layer, IndexedLayerKV) else ""
+        return f"a latent of {layer.k_head_dim}{index_key}", per_token
     dims = str(layer.k_head_dim) if layer.k_head_dim == layer.v_head_dim else f"{layer.k_head_dim}/{layer.v_head_dim}"
     return f"{layer.num_kv_heads} KV heads of {dims}", per_token
 

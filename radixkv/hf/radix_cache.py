@@ -162,7 +162,8 @@ class RadixCache(Cache):  # type: ignore[misc]
         """Add the columns of one layer. Raises: InvalidRequestError outside `generate` of the cache's model."""
         if self._call is None:
             raise InvalidRequestError(
-                "a RadixCache serves generate of the model it was made with, where it learns which tokens it holds"
+                "a RadixCache serves generate of the model it was made with, where it learns which tokens it holds; "
+                "make it before the call (cache = RadixCache(model, …), then past_key_values=cache)"
             )
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values

@@ -22,6 +22,8 @@ def check_model(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"a RadixCache is made for a transformers model, not {type(model).__name__}")
     config = model.config.get_text_config()
+    if model.config._attn_implementation == "radixkv":
+        raise _unsupported(model, "it serves a radixkv Engine; load another instance of the model for the RadixCache")
     _check_layers(model)
     if getattr(model, "_is_stateful", False):
         raise _unsupported(model, "it keeps a recurrent state, which cannot be cut back to a prefix")

@@ -9,7 +9,8 @@ from radixkv.errors import UnsupportedModelError
 
 Fields = Mapping[str, Any]
 
-# Names of one thing, the usual one first; GPT-2, Falcon, MPT, DBRX, ChatGLM, OpenELM, Zamba and Step have their own.
+# Names of one thing, the usual one first; GPT-2, Falcon, MPT, DBRX, ChatGLM, OpenELM,
+# Zamba, Step and Mistral's params.json have their own.
 NAMES: Mapping[str, tuple[str, ...]] = {
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers"),
     "num_attention_heads": (
@@ -24,12 +25,13 @@ NAMES: Mapping[str, tuple[str, ...]] = {
         "num_key_value_heads",
         "num_key_value_heads_per_layer",
         "num_kv_heads",
+        "n_kv_heads",
         "n_head_kv",
         "kv_n_heads",
         "num_attention_groups",
     ),
     "head_dim": ("head_dim", "attention_head_dim", "kv_channels", "dim_head"),
-    "hidden_size": ("hidden_size", "n_embd", "n_embed", "d_model", "model_dim"),
+    "hidden_size": ("hidden_size", "n_embd", "n_embed", "d_model", "model_dim", "dim"),
 }
 _NESTED = ("text_config", "thinker_config", "llm_config", "language_config")
 
@@ -115,11 +117,24 @@ def refuse_uncounted(fields: Fields) -> None:
         raise UnsupportedModelError(f"{model_name(fields)} is an encoder-decoder; only decoders are sized")
     if str(fields.get("model_type")) in _ATTENTION_FREE:
         raise UnsupportedModelError(f"{model_name(fields)} has no attention: it keeps one state per sequence and no KV")
-    if fields.get("index_head_dim") is not None:
+    if fields.get("index_head_dim") is not None and not _has_known_indexer(fields):
         raise UnsupportedModelError(
             f"{model_name(fields)} has sparse attention whose indexer (index_head_dim) keeps keys of its own, "
-            "which are not counted here"
+            "in a way that is not known here"
         )
+
+
+_INDEXER_FIELDS = frozenset(
+    ["index_head_dim", "index_n_heads", "index_topk", "index_topk_freq", "index_topk_pattern", "index_skip_topk_offset"]
+)
+
+
+def _has_known_indexer(fields: Fields) -> bool:
+    """Whether each layer keeps a latent and one key for its indexer, as DeepSeek-V3.2 and GLM-5 do."""
+    own = {name for name in fields if name.startswith("index_") and fields[name] is not None}
+    compressed = any("compress" in name for name in fields)
+    some_without = bool(set(fields.get("layer_types") or ()) - {"indexed_attention"})
+    return fields.get("kv_lora_rank") is not None and own <= _INDEXER_FIELDS and not compressed and not some_without
 
 
 def sets_own_head_dim(fields: Fields) -> bool:

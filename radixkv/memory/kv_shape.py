@@ -69,7 +69,7 @@ def kv_budget_bytes(memory_bytes: int, weights_bytes: int = 0, reserve_fraction:
     _check_int("memory_bytes", memory_bytes, minimum=0)
     _check_int("weights_bytes", weights_bytes, minimum=0)
     if not 0 <= reserve_fraction < 1:
-        raise ConfigError(f"reserve_fraction must lie in [0, 1), not {reserve_fraction}")
+        raise ConfigError(f"reserve_fraction must be at least 0 and below 1; got {reserve_fraction}")
     # The decimal that was written, not the binary float next to it: 0.1 of 100 bytes is exactly 10.
     kept = 1 - Fraction(str(reserve_fraction))
     return int(max(0, memory_bytes - weights_bytes) * kept)
@@ -117,6 +117,27 @@ class LayerKV:
 
 
 NO_KV = LayerKV(0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedLayerKV(LayerKV):
+    """A layer with a key more per token, by which its indexer chooses the tokens to attend to (DeepSeek-V3.2).
+
+    >>> IndexedLayerKV(1, 576, 0, index_dim=128).bytes_per_token("bfloat16")
+    1408
+    """
+
+    index_dim: int
+
+    @property
+    def values_per_token(self) -> int:
+        """Numbers kept per token, the indexer's key among them."""
+        return self.num_kv_heads * (self.k_head_dim + self.v_head_dim) + self.index_dim
+
+    def bytes_per_token(self, dtype: str) -> int:
+        """Bytes per token in `dtype`, as those of other layers."""
+        index_key = LayerKV(1, self.index_dim, 0)
+        return LayerKV.bytes_per_token(self, dtype) + index_key.bytes_per_token(dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,10 +23,12 @@ from radixkv.memory.config_fields import (
     refuse_uncounted,
     sets_own_head_dim,
 )
+from radixkv.memory.config_unknown import refuse_unknown_sharing
 from radixkv.memory.config_windows import window_of_layer
 from radixkv.memory.kv_shape import (
     DTYPE_BITS,
     NO_KV,
+    IndexedLayerKV,
     KVShape,
     LayerKV,
     dtype_bits,
@@ -94,6 +96,7 @@ def layers_from_config(config: Fields | HasToDict) -> tuple[LayerConfig, ...]:
         refuse_left_out(fields)
     refuse_uncounted(content)
     refuse_uncounted(fields)
+    refuse_unknown_sharing(fields)
     try:
         return _read(fields)
     except UnsupportedModelError:
@@ -112,12 +115,38 @@ def _read(fields: Fields) -> tuple[LayerConfig, ...]:
     num_owners = len(layer_types) - (integer(fields, "num_kv_shared_layers", minimum=0) or 0)
     layers = []
     for index, layer_type in enumerate(layer_types):
-        if index < num_owners and _holds_kv(fields, layer_type):
+        if index < num_owners and _holds_kv(fields, layer_type) and not _reads_an_earlier_layer(fields, index):
             own = _fields_of_layer(fields, index, layer_type, len(layer_types))
-            layers.append(LayerConfig(_layer_kv(own), _full_heads(own), window_of_layer(own, index, layer_type)))
+            kv = _with_indexer(fields, index, _layer_kv(own))
+            layers.append(LayerConfig(kv, _full_heads(own), window_of_layer(own, index, layer_type)))
         else:
             layers.append(LayerConfig(NO_KV, NO_KV, None))
     return tuple(layers)
+
+
+def _reads_an_earlier_layer(fields: Fields, index: int) -> bool:
+    """Whether a layer attends to the KV of the last layer before it that keeps some (Hunyuan-Large)."""
+    factor = integer(fields, "cla_share_factor", minimum=0) if fields.get("use_cla") else None
+    return bool(factor) and index % (factor or 1) != 0
+
+
+def _with_indexer(fields: Fields, index: int, kv: LayerKV) -> LayerKV:
+    """`kv`, with the key of the layer's indexer if it runs one: others take the choice of the layer before."""
+    index_dim = integer(fields, "index_head_dim")
+    if index_dim is None or not _runs_indexer(fields, index):
+        return kv
+    return IndexedLayerKV(kv.num_kv_heads, kv.k_head_dim, kv.v_head_dim, index_dim)
+
+
+def _runs_indexer(fields: Fields, index: int) -> bool:
+    if types := fields.get("indexer_types"):
+        return bool(types[index] == "full")
+    if pattern := fields.get("index_topk_pattern"):
+        return pattern[index] in ("F", "full")
+    every = integer(fields, "index_topk_freq") or 1
+    offset = integer(fields, "index_skip_topk_offset", minimum=0)
+    first = 2 if offset is None else offset
+    return max(index - first + 1, 0) % every == 0
 
 
 # ------------------------------------------------------------------------------------------- layer types
@@ -131,7 +160,7 @@ _PATTERN_LETTERS = {"*": "attention", "M": "mamba", "-": "mlp", "E": "moe"}  # N
 
 
 def _holds_kv(fields: Fields, layer_type: str) -> bool:
-    if layer_type in _KV_TYPES:
+    if layer_type in _KV_TYPES or (layer_type == "indexed_attention" and fields.get("index_head_dim") is not None):
         return True
     if layer_type in _NO_KV_TYPES:
         return False
@@ -219,6 +248,9 @@ def _attention_layers(fields: Fields, num_layers: int) -> set[int] | None:
         return {i for i in range(num_layers) if i % period == offset}
     if interval := integer(fields, "full_attention_interval"):  # Qwen3-Next
         return {i for i in range(num_layers) if (i + 1) % interval == 0}
+    if (size := integer(fields, "layer_group_size")) is not None:  # Ling, Ring: the last layer of each group
+        whole = num_layers if fields.get("model_type") == "bailing_hybrid" else num_layers // size * size
+        return {i for i in range(num_layers) if (i + 1) % size == 0 or i >= whole}
     if linear := fields.get("linear_attn_config"):  # Kimi Linear counts from 1
         return {i - 1 for i in linear.get("full_attn_layers", ())}
     return None
@@ -291,8 +323,16 @@ def _num_kv_heads(fields: Fields) -> int | None:
         return 1
     if fields.get("multi_query_attention"):  # ChatGLM
         return integer(fields, "multi_query_group_num")
-    stated = integer(fields.get("attn_config") or {}, "kv_n_heads") or integer(fields, "num_key_value_heads")
-    return stated or integer(fields, "num_attention_heads")
+    num_heads = integer(fields, "num_attention_heads")
+    if (shared_by := integer(fields, "n_shared_head")) is not None and num_heads is not None:  # PLaMo
+        return -(-num_heads // shared_by)
+    attention = fields.get("attn_config") or {}  # MPT, DBRX
+    if attention.get("multiquery") or attention.get("attn_type") == "multiquery_attention":
+        return 1
+    stated = integer(attention, "kv_n_heads") or integer(fields, "num_key_value_heads")
+    if stated is None and attention.get("attn_type") == "grouped_query_attention":
+        raise missing_error(fields, ["attn_config.kv_n_heads"])
+    return stated or num_heads
 
 
 def _head_dim(fields: Fields) -> int | None:
