@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from radixkv import errors
 from radixkv.cache.cache_stats import CacheStats, SizeEstimate
-from radixkv.cache.events import CacheObserver
+from radixkv.cache.events import Cleared, Event, Observer, PageRun, Removed, Stored
 from radixkv.cache.eviction.policy import EvictionPolicy
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.lease import Lease
+from radixkv.cache.page_keys import prompt_keys
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.residency.window_pages import WindowPages
 from radixkv.cache.tree.node import InsertResult, MatchResult, TreeNode
@@ -36,30 +37,36 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncEngine",
     "CacheConfig",
-    "CacheObserver",
     "CacheStats",
+    "Cleared",
     "Engine",
     "EngineConfig",
     "EngineStats",
+    "Event",
     "EvictionPolicy",
     "Explanation",
     "InsertResult",
     "KVUsage",
     "Lease",
     "MatchResult",
+    "Observer",
+    "PageRun",
     "PrefixCache",
     "Progress",
     "RadixTree",
+    "Removed",
     "ReplayResult",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
     "Session",
     "SizeEstimate",
+    "Stored",
     "TokenLogprobs",
     "TreeNode",
     "WindowPages",
     "errors",
+    "prompt_keys",
     "replay_trace",
 ]
 

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from radixkv import Lease, PrefixCache, RadixTree
+from event_mirror import EventMirror, held_by
+from radixkv import Event, Lease, PrefixCache, RadixTree, Removed
 from radixkv.cache.tree import radix_tree as radix_tree
 from radixkv.cache.tree.node import Namespace, TreeNode
 from radixkv.errors import InvalidRequestError, OutOfPagesError
@@ -62,6 +63,8 @@ class TreeMachine(RuleBasedStateMachine):
         super().__init__()
         self.clock = FakeClock()
         self.tree = RadixTree(self.page_size, self.policy, clock=self.clock)
+        self.mirror = EventMirror()
+        self.tree.add_observer(self.mirror)
         self.oracle = TreeOracle(self.page_size, self.policy, self.clock)
         self.seen: list[tuple[Edge, TreeNode]] = []  # nodes that were found or made; some of them are gone
         self.locked: list[tuple[Edge, TreeNode]] = []
@@ -200,6 +203,7 @@ class TreeMachine(RuleBasedStateMachine):
     @invariant()
     def agrees_with_oracle(self) -> None:
         self.tree.check_invariants()
+        assert self.mirror.held() == held_by(self.tree)
         assert dump(self.tree) == self.oracle.states()
         assert self.tree.tick == self.oracle.tick
         assert self.tree.num_pages == self.oracle.num_pages
@@ -253,7 +257,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.clock = FakeClock()
         copy_page = self.copy_page if self.copies else None
         self.cache = PrefixCache(self.num_pages, self.page_size, self.policy, copy_page=copy_page, clock=self.clock)
-        self.cache.tree.add_observer(self)
+        self.mirror = EventMirror()
+        self.cache.add_observer(self.mirror)
+        self.cache.add_observer(self.heard)
         self.oracle = TreeOracle(self.page_size, self.policy, self.clock)
         self.claims: list[Claim] = []
         self.kv = np.full((self.num_pages, self.page_size), -1)
@@ -268,14 +274,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.kv[target, :num_tokens] = self.kv[source, :num_tokens]
         self.copied.append((source, target, num_tokens))
 
-    def stored(self, node: TreeNode) -> None:
-        pass
-
-    def removed(self, node: TreeNode) -> None:
-        self.gone += node.page_ids.tolist()
-
-    def cleared(self) -> None:
-        pass
+    def heard(self, event: Event) -> None:
+        if isinstance(event, Removed):
+            self.gone += event.run.pages.tolist()
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -428,6 +429,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.gone.clear()
         self.copied.clear()
         self.cache.check_invariants()
+        assert self.mirror.held() == held_by(self.cache.tree)
         assert dump(self.cache.tree) == self.oracle.states()
         for claim in self.claims:
             assert claim.lease.pages.tolist() == claim.pages

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import random_ids
+from prompts import random_ids
 from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.memory.kv_codes import CODE_FORMS, rotate
 from radixkv.memory.kv_shape import LayerKV

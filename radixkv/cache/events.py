@@ -1,25 +1,254 @@
-"""What a radix tree tells whoever listens."""
+"""What a radix tree tells its observers: values that say what is cached now, and what is not any more.
+
+A tree has one channel. The diagnostics of a cache listen to it, and so do tiers, routers and publishers alike.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-from radixkv.cache.tree.node import TreeNode
+import numpy as np
+from numpy.typing import NDArray
+
+from radixkv.cache.insight.prefix_hash import namespace_seed, prefix_hashes
+from radixkv.cache.page_keys import page_keys, root_key
+from radixkv.cache.token_ids import TOKEN_BYTES
+
+if TYPE_CHECKING:
+    from radixkv.cache.tree.node import Namespace, TreeNode
+
+logger = logging.getLogger(__name__)
+
+Medium = Literal["pool", "window"]
+"""Where the KV is: in the pages of the pool that the engine computes with (on whatever device that pool is), or in the
+window pages of layers that see a window. Each medium stands alone: a page that leaves one is reported for that one."""
+
+RemovalCause = Literal["evicted", "reset", "removed", "taken back"]
+"""Why pages left a medium: the eviction policy chose them; `clear` removed them while others were pinned; `remove` was
+called, as leases do when a longer copy has their tokens; or their window pages went to other pages."""
 
 
-class CacheObserver(Protocol):
-    """Listens to a `RadixTree`: metrics, further tiers, routers.
+class Prefix:
+    """The tokens of one sequence from its start to the end of a page. Its values are computed when they are asked for.
 
-    Each call is made while the tree is being changed: read the node (its tokens, pages, `end`, `path()`), and change
-    nothing. Splits and merges of nodes are not reported, since what is cached stays the same. A tree without
-    observers pays one comparison for each node stored or removed.
+    Chained to the prefix before it, so that each token is digested once, however many prefixes go on from there.
     """
 
-    def stored(self, node: TreeNode) -> None:
-        """The tokens of `node` are cached now; it hangs in the tree."""
+    __slots__ = ("_above", "_hash", "_key", "_tokens", "namespace", "num_tokens", "page_size")
 
-    def removed(self, node: TreeNode) -> None:
-        """The tokens of `node` are about to leave the cache; it still hangs in the tree."""
+    def __init__(self, namespace: Namespace, page_size: int, above: Prefix | None = None, tokens: bytes = b"") -> None:
+        """`tokens`: the whole pages after `above`, little-endian int32; without `above` it is a namespace's start."""
+        self.namespace, self.page_size = namespace, page_size
+        self.num_tokens: int = len(tokens) // TOKEN_BYTES + (0 if above is None else above.num_tokens)
+        self._above, self._tokens = above, tokens
+        self._key: bytes | None = None
+        self._hash: int | None = None
 
-    def cleared(self) -> None:
-        """Everything left the cache at once; `removed` is not called for the nodes."""
+    @property
+    def key(self) -> bytes:
+        """The key of the last page, or the root key of the namespace if there is none. O(tokens), then O(1)."""
+        if self._key is None:
+            for prefix in self._chain():
+                if prefix._key is None and prefix._above is None:
+                    prefix._key = root_key(*self.namespace)
+                elif prefix._key is None:
+                    assert prefix._above is not None
+                    assert prefix._above._key is not None
+                    prefix._key = page_keys(prefix._above._key, prefix._tokens, self.page_size)[-1]
+        assert self._key is not None
+        return self._key
+
+    @property
+    def fast_hash(self) -> int:
+        """The last of its `prefix_hashes`, or the seed of the namespace, for statistics. O(tokens), then O(1)."""
+        if self._hash is None:
+            for prefix in self._chain():
+                if prefix._hash is None and prefix._above is None:
+                    prefix._hash = namespace_seed(*self.namespace)
+                elif prefix._hash is None:
+                    above = prefix._above
+                    assert above is not None
+                    assert above._hash is not None
+                    tokens, first_page = np.frombuffer(prefix._tokens, np.int32), above.num_tokens // self.page_size
+                    prefix._hash = int(prefix_hashes(tokens, self.page_size, above._hash, first_page)[-1])
+        assert self._hash is not None
+        return self._hash
+
+    def _chain(self) -> list[Prefix]:
+        """The prefixes from the start of the namespace to this one."""
+        chain: list[Prefix] = []
+        prefix: Prefix | None = self
+        while prefix is not None:
+            chain.append(prefix)
+            prefix = prefix._above
+        chain.reverse()
+        return chain
+
+
+class PageRun:
+    """Consecutive pages of one sequence, as a value that stays as it is whatever becomes of the tree.
+
+    Page keys are digests, computed when somebody first asks for them: an observer that does not want them pays nothing.
+
+    Attributes:
+        prefix: the tokens before them.
+        page_size: tokens a page; the last page may hold fewer, if the run is a tail.
+    """
+
+    __slots__ = ("_page_keys", "_pages", "_tokens", "page_size", "prefix")
+
+    def __init__(self, prefix: Prefix, tokens: bytes, pages: bytes | memoryview) -> None:
+        """`tokens` and `pages`: int32 bytes of the tokens and of the page ids."""
+        self.prefix = prefix
+        self.page_size = prefix.page_size
+        self._tokens, self._pages = tokens, pages
+        self._page_keys: tuple[bytes, ...] | None = None
+
+    @property
+    def namespace(self) -> Namespace:
+        """(`extra_key`, `cache_salt`)"""
+        return self.prefix.namespace
+
+    @property
+    def parent_key(self) -> bytes:
+        """The key of the page before the first; the root key of the namespace where a sequence starts."""
+        return self.prefix.key
+
+    @property
+    def page_keys(self) -> tuple[bytes, ...]:
+        """The key of each page (see `page_keys`). O(tokens) the first time."""
+        if self._page_keys is None:
+            self._page_keys = page_keys(self.parent_key, self._tokens, self.page_size)
+        return self._page_keys
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """The tokens in the pages, read-only."""
+        return np.frombuffer(self._tokens, np.int32)
+
+    @property
+    def pages(self) -> NDArray[np.int32]:
+        """The page ids, read-only. What is in a page may change once its removal was reported."""
+        return np.frombuffer(self._pages, np.int32)
+
+    @property
+    def start(self) -> int:
+        """Tokens of the sequence before the first page."""
+        return self.prefix.num_tokens
+
+    @property
+    def is_tail(self) -> bool:
+        """Whether it is one page that its tokens fill in part."""
+        return len(self._tokens) < self.page_size * TOKEN_BYTES
+
+    def each_page(self) -> list[PageRun]:
+        """One run for each of its pages. O(tokens)."""
+        runs, prefix, page_bytes = [], self.prefix, self.page_size * TOKEN_BYTES
+        for number, page_key in enumerate(self.page_keys):
+            tokens = self._tokens[number * page_bytes : (number + 1) * page_bytes]
+            page = PageRun(prefix, tokens, self._pages[number * TOKEN_BYTES : (number + 1) * TOKEN_BYTES])
+            page._page_keys = (page_key,)
+            runs.append(page)
+            prefix = Prefix(self.namespace, self.page_size, prefix, tokens)
+            prefix._key = page_key
+        return runs
+
+    def __repr__(self) -> str:
+        end = self.start + len(self._tokens) // TOKEN_BYTES
+        return f"PageRun(tokens [{self.start}, {end}), pages {self.pages.tolist()})"
+
+
+class Stored(NamedTuple):
+    """The pages of `run` can be found in `medium` from now on."""
+
+    run: PageRun
+    medium: Medium
+
+
+class Removed(NamedTuple):
+    """The pages of `run` cannot be found in `medium` any more.
+
+    `last_use_tick` counts uses of the tree (`RadixTree.tick`).
+    """
+
+    run: PageRun
+    medium: Medium
+    cause: RemovalCause
+    last_use_tick: int
+
+
+class Cleared(NamedTuple):
+    """Nothing can be found in `medium` any more; no `Removed` was sent for what was in it."""
+
+    medium: Medium
+
+
+Event: TypeAlias = Stored | Removed | Cleared
+Observer: TypeAlias = Callable[[Event], object]
+"""Is called with each event, in order, when the tree's own books are right again. It must not change the tree.
+
+Cuts and merges of nodes are not reported, since what is cached stays the same. An observer that raises an exception is
+logged and hears nothing more, because it missed something: the tree and the other observers go on.
+"""
+
+
+class EventChannel:
+    """Sends each event to all observers; an event sent by an observer waits until all have heard the one before."""
+
+    def __init__(self) -> None:
+        self.observers: tuple[Observer, ...] = ()
+        self._waiting: deque[Event] = deque()
+        self._is_sending = False
+
+    def add(self, observer: Observer) -> None:
+        """Send `observer` every event from now on."""
+        self.observers += (observer,)
+
+    def remove(self, observer: Observer) -> None:
+        """Send `observer` nothing more."""
+        self.observers = tuple(other for other in self.observers if other != observer)
+
+    def send(self, event: Event) -> None:
+        """Tell all observers. Raises nothing that they raise (see `Observer`)."""
+        self._waiting.append(event)
+        if self._is_sending:
+            return
+        self._is_sending = True
+        try:
+            while self._waiting:
+                event = self._waiting.popleft()
+                for observer in self.observers:
+                    self._tell(observer, event)
+        finally:
+            self._is_sending = False
+
+    def _tell(self, observer: Observer, event: Event) -> None:
+        try:
+            observer(event)
+        except Exception:
+            self.remove(observer)
+            logger.exception("an observer of the cache failed on %r and hears nothing more: %r", event, observer)
+
+
+def prefix_of(node: TreeNode, page_size: int) -> Prefix:
+    """The tokens from the root to the end of `node`, no tail. O(depth) the first time, then O(1)."""
+    missing = []
+    while node.prefix is None and node.parent is not None:
+        missing.append(node)
+        node = node.parent
+    if node.prefix is None:
+        assert node.namespace is not None, node
+        node.prefix = Prefix(node.namespace, page_size)
+    prefix = node.prefix
+    for below in reversed(missing):
+        prefix = below.prefix = Prefix(prefix.namespace, page_size, prefix, below.key)
+    return prefix
+
+
+def run_of(node: TreeNode, page_size: int) -> PageRun:
+    """The pages of `node`, which is in the tree and no root."""
+    assert node.parent is not None, node
+    return PageRun(prefix_of(node.parent, page_size), node.key, node.pages)

@@ -16,10 +16,7 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
-import numpy as np
-from numpy.typing import NDArray
-
-from radixkv.cache.token_ids import TOKEN_BYTES
+from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, token_array
 
 KEY_BYTES = 16
 _ROOT, _PAGE, _TAIL = b"radixkv1 root", b"radixkv1 page", b"radixkv1 tail"  # 1: the version of the format
@@ -59,7 +56,8 @@ def page_keys(parent_key: bytes, tokens: bytes, page_size: int) -> tuple[bytes, 
 
     `parent_key` is that of the page before the first, or `root_key`.
 
-    >>> tokens = np.arange(6, dtype="<i4").tobytes()
+    >>> from array import array
+    >>> tokens = array("i", range(6)).tobytes()
     >>> whole, tail = page_keys(root_key(None, None), tokens, page_size=4)
     >>> whole == page_key(root_key(None, None), tokens[:16]), tail == tail_key(whole, tokens[16:])
     (True, True)
@@ -77,15 +75,16 @@ def page_keys(parent_key: bytes, tokens: bytes, page_size: int) -> tuple[bytes, 
 
 
 def prompt_keys(
-    tokens: NDArray[np.int32], page_size: int, *, extra_key: str | None = None, cache_salt: str | None = None
+    ids: TokenIds, page_size: int, *, extra_key: str | None = None, cache_salt: str | None = None
 ) -> tuple[bytes, ...]:
     """The keys of all pages of a prompt, from its first token on. O(tokens).
 
-    >>> prompt = np.array([5, 6, 7], np.int32)
-    >>> [key.hex()[:8] for key in prompt_keys(prompt, page_size=2)]
+    Raises: TokenIdsTypeError, InvalidTokenIdsError.
+
+    >>> [key.hex()[:8] for key in prompt_keys([5, 6, 7], page_size=2)]
     ['2bca80aa', '7e3deb36']
     """
-    return page_keys(root_key(extra_key, cache_salt), tokens.astype("<i4", copy=False).tobytes(), page_size)
+    return page_keys(root_key(extra_key, cache_salt), token_array(ids).astype("<i4", copy=False).tobytes(), page_size)
 
 
 def _written(name: str | None) -> bytes:

@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from radixkv.cache.allocator import TokenToKVPoolAllocator
 from radixkv.cache.cache_stats import CacheStats, SizeEstimate
+from radixkv.cache.events import Observer
 from radixkv.cache.eviction.policies import resolve_policy
 from radixkv.cache.eviction.policy import EvictionPolicy
 from radixkv.cache.insight.diagnostics import LARGEST_SIZE, Diagnostics
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.lease import Lease
+from radixkv.cache.residency.window_events import WindowEvents
 from radixkv.cache.residency.window_pages import WindowPages
 from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.cache.tree.node import MatchResult, Namespace, PartialPage, TreeNode
@@ -220,8 +222,17 @@ class PrefixCache:
     def reset(self) -> None:
         """Forget every prefix that no lease pins. O(nodes)."""
         self._reap()
-        clear = self.tree.clear
-        self.give_back(clear() if self._diagnostics is None else self._diagnostics.reset(clear))
+        self.give_back(self.tree.clear())
+
+    def add_observer(self, observer: Observer) -> None:
+        """Call `observer` with an event for all that is stored, removed or cleared from now on; window pages, too."""
+        if self.windows is not None and self.windows.on_change is None:
+            WindowEvents(self.tree.events, self.windows, self.tree.cached_runs())
+        self.tree.add_observer(observer)
+
+    def remove_observer(self, observer: Observer) -> None:
+        """Call `observer` no more."""
+        self.tree.remove_observer(observer)
 
     def explain(self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None) -> Explanation:
         """How far `ids` is cached now, and why not further. Changes nothing.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
+from radixkv.cache.events import Cleared, Event, Removed, Stored
 from radixkv.cache.insight.explanation import (
     CONTEXT_TOKENS,
     Explanation,
@@ -17,7 +18,7 @@ from radixkv.cache.insight.explanation import (
 from radixkv.cache.insight.history import Eviction, EvictionHistory, Timeline
 from radixkv.cache.insight.miss_ratio import MissRatioCurve
 from radixkv.cache.insight.prefix_hash import namespace_seed, prefix_hashes
-from radixkv.cache.tree.node import Namespace, TreeNode
+from radixkv.cache.tree.node import Namespace
 from radixkv.cache.tree.radix_tree import RadixTree
 
 MIN_HISTORY_PAGES, MAX_HISTORY_PAGES = 2**12, 2**18
@@ -42,8 +43,6 @@ class Diagnostics:
         self._history = EvictionHistory(min(max(num_pages, MIN_HISTORY_PAGES), MAX_HISTORY_PAGES))
         self._timeline = Timeline()
         self._noted_tick = 0
-        self._cause: str | None = None
-        self._newest: TreeNode | None = None  # what the tree stored last
         self.curve = MissRatioCurve(LARGEST_SIZE * num_pages * tree.page_size)
         tree.add_observer(self)
 
@@ -59,53 +58,39 @@ class Diagnostics:
 
     # -- what the tree tells -----------------------------------------------------------------------------------------
 
-    def stored(self, node: TreeNode) -> None:
-        """Note when; what is cached can be looked up."""
-        self._newest = node
-        self._note_time()
-
-    def removed(self, node: TreeNode) -> None:
-        """Remember the pages of `node`, unless a lease has just put a longer copy in its place."""
-        if self._is_replaced(node):
+    def __call__(self, event: Event) -> None:
+        """Note when something was stored, and remember what was evicted: what is cached can be looked up."""
+        if event.medium != "pool":
             return
-        namespace = node.root.namespace
-        assert namespace is not None, node
+        if isinstance(event, Stored):
+            self._note_time()
+        elif isinstance(event, Cleared):
+            self._history.clear()
+            self.curve.clear()
+        elif event.cause != "removed":  # then a longer copy has the tokens
+            self._remember(event)
+
+    def _remember(self, event: Removed) -> None:
+        """Remember the pages of an eviction, or of a reset."""
+        run = event.run
+        seed, tokens = run.prefix.fast_hash, run.tokens
         self._history.record(
-            self._page_hashes(node),
-            namespace,
-            policy=self._tree.policy.name if self._cause is None else self._cause,
+            _tail_hash(tokens.tobytes(), seed)
+            if run.is_tail
+            else prefix_hashes(tokens, run.page_size, seed, run.start // run.page_size),
+            run.namespace,
+            policy=self._tree.policy.name if event.cause == "evicted" else event.cause,
             evicted_at_s=self._tree.clock(),
-            last_used_at_s=self._timeline.seconds_at(node.last_access),
+            last_used_at_s=self._timeline.seconds_at(event.last_use_tick),
             evicted_tick=self._tree.tick,
-            last_use_tick=node.last_access,
+            last_use_tick=event.last_use_tick,
         )
-
-    def cleared(self) -> None:
-        """The cache starts anew."""
-        self._newest = None
-        self._history.clear()
-        self.curve.clear()
-
-    def reset(self, clear: Callable[[], NDArray[np.int32]]) -> NDArray[np.int32]:
-        """Clear the tree by `clear`; what this removes was not evicted by the policy."""
-        self._cause = "reset"
-        try:
-            return clear()
-        finally:
-            self._cause = None
 
     def _note_time(self) -> None:
         """Remember when this use of the cache was."""
         if self._tree.tick > self._noted_tick:
             self._noted_tick = self._tree.tick
             self._timeline.add(self._noted_tick, self._tree.clock())
-
-    def _is_replaced(self, node: TreeNode) -> bool:
-        """Whether this very use of the cache has stored the tokens of `node` and more."""
-        newest = self._newest
-        if newest is None or newest is node or newest.created != self._tree.tick:
-            return False
-        return newest.parent is node.parent and newest.key.startswith(node.key)
 
     # -- explanations ------------------------------------------------------------------------------------------------
 
@@ -196,28 +181,15 @@ class Diagnostics:
             cached_ids += last.token_ids[: CONTEXT_TOKENS - len(cached_ids)].tolist()
         return NearMiss(position, cached_ids, tokens[position : position + CONTEXT_TOKENS].tolist())
 
-    # -- hashes ------------------------------------------------------------------------------------------------------
-
-    def _page_hashes(self, node: TreeNode) -> NDArray[np.uint64]:
-        """The prefix hashes of `node`'s pages. O(its tokens), and those of ancestors not asked about before."""
-        page_size, namespace = self._tree.page_size, node.root.namespace
-        assert namespace is not None, node
-        seed = namespace_seed(*namespace)
-        for above in node.path()[:-1]:
-            if above.path_hash is None:
-                above.path_hash = int(self._hashes_of(above, seed)[-1])
-            seed = above.path_hash
-        return _tail_hash(node.key, seed) if node.is_tail(page_size) else self._hashes_of(node, seed)
-
-    def _hashes_of(self, node: TreeNode, seed: int) -> NDArray[np.uint64]:
-        """The prefix hashes of a node of whole pages; `seed` is that of the pages above it."""
-        page_size = self._tree.page_size
-        return prefix_hashes(node.token_ids, page_size, seed, (node.end - node.num_tokens) // page_size)
-
 
 def _tail_hash(tail: bytes, seed: int) -> NDArray[np.uint64]:
-    """As `prefix_hashes`, of less than a page that follows pages of the hash `seed`. In this process alone.
+    """As `prefix_hashes`, of the bytes of less than a page that follows pages of the hash `seed`: the same in every
+    process, and unlike the hash of a whole page.
 
     Returns: uint64, shape (1,).
+
+    >>> int(_tail_hash(b"1234", 5)[0])
+    4163108074620118375
     """
-    return np.array([hash((seed, tail)) & 0xFFFF_FFFF_FFFF_FFFF], np.uint64)
+    digest = blake2b(seed.to_bytes(8, "little") + tail, digest_size=8, person=b"radixkv tail").digest()
+    return np.frombuffer(digest, "<u8").astype(np.uint64)

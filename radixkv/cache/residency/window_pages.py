@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,7 @@ class WindowPages:
         self.of_page: Pages = np.full(num_pages + 1, self.scratch, np.int32)  # and one for a page nobody has
         self.num_evictable = 0
         self.num_taken_back = 0  # window pages of cached pages, since the cache was made
+        self.on_change: Callable[[Pages], object] | None = None  # is told of pages that got or lost a window page
         self._free = list(range(num_window_pages - 1, -1, -1))
         self._pins = np.zeros(num_pages, np.int32)
         self._stamps = np.zeros(num_pages, np.int64)  # an entry of a queue counts if it has its page's last one
@@ -143,6 +145,8 @@ class WindowPages:
         self.of_page[pages] = self._free[first:][::-1]
         del self._free[first:]
         self._pins[pages] = 1
+        if self.on_change is not None:
+            self.on_change(pages)
 
     def drop(self, pages: Pages) -> None:
         """Take back the window pages of `pages`, which are free now, or seen no more by those who have them alone."""
@@ -151,6 +155,8 @@ class WindowPages:
         self.num_evictable -= len(holders)
         self._free += self.of_page[holders].tolist()
         self.of_page[holders] = self.scratch
+        if self.on_change is not None:
+            self.on_change(holders)
 
     def hand_over(self, own: Pages, theirs: Pages) -> None:
         """A request reads `theirs` from now on, which hold the same tokens as its `own` pages, and its pins go along.
@@ -165,6 +171,8 @@ class WindowPages:
         own, theirs = own[~have], theirs[~have]
         self.of_page[theirs], self._pins[theirs] = self.of_page[own], self._pins[own]
         self.of_page[own], self._pins[own] = self.scratch, 0
+        if self.on_change is not None:
+            self.on_change(theirs)
 
     def _take_back(self, num: int) -> None:
         for queue in (self._passed, self._ended):

@@ -13,6 +13,7 @@ from radixkv.cache.tree.page_ids import PageBytes
 if TYPE_CHECKING:
     from sortedcontainers import SortedList
 
+    from radixkv.cache.events import Prefix
     from radixkv.cache.tree.leaf_queue import Entry
 
 Namespace = tuple[str | None, str | None]
@@ -41,7 +42,7 @@ class TreeNode:
         keep_until: by the tree's clock; before that it is evicted only if nothing else can be.
         entry: what stands for it in the eviction queue; None while it is not an unpinned leaf.
         state: belongs to the eviction policy; None at first.
-        path_hash: belongs to the eviction history; None at first.
+        prefix: the tokens from the root to its end, for events; None until somebody asks.
     """
 
     __slots__ = (
@@ -60,7 +61,7 @@ class TreeNode:
         "ordered",
         "pages",
         "parent",
-        "path_hash",
+        "prefix",
         "priority",
         "state",
     )
@@ -81,7 +82,7 @@ class TreeNode:
         self.keep_until = 0.0
         self.entry: Entry | None = None
         self.state: Any = None
-        self.path_hash: int | None = None
+        self.prefix: Prefix | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -11,7 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 from sortedcontainers import SortedList
 
-from radixkv.cache.events import CacheObserver
+from radixkv.cache.events import (
+    Cleared,
+    EventChannel,
+    Observer,
+    PageRun,
+    RemovalCause,
+    Removed,
+    Stored,
+    run_of,
+)
 from radixkv.cache.eviction.policies import resolve_policy
 from radixkv.cache.eviction.policy import EvictionPolicy, hook
 from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, check_tokens, int32_array
@@ -69,6 +78,7 @@ class RadixTree:
         page_size: tokens a page.
         policy: the `EvictionPolicy`.
         clock: seconds, for `keep_for_s` and policies that look at the time.
+        events: the channel that tells observers what is stored and removed.
     """
 
     def __init__(
@@ -89,7 +99,7 @@ class RadixTree:
         self._evictable = 0  # in bytes of page ids, as `_total`
         self._total = 0
         self._unclaimed: TreeNode | None = None  # what the last match or insert cut, until somebody pins it
-        self._observers: tuple[CacheObserver, ...] = ()
+        self.events = EventChannel()
         self.policy.bind(self)
         self._queue = LeafQueue(self.policy, clock)
         self._on_requested = hook(self.policy, "requested")
@@ -310,7 +320,7 @@ class RadixTree:
         if leaf.entry is None:
             raise InvalidRequestError(f"{leaf} is no unpinned leaf of the tree")
         self._queue.remove(leaf)
-        self._remove_leaf(leaf)
+        self._remove_leaf(leaf, "removed")
         return leaf.page_ids
 
     def touch(self, node: TreeNode) -> None:
@@ -384,6 +394,9 @@ class RadixTree:
 
         Returns: the freed pages, int32, read-only; no longer the tree's.
         """
+        return self._evict(num_tokens, "evicted")
+
+    def _evict(self, num_tokens: int, cause: RemovalCause) -> NDArray[np.int32]:
         freed: list[PageBytes] = []
         missing = -(-num_tokens // self.page_size) * TOKEN_BYTES
         queue = self._queue
@@ -391,32 +404,36 @@ class RadixTree:
             leaf = queue.pop()
             missing -= len(leaf.pages)
             freed.append(leaf.pages)
-            self._remove_leaf(leaf)
+            self._remove_leaf(leaf, cause)
         return np.frombuffer(b"".join(freed), np.int32)
 
     def clear(self) -> NDArray[np.int32]:
-        """Remove everything that is not pinned. Observers hear `cleared` if nothing was. O(nodes).
+        """Remove everything that is not pinned. Observers are sent `Cleared` if nothing was. O(nodes).
 
         Returns: the freed pages, int32, read-only; no longer the tree's.
         """
         if self._evictable < self._total:
-            return self.evict(self.evictable_size)
-        observers, self._observers = self._observers, ()
+            return self._evict(self.evictable_size, "reset")
+        observers, self.events.observers = self.events.observers, ()
         try:
-            freed = self.evict(self.evictable_size)
+            freed = self._evict(self.evictable_size, "reset")
         finally:
-            self._observers = observers
-        for observer in observers:
-            observer.cleared()
+            self.events.observers = observers
+        if observers:
+            self.events.send(Cleared("pool"))
         return freed
 
-    def add_observer(self, observer: CacheObserver) -> None:
-        """Tell `observer` of everything stored and removed from now on."""
-        self._observers += (observer,)
+    def add_observer(self, observer: Observer) -> None:
+        """Call `observer` with an event for everything stored and removed from now on (see `radixkv.cache.events`)."""
+        self.events.add(observer)
 
-    def remove_observer(self, observer: CacheObserver) -> None:
-        """Tell `observer` nothing more."""
-        self._observers = tuple(other for other in self._observers if other is not observer)
+    def remove_observer(self, observer: Observer) -> None:
+        """Call `observer` no more."""
+        self.events.remove(observer)
+
+    def cached_runs(self) -> Iterator[PageRun]:
+        """All that is cached now, parents before children: where an observer that comes late begins. O(nodes)."""
+        return (run_of(node, self.page_size) for _, node in self.nodes() if not node.is_root)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -555,18 +572,17 @@ class RadixTree:
         if self._on_added is not None:
             self._on_added(leaf)
         self._queue.add_used(leaf)
-        for observer in self._observers:
-            observer.stored(leaf)
+        if self.events.observers:
+            self.events.send(Stored(run_of(leaf, self.page_size), "pool"))
         return leaf
 
-    def _remove_leaf(self, leaf: TreeNode) -> None:
+    def _remove_leaf(self, leaf: TreeNode, cause: RemovalCause) -> None:
         parent = leaf.parent
         assert parent is not None, leaf
         assert leaf.lock_ref == 0, leaf
         if self._on_evicted is not None:
             self._on_evicted(leaf)
-        for observer in self._observers:
-            observer.removed(leaf)
+        run = run_of(leaf, self.page_size) if self.events.observers else None
         first_page = leaf.key[: self._page_bytes]
         del parent.children[first_page]
         if parent.ordered is not None:
@@ -574,12 +590,13 @@ class RadixTree:
         leaf.parent = None
         self._evictable -= len(leaf.pages)
         self._total -= len(leaf.pages)
-        if parent.children:
-            return
-        if parent.namespace is not None:
-            del self._roots[parent.namespace]
-        elif parent.lock_ref == 0:
-            self._queue.add(parent)
+        if not parent.children:
+            if parent.namespace is not None:
+                del self._roots[parent.namespace]
+            elif parent.lock_ref == 0:
+                self._queue.add(parent)
+        if run is not None:
+            self.events.send(Removed(run, "pool", cause, leaf.last_access))
 
     def _likest_children(self, node: TreeNode, wanted: bytes) -> list[bytes]:
         """First pages of children, among them one that shares the most bytes with `wanted`.
