@@ -194,9 +194,11 @@ class Lease:
         self._cache._leases.discard(self)
         if self._cache.windows is not None:
             self._cache.windows.unpin(self.seen_pages, passed=False)
-        self._cache.tree.dec_lock_ref(self._node)
-        self._cache.give_back(self.pages)
-        self.pages = np.empty(0, np.int32)
+        try:
+            self._cache.tree.dec_lock_ref(self._node)
+        finally:  # a policy of the caller's own may fail there
+            self._cache.give_back(self.pages)
+            self.pages = np.empty(0, np.int32)
 
     def _give_up_until(self, page: int) -> None:
         """See the pages before `page` no more in layers of a window, sinks apart."""
