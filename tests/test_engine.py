@@ -127,6 +127,8 @@ def test_priority_of_requests(make_engine: MakeEngine) -> None:
         ({"keep_for_s": -1}, "keep_for_s must be a number of seconds of at least 0, not -1"),
         ({"keep_for_s": "long"}, "keep_for_s must be a number of seconds of at least 0, not 'long'"),
         ({"keep_for_s": float("nan")}, "keep_for_s must be a number of seconds of at least 0, not nan"),
+        ({"keep_for_s": 10**400}, "keep_for_s must be at most 315360000 s"),
+        ({"priority": 2**63}, "priority must lie from -2"),
     ],
 )
 def test_cache_options_are_checked(make_engine: MakeEngine, options: dict[str, object], message: str) -> None:

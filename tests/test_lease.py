@@ -11,7 +11,8 @@ import warnings
 import numpy as np
 import pytest
 
-from radixkv import Lease, PrefixCache
+from radixkv import Lease, PrefixCache, TreeNode
+from radixkv.cache.eviction.policies import FIFOPolicy
 from radixkv.errors import ClosedError, InvalidRequestError, InvalidTokenIdsError, TokenIdsTypeError
 from strategies import PAGE, dump, ids, share
 
@@ -209,7 +210,7 @@ def test_a_lease_dropped_while_warnings_are_errors_leaks_nothing(
 
 def test_a_lease_collected_amid_an_operation_is_taken_back_with_the_next(cache: PrefixCache) -> None:
     leases = [cache.acquire(ids("ab"))]
-    insert = cache.tree.insert
+    insert = cache.tree.insert_tokens
 
     def collected_inside(*args, **kwargs):  # type: ignore[no-untyped-def]
         with pytest.warns(ResourceWarning):
@@ -217,14 +218,33 @@ def test_a_lease_collected_amid_an_operation_is_taken_back_with_the_next(cache: 
         assert cache.allocator.num_used == 4, "not now"
         return insert(*args, **kwargs)
 
-    cache.tree.insert = collected_inside  # type: ignore[method-assign]
+    cache.tree.insert_tokens = collected_inside  # type: ignore[method-assign]
     with cache.acquire(ids("cd")) as lease:
         lease.commit(ids("cd"))
-    cache.tree.insert = insert  # type: ignore[method-assign]
+    cache.tree.insert_tokens = insert  # type: ignore[method-assign]
     assert cache.stats().leased_pages == 0
     assert cache.stats().free_pages == 6
 
 
 def test_a_negative_bound_on_the_hit_is_refused(cache: PrefixCache) -> None:
-    with pytest.raises(InvalidRequestError, match="max_cached_tokens must not be negative, as -1 is"):
+    with pytest.raises(InvalidRequestError, match="max_cached_tokens must be at least 0, not -1"):
         cache.acquire(ids("ab"), max_cached_tokens=-1)
+
+
+def test_pages_come_back_though_the_policy_fails() -> None:
+    class Failing(FIFOPolicy):
+        fails = False
+
+        def rank(self, node: TreeNode) -> int:
+            if self.fails:
+                raise ArithmeticError
+            return 0
+
+    policy = Failing()
+    cache = PrefixCache(4, 4, policy)
+    lease = cache.acquire(range(16))
+    lease.commit(range(8))
+    policy.fails = True
+    with pytest.raises(ArithmeticError):
+        lease.release()
+    assert cache.stats().free_pages == 2, "what was not committed"

@@ -6,6 +6,7 @@ The machines in `test_cache_machine.py` compare every policy's order with ranks 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -474,15 +475,48 @@ def test_priority_of_requests() -> None:
     assert gone == ["b", "d", "c", "a"]
 
 
-@pytest.mark.parametrize("keep_for_s", [-1, -0.5, float("nan")])
-def test_times_to_keep_are_checked(keep_for_s: float) -> None:
+@pytest.mark.parametrize(
+    ("keep_for_s", "message"),
+    [
+        (-1, "must be a number of seconds of at least 0, not -1"),
+        (-0.5, "must be a number of seconds of at least 0, not -0.5"),
+        (float("nan"), "must be a number of seconds of at least 0, not nan"),
+        (float("inf"), "must be at most 315360000 s (ten years), not inf"),
+        (10**400, "must be at most 315360000 s (ten years), not 1000"),
+        pytest.param(10**5000, "s (ten years), not an integer of more than 4300 digits", id="digits"),
+        (True, "must be a number of seconds of at least 0, not True"),
+        ("1", "must be a number of seconds of at least 0, not '1'"),
+    ],
+)
+def test_times_to_keep_are_checked_before_anything_is_taken(keep_for_s: object, message: str) -> None:
     cache = PrefixCache(4, 4)
     before = cache.stats()
-    with pytest.raises(
-        InvalidRequestError, match=f"keep_for_s must be a number of seconds of at least 0, not {keep_for_s}"
-    ):
-        cache.acquire(spell("a", 4), keep_for_s=keep_for_s)
+    with pytest.raises(InvalidRequestError, match=re.escape(message)):
+        cache.acquire(spell("a", 4), keep_for_s=keep_for_s)  # type: ignore[arg-type]
     assert cache.stats() == before
-    node = cache.tree.insert(spell("a", 4), [3]).node
-    with pytest.raises(InvalidRequestError, match="keep_for_s must be a number of seconds"):
-        cache.tree.retain(node, keep_for_s=keep_for_s)
+    tree = RadixTree(4)
+    node = tree.insert(spell("a", 4), [3]).node
+    with pytest.raises(InvalidRequestError, match=re.escape(message)):
+        tree.retain(node, keep_for_s=keep_for_s)  # type: ignore[arg-type]
+    assert node.keep_until == 0
+
+
+@pytest.mark.parametrize("priority", [2**63, -(2**63) - 1, pytest.param(10**5000, id="digits"), 0.5, "1", None, True])
+def test_priorities_are_checked_before_anything_is_taken(priority: object) -> None:
+    cache = PrefixCache(4, 4)
+    before = cache.stats()
+    with pytest.raises(InvalidRequestError, match="priority must"):
+        cache.acquire(spell("a", 4), priority=priority)  # type: ignore[arg-type]
+    assert cache.stats() == before
+    tree = RadixTree(4)
+    node = tree.insert(spell("a", 4), [3]).node
+    with pytest.raises(InvalidRequestError, match="priority must"):
+        tree.retain(node, priority=priority)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_times_and_priorities() -> None:
+    cache = PrefixCache(4, 4)
+    with cache.acquire(spell("a", 4), keep_for_s=np.float32(2), priority=np.int64(-3)) as lease:  # type: ignore[arg-type]
+        lease.commit(spell("a", 4))
+    assert lease.node.keep_until > 0
+    cache.check_invariants()

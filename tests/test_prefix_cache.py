@@ -8,13 +8,14 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 import radixkv.cache
-from radixkv import CacheStats, PrefixCache
-from radixkv.errors import ConfigError, InvalidTokenIdsError, OutOfPagesError, TokenIdsTypeError
+from radixkv import CacheStats, PrefixCache, RadixTree
+from radixkv.errors import ConfigError, InvalidRequestError, InvalidTokenIdsError, OutOfPagesError, TokenIdsTypeError
 from strategies import PAGE, ids, share
 
 
@@ -188,3 +189,52 @@ def test_examples_in_docstrings(name: str) -> None:
     result = doctest.testmod(importlib.import_module(f"radixkv.cache.{name}"))
     assert result.failed == 0
     assert result.attempted > 0 or name not in WITH_EXAMPLES
+
+
+@pytest.mark.parametrize("key", [False, 0, 1, b"a", ("a",), float("nan"), []])
+@pytest.mark.parametrize("name", ["extra_key", "cache_salt"])
+def test_keys_that_are_no_text_are_refused_by_every_verb(name: str, key: object) -> None:
+    cache, tree, keys = PrefixCache(4, 4), RadixTree(4), {name: key}
+    verbs: list[Callable[..., object]] = [
+        cache.acquire,
+        cache.peek,
+        cache.explain,
+        tree.match_prefix,
+        tree.peek,
+        tree.peek_path,
+        lambda ids, **keys: tree.insert(ids, [0], **keys),
+    ]
+    for verb in verbs:
+        with pytest.raises(InvalidRequestError, match=f"{name} must be text or None, not "):
+            verb([1, 2, 3, 4], **keys)
+    assert cache.stats().query_tokens == 0
+    assert tree.total_size == 0
+    cache.check_invariants()
+    tree.check_invariants()
+
+
+def test_a_refused_request_counts_as_none() -> None:
+    cache = PrefixCache(2, PAGE)
+    share(cache, "ab")
+    before = cache.stats()
+    for _ in range(3):
+        with pytest.raises(OutOfPagesError):
+            cache.acquire(ids("abc"))
+    assert cache.stats() == before
+    cache.check_invariants()
+
+
+def test_a_resumed_request_counts_once() -> None:
+    cache = PrefixCache(4, PAGE)
+    with cache.acquire(ids("ab")) as lease:
+        lease.commit(ids("ab"))
+    before = cache.stats()
+    with cache.resume(ids("abc"), max_cached_tokens=2 * PAGE) as lease:
+        assert lease.cached_tokens == 2 * PAGE
+        lease.commit(ids("abc"))
+    after = cache.stats()
+    assert (after.query_tokens, after.hit_tokens) == (2 * PAGE, 0)
+    assert after.estimated_hit_rates == before.estimated_hit_rates
+    with pytest.raises(InvalidRequestError, match="extra_key must be text or None, not 0"):
+        cache.resume(ids("ab"), extra_key=0)  # type: ignore[arg-type]
+    cache.check_invariants()

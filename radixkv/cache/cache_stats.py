@@ -20,8 +20,9 @@ class CacheStats(NamedTuple):
     """What a `PrefixCache` holds now, and what it did so far.
 
     `total_tokens = evictable_tokens + protected_tokens` are what the tree's pages have room for; `leased_pages` are
-    held by leases only. `hit_tokens` of `query_tokens` asked for by `acquire` were cached, `copied_tokens` of them in
-    a page that was shared in part; `evicted_tokens` made room for others (what `reset` forgot is not among them).
+    held by leases only. `hit_tokens` of the `query_tokens` that leases were acquired for were cached; acquisitions that
+    were refused, and `resume`, do not count. `copied_tokens` of them came from a page that was shared in
+    part; `evicted_tokens` made room for others (what `reset` forgot is not among them).
     Of `window_pages`, which the layers that see a window share, `free_window_pages` are lent to no page, and
     `evictable_window_pages` to cached pages alone; all three are 0 where every layer keeps everything.
     `estimated_hit_rates` tell, from a sample of the traffic, what pools of other sizes would bring (empty without

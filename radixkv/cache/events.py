@@ -18,7 +18,8 @@ from radixkv.cache.page_keys import page_keys, root_key
 from radixkv.cache.token_ids import TOKEN_BYTES
 
 if TYPE_CHECKING:
-    from radixkv.cache.tree.node import Namespace, TreeNode
+    from radixkv.cache.namespace import Namespace
+    from radixkv.cache.tree.node import TreeNode
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from radixkv.cache.namespace import Namespace
 from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, token_array
-from radixkv.cache.tree.node import Namespace, PartialPage, TreeNode
+from radixkv.cache.tree.node import PartialPage, TreeNode
 from radixkv.errors import ClosedError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -167,10 +168,7 @@ class Lease:
                 f"the ids to commit must begin with the {known_tokens} tokens that were found or committed before"
             )
         shared_pages = self.committed_tokens // cache.page_size
-        extra_key, cache_salt = self._namespace
-        inserted = cache.tree.insert(
-            tokens[:whole_tokens], self.pages[:num_pages], extra_key=extra_key, cache_salt=cache_salt
-        )
+        inserted = cache.tree.insert_tokens(tokens[:whole_tokens], self.pages[:num_pages], self._namespace)
         first_new = inserted.prefix_len // cache.page_size
         cache.allocator.retain(self.pages[first_new:num_pages])  # the tree's own reference
         self._move_pin(inserted.node)
@@ -196,9 +194,11 @@ class Lease:
         self._cache._leases.discard(self)
         if self._cache.windows is not None:
             self._cache.windows.unpin(self.seen_pages, passed=False)
-        self._cache.tree.dec_lock_ref(self._node)
-        self._cache.give_back(self.pages)
-        self.pages = np.empty(0, np.int32)
+        try:
+            self._cache.tree.dec_lock_ref(self._node)
+        finally:  # a policy of the caller's own may fail there
+            self._cache.give_back(self.pages)
+            self.pages = np.empty(0, np.int32)
 
     def _give_up_until(self, page: int) -> None:
         """See the pages before `page` no more in layers of a window, sinks apart."""
@@ -251,7 +251,7 @@ class Lease:
         if source.num_tokens == source.node.num_tokens and num_tokens > source.node.end:
             tree, tail = self._cache.tree, source.node
             if tail.priority or tail.keep_until:  # its tokens live on, and so does what was asked for them
-                tree.retain(self._node, priority=tail.priority, keep_for_s=max(0.0, tail.keep_until - tree.clock()))
+                tree.keep_until(self._node, max(tail.keep_until, tree.clock()), priority=tail.priority)
             self._cache.give_back(tree.remove(tail))
 
     def _adopt(self, first: int, last: int) -> None:

@@ -18,11 +18,13 @@ from radixkv.cache.eviction.policies import resolve_policy
 from radixkv.cache.eviction.policy import EvictionPolicy
 from radixkv.cache.insight.diagnostics import LARGEST_SIZE, Diagnostics
 from radixkv.cache.insight.explanation import Explanation
+from radixkv.cache.keeping import checked_keep_for_s, checked_priority
 from radixkv.cache.lease import Lease
+from radixkv.cache.namespace import Namespace
 from radixkv.cache.residency.window_events import WindowEvents
 from radixkv.cache.residency.window_pages import WindowPages
 from radixkv.cache.token_ids import TokenIds, token_array
-from radixkv.cache.tree.node import MatchResult, Namespace, PartialPage, TreeNode
+from radixkv.cache.tree.node import MatchResult, PartialPage, TreeNode
 from radixkv.cache.tree.radix_tree import RadixTree
 from radixkv.config import CacheConfig
 from radixkv.errors import ConfigError, InvalidRequestError, InvariantError, OutOfPagesError
@@ -137,8 +139,14 @@ class PrefixCache:
         return -(-num_tokens // self.page_size)
 
     def peek(self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None) -> int:
-        """How many leading tokens of `ids` are cached. Changes nothing. O(tokens + depth)."""
-        tokens, path = self.tree.peek_path(ids, extra_key=extra_key, cache_salt=cache_salt)
+        """How many leading tokens of `ids` are cached. Changes nothing. O(tokens + depth).
+
+        Raises: InvalidRequestError if a key is neither text nor None; TokenIdsTypeError, InvalidTokenIdsError.
+        """
+        return self._peek(token_array(ids), Namespace.of(extra_key, cache_salt))
+
+    def _peek(self, ids: NDArray[np.int32], namespace: Namespace) -> int:
+        tokens, path = self.tree.peek_tokens(ids, namespace)
         whole_pages = tokens // self.page_size
         if self.windows is not None and path:
             pages = np.concatenate([node.page_ids for node in path])[: self.pages_for(tokens)]
@@ -169,21 +177,54 @@ class PrefixCache:
             keep_for_s: after the lease is released, its tokens are evicted for so many seconds, counted from the last
                 commit, only if nothing else can be.
 
-        Raises: OutOfPagesError if the rest does not fit (nothing is taken then); InvalidRequestError for a negative
-            `max_cached_tokens` or `keep_for_s`; TokenIdsTypeError, InvalidTokenIdsError.
+        Raises: OutOfPagesError if the rest does not fit (nothing is taken then); InvalidRequestError for a key that is
+            no text, a negative `max_cached_tokens`, a `keep_for_s` outside 0 to ten years or a `priority` that is no
+            integer of 64 bits; TokenIdsTypeError, InvalidTokenIdsError.
         """
-        if max_cached_tokens is not None and max_cached_tokens < 0:
-            raise InvalidRequestError(f"max_cached_tokens must not be negative, as {max_cached_tokens} is")
-        if keep_for_s is not None and not keep_for_s >= 0:
-            raise InvalidRequestError(f"keep_for_s must be a number of seconds of at least 0, not {keep_for_s!r}")
-        self._reap()
         tokens = token_array(ids)
-        wanted = tokens if max_cached_tokens is None else tokens[:max_cached_tokens]
-        match = self.tree.match_prefix(wanted, extra_key=extra_key, cache_salt=cache_salt)
+        namespace = Namespace.of(extra_key, cache_salt)
+        lease = self._acquire(tokens, namespace, max_cached_tokens, priority, keep_for_s)
+        self._query_tokens += len(tokens)  # now that pages were had: who is refused asks again
+        self._hit_tokens += lease.cached_tokens
         if self._diagnostics is not None:
-            self._diagnostics.requested(tokens, (extra_key, cache_salt))
+            self._diagnostics.requested(tokens, namespace)
+        return lease
+
+    def resume(
+        self,
+        ids: TokenIds,
+        *,
+        extra_key: str | None = None,
+        cache_salt: str | None = None,
+        max_cached_tokens: int | None = None,
+        priority: int = 0,
+        keep_for_s: float | None = None,
+    ) -> Lease:
+        """As `acquire`, for a request that was counted when it first acquired, and had to give its pages back since.
+
+        Neither hit rates nor their estimates count it. O(tokens + depth), and O(log leaves) for each leaf evicted.
+
+        Raises: as `acquire`.
+        """
+        namespace = Namespace.of(extra_key, cache_salt)
+        return self._acquire(token_array(ids), namespace, max_cached_tokens, priority, keep_for_s)
+
+    def _acquire(
+        self,
+        tokens: NDArray[np.int32],
+        namespace: Namespace,
+        max_cached_tokens: int | None,
+        priority: int,
+        keep_for_s: float | None,
+    ) -> Lease:
+        if max_cached_tokens is not None and max_cached_tokens < 0:
+            raise InvalidRequestError(f"max_cached_tokens must be at least 0, not {max_cached_tokens}")
+        priority, keep_for_s = checked_priority(priority), checked_keep_for_s(keep_for_s)
+        self._reap()
+        wanted = tokens if max_cached_tokens is None else tokens[:max_cached_tokens]
+        match = self.tree.match_tokens(wanted, namespace)
         held_tokens = match.length
-        match = self._valid(match, wanted, (extra_key, cache_salt))
+        match = self._valid(match, wanted, namespace)
         matched_pages = match.pages
         num_own_pages = self.pages_for(len(tokens)) - len(matched_pages)
         seen = self._seen_by_next(matched_pages, match.length)
@@ -202,15 +243,13 @@ class PrefixCache:
             raise
         self.allocator.retain(matched_pages)
         cached_tokens = match.length + (0 if partial is None else partial.num_tokens)
-        self._query_tokens += len(tokens)
-        self._hit_tokens += cached_tokens
         lease = Lease(
             self,
             len(tokens),
             tokens[:cached_tokens].tobytes(),
             np.concatenate([matched_pages, own_pages]),
             match.node,
-            (extra_key, cache_salt),
+            namespace,
             held_tokens=held_tokens,
             source=partial,
             priority=priority,
@@ -241,17 +280,19 @@ class PrefixCache:
         O(tokens), and up to `page_size` passes over the hashes of the evictions remembered: as many pages as the pool
         has, at most 262,144.
 
-        Raises: ConfigError if the cache was made without diagnostics; TokenIdsTypeError, InvalidTokenIdsError.
+        Raises: ConfigError if the cache was made without diagnostics; InvalidRequestError if a key is neither text nor
+            None; TokenIdsTypeError, InvalidTokenIdsError.
         """
         if self._diagnostics is None:
             raise ConfigError("this cache was made with diagnostics=False and remembers nothing to explain misses with")
         self._reap()
         tokens = token_array(ids)
-        cached_tokens = self.peek(tokens, extra_key=extra_key, cache_salt=cache_salt)
-        held_tokens, _ = self.tree.peek_path(tokens, extra_key=extra_key, cache_salt=cache_salt)
+        namespace = Namespace.of(extra_key, cache_salt)
+        cached_tokens = self._peek(tokens, namespace)
+        held_tokens, _ = self.tree.peek_tokens(tokens, namespace)
         if not self.shares_partial_pages:
             held_tokens = held_tokens // self.page_size * self.page_size
-        return self._diagnostics.explain(tokens, (extra_key, cache_salt), cached_tokens, held_tokens)
+        return self._diagnostics.explain(tokens, namespace, cached_tokens, held_tokens)
 
     def explain_as_admin(
         self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None
@@ -264,7 +305,9 @@ class PrefixCache:
         """
         explanation = self.explain(ids, extra_key=extra_key, cache_salt=cache_salt)
         assert self._diagnostics is not None, "explain would have raised"
-        return self._diagnostics.add_other_namespaces(explanation, token_array(ids), (extra_key, cache_salt))
+        return self._diagnostics.add_other_namespaces(
+            explanation, token_array(ids), Namespace.of(extra_key, cache_salt)
+        )
 
     def committed(self, tokens: NDArray[np.int32], namespace: Namespace) -> None:
         """Note that more is cached now than a request asked for. Leases call it."""
@@ -348,8 +391,7 @@ class PrefixCache:
         valid = self.windows.longest_valid(match.pages)
         if valid == len(match.pages):
             return match
-        extra_key, cache_salt = namespace
-        return self.tree.match_prefix(wanted[: valid * self.page_size], extra_key=extra_key, cache_salt=cache_salt)
+        return self.tree.match_tokens(wanted[: valid * self.page_size], namespace)
 
     def _seen_by_next(self, pages: NDArray[np.int32], num_tokens: int) -> NDArray[np.int32]:
         """Those pages of a hit of `num_tokens` that the token after it sees in layers of a window."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
+from radixkv.cache.keeping import checked_keep_for_s, checked_priority
+from radixkv.cache.namespace import Namespace
 from radixkv.cache.token_ids import TokenIds
-from radixkv.cache.tree.node import Namespace
 from radixkv.engine.sampling import SamplingParams
 from radixkv.errors import InvalidRequestError
 
@@ -48,18 +49,12 @@ class CacheOptions(NamedTuple):
     @property
     def namespace(self) -> Namespace:
         """(`extra_key`, `cache_salt`)."""
-        return self.extra_key, self.cache_salt
+        return Namespace(self.extra_key, self.cache_salt)
 
 
 def checked_cache_options(
     extra_key: object, cache_salt: object, priority: object = 0, keep_for_s: object = None
 ) -> CacheOptions:
     """Raises: InvalidRequestError unless keys are text or None, `priority` is an integer and `keep_for_s` a time."""
-    for name, value in (("extra_key", extra_key), ("cache_salt", cache_salt)):
-        if value is not None and not isinstance(value, str):
-            raise InvalidRequestError(f"{name} must be text or None, not {value!r}")
-    if isinstance(priority, bool) or not isinstance(priority, int):
-        raise InvalidRequestError(f"priority must be an integer, not {priority!r}")
-    if keep_for_s is not None and (not isinstance(keep_for_s, int | float) or not keep_for_s >= 0):
-        raise InvalidRequestError(f"keep_for_s must be a number of seconds of at least 0, not {keep_for_s!r}")
-    return CacheOptions(extra_key, cache_salt, priority, keep_for_s)  # type: ignore[arg-type]
+    namespace = Namespace.of(extra_key, cache_salt)
+    return CacheOptions(*namespace, checked_priority(priority), checked_keep_for_s(keep_for_s))

@@ -280,8 +280,9 @@ class Scheduler:
     def _start(self, request: Request) -> bool:
         """Move a waiting request to the running ones; False if its pages cannot be had."""
         limit = request.num_tokens - 1 if self._config.prefix_cache else 0
+        acquire = self._cache.acquire if request.cached_tokens is None else self._cache.resume  # counted once
         try:
-            lease = self._cache.acquire(request.token_ids, max_cached_tokens=limit, **request.cache_options._asdict())
+            lease = acquire(request.token_ids, max_cached_tokens=limit, **request.cache_options._asdict())
         except OutOfPagesError as error:
             if not self.running:  # nothing will free a page: pages are leased by somebody outside
                 request.finish("error", error)

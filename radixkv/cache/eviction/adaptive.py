@@ -14,7 +14,8 @@ from radixkv.cache.eviction.reuse_table import BIN_OF_AGE, MAX_AGE, ReuseTable, 
 from radixkv.cache.token_ids import TOKEN_BYTES
 
 if TYPE_CHECKING:
-    from radixkv.cache.tree.node import Namespace, TreeNode
+    from radixkv.cache.namespace import Namespace
+    from radixkv.cache.tree.node import TreeNode
     from radixkv.cache.tree.radix_tree import RadixTree
 
 MAX_TURN, MAX_USES = 2, 2  # higher numbers are of the same kind as these

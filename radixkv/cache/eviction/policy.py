@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from radixkv.cache.tree.node import Namespace, TreeNode
+    from radixkv.cache.namespace import Namespace
+    from radixkv.cache.tree.node import TreeNode
     from radixkv.cache.tree.radix_tree import RadixTree
 
 

@@ -18,7 +18,7 @@ from radixkv.cache.insight.explanation import (
 from radixkv.cache.insight.history import Eviction, EvictionHistory, Timeline
 from radixkv.cache.insight.miss_ratio import MissRatioCurve
 from radixkv.cache.insight.prefix_hash import namespace_seed, prefix_hashes
-from radixkv.cache.tree.node import Namespace
+from radixkv.cache.namespace import Namespace
 from radixkv.cache.tree.radix_tree import RadixTree
 
 MIN_HISTORY_PAGES, MAX_HISTORY_PAGES = 2**12, 2**18

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv.cache.tree.node import Namespace
+from radixkv.cache.namespace import Namespace
 from radixkv.errors import ConfigError
 
 _PAGES_A_NODE = 8  # as many as must have been evicted at a time, for the history to remember all it has room for

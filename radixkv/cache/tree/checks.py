@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from radixkv.cache.namespace import Namespace
 from radixkv.cache.token_ids import TOKEN_BYTES
 from radixkv.cache.tree.leaf_queue import LeafQueue
-from radixkv.cache.tree.node import Namespace, TreeNode
+from radixkv.cache.tree.node import TreeNode
 from radixkv.cache.tree.page_ids import PageBytes
 from radixkv.errors import InvariantError
 

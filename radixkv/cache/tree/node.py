@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from radixkv.cache.namespace import Namespace as Namespace  # others may find it here
 from radixkv.cache.token_ids import TOKEN_BYTES
 from radixkv.cache.tree.page_ids import PageBytes
 
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
 
     from radixkv.cache.events import Prefix
     from radixkv.cache.tree.leaf_queue import Entry
-
-Namespace = tuple[str | None, str | None]
-"""(`extra_key`, `cache_salt`): requests in different namespaces never share."""
 
 
 class TreeNode:

@@ -23,10 +23,12 @@ from radixkv.cache.events import (
 )
 from radixkv.cache.eviction.policies import resolve_policy
 from radixkv.cache.eviction.policy import EvictionPolicy, hook
-from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, check_tokens, int32_array
+from radixkv.cache.keeping import checked_keep_for_s, checked_priority
+from radixkv.cache.namespace import Namespace
+from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, check_tokens, int32_array, token_array
 from radixkv.cache.tree.checks import check_tree
 from radixkv.cache.tree.leaf_queue import LeafQueue
-from radixkv.cache.tree.node import InsertResult, MatchResult, Namespace, PartialPage, TreeNode, new_root
+from radixkv.cache.tree.node import InsertResult, MatchResult, PartialPage, TreeNode, new_root
 from radixkv.cache.tree.page_ids import PageBytes, page_array, page_bytes
 from radixkv.errors import (
     ConfigError,
@@ -151,12 +153,15 @@ class RadixTree:
         Counts as a use of the edges it came to, the last one included, and cuts the last one where the match ends, so
         that exactly the prefix can be pinned. `peek` changes nothing.
 
-        Raises: TokenIdsTypeError, InvalidTokenIdsError (the tree is as before then).
+        Raises: TokenIdsTypeError, InvalidTokenIdsError, InvalidRequestError for a key that is no text (the tree is as
+            before then).
         """
-        tokens = int32_array(ids)
+        return self.match_tokens(int32_array(ids), Namespace.of(extra_key, cache_salt))
+
+    def match_tokens(self, tokens: Tokens, namespace: Namespace) -> MatchResult:
+        """As `match_prefix`, of an int32 array, in a namespace that was checked."""
         if self._unclaimed is not None:
             self._merge_unclaimed()
-        namespace = (extra_key, cache_salt)
         runs: list[PageBytes] = []
         node, partial = self._descend(self._roots.get(namespace) or new_root(namespace, 0), tokens, runs)
         length = node.end
@@ -192,10 +197,14 @@ class RadixTree:
         """How many leading tokens of `ids` lie in the tree, to the token, and the nodes that hold them, top first.
 
         The last node may reach beyond them. Changes nothing. O(tokens + depth), and what `find_partial` costs.
+
+        Raises: TokenIdsTypeError, InvalidTokenIdsError, InvalidRequestError.
         """
-        tokens = int32_array(ids)
-        check_tokens(tokens)
-        root = self._roots.get((extra_key, cache_salt))
+        return self.peek_tokens(token_array(ids), Namespace.of(extra_key, cache_salt))
+
+    def peek_tokens(self, tokens: Tokens, namespace: Namespace) -> tuple[int, list[TreeNode]]:
+        """As `peek_path`, of what `token_array` returned, in a namespace that was checked."""
+        root = self._roots.get(namespace)
         if root is None:
             return 0, []
         node, partial = self._descend(root, tokens, [])
@@ -253,10 +262,13 @@ class RadixTree:
 
         Of a prefix that is cached already the tree keeps its own pages; those given for it remain the caller's.
 
-        Raises: TokenIdsTypeError, InvalidTokenIdsError; InvalidPagesError if `pages` are not page ids, or not
-            `len(ids) // page_size` of them.
+        Raises: TokenIdsTypeError, InvalidTokenIdsError, InvalidRequestError for a key that is no text;
+            InvalidPagesError if `pages` are not page ids, or not `len(ids) // page_size` of them.
         """
-        tokens = int32_array(ids)
+        return self.insert_tokens(int32_array(ids), pages, Namespace.of(extra_key, cache_salt))
+
+    def insert_tokens(self, tokens: Tokens, pages: Any, namespace: Namespace) -> InsertResult:
+        """As `insert`, of an int32 array, in a namespace that was checked."""
         page_size = self.page_size
         num_pages = len(tokens) // page_size
         page_ids = page_array(pages)
@@ -266,7 +278,6 @@ class RadixTree:
             )
         if self._unclaimed is not None:
             self._merge_unclaimed()
-        namespace = (extra_key, cache_salt)
         root = self._roots.get(namespace) or new_root(namespace, 0)
         node, partial = self._descend(root, tokens, [])
         length = node.end
@@ -340,11 +351,14 @@ class RadixTree:
             keep_for_s: for so many seconds from now its tokens are evicted only if nothing else can be: unlike a lock
                 this never blocks anybody, and it ends by itself. A node keeps the latest end it was given.
 
-        Raises: InvalidRequestError for a negative `keep_for_s`, or if `node` was evicted.
+        Raises: InvalidRequestError if `priority` is no integer of 64 bits, `keep_for_s` no number from 0 to ten years,
+            or `node` was evicted.
         """
-        if keep_for_s is not None and not keep_for_s >= 0:
-            raise InvalidRequestError(f"keep_for_s must be a number of seconds of at least 0, not {keep_for_s!r}")
-        keep_until = 0.0 if keep_for_s is None else self.clock() + keep_for_s
+        priority, keep_for_s = checked_priority(priority), checked_keep_for_s(keep_for_s)
+        self.keep_until(node, 0.0 if keep_for_s is None else self.clock() + keep_for_s, priority=priority)
+
+    def keep_until(self, node: TreeNode, keep_until: float, *, priority: int) -> None:
+        """As `retain`, by a time of the tree's clock, of arguments that were checked."""
         node = self._standing(node)
         for kept in node.path():
             kept.priority = max(kept.priority, priority)

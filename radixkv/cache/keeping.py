@@ -1,0 +1,46 @@
+"""How strongly a request asks the cache to keep its tokens: checks of what callers give."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+
+from radixkv.errors import InvalidRequestError
+
+MAX_KEEP_FOR_S = 10 * 365 * 24 * 3600  # ten years
+MIN_PRIORITY, MAX_PRIORITY = -(2**63), 2**63 - 1
+
+
+def checked_keep_for_s(value: object) -> float | None:
+    """`value` as seconds in [0, MAX_KEEP_FOR_S], or None.
+
+    Raises: InvalidRequestError if it is something else: a bool, text, NaN, infinity, a number out of that range.
+
+    >>> checked_keep_for_s(60), checked_keep_for_s(None)
+    (60.0, None)
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:
+        raise InvalidRequestError(f"keep_for_s must be a number of seconds of at least 0, not {_show(value)}")
+    if value > MAX_KEEP_FOR_S:
+        raise InvalidRequestError(f"keep_for_s must be at most {MAX_KEEP_FOR_S} s (ten years), not {_show(value)}")
+    return float(value)
+
+
+def checked_priority(value: object) -> int:
+    """`value` as an int. Raises: InvalidRequestError if it is no integer, or does not fit in 64 bits."""
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
+        raise InvalidRequestError(f"priority must be an integer, not {_show(value)}")
+    priority = int(value)
+    if not MIN_PRIORITY <= priority <= MAX_PRIORITY:
+        raise InvalidRequestError(f"priority must lie from -2**63 to 2**63 - 1, not be {_show(value)}")
+    return priority
+
+
+def _show(value: object) -> str:
+    """`value` in at most 60 characters: an integer of many digits cannot even be printed."""
+    try:
+        shown = repr(value)
+    except ValueError:
+        return "an integer of more than 4300 digits"
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
