@@ -11,26 +11,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from radixkv import errors
-from radixkv.cache.cache_stats import CacheStats, SizeEstimate
-from radixkv.cache.events import Cleared, Event, Observer, PageRun, Removed, Stored
-from radixkv.cache.eviction.policy import EvictionPolicy
-from radixkv.cache.insight.explanation import Explanation
-from radixkv.cache.lease import Lease
-from radixkv.cache.page_keys import prompt_keys
-from radixkv.cache.prefix_cache import PrefixCache
-from radixkv.cache.residency.window_pages import WindowPages
-from radixkv.cache.tree.node import InsertResult, MatchResult, TreeNode
-from radixkv.cache.tree.radix_tree import RadixTree
-from radixkv.config import CacheConfig, EngineConfig
-from radixkv.replay.simulation import ReplayResult, replay_trace
 
 if TYPE_CHECKING:
+    from radixkv.cache.cache_stats import CacheStats, SizeEstimate
+    from radixkv.cache.events import Cleared, Event, Observer, PageRun, Removed, Stored
+    from radixkv.cache.eviction.policy import EvictionPolicy
+    from radixkv.cache.insight.explanation import Explanation
+    from radixkv.cache.lease import Lease
+    from radixkv.cache.page_keys import prompt_keys
+    from radixkv.cache.prefix_cache import PrefixCache
+    from radixkv.cache.residency.window_pages import WindowPages
+    from radixkv.cache.tree.node import InsertResult, MatchResult, TreeNode
+    from radixkv.cache.tree.radix_tree import RadixTree
+    from radixkv.config import CacheConfig, EngineConfig
     from radixkv.engine.async_engine import AsyncEngine
     from radixkv.engine.engine import Engine
     from radixkv.engine.request import Progress, RequestMetrics, RequestOutput
     from radixkv.engine.results import EngineStats
     from radixkv.engine.sampling import SamplingParams, TokenLogprobs
     from radixkv.engine.session import KVUsage, Session
+    from radixkv.replay.simulation import ReplayResult, replay_trace
 
 __version__ = "0.1.0"
 
@@ -70,17 +70,39 @@ __all__ = [
     "replay_trace",
 ]
 
-_LAZY = {  # what imports torch and transformers loads when it is asked for: the cache alone needs neither
+_LAZY = {  # loaded when asked for: the cache needs no torch, and the command line must be able to catch Ctrl-C early
     "AsyncEngine": "radixkv.engine.async_engine",
+    "CacheConfig": "radixkv.config",
+    "CacheStats": "radixkv.cache.cache_stats",
+    "Cleared": "radixkv.cache.events",
     "Engine": "radixkv.engine.engine",
+    "EngineConfig": "radixkv.config",
     "EngineStats": "radixkv.engine.results",
+    "Event": "radixkv.cache.events",
+    "EvictionPolicy": "radixkv.cache.eviction.policy",
+    "Explanation": "radixkv.cache.insight.explanation",
+    "InsertResult": "radixkv.cache.tree.node",
+    "KVUsage": "radixkv.engine.session",
+    "Lease": "radixkv.cache.lease",
+    "MatchResult": "radixkv.cache.tree.node",
+    "Observer": "radixkv.cache.events",
+    "PageRun": "radixkv.cache.events",
+    "PrefixCache": "radixkv.cache.prefix_cache",
     "Progress": "radixkv.engine.request",
+    "RadixTree": "radixkv.cache.tree.radix_tree",
+    "Removed": "radixkv.cache.events",
+    "ReplayResult": "radixkv.replay.simulation",
     "RequestMetrics": "radixkv.engine.request",
     "RequestOutput": "radixkv.engine.request",
     "SamplingParams": "radixkv.engine.sampling",
-    "TokenLogprobs": "radixkv.engine.sampling",
-    "KVUsage": "radixkv.engine.session",
     "Session": "radixkv.engine.session",
+    "SizeEstimate": "radixkv.cache.cache_stats",
+    "Stored": "radixkv.cache.events",
+    "TokenLogprobs": "radixkv.engine.sampling",
+    "TreeNode": "radixkv.cache.tree.node",
+    "WindowPages": "radixkv.cache.residency.window_pages",
+    "prompt_keys": "radixkv.cache.page_keys",
+    "replay_trace": "radixkv.replay.simulation",
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from radixkv.cli.explain import EXPLAIN_EPILOG, explain
 from radixkv.cli.generate import GENERATE_EPILOG, generate
 from radixkv.cli.replay import REPLAY_EPILOG, replay
 from radixkv.cli.size import SIZE_EPILOG, size
+from radixkv.cli.standard_streams import OUTPUT_ERRNOS, abandon_stdout, flush_stdout
 from radixkv.cli.tree import TREE_EPILOG, tree
 from radixkv.errors import RadixKVError
 
@@ -54,12 +56,18 @@ def _exit_code(run: Callable[[], object]) -> int:
     """Run a command; what the process should exit with."""
     try:
         result = run()
+        flush_stdout()
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     except RadixKVError as error:
         return _report(str(error))
     except _CommandLineError as error:
         return _report(_usage_message(error))
+    except OSError as error:
+        if error.errno not in OUTPUT_ERRNOS:
+            raise
+        abandon_stdout()
+        return _report(f"the output cannot be written: {error.strerror}")
     return result if isinstance(result, int) else 0  # an int comes from typer.Exit
 
 
@@ -71,7 +79,8 @@ def _usage_message(error: Exception) -> str:
 
 
 def _report(message: str) -> int:
-    typer.echo(f"radixkv: error: {' '.join(message.split())}", err=True)
+    with suppress(OSError):  # stderr may lie on the same full disk; the exit code still tells
+        typer.echo(f"radixkv: error: {' '.join(message.split())}", err=True)
     return EXIT_ERROR
 
 

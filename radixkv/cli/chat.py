@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ from radixkv.cli.common import EngineOptions, SamplingOptions, with_option_group
 from radixkv.cli.display import cut_off, excerpt, note, percent, summary
 from radixkv.cli.prompts import checked_text, describe
 from radixkv.cli.size_report import readable_bytes
-from radixkv.errors import InvalidRequestError, MissingChatTemplateError, MissingTokenizerError, RadixKVError
+from radixkv.cli.standard_streams import OUTPUT_ERRNOS
+from radixkv.errors import MissingChatTemplateError, MissingTokenizerError, RadixKVError
 
 if TYPE_CHECKING:
     from radixkv.engine.engine import Engine
@@ -196,9 +198,9 @@ class Chat:
             except KeyboardInterrupt:
                 typer.echo()
                 raise
-            except BrokenPipeError:  # of whoever reads the answers, not of the turn
-                raise
             except Exception as error:  # of this request, whatever the model, the tokenizer or its template raised
+                if isinstance(error, OSError) and error.errno in {errno.EPIPE, *OUTPUT_ERRNOS}:
+                    raise  # stdout cannot be written; the turn itself did not fail
                 raise RadixKVError(f"this turn failed, so it does not count: {describe(error)}") from error
 
     def _print_answer(self, text: str, interrupt: HeldInterrupt) -> None:
@@ -271,7 +273,7 @@ def typed_lines() -> Iterator[str]:
         except KeyboardInterrupt:
             note("\nCtrl-D or /quit ends the chat")
         except UnicodeDecodeError:
-            note("this line is no UTF-8 text")
+            note("this line is not valid UTF-8; it is skipped")
         except EOFError:
             typer.echo()
             return
@@ -280,8 +282,11 @@ def typed_lines() -> Iterator[str]:
 
 
 def _piped_lines() -> Iterator[str]:
-    try:
-        for line in sys.stdin:
-            yield line.removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"stdin is no UTF-8 text: {error}") from error
+    """Lines of stdin. One that is not valid UTF-8 is reported and skipped."""
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            note(f"line {number} is not valid UTF-8 ({error.reason}, byte {error.start}); it is skipped")
+        else:
+            yield text.removesuffix("\n").removesuffix("\r")
