@@ -9,6 +9,7 @@ from radixkv.errors import ConfigError
 
 SchedulePolicy = Literal["lpm", "fcfs"]
 KV_CACHE_DTYPES = ("auto", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
+MAX_COUNT = 2**31 - 1  # slots and positions are int32
 SCHEDULE_POLICIES: tuple[SchedulePolicy, ...] = ("lpm", "fcfs")
 
 
@@ -101,6 +102,15 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("dtype", "device", "attention_backend", "eviction_policy"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be text, not {getattr(self, name)!r}")
+        for name in ("page_size", "max_batch_tokens", "sinks", "max_skips", "seed"):
+            if getattr(self, name) is None:
+                raise ConfigError(f"{name} must be an integer, not None")
+        for name in ("prefix_cache", "cuda_graphs"):
+            if getattr(self, name) not in (True, False, *([None] if name == "cuda_graphs" else [])):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         _check_at_least(
             self,
             1,
@@ -131,6 +141,10 @@ class EngineConfig:
             raise ConfigError(
                 f"schedule_policy must be one of {', '.join(SCHEDULE_POLICIES)}, not {self.schedule_policy!r}"
             )
+        for name in ("max_running_requests", "max_context_tokens", "kv_cache_tokens", "max_batch_tokens", "page_size"):
+            value = getattr(self, name)
+            if value is not None and value > MAX_COUNT:
+                raise ConfigError(f"{name} must be at most {MAX_COUNT}, not {value}")
         if (self.max_running_requests or 1) > self.max_batch_tokens:
             raise ConfigError(
                 f"max_running_requests ({self.max_running_requests}) must not exceed max_batch_tokens "

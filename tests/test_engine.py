@@ -618,3 +618,27 @@ def test_codes_take_less_room(make_engine: MakeEngine) -> None:
 def test_an_unknown_form_of_kv() -> None:
     with pytest.raises(ConfigError, match=r"kv_cache_dtype must be one of auto, fp8_e4m3, .* not 'int2'"):
         EngineConfig(kv_cache_dtype="int2")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": ["float32"]}, r"dtype must be text, not \['float32'\]"),
+        ({"device": None}, "device must be text, not None"),
+        ({"attention_backend": 3}, "attention_backend must be text, not 3"),
+        ({"seed": None}, "seed must be an integer, not None"),
+        ({"prefix_cache": "no"}, "prefix_cache must be True or False, not 'no'"),
+        ({"kv_cache_tokens": 10**40}, "kv_cache_tokens must be at most 2147483647, not 10000"),
+        ({"max_running_requests": 10**9}, "must not exceed max_batch_tokens"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**settings)
+
+
+def test_more_running_requests_than_pages_take_no_memory(make_engine: MakeEngine, oracle: GreedyOracle) -> None:
+    engine = make_engine(max_running_requests=10**9, max_batch_tokens=10**9)
+    prompts = [random_ids(seed, 9) for seed in range(3)]
+    outputs = engine.generate(prompts, GREEDY_8)
+    assert [output.token_ids for output in outputs] == [oracle.continuation(prompt, 8) for prompt in prompts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -121,3 +122,17 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
     entry = Sampler().logprobs(torch.tensor([0.0, math.log(3.0)]), token_id=0, num_top=5)
     assert entry.logprob == pytest.approx(math.log(0.25))
     assert [token_id for token_id, _ in entry.top] == [1, 0]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    params = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(4), seed=np.int32(3))
+    assert (params.temperature, params.top_k, params.seed) == (0.5, 4, 3)
+    assert {type(value) for value in (params.temperature, params.top_k, params.seed)} == {float, int}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ignore_eos", "no"), ("ignore_eos", 1), ("temperature", True), ("max_tokens", np.bool_(True))]
+)
+def test_what_is_no_number_and_no_truth_value_is_refused(name: str, value: object) -> None:
+    with pytest.raises(InvalidSamplingParamsError, match=f"{name} must be"):
+        SamplingParams(**{name: value})

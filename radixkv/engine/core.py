@@ -26,7 +26,9 @@ class EngineCore:
         self._parts = parts
         config = parts.config
         table = ReqToTokenPool(
-            max_requests=config.max_running_requests, max_tokens=config.max_context_tokens, page_size=config.page_size
+            max_requests=min(config.max_running_requests, parts.cache.num_pages),  # each holds a page at least
+            max_tokens=config.max_context_tokens,
+            page_size=config.page_size,
         )
         self._scheduler = Scheduler(config, parts.cache, table)
         self._executor = Executor(parts.runner, self._scheduler, parts.sampler, parts.device_sampler)

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from radixkv.errors import InvalidSamplingParamsError
 
 MAX_LOGPROBS = 100
+NUMBERS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,12 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name in NUMBERS:  # numpy's numbers as Python's
+            value = getattr(self, name)
+            if isinstance(value, np.integer | np.floating):
+                object.__setattr__(self, name, value.item())
         self._check_int("max_tokens", self.max_tokens, 1)
+        self._require(isinstance(self.ignore_eos, bool), "ignore_eos", "must be True or False", self.ignore_eos)
         self._check_range("temperature", self.temperature, 0.0, math.inf)
         self._check_range("top_p", self.top_p, 0.0, 1.0)
         self._require(self.top_p > 0, "top_p", "must lie in (0, 1]", self.top_p)
@@ -76,7 +83,7 @@ class SamplingParams:
         return self.temperature == 0 or self.top_k == 1
 
     def _check_int(self, name: str, value: object, minimum: int) -> None:
-        is_int = isinstance(value, int) and not isinstance(value, bool)
+        is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
         self._require(is_int and value >= minimum, name, f"must be an integer of at least {minimum}", value)  # type: ignore[operator]
 
     def _check_range(self, name: str, value: object, low: float, high: float) -> None:
