@@ -236,7 +236,7 @@ def test_range_out_of_range() -> None:
         (7, "not int"),
         ({1: 2}, "not dict"),
         ({1, 2}, "not set"),
-        (iter([1]), "not list_iterator"),
+        pytest.param(iter([1]), "not list_iterator", id="an iterator"),
     ],
     ids=repr,
 )
