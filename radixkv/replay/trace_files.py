@@ -16,6 +16,7 @@ GZIP = b"\x1f\x8b"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 UTF_8_BOM = b"\xef\xbb\xbf"
 PROMPT_COLUMNS = ("input", "prompt", "text")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")  # whatever its first line holds, such a file is no plain text
 SEPARATOR = "\n\n"  # between the messages of a conversation
 
 
@@ -64,7 +65,7 @@ def _requests(lines: Iterator[bytes], name: str) -> Iterator[bytes]:
     start = line.lstrip()
     if start.startswith(b"["):
         yield from _items(b"".join(rest), name)
-    elif start.startswith(b"{"):
+    elif start.startswith(b"{") or name.removesuffix(".gz").endswith(JSON_SUFFIXES):
         yield from chain(blank, rest)
     elif columns := _columns(line):
         yield from _rows(rest, columns, name)
