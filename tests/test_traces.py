@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def test_the_first_good_line_decides_the_format() -> None:
         ({}, 0.0),
         ({"timestamp": None}, 0.0),
         ({"timestamp": 2500}, 2.5),
+        ({"timestamp": 1_760_428_436}, 1_760_428_436.0),
+        ({"timestamp": 1_760_428_436.5}, 1_760_428_436.5),
         ({"timestamp": 1_760_428_436_442}, 1_760_428_436.442),
         ({"timestamp": 1_760_428_436_442_742}, 1_760_428_436.442742),
         ({"timestamp": 1_760_428_436_442_742_000}, 1_760_428_436.442742),
@@ -120,7 +123,10 @@ def test_blank_lines_are_no_requests_and_limit_counts_good_ones() -> None:
         (b"[" * 100_000, "this is no JSON"),
         (b'{"token_ids": "\xff"}', "this is no JSON"),
         ([1], "a request must be an object, not list"),
-        ({}, 'needs "hash_ids" or "token_ids" or "input_tok_ids" or "input"; this one has no fields'),
+        (
+            {},
+            'or "input" or "prompt" or "text" or "conversations" or "messages" or "turns"; this one has no fields',
+        ),
         (dict.fromkeys("abcdefgh"), "this one has 'a', 'b', 'c', 'd', 'e', 'f', …"),
         (blocks(None, [1]), '"input_length" must be a positive whole number, not None'),
         (blocks(0, []), '"input_length" must be a positive whole number, not 0'),
@@ -175,6 +181,60 @@ def test_files(tmp_path: Path) -> None:
     for bad in (tmp_path, tmp_path / "missing"):
         with pytest.raises(InvalidRequestError, match="cannot be read"):
             read_trace(bad)
+
+
+CHAT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}]
+CHAT += [{"from": "gpt", "value": "d"}]
+OPENAI = [{"role": "user" if turn["from"] == "human" else "assistant", "content": turn["value"]} for turn in CHAT]
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (json.dumps([{"id": "x", "conversations": CHAT}], indent=1).encode(), ["a\n\n", "a\n\nb\n\nc\n\n"]),
+        (json.dumps({"messages": OPENAI}).encode(), ["a\n\n", "a\n\nb\n\nc\n\n"]),
+        (b'{"session_id": "s", "turns": [{"text": "a"}, {"text": "c", "delay": 5}]}', ["a", "a\n\nc"]),
+        (b'{"prompt": "a"}\n{"prompt": "b"}\n', ["a", "b"]),
+        (b'\xef\xbb\xbf{"text": "a"}\n', ["a"]),
+        (b"one prompt\r\n\nanother\n", ["one prompt", "another"]),
+        (b'prompt,output\n"a, with\na break",b\nc,\n', ["a, with\na break", "c"]),
+        (gzip.compress(b'{"input": "a"}\n'), ["a"]),
+        ('{"input": "ä"}\n{"input": "b"}\n'.encode("utf-16"), ["ä", "b"]),
+    ],
+)
+def test_the_formats_that_people_have_are_read_whole(tmp_path: Path, content: bytes, prompts: list[str]) -> None:
+    path = tmp_path / "trace"
+    path.write_bytes(content)
+    trace = read_trace(path, encode=letters)
+    assert [request.keys.tolist() for request in trace.requests] == [letters(prompt) for prompt in prompts]
+
+
+def test_an_answer_is_stored_and_limit_counts_turns(tmp_path: Path) -> None:
+    trace = parse({"conversations": CHAT}, {"conversations": CHAT}, encode=lambda text: letters(text * 2), limit=3)
+    assert len(trace.requests) == 3
+    assert trace.requests[0].stored.tolist() == letters("a\n\na\n\nb")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.97,374,44\n",
+        b"Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,472,18,490,API log\n",
+    ],
+)
+def test_a_trace_of_counts_is_refused_by_what_it_lacks(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_bytes(header)
+    with pytest.raises(InvalidRequestError, match="shared prefixes cannot be known from it"):
+        read_trace(path, on_malformed=lambda _: None)
+
+
+@pytest.mark.parametrize("content", [gzip.compress(b'{"input": "a"}')[:-6], b'[{"input": "a"},'])
+def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "trace"
+    path.write_bytes(content)
+    with pytest.raises(InvalidRequestError, match=r"is damaged|is not a valid JSON array"):
+        read_trace(path, encode=letters)
 
 
 # ------------------------------------------------------------------------------------------------------------ expanding

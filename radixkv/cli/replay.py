@@ -32,7 +32,12 @@ REPLAY_EPILOG = f"""
 
 - "token_ids" or "input_tok_ids": token ids, with those of the output in "output_token_ids" or "output_tok_ids".
 
-- "input": text, with the text of the "output"; needs --tokenizer.
+- "input", "prompt" or "text": text, with the text of the "output"; needs --tokenizer.
+
+- "conversations" (ShareGPT), "messages" (OpenAI) or "turns" (aiperf): one request a turn; needs --tokenizer.
+
+JSON arrays, CSV with a column of prompts, plain text (one prompt a line), gzip and UTF-16 are read too. CSV that only
+counts tokens (Azure, BurstGPT) is refused: shared prefixes cannot be known from counts.
 
 Prompts are looked up; prompts and outputs are stored, but for the last token, as an engine does. Hits are whole pages.
 "timestamp" (milliseconds) or "arrival_time_ns" drives policies that look at the time.

@@ -12,6 +12,7 @@ import typer
 
 from radixkv.cli.display import excerpt
 from radixkv.errors import InvalidRequestError, MissingTokenizerError, ModelNotFoundError
+from radixkv.replay.trace_files import json_lines
 from radixkv.replay.traces import Encode, Trace, parse_trace, raise_malformed
 
 if TYPE_CHECKING:
@@ -43,7 +44,12 @@ def read_trace_file(
         with path.open("rb") as file:
             lines = progress.wrap_file(file, total=path.stat().st_size, description="reading")
             trace = parse_trace(
-                lines, str(path), block_tokens=block_tokens, encode=encode, limit=limit, on_malformed=on_malformed
+                json_lines(lines, str(path)),
+                str(path),
+                block_tokens=block_tokens,
+                encode=encode,
+                limit=limit,
+                on_malformed=on_malformed,
             )
     except OSError as error:
         raise InvalidRequestError(f"{path} cannot be read: {error.strerror}") from error

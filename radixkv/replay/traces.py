@@ -20,6 +20,7 @@ from radixkv.errors import (
     MissingTokenizerError,
     TokenIdsTypeError,
 )
+from radixkv.replay.trace_files import json_lines, texts_of_conversation
 
 Keys: TypeAlias = NDArray[np.int32]
 Encode: TypeAlias = Callable[[str], Sequence[int]]
@@ -28,7 +29,8 @@ Encode: TypeAlias = Callable[[str], Sequence[int]]
 BLOCKS = "hash_ids"
 TOKENS = ("token_ids", "input_tok_ids")
 OUTPUT_TOKENS = ("output_token_ids", "output_tok_ids")
-TEXT = "input"
+TEXTS = ("input", "prompt", "text")
+CONVERSATIONS = ("conversations", "messages", "turns")
 OUTPUT_TEXT = "output"
 
 MOONCAKE_BLOCK_TOKENS = 512
@@ -72,7 +74,8 @@ class Trace:
     """The requests of a trace.
 
     Attributes:
-        kind: the field that told how to read it: "hash_ids", "token_ids", "input_tok_ids" or "input".
+        kind: the field that told how to read it: "hash_ids", "token_ids", "input_tok_ids", "input",
+            "prompt", "text" or "conversations".
         key_tokens: how many tokens a key stands for: 1, unless the keys are block ids.
     """
 
@@ -102,11 +105,19 @@ def read_trace(
     limit: int | None = None,
     on_malformed: Callable[[InvalidRequestError], object] = raise_malformed,
 ) -> Trace:
-    """Read the trace at `path`; see `parse_trace`. Raises: as there, and InvalidRequestError if it cannot be read."""
+    """Read the trace at `path`, in any format of `trace_files.json_lines`; see `parse_trace`.
+
+    Raises: as there, and InvalidRequestError if it cannot be read.
+    """
     try:
         with Path(path).open("rb") as lines:
             return parse_trace(
-                lines, str(path), block_tokens=block_tokens, encode=encode, limit=limit, on_malformed=on_malformed
+                json_lines(lines, str(path)),
+                str(path),
+                block_tokens=block_tokens,
+                encode=encode,
+                limit=limit,
+                on_malformed=on_malformed,
             )
     except OSError as error:
         raise InvalidRequestError(f"{path} cannot be read: {error.strerror}") from error
@@ -131,10 +142,13 @@ def parse_trace(
       out. Blocks are numbered anew, in order of appearance. Outputs are unknown, so prompts alone are stored.
     - `token_ids` or `input_tok_ids`: the prompt's token ids. With `output_token_ids` or `output_tok_ids` the output
       is stored too.
-    - `input`: the prompt's text, made into tokens by `encode`; with the text `output` that is stored too.
+    - `input`, `prompt` or `text`: the prompt's text, made into tokens by `encode`; with the text `output` that is
+      stored too.
+    - `conversations` (ShareGPT), `messages` (OpenAI) or `turns` (aiperf): one request a turn; see
+      `trace_files.texts_of_conversation`.
 
     Times are read from `arrival_time_ns`, or else `timestamp`: in milliseconds, or if it is so large that it must be
-    the microseconds or nanoseconds since 1970, in these.
+    the microseconds or nanoseconds since 1970, in these; from 1e9 to 1e10 it is taken as seconds since 1970.
 
     Args:
         name: of the trace, for errors.
@@ -145,7 +159,8 @@ def parse_trace(
     """
     if block_tokens < 1 or (limit is not None and limit < 1):
         raise ConfigError(f"block_tokens and limit must be at least 1, not {block_tokens} and {limit}")
-    formats: list[_Format] = [_Blocks(block_tokens), *(_Tokens(field) for field in TOKENS), _Text(encode)]
+    formats: list[_Format] = [_Blocks(block_tokens), *(_Tokens(field) for field in TOKENS)]
+    formats += [*(_Text(field, encode) for field in TEXTS), _Conversation(encode)]
     requests: list[Request] = []
     for number, line in enumerate(lines, start=1):
         if line.isspace():
@@ -153,15 +168,16 @@ def parse_trace(
         try:
             row = _object(line)
             form = _format_of(row, formats)
-            request = form.request(row)
+            found = form.requests(row)
         except MissingTokenizerError as error:
             raise MissingTokenizerError(f"{name}, line {number}: {error}") from None
         except (InvalidRequestError, InvalidTokenIdsError, TokenIdsTypeError) as error:
             on_malformed(InvalidRequestError(f"{name}, line {number}: {error}"))
             continue
         formats = [form]
-        requests.append(request)
-        if len(requests) == limit:
+        requests += found
+        if limit is not None and len(requests) >= limit:
+            del requests[limit:]
             break
     if not requests:
         raise InvalidRequestError(f"{name} holds no requests")
@@ -180,9 +196,9 @@ def _object(line: bytes) -> dict[str, Any]:
 
 def _format_of(row: dict[str, Any], formats: Sequence[_Format]) -> _Format:
     for form in formats:
-        if form.field in row:
+        if any(field in row for field in form.fields):
             return form
-    needed = " or ".join(f'"{form.field}"' for form in formats)
+    needed = " or ".join(f'"{field}"' for form in formats for field in form.fields)
     fields = [short_repr(field) for field in row]
     shown = ", ".join(fields[:SHOWN_FIELDS]) + ", …" * (len(fields) > SHOWN_FIELDS)
     raise InvalidRequestError(f"a request needs {needed}; this one has {shown or 'no fields'}")
@@ -194,9 +210,18 @@ class _Format:
     field: str
     key_tokens = 1
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of which one tells this format."""
+        return (self.field,)
+
     def request(self, row: dict[str, Any]) -> Request:
         """Raises: InvalidRequestError, InvalidTokenIdsError or TokenIdsTypeError if the row is malformed."""
         raise NotImplementedError
+
+    def requests(self, row: dict[str, Any]) -> list[Request]:
+        """The requests of a row: one, unless it is a conversation. Raises: as `request`."""
+        return [self.request(row)]
 
 
 class _Blocks(_Format):
@@ -236,21 +261,41 @@ class _Tokens(_Format):
 
 
 class _Text(_Format):
-    field = TEXT
+    def __init__(self, field: str, encode: Encode | None) -> None:
+        self.field = field
+        self._encode = encode
+
+    def request(self, row: dict[str, Any]) -> Request:
+        return _encoded(_text(row, self.field), _text(row, OUTPUT_TEXT), self.field, self._encode, _time_s(row))
+
+
+class _Conversation(_Format):
+    field = CONVERSATIONS[0]
 
     def __init__(self, encode: Encode | None) -> None:
         self._encode = encode
 
-    def request(self, row: dict[str, Any]) -> Request:
-        prompt, output = _text(row, TEXT), _text(row, OUTPUT_TEXT)
-        if not prompt:
-            raise InvalidRequestError(f'"{TEXT}" is empty')
-        if self._encode is None:
-            raise MissingTokenizerError("this is a trace of texts; give the tokenizer of the model they are meant for")
-        ids = self._encode(prompt)
-        if not ids:
-            raise InvalidRequestError(f'"{TEXT}" has no tokens')
-        return Request.of_tokens(ids, self._encode(output) if output else (), _time_s(row))
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return CONVERSATIONS
+
+    def requests(self, row: dict[str, Any]) -> list[Request]:
+        turns, time_s = texts_of_conversation(row), _time_s(row)
+        return [
+            _encoded(_valid(prompt, "a message"), _valid(answer, "a message"), "a message", self._encode, time_s)
+            for prompt, answer in turns
+        ]
+
+
+def _encoded(prompt: str, output: str, field: str, encode: Encode | None, time_s: float) -> Request:
+    if not prompt:
+        raise InvalidRequestError(f'"{field}" is empty')
+    if encode is None:
+        raise MissingTokenizerError("this is a trace of texts; give the tokenizer of the model they are meant for")
+    ids = encode(prompt)
+    if not ids:
+        raise InvalidRequestError(f'"{field}" has no tokens')
+    return Request.of_tokens(ids, encode(output) if output else (), time_s)
 
 
 def _id_list(row: dict[str, Any], field: str) -> list[Any]:
@@ -267,6 +312,10 @@ def _text(row: dict[str, Any], field: str) -> str:
         return ""
     if not isinstance(text, str):
         raise InvalidRequestError(f'"{field}" must be a text, not {type(text).__name__}')
+    return _valid(text, field)
+
+
+def _valid(text: str, field: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # "\ud800" in JSON
@@ -283,6 +332,8 @@ def _time_s(row: dict[str, Any]) -> float:
         raise InvalidRequestError(f'"{field}" must be a number that is not negative, not {short_repr(time)}')
     if field == "arrival_time_ns" or time >= 1e17:  # as nanoseconds since 1970, after 1973
         return time / 1e9
+    if 1e9 <= time < 1e10:  # seconds since 1970, from 2001 on; as milliseconds of a trace's own clock, 11 days and more
+        return float(time)
     return time / 1e6 if time >= 1e14 else time / 1e3  # 1e14 ms after 1970 is the year 5138
 
 
