@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral, Real
+from typing import Any
 
 from radixkv.errors import InvalidRequestError
 
@@ -20,11 +21,12 @@ def checked_keep_for_s(value: object) -> float | None:
     """
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:
+    seconds: Any = value
+    if isinstance(value, bool) or not isinstance(value, Real) or not seconds >= 0:
         raise InvalidRequestError(f"keep_for_s must be a number of seconds of at least 0, not {_show(value)}")
-    if value > MAX_KEEP_FOR_S:
+    if seconds > MAX_KEEP_FOR_S:
         raise InvalidRequestError(f"keep_for_s must be at most {MAX_KEEP_FOR_S} s (ten years), not {_show(value)}")
-    return float(value)
+    return float(seconds)
 
 
 def checked_priority(value: object) -> int:

@@ -30,7 +30,8 @@ class Namespace(NamedTuple):
             return SHARED
         _check("extra_key", extra_key)
         _check("cache_salt", cache_salt)
-        return _new_tuple(cls, (extra_key, cache_salt))
+        namespace: Namespace = _new_tuple(cls, (extra_key, cache_salt))
+        return namespace
 
 
 SHARED = Namespace()
