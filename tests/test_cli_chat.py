@@ -79,7 +79,7 @@ def test_a_model_that_fails_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch)
     def fail(*_: object) -> None:
         raise OSError("the device\nis gone")
 
-    monkeypatch.setattr(ModelRunner, "forward", fail)
+    monkeypatch.setattr(ModelRunner, "run", fail)
     assert_one_line_error(script("Hello"), "this turn failed, so it does not count: OSError: the device is gone")
 
 

@@ -296,7 +296,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ModelRunner, "forward", interrupted)
+    monkeypatch.setattr(ModelRunner, "run", interrupted)
     result = run("generate", "a", *SMALL)
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "")
 
@@ -339,5 +339,6 @@ def test_the_entry_point_keeps_its_streams_clean() -> None:
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("radixkv: error: stdin: the prompt has ")
-    assert done.stderr.count("\n") == 1
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("compiling the ")]  # said once, at first
+    assert len(lines) == 1
+    assert lines[0].startswith("radixkv: error: stdin: the prompt has ")
