@@ -198,7 +198,7 @@ OPENAI = [{"role": "user" if turn["from"] == "human" else "assistant", "content"
         (b'\xef\xbb\xbf{"text": "a"}\n', ["a"]),
         (b"one prompt\r\n\nanother\n", ["one prompt", "another"]),
         (b'prompt,output\n"a, with\na break",b\nc,\n', ["a, with\na break", "c"]),
-        (gzip.compress(b'{"input": "a"}\n'), ["a"]),
+        (gzip.compress(b'{"input": "a"}\n', mtime=0), ["a"]),
         ('{"input": "ä"}\n{"input": "b"}\n'.encode("utf-16"), ["ä", "b"]),
     ],
 )
@@ -229,7 +229,7 @@ def test_a_trace_of_counts_is_refused_by_what_it_lacks(tmp_path: Path, header: b
         read_trace(path, on_malformed=lambda _: None)
 
 
-@pytest.mark.parametrize("content", [gzip.compress(b'{"input": "a"}')[:-6], b'[{"input": "a"},'])
+@pytest.mark.parametrize("content", [gzip.compress(b'{"input": "a"}', mtime=0)[:-6], b'[{"input": "a"},'])
 def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "trace"
     path.write_bytes(content)
