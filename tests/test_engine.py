@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from radixkv import Engine, EngineConfig, RequestOutput, SamplingParams
 from radixkv.attention import numba_backend
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.attention.shared_prefix import BreakEven, CascadePlan, plan_cascade
+from radixkv.engine.assembly import assemble
 from radixkv.engine.sampling import Sampler
 from radixkv.engine.scheduler import Scheduler, Span
 from radixkv.engine.step_input import StepInput
@@ -29,6 +31,7 @@ from radixkv.errors import (
     TokenIdsTypeError,
     UnsupportedBackendError,
 )
+from radixkv.models.loader import load
 
 MakeEngine = Callable[..., Engine]
 GREEDY_8 = SamplingParams(max_tokens=8, ignore_eos=True)
@@ -642,3 +645,13 @@ def test_more_running_requests_than_pages_take_no_memory(make_engine: MakeEngine
     prompts = [random_ids(seed, 9) for seed in range(3)]
     outputs = engine.generate(prompts, GREEDY_8)
     assert [output.token_ids for output in outputs] == [oracle.continuation(prompt, 8) for prompt in prompts]
+
+
+def test_text_with_a_token_beyond_the_embeddings_is_refused_at_once(demo_engine: Engine) -> None:
+    parts = assemble(*load("demo", dtype="auto", device="cpu"), EngineConfig(kv_cache_tokens=1024))
+    highest = int(demo_engine.encode("ROMEO:").max())
+    engine = Engine.from_parts(replace(parts, vocab_size=highest))
+    for call in (engine.generate, engine.stream):
+        with pytest.raises(InvalidTokenIdsError, match=f"token id {highest} at position . is not in the vocabulary"):
+            call("ROMEO:", GREEDY_8)
+    assert engine.stats().waiting == 0
