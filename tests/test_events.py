@@ -246,7 +246,7 @@ def test_listening_alone_tells_which_pages_layers_with_a_window_have(exact: bool
     rng = random.Random(7)
     windows = WindowPages(40, num_window_pages=9, page_size=2, window_tokens=4, sink_tokens=1)
     copy_page = (lambda source, target, num_tokens: None) if exact else None
-    cache = PrefixCache(40, 2, copy_page=copy_page, windows=windows)
+    cache = PrefixCache(40, 2, copy_page=copy_page, residency=windows)
     mirror = EventMirror()
     told: set[str] = set()
     for step in range(800):
@@ -282,7 +282,7 @@ def test_listening_alone_tells_which_pages_layers_with_a_window_have(exact: bool
 
 def test_a_window_page_that_is_taken_back_is_reported_and_its_page_stays_cached() -> None:
     windows = WindowPages(16, num_window_pages=4, page_size=2, window_tokens=2)
-    cache = PrefixCache(16, 2, windows=windows)
+    cache = PrefixCache(16, 2, residency=windows)
     mirror = EventMirror()
     cache.add_observer(mirror)
     for first in (10, 20, 30):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from radixkv import Lease, PrefixCache
 from radixkv.cache.residency.window_pages import WindowPages
@@ -35,12 +37,12 @@ def brute_force_valid(has: list[bool], page_size: int, window: int, sinks: int) 
     window=st.integers(1, 12),
     sinks=st.integers(0, 6),
 )
-def test_the_longest_valid_hit(has: list[bool], page_size: int, window: int, sinks: int) -> None:
+def test_the_longest_usable_hit(has: list[bool], page_size: int, window: int, sinks: int) -> None:
     windows = WindowPages(20, num_window_pages=40, page_size=page_size, window_tokens=window, sink_tokens=sinks)
     pages = np.arange(3, 3 + len(has), dtype=np.int32)
     windows.take(pages[np.array(has, bool)])
     expected = brute_force_valid(has, page_size, window, -(-sinks // page_size) * page_size)
-    assert windows.longest_valid(pages) == expected
+    assert windows.usable_pages(pages) == expected
 
 
 def make_cache(num_pages: int = 32, num_window_pages: int = 6, window: int = 6, sinks: int = 0) -> PrefixCache:
@@ -48,7 +50,7 @@ def make_cache(num_pages: int = 32, num_window_pages: int = 6, window: int = 6, 
     windows = WindowPages(
         num_pages, num_window_pages=num_window_pages, page_size=2, window_tokens=window, sink_tokens=sinks
     )
-    return PrefixCache(num_pages, 2, windows=windows)
+    return PrefixCache(num_pages, 2, residency=windows)
 
 
 def serve(cache: PrefixCache, ids: list[int], *, chunk: int = 4) -> int:
@@ -148,7 +150,7 @@ def test_what_was_given_up_cannot_be_seen_again() -> None:
 def test_windows_of_another_cache_are_refused() -> None:
     windows = WindowPages(32, num_window_pages=8, page_size=2, window_tokens=6)
     with pytest.raises(ConfigError, match="windows are for 32 pages of 2 tokens, and the cache has 64 of 2"):
-        PrefixCache(64, 2, windows=windows)
+        PrefixCache(64, 2, residency=windows)
 
 
 def test_explain_tells_of_windows() -> None:
@@ -168,7 +170,7 @@ def test_explain_tells_of_windows() -> None:
     [
         ({"num_window_pages": 4}, "4 window pages of 2 tokens are too few: one request needs 5 for its window of 6"),
         ({"num_window_pages": 6, "sink_tokens": 3}, "needs 7 for its window of 6 tokens and 3 sinks"),
-        ({"window_tokens": 0}, "a window of 0 tokens after 0 sinks is none"),
+        ({"window_tokens": 0}, "window_tokens must be at least 1 and sink_tokens at least 0; got 0 and 0"),
     ],
 )
 def test_what_cannot_be(change: dict[str, int], message: str) -> None:
@@ -177,28 +179,48 @@ def test_what_cannot_be(change: dict[str, int], message: str) -> None:
         WindowPages(32, **{**settings, **change})
 
 
-@pytest.mark.parametrize("damage", ["pin", "lost", "twice", "count", "keeper"])
-def test_broken_invariants_are_found(damage: str) -> None:
-    cache = make_cache()
-    lease = cache.acquire(list(range(8)))
-    lease.cover(0, 8)
-    windows = cache.windows
-    assert windows is not None
-    page = int(lease.pages[0])
-    if damage == "pin":
-        windows._pins[page] += 1
-    elif damage == "lost":
-        windows._free.pop()
-    elif damage == "twice":
-        windows.of_page[page] = windows.of_page[int(lease.pages[1])]
-    elif damage == "count":
-        windows.num_evictable += 1
-    else:
-        lease._seen_from = 1
-        windows.unpin(lease.pages[:1], passed=True)
-    with pytest.raises(InvariantError):
-        cache.check_invariants()
-    lease._closed = True  # what it holds cannot be given back any more
+def add_pin(windows: WindowPages, page: NDArray[np.int32]) -> None:
+    windows.pin(page)
+
+
+def lose(windows: WindowPages, page: NDArray[np.int32]) -> None:
+    windows.window_page_of[page] = windows.scratch
+
+
+def lend_twice(windows: WindowPages, page: NDArray[np.int32]) -> None:
+    windows.window_page_of[page] = windows.window_page_of[page + 1]
+
+
+def miscount(windows: WindowPages, page: NDArray[np.int32]) -> None:
+    windows.num_evictable += 1
+
+
+def keep_for_nobody(windows: WindowPages, page: NDArray[np.int32]) -> None:
+    unused = np.array([windows.num_pages - 1], np.int32)
+    windows.take(unused)
+    windows.unpin_passed(unused)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (add_pin, "are pinned"),
+        (lose, "lost or lent twice"),
+        (lend_twice, "lost or lent twice"),
+        (miscount, "are counted"),
+        (keep_for_nobody, "keep window pages for nobody"),
+    ],
+)
+def test_broken_invariants_are_found(damage: Callable[[WindowPages, NDArray[np.int32]], None], message: str) -> None:
+    windows = WindowPages(32, num_window_pages=6, page_size=2, window_tokens=6)
+    pages = np.arange(4, dtype=np.int32)
+    windows.take(pages)
+    pins = np.array([1] * 4 + [0] * 28)
+    in_tree = np.zeros(32, bool)
+    windows.check_invariants(pins, in_tree)
+    damage(windows, pages[:1])
+    with pytest.raises(InvariantError, match=message):
+        windows.check_invariants(pins, in_tree)
 
 
 # -- a cache with simulated KV ------------------------------------------------------------------------------------
@@ -226,7 +248,7 @@ class Simulation:
             window_tokens=window,
             sink_tokens=sinks,
         )
-        self.cache = PrefixCache(num_pages, page_size, copy_page=self.copy_page, windows=self.windows)
+        self.cache = PrefixCache(num_pages, page_size, copy_page=self.copy_page, residency=self.windows)
         self.full: dict[tuple[int, int], Value] = {}
         self.windowed: dict[tuple[int, int], Value] = {}
         self.running: list[Running] = []
@@ -237,7 +259,7 @@ class Simulation:
         if self.fails_to_copy:
             raise RuntimeError("the device is gone")
         self.copies += 1
-        of_page = self.windows.of_page
+        of_page = self.windows.window_page_of
         for i in range(num_tokens):
             self.full[target, i] = self.full[source, i]
             self.windowed[int(of_page[target]), i] = self.windowed[int(of_page[source]), i]
@@ -272,7 +294,7 @@ class Simulation:
             page, offset = int(request.lease.pages[position // self.page_size]), position % self.page_size
             value = tuple(request.ids[: position + 1])
             self.full[page, offset] = value
-            self.windowed[int(self.windows.of_page[page]), offset] = value
+            self.windowed[int(self.windows.window_page_of[page]), offset] = value
             self.check_sight(request, position)
         request.computed = last
 
@@ -281,7 +303,7 @@ class Simulation:
             page, offset = int(request.lease.pages[j // self.page_size]), j % self.page_size
             assert self.full[page, offset] == tuple(request.ids[: j + 1])
             if j > position - self.window or j < self.sinks:
-                assert self.windowed[int(self.windows.of_page[page]), offset] == tuple(request.ids[: j + 1])
+                assert self.windowed[int(self.windows.window_page_of[page]), offset] == tuple(request.ids[: j + 1])
 
     def step(self) -> None:
         action = self.rng.random()

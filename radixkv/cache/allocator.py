@@ -16,7 +16,7 @@ class TokenToKVPoolAllocator:
     >>> allocator = TokenToKVPoolAllocator(4)
     >>> pages = allocator.alloc(3)
     >>> allocator.retain(pages[:1])
-    >>> allocator.release(pages)            # the first page has one reference left
+    >>> len(allocator.release(pages))       # the first page has one reference left
     2
     >>> allocator.num_free
     3
@@ -70,18 +70,18 @@ class TokenToKVPoolAllocator:
         assert counts.size == 0 or counts.min() > 0, "a free page was retained"
         self._ref_counts[pages] = counts + 1
 
-    def release(self, pages: NDArray[np.int32]) -> int:
+    def release(self, pages: NDArray[np.int32]) -> NDArray[np.int32]:
         """Take a reference from each of `pages`, which are distinct and in use. O(len(pages)).
 
-        Returns: how many of them have none left and went back to the free list.
+        Returns: those of them that have none left and went back to the free list.
         """
         counts = self._ref_counts[pages] - 1
         assert counts.size == 0 or counts.min() >= 0, "a free page was released"
         self._ref_counts[pages] = counts
-        freed = pages[counts == 0]
+        freed: NDArray[np.int32] = pages[counts == 0]
         self._free[self._num_free : self._num_free + len(freed)] = freed[::-1]
         self._num_free += len(freed)
-        return len(freed)
+        return freed
 
     def check_invariants(self) -> None:
         """Prove the invariant of the class docstring. O(num_pages). Raises: InvariantError."""

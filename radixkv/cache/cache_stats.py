@@ -24,7 +24,8 @@ class CacheStats(NamedTuple):
     were refused, and `resume`, do not count. `copied_tokens` of them came from a page that was shared in
     part; `evicted_tokens` made room for others (what `reset` forgot is not among them).
     Of `window_pages`, which the layers that see a window share, `free_window_pages` are lent to no page, and
-    `evictable_window_pages` to cached pages alone; all three are 0 where every layer keeps everything.
+    `evictable_window_pages` to cached pages alone; `window_pages_taken_back` counts those that cached pages lost so far
+    (all four are 0 where every layer keeps everything).
     `estimated_hit_rates` tell, from a sample of the traffic, what pools of other sizes would bring (empty without
     diagnostics).
     """
@@ -44,6 +45,7 @@ class CacheStats(NamedTuple):
     window_pages: int = 0
     free_window_pages: int = 0
     evictable_window_pages: int = 0
+    window_pages_taken_back: int = 0
     estimated_hit_rates: tuple[SizeEstimate, ...] = ()
 
     @property

@@ -16,6 +16,7 @@ from radixkv.errors import ClosedError, InvalidRequestError
 
 if TYPE_CHECKING:
     from radixkv.cache.prefix_cache import PrefixCache
+    from radixkv.cache.residency.residency import Claim
 
 
 class Lease:
@@ -40,7 +41,7 @@ class Lease:
         node: TreeNode,
         namespace: Namespace,
         *,
-        held_tokens: int,
+        claim: Claim,
         source: PartialPage | None,
         priority: int,
         keep_for_s: float | None,
@@ -55,14 +56,7 @@ class Lease:
         self._source = source  # where the last of them were copied from
         self._priority, self._keep_for_s = priority, keep_for_s
         self._closed = False
-        # Of layers that see a window: pages [0, covered) were lent window pages, and [seen_from, covered) are pinned,
-        # sinks besides. At the end of [branch_from, branch_to) others have turned off, or this one does.
-        self._covered_pages = cache.pages_for(self.cached_tokens)
-        self._seen_from = self._branch_from = self._branch_to = 0
-        if cache.windows is not None:
-            self._seen_from = cache.windows.first_seen(self.cached_tokens // cache.page_size * cache.page_size)
-            self._branch_from = cache.windows.first_seen(held_tokens)
-            self._branch_to = held_tokens // cache.page_size
+        self._claim = claim
 
     @property
     def node(self) -> TreeNode:
@@ -104,43 +98,23 @@ class Lease:
     @property
     def seen_pages(self) -> NDArray[np.int32]:
         """The pages that the next token sees in layers of a window, as far as `cover` went."""
-        windows = self._cache.windows
-        if windows is None:
-            return self.pages[:0]
-        sinks = min(windows.sink_pages, self._covered_pages)
-        return np.concatenate([self.pages[:sinks], self.pages[max(self._seen_from, sinks) : self._covered_pages]])
+        return self._claim.seen_pages(self.pages)
 
     def coverable_tokens(self) -> int:
         """Up to which token `cover` could go now, if nothing is given up before. O(1)."""
-        windows = self._cache.windows
-        if windows is None:
-            return self.capacity_tokens
-        return min(self.capacity_tokens, (self._covered_pages + windows.num_available) * self._cache.page_size)
+        return self._claim.coverable_tokens(self.capacity_tokens)
 
     def cover(self, first: int, last: int) -> None:
         """Get ready to compute the tokens `[first, last)`, for which the lease has pages, in layers of a window.
 
         What no token from `first` on sees is given up there, so `first` must not fall back behind it. Nothing to do for
-        a cache without `windows`. O(pages that come or go).
+        a cache without windows. O(pages that come or go).
 
         Raises: OutOfPagesError if the window pages do not suffice (what was given up stays so); InvalidRequestError if
             the tokens see what was given up, or the lease has no pages for them; ClosedError.
         """
         self._check_open()
-        windows = self._cache.windows
-        if windows is None:
-            return
-        if windows.first_seen(first) < self._seen_from or last > self.capacity_tokens:
-            least = self._seen_from * self._cache.page_size + windows.window_tokens - 1
-            raise InvalidRequestError(
-                f"tokens {first} to {last} cannot be computed: the lease has pages for {self.capacity_tokens} tokens, "
-                f"and gave up what tokens before {least} see"
-            )
-        self._give_up_until(windows.first_seen(first))
-        end = self._cache.pages_for(last)
-        if end > self._covered_pages:
-            windows.take(self.pages[self._covered_pages : end])
-            self._covered_pages = end
+        self._claim.cover(self.pages, first, last)
 
     def commit(self, ids: TokenIds) -> int:
         """Share the KV of `ids`, all of which lies in `pages` by now. O(tokens + depth).
@@ -192,27 +166,12 @@ class Lease:
             return
         self._closed = True
         self._cache._leases.discard(self)
-        if self._cache.windows is not None:
-            self._cache.windows.unpin(self.seen_pages, passed=False)
+        self._claim.release(self.pages)
         try:
             self._cache.tree.dec_lock_ref(self._node)
         finally:  # a policy of the caller's own may fail there
             self._cache.give_back(self.pages)
             self.pages = np.empty(0, np.int32)
-
-    def _give_up_until(self, page: int) -> None:
-        """See the pages before `page` no more in layers of a window, sinks apart."""
-        windows = self._cache.windows
-        assert windows is not None, "all layers see everything"
-        first, last = max(self._seen_from, windows.sink_pages), min(page, self._covered_pages)
-        self._seen_from = max(self._seen_from, page)
-        if first >= last:
-            return
-        branch_from, branch_to = np.clip([self._branch_from, self._branch_to], first, last)
-        windows.unpin(self.pages[branch_from:branch_to], passed=False)
-        windows.unpin(np.concatenate([self.pages[first:branch_from], self.pages[branch_to:last]]), passed=True)
-        given_up = self.pages[first:last]
-        windows.drop(given_up[self._cache.allocator.ref_counts(given_up) == 1])  # in the tree it would count twice
 
     def _move_pin(self, node: TreeNode) -> None:
         """Pin `node` in place of what was pinned; a tail that this lease had put there goes, its tokens live on."""
@@ -238,10 +197,10 @@ class Lease:
 
     def _is_worn_out(self, found: PartialPage) -> bool:
         """Whether it is a tail that has lost its window page, so that nobody can copy it, and that nobody pins."""
-        windows, node = self._cache.windows, found.node
-        if windows is None or node.entry is None or node.num_tokens != found.num_tokens:
+        node = found.node
+        if node.entry is None or node.num_tokens != found.num_tokens:
             return False
-        return node.is_tail(self._cache.page_size) and not windows.has(node.page_ids).any()
+        return node.is_tail(self._cache.page_size) and not self._cache.residency.holds(found.page)
 
     def _drop_source(self, num_tokens: int) -> None:
         """Forget the tail that was copied from, once a longer copy of it is shared."""
@@ -260,8 +219,7 @@ class Lease:
             return
         theirs = self._cache.tree.path_pages(self._node)[first:last]
         self._cache.allocator.retain(theirs)
-        if self._cache.windows is not None:
-            self._cache.windows.hand_over(self.pages[first:last], theirs)
+        self._cache.residency.hand_over(self.pages[first:last], theirs)
         self._cache.give_back(self.pages[first:last])
         self.pages = np.concatenate([self.pages[:first], theirs, self.pages[last:]])
 
@@ -280,7 +238,7 @@ class Lease:
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
-            self._cache._dropped.append((self._node, self.pages, self.seen_pages))
+            self._cache._dropped.append((self._node, self._claim, self.pages))
             warnings.warn(f"{self!r} was dropped without release()", ResourceWarning, stacklevel=2, source=self)
 
     def __repr__(self) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import TypeAlias
 
 import numpy as np
@@ -21,8 +22,7 @@ from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.keeping import checked_keep_for_s, checked_priority
 from radixkv.cache.lease import Lease
 from radixkv.cache.namespace import Namespace
-from radixkv.cache.residency.window_events import WindowEvents
-from radixkv.cache.residency.window_pages import WindowPages
+from radixkv.cache.residency.residency import Claim, Everywhere, Residency
 from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.cache.tree.node import MatchResult, PartialPage, TreeNode
 from radixkv.cache.tree.radix_tree import RadixTree
@@ -46,9 +46,9 @@ class PrefixCache:
     what is committed of a last page in part can be found again. Without it, whole pages are shared, and
     `cached_tokens` is a multiple of `page_size`.
 
-    With `windows` some layers see only the last tokens, and keep KV of the pages alone that have one of a smaller
-    number of window pages (see `WindowPages`). A hit then ends where every layer still has what the next token sees,
-    and leases `cover` the tokens that they are about to compute.
+    With a `residency` a page is of use only while it has something else besides: where some layers see only the last
+    tokens, one of a smaller number of window pages (`WindowPages`). A hit then ends where every layer still has what
+    the next token sees, and leases `cover` the tokens that they are about to compute.
 
     Invariants, proved by `check_invariants`: those of `RadixTree` and `TokenToKVPoolAllocator`, and
 
@@ -56,7 +56,7 @@ class PrefixCache:
     - the count of a page is 1 if it is in the tree, plus the number of leases whose `pages` hold it;
     - a node's `lock_ref` is the number of open leases that end in it or below;
     - the pages of an unpinned node have no other reference, so that evicting it frees them;
-    - with `windows` those of `WindowPages`; leases pin the pages that their next tokens see.
+    - those of the residency; leases pin the pages that their next tokens see.
 
     Not thread-safe.
 
@@ -81,7 +81,7 @@ class PrefixCache:
         policy: str | EvictionPolicy = "lru",
         *,
         copy_page: CopyPage | None = None,
-        windows: WindowPages | None = None,
+        residency: Residency | None = None,
         clock: Callable[[], float] = time.monotonic,
         diagnostics: bool = True,
     ) -> None:
@@ -98,15 +98,10 @@ class PrefixCache:
         if diagnostics:
             self._diagnostics = Diagnostics(self.tree, num_pages, whole_pages=copy_page is None)
         self._copy_page = copy_page
-        if windows is not None and (len(windows.of_page) != num_pages + 1 or windows.page_size != page_size):
-            raise ConfigError(
-                f"windows are for {len(windows.of_page) - 1} pages of {windows.page_size} tokens, and the cache has "
-                f"{num_pages} of {page_size}"
-            )
-        self.windows = windows
+        self.residency: Residency = Everywhere() if residency is None else residency
+        self.residency.attach(num_pages, page_size, self.allocator.ref_counts)
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
-        # what leases without release() held: node, pages, and those of them that they saw
-        self._dropped: deque[tuple[TreeNode, NDArray[np.int32], NDArray[np.int32]]] = deque()
+        self._dropped: deque[tuple[TreeNode, Claim, NDArray[np.int32]]] = deque()  # of leases without release()
         self._query_tokens = self._hit_tokens = self._evicted_tokens = self._copied_tokens = 0
 
     @property
@@ -146,14 +141,9 @@ class PrefixCache:
         return self._peek(token_array(ids), Namespace.of(extra_key, cache_salt))
 
     def _peek(self, ids: NDArray[np.int32], namespace: Namespace) -> int:
-        tokens, path = self.tree.peek_tokens(ids, namespace)
-        whole_pages = tokens // self.page_size
-        if self.windows is not None and path:
-            pages = np.concatenate([node.page_ids for node in path])[: self.pages_for(tokens)]
-            valid = self.windows.longest_valid(pages[:whole_pages])
-            if valid < whole_pages or not self.windows.has(pages[-1:]).all():
-                return valid * self.page_size
-        return tokens if self.shares_partial_pages else whole_pages * self.page_size
+        held_tokens, path = self.tree.peek_tokens(ids, namespace)
+        tokens = self.residency.usable_tokens(path, held_tokens)
+        return tokens if self.shares_partial_pages else tokens // self.page_size * self.page_size
 
     def acquire(
         self,
@@ -224,33 +214,38 @@ class PrefixCache:
         wanted = tokens if max_cached_tokens is None else tokens[:max_cached_tokens]
         match = self.tree.match_tokens(wanted, namespace)
         held_tokens = match.length
-        match = self._valid(match, wanted, namespace)
-        matched_pages = match.pages
-        num_own_pages = self.pages_for(len(tokens)) - len(matched_pages)
-        seen = self._seen_by_next(matched_pages, match.length)
-        self.tree.inc_lock_ref(match.node)
-        if self.windows is not None:
-            self.windows.pin(seen)
-        try:
+        match = self._usable(match, wanted, namespace)
+        num_own_pages = self.pages_for(len(tokens)) - len(match.pages)
+        with ExitStack() as undo:
+            self.tree.inc_lock_ref(match.node)
+            undo.callback(self.tree.dec_lock_ref, match.node)
             partial = None
             if match.length == held_tokens:
                 partial = self._find_partial(match.node, wanted[match.length :], num_own_pages)
-            own_pages = self._take(num_own_pages) if partial is None else self._take_and_copy(num_own_pages, partial)
-        except BaseException:
-            if self.windows is not None:
-                self.windows.unpin(seen, passed=False)
-            self.tree.dec_lock_ref(match.node)
-            raise
-        self.allocator.retain(matched_pages)
-        cached_tokens = match.length + (0 if partial is None else partial.num_tokens)
+            with ExitStack() as copying:
+                if partial is not None:  # stays until it is copied
+                    self.tree.touch(partial.node)
+                    self.tree.inc_lock_ref(partial.node)
+                    copying.callback(self.tree.dec_lock_ref, partial.node)
+                own_pages = self._take(num_own_pages)
+                undo.callback(self.give_back, own_pages)
+                pages = np.concatenate([match.pages, own_pages])
+                cached_tokens = match.length + (0 if partial is None else partial.num_tokens)
+                source = None if partial is None else partial.page
+                claim = self.residency.claim(pages, cached_tokens, held_tokens, source)
+                undo.callback(claim.release, pages)
+                if partial is not None:
+                    self._copy(partial, int(own_pages[0]))
+            undo.pop_all()
+        self.allocator.retain(match.pages)
         lease = Lease(
             self,
             len(tokens),
             tokens[:cached_tokens].tobytes(),
-            np.concatenate([matched_pages, own_pages]),
+            pages,
             match.node,
             namespace,
-            held_tokens=held_tokens,
+            claim=claim,
             source=partial,
             priority=priority,
             keep_for_s=keep_for_s,
@@ -265,8 +260,7 @@ class PrefixCache:
 
     def add_observer(self, observer: Observer) -> None:
         """Call `observer` with an event for all that is stored, removed or cleared from now on; window pages, too."""
-        if self.windows is not None and self.windows.on_change is None:
-            WindowEvents(self.tree.events, self.windows, self.tree.cached_runs())
+        self.residency.report_to(self.tree.events, self.tree.cached_runs)
         self.tree.add_observer(observer)
 
     def remove_observer(self, observer: Observer) -> None:
@@ -316,13 +310,12 @@ class PrefixCache:
 
     def give_back(self, pages: NDArray[np.int32]) -> None:
         """Take a reference from each of `pages`; those without any are free, in all layers. Leases call it."""
-        self.allocator.release(pages)
-        if self.windows is not None:
-            self.windows.drop(pages[self.allocator.ref_counts(pages) == 0])
+        self.residency.drop(self.allocator.release(pages))
 
     def stats(self) -> CacheStats:
         """What the cache holds now, and what it did so far. O(1), with a summation of some thousand numbers."""
         self._reap()
+        side_pages = self.residency.side_pages()
         return CacheStats(
             num_pages=self.num_pages,
             page_size=self.page_size,
@@ -336,11 +329,43 @@ class PrefixCache:
             hit_tokens=self._hit_tokens,
             copied_tokens=self._copied_tokens,
             evicted_tokens=self._evicted_tokens,
-            window_pages=0 if self.windows is None else self.windows.num_window_pages,
-            free_window_pages=0 if self.windows is None else self.windows.num_free,
-            evictable_window_pages=0 if self.windows is None else self.windows.num_evictable,
+            window_pages=side_pages.total,
+            free_window_pages=side_pages.free,
+            evictable_window_pages=side_pages.evictable,
+            window_pages_taken_back=side_pages.num_taken_back,
             estimated_hit_rates=self._estimated_hit_rates(),
         )
+
+    def has_room(self, num_tokens: int, *, cached_tokens: int, next_tokens: int, spare_pages: int) -> bool:
+        """Whether a request could start, and leave `spare_pages` for others. O(1).
+
+        Args:
+            num_tokens: that it needs pages for.
+            cached_tokens: how many of them `peek` found.
+            next_tokens: how many it would compute in its first step.
+        """
+        needed = self.pages_for(num_tokens) - cached_tokens // self.page_size
+        if needed + spare_pages > self.available_pages:
+            return False
+        return self.residency.has_room(cached_tokens, next_tokens, spare_pages)
+
+    def nodes(self) -> Iterator[tuple[int, TreeNode]]:
+        """Depth and node of all that is cached, parents first; the cache must not be changed meanwhile. O(nodes)."""
+        return self.tree.nodes()
+
+    def cached_path(
+        self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None
+    ) -> tuple[int, list[TreeNode]]:
+        """How many leading tokens of `ids` the tree holds, usable or not, and the nodes that hold them in order.
+
+        Changes nothing. O(tokens + depth).
+        """
+        return self.tree.peek_path(ids, extra_key=extra_key, cache_salt=cache_salt)
+
+    @property
+    def tick(self) -> int:
+        """The cache's clock of uses: a node's `last_access` is the tick of its last one."""
+        return self.tree.tick
 
     def check_invariants(self) -> None:
         """Prove every invariant of the class docstring. O(num_pages + tokens). Raises: InvariantError."""
@@ -364,17 +389,16 @@ class PrefixCache:
                 raise InvariantError(f"{node} is pinned by {locks.get(id(node), 0)} leases")
             if node.lock_ref == 0 and (expected[node.page_ids] > 1).any():
                 raise InvariantError(f"{node} is unpinned, and a lease holds one of its pages")
-        if self.windows is not None:
-            self._check_windows(self.windows)
+        self._check_residency()
 
-    def _check_windows(self, windows: WindowPages) -> None:
+    def _check_residency(self) -> None:
         pins = np.zeros(self.num_pages, np.int64)
         in_tree = np.zeros(self.num_pages, bool)
         for lease in self._leases:
             pins[lease.seen_pages] += 1
         for _, node in self.tree.nodes():
             in_tree[node.page_ids] = True
-        windows.check_invariants(pins, in_tree)
+        self.residency.check_invariants(pins, in_tree)
 
     def _estimated_hit_rates(self) -> tuple[SizeEstimate, ...]:
         if self._diagnostics is None:
@@ -384,72 +408,33 @@ class PrefixCache:
         curve = self._diagnostics.curve
         return tuple(SizeEstimate(factor, size, curve.hit_rate(size)) for factor, size in sizes.items())
 
-    def _valid(self, match: MatchResult, wanted: NDArray[np.int32], namespace: Namespace) -> MatchResult:
-        """`match`, or the longest part of it that is a hit in all layers."""
-        if self.windows is None:
+    def _usable(self, match: MatchResult, wanted: NDArray[np.int32], namespace: Namespace) -> MatchResult:
+        """`match`, or the longest part of it after which a request can go on in all layers."""
+        usable = self.residency.usable_pages(match.pages)
+        if usable == len(match.pages):
             return match
-        valid = self.windows.longest_valid(match.pages)
-        if valid == len(match.pages):
-            return match
-        return self.tree.match_tokens(wanted[: valid * self.page_size], namespace)
-
-    def _seen_by_next(self, pages: NDArray[np.int32], num_tokens: int) -> NDArray[np.int32]:
-        """Those pages of a hit of `num_tokens` that the token after it sees in layers of a window."""
-        if self.windows is None:
-            return pages[:0]
-        sinks = self.windows.sink_pages
-        return np.concatenate([pages[:sinks], pages[max(sinks, self.windows.first_seen(num_tokens)) :]])
+        return self.tree.match_tokens(wanted[: usable * self.page_size], namespace)
 
     def _find_partial(self, node: TreeNode, rest: NDArray[np.int32], num_pages: int) -> PartialPage | None:
         """What can be copied of the page after `node`; None where its source is needed to make room."""
         if self._copy_page is None or not len(rest):
             return None
         found = self.tree.find_partial(node, rest)
-        if found is None or (self.windows is not None and not self.windows.has(np.array([found.page])).all()):
+        if found is None or not self.residency.holds(found.page):
             return None
         held = len(found.node.page_ids) if found.node.lock_ref == 0 else 0
         return found if num_pages <= self.available_pages - held else None
 
-    def _take_and_copy(self, num_pages: int, partial: PartialPage) -> NDArray[np.int32]:
-        """Take pages, and fill the first slots of the first one from a page that stays until that is done."""
+    def _copy(self, partial: PartialPage, target: int) -> None:
         assert self._copy_page is not None, "nothing to copy with"
-        self.tree.touch(partial.node)
-        self.tree.inc_lock_ref(partial.node)
-        source = np.array([partial.page], np.int32)
-        if self.windows is not None:
-            self.windows.pin(source)
-        try:
-            pages = self._take(num_pages)
-            try:
-                self._copy_into(pages[:1], partial)
-            except BaseException:
-                self.give_back(pages)
-                raise
-        finally:
-            if self.windows is not None:
-                self.windows.unpin(source, passed=False)
-            self.tree.dec_lock_ref(partial.node)
+        self._copy_page(partial.page, target, partial.num_tokens)
         self._copied_tokens += partial.num_tokens
-        return pages
-
-    def _copy_into(self, target: NDArray[np.int32], partial: PartialPage) -> None:
-        """Copy to the page in `target`, which is pinned in all layers then, or as it was if that fails."""
-        assert self._copy_page is not None, "nothing to copy with"
-        if self.windows is not None:
-            self.windows.take(target)
-        try:
-            self._copy_page(partial.page, int(target[0]), partial.num_tokens)
-        except BaseException:
-            if self.windows is not None:
-                self.windows.unpin(target, passed=True)
-            raise
 
     def _reap(self) -> None:
         """Release what dropped leases held. Not in their `__del__`: that may run in the middle of any operation."""
         while self._dropped:
-            node, pages, seen = self._dropped.popleft()
-            if self.windows is not None:
-                self.windows.unpin(seen, passed=False)
+            node, claim, pages = self._dropped.popleft()
+            claim.release(pages)
             self.tree.dec_lock_ref(node)
             self.give_back(pages)
 

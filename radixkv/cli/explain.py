@@ -160,7 +160,7 @@ class Past:
         """Cache the prompts, one after the other. Raises: PromptTooLongError if one of them exceeds the pool."""
         cache = self._cache
         for prompt, tokens in zip(progress.track(self._prompts, description="caching"), self._sequences, strict=True):
-            self._ticks.append(cache.tree.tick)
+            self._ticks.append(cache.tick)
             try:
                 with cache.acquire(tokens, extra_key=extra_key) as lease:
                     lease.commit(tokens)

@@ -107,30 +107,29 @@ def examine(engine: Engine, model: str, outputs: Sequence[RequestOutput]) -> tup
     """What `engine` keeps of `outputs`; edges come parents first."""
     kept_tokens, uses = _paths(engine, outputs)
     edges = list(_edges(engine, uses))
-    radix_tree = engine.cache.tree
-    pages = np.concatenate([np.empty(0, np.int32), *(node.page_ids for _, node in radix_tree.nodes())])
+    cache, stats = engine.cache, engine.cache.stats()
+    pages = np.concatenate([np.empty(0, np.int32), *(node.page_ids for _, node in cache.nodes())])
     prompt_tokens = sum(output.prompt_tokens for output in outputs)
     saved_tokens = sum(output.cached_tokens for output in outputs)
     report = TreeReport(
         model=model,
-        page_size=radix_tree.page_size,
+        page_size=cache.page_size,
         num_prompts=len(outputs),
         prompt_tokens=prompt_tokens,
         saved_tokens=saved_tokens,
         hit_rate=saved_tokens / prompt_tokens,
         num_nodes=len(edges),
-        total_tokens=radix_tree.total_size,
-        total_pages=radix_tree.num_pages,
-        total_bytes=engine.pool.bytes_of(pages, radix_tree.total_size),
+        total_tokens=stats.total_tokens,
+        total_pages=len(pages),
+        total_bytes=engine.pool.bytes_of(pages, stats.total_tokens),
         unshared_tokens=kept_tokens,
-        evicted_tokens=engine.stats().cache.evicted_tokens,
+        evicted_tokens=stats.evicted_tokens,
     )
     return report, edges
 
 
 def _edges(engine: Engine, uses: Counter[int]) -> Iterator[Edge]:
-    radix_tree = engine.cache.tree
-    for depth, node in radix_tree.nodes():
+    for depth, node in engine.cache.nodes():
         if node.is_root:
             continue
         token_ids = node.token_ids.tolist()
@@ -139,7 +138,7 @@ def _edges(engine: Engine, uses: Counter[int]) -> Iterator[Edge]:
             num_tokens=node.num_tokens,
             num_pages=len(node.page_ids),
             lock_ref=node.lock_ref,
-            age=radix_tree.tick - node.last_access,
+            age=engine.cache.tick - node.last_access,
             num_prompts=uses[id(node)],
             text=decode(engine.tokenizer, token_ids),
             token_ids=token_ids,
@@ -150,7 +149,7 @@ def _paths(engine: Engine, outputs: Iterable[RequestOutput]) -> tuple[int, Count
     """How many tokens the tree keeps of each output with its prompt, summed up; and how many pass each node, by id."""
     total, uses = 0, Counter[int]()
     for output in outputs:
-        kept_tokens, path = engine.cache.tree.peek_path([*output.prompt_token_ids, *output.token_ids])
+        kept_tokens, path = engine.cache.cached_path([*output.prompt_token_ids, *output.token_ids])
         total += kept_tokens
         uses.update(map(id, path))
     return total, uses

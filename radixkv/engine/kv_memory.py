@@ -83,15 +83,15 @@ def make_kv_memory(
     )
     full_needs, window_needs = split_needs(needs)
     full = _pool(spec, full_needs, sizes.num_pages + scratch_pages) if full_needs.layers else None
-    split = SplitKVPool(full, _pool(spec, window_needs, sizes.num_window_pages + 1), windows.of_page)
+    split = SplitKVPool(full, _pool(spec, window_needs, sizes.num_window_pages + 1), windows.window_page_of)
     cache = PrefixCache(
-        sizes.num_pages, config.page_size, config.eviction_policy, copy_page=split.copy_page, windows=windows
+        sizes.num_pages, config.page_size, config.eviction_policy, copy_page=split.copy_page, residency=windows
     )
     backend = make_split_backend(
         needs,
         None if full is None else spec.make(full, full_needs),
         spec.make(split.window, window_needs),
-        windows.of_page,
+        windows.window_page_of,
     )
     return KVMemory(split, cache, backend, bytes_per_token, sizes)
 

@@ -219,13 +219,12 @@ class Scheduler:
         if len(self.running) > 1:
             self._retract(request)
             return
-        windows = self._cache.windows
-        assert windows is not None, "a request has pages, and its next step is empty"
-        error = OutOfPagesError(
-            needed=1, free=0, evictable=0, total=windows.num_window_pages, what="pages of the layers that see a window"
-        )
-        request.finish("error", error)
-        self.release(request)
+        assert request.lease is not None, request
+        try:
+            request.lease.cover(request.num_computed, request.num_computed + 1)
+        except OutOfPagesError as error:  # its window pages are leased by somebody outside
+            request.finish("error", error)
+            self.release(request)
 
     # -- waiting requests --------------------------------------------------------------------------------------------
 
@@ -262,20 +261,15 @@ class Scheduler:
         )
 
     def _has_room(self, request: Request, cached_tokens: int, budget: int) -> bool:
-        """Whether its prompt fits, and a page for each running request besides: else one would be retracted soon.
-
-        Of window pages its next chunk must fit, or a window of it.
-        """
+        """Whether its prompt fits, and a page for each running request besides: else one would be retracted soon."""
         if not self.running:
             return True
-        needed = self._cache.pages_for(request.num_tokens) - cached_tokens // self._cache.page_size
-        windows = self._cache.windows
-        if windows is not None:
-            chunk = min(request.num_tokens - cached_tokens, budget, windows.window_tokens)
-            seen = windows.sink_pages + self._cache.pages_for(cached_tokens + chunk) - windows.first_seen(cached_tokens)
-            if seen + len(self.running) > windows.num_available:
-                return False
-        return needed + len(self.running) <= self._cache.available_pages
+        return self._cache.has_room(
+            request.num_tokens,
+            cached_tokens=cached_tokens,
+            next_tokens=min(request.num_tokens - cached_tokens, budget),
+            spare_pages=len(self.running),
+        )
 
     def _start(self, request: Request) -> bool:
         """Move a waiting request to the running ones; False if its pages cannot be had."""

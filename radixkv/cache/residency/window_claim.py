@@ -1,0 +1,74 @@
+"""What one lease sees in the layers of a window."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from radixkv.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from radixkv.cache.residency.residency import Pages
+    from radixkv.cache.residency.window_pages import WindowPages
+
+
+class WindowClaim:
+    """Which pages of a lease have a window page for its sake. Half-open ranges of the lease's pages:
+
+        [0, sinks)     [sinks, seen_from)     [seen_from, covered)     [covered, len(pages))
+        pinned         given up               pinned                   no window page yet
+
+    What is given up in `[branch_from, branch_to)` lies where others turned off, or this lease does: there a prompt may
+    be continued, so its window pages are taken back later than those of pages that were only passed.
+    """
+
+    def __init__(self, windows: WindowPages, *, covered: int, seen_from: int, branch_from: int, branch_to: int) -> None:
+        self._windows = windows
+        self._covered, self._seen_from = covered, seen_from
+        self._branch_from, self._branch_to = branch_from, branch_to
+
+    def seen_pages(self, pages: Pages) -> Pages:
+        """The pages that the next token sees, as far as `cover` went."""
+        sinks = min(self._windows.sink_pages, self._covered)
+        return np.concatenate([pages[:sinks], pages[max(self._seen_from, sinks) : self._covered]])
+
+    def coverable_tokens(self, capacity_tokens: int) -> int:
+        """Up to which token `cover` could go now, if nothing is given up before. O(1)."""
+        return min(capacity_tokens, (self._covered + self._windows.num_available) * self._windows.page_size)
+
+    def cover(self, pages: Pages, first: int, last: int) -> None:
+        """Give up what no token from `first` on sees, and lend window pages to those of `[first, last)`.
+
+        Raises: OutOfPagesError if they do not suffice (what was given up stays so); InvalidRequestError if the tokens
+            see what was given up, or the lease has no pages for them.
+        """
+        windows = self._windows
+        capacity_tokens = len(pages) * windows.page_size
+        if windows.first_seen(first) < self._seen_from or last > capacity_tokens:
+            least = self._seen_from * windows.page_size + windows.window_tokens - 1
+            raise InvalidRequestError(
+                f"tokens {first} to {last} cannot be computed: the lease has pages for {capacity_tokens} tokens, "
+                f"and gave up what tokens before {least} see"
+            )
+        self._give_up_until(pages, windows.first_seen(first))
+        end = -(-last // windows.page_size)
+        if end > self._covered:
+            windows.take(pages[self._covered : end])
+            self._covered = end
+
+    def release(self, pages: Pages) -> None:
+        """Unpin all; what a request ended on is taken back later than what it passed. O(pages seen)."""
+        self._windows.unpin_ended(self.seen_pages(pages))
+
+    def _give_up_until(self, pages: Pages, page: int) -> None:
+        """See the pages before `page` no more, sinks apart."""
+        windows = self._windows
+        first, last = max(self._seen_from, windows.sink_pages), min(page, self._covered)
+        self._seen_from = max(self._seen_from, page)
+        if first >= last:
+            return
+        branch_from, branch_to = np.clip([self._branch_from, self._branch_to], first, last)
+        windows.unpin_ended(pages[branch_from:branch_to])
+        windows.unpin_passed(np.concatenate([pages[first:branch_from], pages[branch_to:last]]))
+        windows.drop_unshared(pages[first:last])
