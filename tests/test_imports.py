@@ -162,3 +162,33 @@ def test_our_kernels_package_is_only_a_docstring() -> None:
     """So that even where it does shadow the other one, it does nothing."""
     body = ast.parse((ROOT / "kernels" / "__init__.py").read_text(encoding="utf-8")).body
     assert [type(statement) for statement in body] == [ast.Expr]
+
+
+ONE_DOOR = {"tree", "allocator", "residency"}
+CACHES = {"cache", "_cache", "prefixes"}
+
+
+def reached_into(source: str) -> list[str]:
+    """Where `source` reaches through a cache for one of its parts, as "line: cache.part"."""
+    return [
+        f"{node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and node.attr in ONE_DOOR and name_of(node.value) in CACHES
+    ]
+
+
+def name_of(node: ast.expr) -> str:
+    match node:
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return name
+    return ""
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) != "cache" and m != "radixkv.hf.page_store"])
+def test_nobody_reaches_through_the_cache(module: str) -> None:
+    assert reached_into((ROOT / MODULES[module]).read_text(encoding="utf-8")) == []
+
+
+def test_reaching_through_the_cache_is_seen() -> None:
+    assert reached_into("pages = self._engine.cache.tree.num_pages") == ["1: self._engine.cache.tree"]
+    assert reached_into("cache.stats(); tree.nodes()") == []

@@ -248,3 +248,30 @@ def test_pages_come_back_though_the_policy_fails() -> None:
     with pytest.raises(ArithmeticError):
         lease.release()
     assert cache.stats().free_pages == 2, "what was not committed"
+
+
+def test_a_lease_keeps_its_pages_in_the_row_that_it_was_given() -> None:
+    cache = PrefixCache(8, PAGE)
+    row = np.full(4, -1, np.int32)
+    with cache.acquire(range(PAGE), row=row) as lease:
+        assert lease.pages.base is row
+        lease.grow(3 * PAGE)
+        assert (row[:3] == lease.pages).all()
+        assert len(set(row[:3].tolist())) == 3
+        with cache.acquire(range(PAGE)) as first:
+            first.commit(range(PAGE))
+            lease.commit(range(PAGE))
+            assert row[0] == lease.pages[0] == first.pages[0], "the page that was shared first"
+        with pytest.raises(InvalidRequestError, match="the row given to acquire holds 4 pages, not 5"):
+            lease.grow(5 * PAGE)
+        assert len(lease.pages) == 3
+    assert len(lease.pages) == 0
+    cache.check_invariants()
+
+
+def test_a_row_that_is_too_short_is_refused_before_anything_is_taken() -> None:
+    cache = PrefixCache(8, PAGE)
+    with pytest.raises(InvalidRequestError, match="tokens need a row of 3 pages, not 2"):
+        cache.acquire(range(3 * PAGE), row=np.zeros(2, np.int32))
+    cache.check_invariants()
+    assert cache.stats().free_pages == 8

@@ -28,8 +28,6 @@ class Lease:
 
     Attributes:
         cached_tokens: leading tokens whose KV was found.
-        pages: int32, the page of each `page_size` tokens in order. A commit may replace entries, where another
-            request had shared the same tokens before: read it anew after each commit.
     """
 
     def __init__(
@@ -37,17 +35,22 @@ class Lease:
         cache: PrefixCache,
         num_tokens: int,
         known: bytes,
-        pages: NDArray[np.int32],
+        row: NDArray[np.int32],
+        num_pages: int,
         node: TreeNode,
         namespace: Namespace,
         *,
+        owns_row: bool,
         claim: Claim,
         source: PartialPage | None,
         priority: int,
         keep_for_s: float | None,
     ) -> None:
         self.cached_tokens = len(known) // TOKEN_BYTES
-        self.pages = pages
+        self._row, self._num_pages = (
+            row,
+            num_pages,
+        )  # pages [0, num_pages) of the row; what lies after them means nothing
         self._cache = cache
         self._announced_tokens = num_tokens  # of those it asked for, or committed since
         self._known = known  # tokens whose KV is in `pages` for certain
@@ -56,7 +59,16 @@ class Lease:
         self._source = source  # where the last of them were copied from
         self._priority, self._keep_for_s = priority, keep_for_s
         self._closed = False
+        self._owns_row = owns_row
         self._claim = claim
+
+    @property
+    def pages(self) -> NDArray[np.int32]:
+        """The page of each `page_size` tokens in order, int32; a view of the row that `acquire` was given, if any.
+
+        A commit may replace entries, where another request had shared the same tokens before.
+        """
+        return self._row[: self._num_pages]
 
     @property
     def node(self) -> TreeNode:
@@ -83,17 +95,22 @@ class Lease:
     @property
     def capacity_tokens(self) -> int:
         """Tokens for which the lease holds pages."""
-        return len(self.pages) * self._cache.page_size
+        return self._num_pages * self._cache.page_size
 
     def grow(self, num_tokens: int) -> None:
         """Hold pages for at least `num_tokens` tokens in all, evicting what is unused if need be.
 
-        Raises: OutOfPagesError if they do not suffice (the lease is as before); ClosedError.
+        Raises: OutOfPagesError if they do not suffice, InvalidRequestError if the row is too short for them (the lease
+            is as before); ClosedError.
         """
         self._check_open()
-        missing = self._cache.pages_for(num_tokens) - len(self.pages)
-        if missing > 0:
-            self.pages = np.concatenate([self.pages, self._cache._take(missing)])
+        needed = self._cache.pages_for(num_tokens)
+        if needed > self._num_pages:
+            row = self._row
+            if needed > len(row):
+                row = self._longer_row(needed)
+            row[self._num_pages : needed] = self._cache._take(needed - self._num_pages)
+            self._row, self._num_pages = row, needed
 
     @property
     def seen_pages(self) -> NDArray[np.int32]:
@@ -171,7 +188,7 @@ class Lease:
             self._cache.tree.dec_lock_ref(self._node)
         finally:  # a policy of the caller's own may fail there
             self._cache.give_back(self.pages)
-            self.pages = np.empty(0, np.int32)
+            self._num_pages = 0
 
     def _move_pin(self, node: TreeNode) -> None:
         """Pin `node` in place of what was pinned; a tail that this lease had put there goes, its tokens live on."""
@@ -221,7 +238,15 @@ class Lease:
         self._cache.allocator.retain(theirs)
         self._cache.residency.hand_over(self.pages[first:last], theirs)
         self._cache.give_back(self.pages[first:last])
-        self.pages = np.concatenate([self.pages[:first], theirs, self.pages[last:]])
+        self._row[first:last] = theirs
+
+    def _longer_row(self, num_pages: int) -> NDArray[np.int32]:
+        """A copy of the row, with room for `num_pages` and a quarter more; rows of others stay as long as they are."""
+        if not self._owns_row:
+            raise InvalidRequestError(f"the row given to acquire holds {len(self._row)} pages, not {num_pages}")
+        row = np.empty(num_pages + num_pages // 4, np.int32)
+        row[: self._num_pages] = self.pages
+        return row
 
     def _check_open(self) -> None:
         if self._closed:
@@ -238,10 +263,10 @@ class Lease:
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
-            self._cache._dropped.append((self._node, self._claim, self.pages))
+            self._cache._dropped.append((self._node, self._claim, self.pages.copy()))
             warnings.warn(f"{self!r} was dropped without release()", ResourceWarning, stacklevel=2, source=self)
 
     def __repr__(self) -> str:
         if self._closed:
             return "Lease(closed)"
-        return f"Lease({self.cached_tokens} tokens found, {self.committed_tokens} shared, {len(self.pages)} pages)"
+        return f"Lease({self.cached_tokens} tokens found, {self.committed_tokens} shared, {self._num_pages} pages)"

@@ -154,6 +154,7 @@ class PrefixCache:
         max_cached_tokens: int | None = None,
         priority: int = 0,
         keep_for_s: float | None = None,
+        row: NDArray[np.int32] | None = None,
     ) -> Lease:
         """Pin the cached prefix of `ids` and take pages for the rest, evicting what is unused if need be.
 
@@ -166,14 +167,16 @@ class PrefixCache:
             priority: what the "priority" policy orders by; tokens keep the highest they were given.
             keep_for_s: after the lease is released, its tokens are evicted for so many seconds, counted from the last
                 commit, only if nothing else can be.
+            row: int32, where the lease keeps its `pages`: an engine passes a row of the table that its attention reads.
+                Memory of the lease's own if None.
 
         Raises: OutOfPagesError if the rest does not fit (nothing is taken then); InvalidRequestError for a key that is
-            no text, a negative `max_cached_tokens`, a `keep_for_s` outside 0 to ten years or a `priority` that is no
-            integer of 64 bits; TokenIdsTypeError, InvalidTokenIdsError.
+            no text, a negative `max_cached_tokens`, a `keep_for_s` outside 0 to ten years, a `priority` that is no
+            integer of 64 bits or a `row` that is too short; TokenIdsTypeError, InvalidTokenIdsError.
         """
         tokens = token_array(ids)
         namespace = Namespace.of(extra_key, cache_salt)
-        lease = self._acquire(tokens, namespace, max_cached_tokens, priority, keep_for_s)
+        lease = self._acquire(tokens, namespace, max_cached_tokens, priority, keep_for_s, row)
         self._query_tokens += len(tokens)  # now that pages were had: who is refused asks again
         self._hit_tokens += lease.cached_tokens
         if self._diagnostics is not None:
@@ -189,6 +192,7 @@ class PrefixCache:
         max_cached_tokens: int | None = None,
         priority: int = 0,
         keep_for_s: float | None = None,
+        row: NDArray[np.int32] | None = None,
     ) -> Lease:
         """As `acquire`, for a request that was counted when it first acquired, and had to give its pages back since.
 
@@ -197,7 +201,7 @@ class PrefixCache:
         Raises: as `acquire`.
         """
         namespace = Namespace.of(extra_key, cache_salt)
-        return self._acquire(token_array(ids), namespace, max_cached_tokens, priority, keep_for_s)
+        return self._acquire(token_array(ids), namespace, max_cached_tokens, priority, keep_for_s, row)
 
     def _acquire(
         self,
@@ -206,6 +210,7 @@ class PrefixCache:
         max_cached_tokens: int | None,
         priority: int,
         keep_for_s: float | None,
+        row: NDArray[np.int32] | None,
     ) -> Lease:
         if max_cached_tokens is not None and max_cached_tokens < 0:
             raise InvalidRequestError(f"max_cached_tokens must be at least 0, not {max_cached_tokens}")
@@ -215,7 +220,12 @@ class PrefixCache:
         match = self.tree.match_tokens(wanted, namespace)
         held_tokens = match.length
         match = self._usable(match, wanted, namespace)
-        num_own_pages = self.pages_for(len(tokens)) - len(match.pages)
+        num_pages = self.pages_for(len(tokens))
+        num_own_pages = num_pages - len(match.pages)
+        owns_row = row is None
+        row = np.empty(num_pages, np.int32) if row is None else row
+        if len(row) < num_pages:
+            raise InvalidRequestError(f"{len(tokens)} tokens need a row of {num_pages} pages, not {len(row)}")
         with ExitStack() as undo:
             self.tree.inc_lock_ref(match.node)
             undo.callback(self.tree.dec_lock_ref, match.node)
@@ -229,7 +239,8 @@ class PrefixCache:
                     copying.callback(self.tree.dec_lock_ref, partial.node)
                 own_pages = self._take(num_own_pages)
                 undo.callback(self.give_back, own_pages)
-                pages = np.concatenate([match.pages, own_pages])
+                pages = row[:num_pages]
+                pages[: len(match.pages)], pages[len(match.pages) :] = match.pages, own_pages
                 cached_tokens = match.length + (0 if partial is None else partial.num_tokens)
                 source = None if partial is None else partial.page
                 claim = self.residency.claim(pages, cached_tokens, held_tokens, source)
@@ -242,9 +253,11 @@ class PrefixCache:
             self,
             len(tokens),
             tokens[:cached_tokens].tobytes(),
-            pages,
+            row,
+            num_pages,
             match.node,
             namespace,
+            owns_row=owns_row,
             claim=claim,
             source=partial,
             priority=priority,

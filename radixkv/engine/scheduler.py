@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from bisect import insort
+from contextlib import ExitStack
 from typing import NamedTuple
+
+import numpy as np
 
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import TOKEN_BYTES
@@ -44,7 +47,8 @@ class Scheduler:
       request that `max_skips` later ones have overtaken goes first, so none starves.
     - A waiting request that shares a longer prefix with one whose prompt is being computed waits for it and hits.
 
-    Invariant, proved by `check_invariants`: running requests, and they alone, hold a lease and a row.
+    Invariant, proved by `check_invariants`: running requests, and they alone, hold a lease and a row, where the lease
+    keeps its pages.
     """
 
     def __init__(self, config: ResolvedConfig, cache: PrefixCache, req_to_token: ReqToTokenPool) -> None:
@@ -120,7 +124,6 @@ class Scheduler:
             try:
                 if request.lease.capacity_tokens <= request.num_tokens:
                     request.lease.grow(request.num_tokens + 1)
-                    self._write_row(request)
                 # the token before is being computed, and may have to be once more
                 request.lease.cover(request.num_tokens - 1, request.num_tokens + 1)
             except OutOfPagesError:
@@ -155,6 +158,7 @@ class Scheduler:
         for request in self.running:
             assert request.lease is not None, request
             assert request.row is not None, request
+            assert np.shares_memory(request.lease.pages, self._req_to_token.row(request.row)), "another's row"
             assert request.num_computed <= request.lease.capacity_tokens, request
             assert request.lease.committed_tokens <= request.num_computed < request.num_tokens, request
         for request in self.waiting:
@@ -177,7 +181,6 @@ class Scheduler:
             try:
                 if request.lease.capacity_tokens < request.num_tokens:
                     request.lease.grow(request.num_tokens)
-                    self._write_row(request)
                 request.lease.cover(request.num_computed, request.num_tokens)
             except OutOfPagesError:
                 self._retract(self._cheapest_to_retract())
@@ -275,21 +278,26 @@ class Scheduler:
         """Move a waiting request to the running ones; False if its pages cannot be had."""
         limit = request.num_tokens - 1 if self._config.prefix_cache else 0
         acquire = self._cache.acquire if request.cached_tokens is None else self._cache.resume  # counted once
+        row = self._req_to_token.alloc()
+        options = request.cache_options._asdict()
         try:
-            lease = acquire(request.token_ids, max_cached_tokens=limit, **request.cache_options._asdict())
+            with ExitStack() as undo:
+                undo.callback(self._req_to_token.free, row)
+                pages = self._req_to_token.row(row)
+                lease = acquire(request.token_ids, max_cached_tokens=limit, row=pages, **options)
+                undo.pop_all()
         except OutOfPagesError as error:
             if not self.running:  # nothing will free a page: pages are leased by somebody outside
                 request.finish("error", error)
                 self.release(request)
             return False
         request.lease = lease
-        request.row = self._req_to_token.alloc()
+        request.row = row
         request.num_computed = lease.cached_tokens
         if request.cached_tokens is None:
             request.cached_tokens = lease.cached_tokens
         self.waiting.remove(request)
         self.running.append(request)
-        self._write_row(request)
         for older in self.waiting:
             older.skips += older.id < request.id
         return True
@@ -301,7 +309,6 @@ class Scheduler:
         assert request.lease is not None, request
         if self._config.prefix_cache and request.num_computed > request.lease.committed_tokens:
             request.lease.commit(request.computed_ids)
-            self._write_row(request)
 
     def _give_back(self, request: Request) -> None:
         assert request.lease is not None, request
@@ -309,11 +316,6 @@ class Scheduler:
         request.lease.release()
         self._req_to_token.free(request.row)
         request.lease = request.row = None
-
-    def _write_row(self, request: Request) -> None:
-        assert request.lease is not None, request
-        assert request.row is not None, request
-        self._req_to_token.write(request.row, request.lease.pages)
 
     @staticmethod
     def _found(request: Request) -> int:

@@ -200,7 +200,7 @@ class Session:
     def _kv_usage(self) -> KVUsage:
         cache, ids = self._engine.cache, self._now.ids
         extra_key, cache_salt = self.namespace
-        tokens, path = cache.tree.peek_path(ids, extra_key=extra_key, cache_salt=cache_salt)
+        tokens, path = cache.cached_path(ids, extra_key=extra_key, cache_salt=cache_salt)
         shared = branching = 0
         for node in path:
             branching += node.num_tokens

@@ -11,13 +11,15 @@ from radixkv.errors import ConfigError
 class ReqToTokenPool:
     """One row a running request: the page of each `page_size` of its tokens, in order.
 
+    The lease of a request keeps its pages in the row; backends read it.
+
     Token t of the request in row r lies in slot `table[r, t // page_size] * page_size + t % page_size`.
 
     >>> pool = ReqToTokenPool(max_requests=2, max_tokens=64, page_size=16)
     >>> row = pool.alloc()
-    >>> pool.write(row, np.array([7, 3], np.int32))
-    >>> pool.slots(row, 14, 18).tolist()
-    [126, 127, 48, 49]
+    >>> pool.row(row)[:2] = [7, 3]                 # a lease writes it: `cache.acquire(ids, row=pool.row(row))`
+    >>> pool.pages(row, 18).tolist()
+    [7, 3]
     """
 
     def __init__(self, *, max_requests: int, max_tokens: int, page_size: int) -> None:
@@ -41,16 +43,11 @@ class ReqToTokenPool:
         assert row not in self._free, f"row {row} is free already"
         self._free.append(row)
 
-    def write(self, row: int, pages: NDArray[np.int32]) -> None:
-        """Set the pages of the request in `row`."""
-        self.table[row, : len(pages)] = pages
+    def row(self, row: int) -> NDArray[np.int32]:
+        """All of a row; a view, in which the lease of its request keeps its pages."""
+        pages: NDArray[np.int32] = self.table[row]
+        return pages
 
     def pages(self, row: int, num_tokens: int) -> NDArray[np.int32]:
         """The pages of the first `num_tokens` tokens; a view."""
         return self.table[row, : -(-num_tokens // self.page_size)]
-
-    def slots(self, row: int, first: int, last: int) -> NDArray[np.int64]:
-        """Slots of the tokens `[first, last)`, int64."""
-        tokens = np.arange(first, last, dtype=np.int64)
-        slots: NDArray[np.int64] = self.table[row, tokens // self.page_size] * np.int64(self.page_size)
-        return slots + tokens % self.page_size
