@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from radixkv.cache.allocator import TokenToKVPoolAllocator
 from radixkv.cache.cache_stats import CacheStats, SizeEstimate
+from radixkv.cache.checks import check_cache
 from radixkv.cache.events import Observer
 from radixkv.cache.eviction.policies import resolve_policy
 from radixkv.cache.eviction.policy import EvictionPolicy
@@ -27,7 +28,7 @@ from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.cache.tree.node import MatchResult, PartialPage, TreeNode
 from radixkv.cache.tree.radix_tree import RadixTree
 from radixkv.config import CacheConfig
-from radixkv.errors import ConfigError, InvalidRequestError, InvariantError, OutOfPagesError
+from radixkv.errors import ConfigError, InvalidRequestError, OutOfPagesError
 
 ESTIMATED_FACTORS = (0.5, 1.0, 2.0, float(LARGEST_SIZE))
 
@@ -383,35 +384,7 @@ class PrefixCache:
     def check_invariants(self) -> None:
         """Prove every invariant of the class docstring. O(num_pages + tokens). Raises: InvariantError."""
         self._reap()
-        self.tree.check_invariants()
-        self.allocator.check_invariants()
-        expected = np.zeros(self.num_pages, np.int64)
-        locks: dict[int, int] = {}
-        for _, node in self.tree.nodes():
-            expected[node.page_ids] += 1
-        for lease in self._leases:
-            expected[lease.pages] += 1
-            for pinned in lease.node.path():
-                locks[id(pinned)] = locks.get(id(pinned), 0) + 1
-        counts = self.allocator.ref_counts(np.arange(self.num_pages, dtype=np.int32))
-        if not np.array_equal(counts, expected):
-            wrong = np.flatnonzero(counts != expected)
-            raise InvariantError(f"pages {wrong.tolist()} count {counts[wrong]} references, not {expected[wrong]}")
-        for _, node in self.tree.nodes():
-            if not node.is_root and node.lock_ref != locks.get(id(node), 0):
-                raise InvariantError(f"{node} is pinned by {locks.get(id(node), 0)} leases")
-            if node.lock_ref == 0 and (expected[node.page_ids] > 1).any():
-                raise InvariantError(f"{node} is unpinned, and a lease holds one of its pages")
-        self._check_residency()
-
-    def _check_residency(self) -> None:
-        pins = np.zeros(self.num_pages, np.int64)
-        in_tree = np.zeros(self.num_pages, bool)
-        for lease in self._leases:
-            pins[lease.seen_pages] += 1
-        for _, node in self.tree.nodes():
-            in_tree[node.page_ids] = True
-        self.residency.check_invariants(pins, in_tree)
+        check_cache(self.tree, self.allocator, self.residency, self._leases)
 
     def _estimated_hit_rates(self) -> tuple[SizeEstimate, ...]:
         if self._diagnostics is None:
