@@ -147,6 +147,17 @@ def test_what_was_given_up_cannot_be_seen_again() -> None:
             lease.cover(12, 31)
 
 
+def test_tokens_that_were_never_covered_cannot_be_skipped() -> None:
+    cache = make_cache()
+    with cache.acquire(list(range(12))) as lease:
+        lease.cover(0, 4)
+        with pytest.raises(InvalidRequestError, match="tokens 5 to 8 cannot be computed: those from 4 on come first"):
+            lease.cover(5, 8)
+        cache.check_invariants()
+        lease.cover(4, 8)
+        cache.check_invariants()
+
+
 def test_windows_of_another_cache_are_refused() -> None:
     windows = WindowPages(32, num_window_pages=8, page_size=2, window_tokens=6)
     with pytest.raises(ConfigError, match="windows are for 32 pages of 2 tokens, and the cache has 64 of 2"):

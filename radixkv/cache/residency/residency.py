@@ -56,6 +56,11 @@ class Residency(Protocol):
     `Claim`. A cache whose pages need nothing more has `Everywhere`.
     """
 
+    @property
+    def num_changes(self) -> int:
+        """A number that grows whenever `usable_pages`, `usable_tokens` or `holds` may have changed."""
+        ...
+
     def attach(self, num_pages: int, page_size: int, ref_counts: RefCounts) -> None:
         """Serve a cache of that many pages. Raises: ConfigError if this was made for another size."""
         ...
@@ -138,6 +143,11 @@ class NoClaim:
 
 class Everywhere:
     """The residency of a cache whose pages hold all that is needed, in every layer: nothing to do anywhere."""
+
+    @property
+    def num_changes(self) -> int:
+        """Nothing ever changes."""
+        return 0
 
     def attach(self, num_pages: int, page_size: int, ref_counts: RefCounts) -> None:
         """Any cache will do."""

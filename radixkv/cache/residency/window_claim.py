@@ -41,7 +41,7 @@ class WindowClaim:
         """Give up what no token from `first` on sees, and lend window pages to those of `[first, last)`.
 
         Raises: OutOfPagesError if they do not suffice (what was given up stays so); InvalidRequestError if the tokens
-            see what was given up, or the lease has no pages for them.
+            see what was given up or tokens that were never covered, or the lease has no pages for them.
         """
         windows = self._windows
         capacity_tokens = len(pages) * windows.page_size
@@ -50,6 +50,10 @@ class WindowClaim:
             raise InvalidRequestError(
                 f"tokens {first} to {last} cannot be computed: the lease has pages for {capacity_tokens} tokens, "
                 f"and gave up what tokens before {least} see"
+            )
+        if first > self._covered * windows.page_size:
+            raise InvalidRequestError(
+                f"tokens {first} to {last} cannot be computed: those from {self._covered * windows.page_size} on come first"
             )
         self._give_up_until(pages, windows.first_seen(first))
         end = -(-last // windows.page_size)

@@ -56,6 +56,7 @@ class WindowPages:
         self.window_page_of: Pages = np.full(num_pages + 1, self.scratch, np.int32)  # and one for a page nobody has
         self._ref_counts: RefCounts = lambda pages: np.ones(len(pages), np.int32)  # until a cache is attached
         self.num_evictable = 0
+        self.num_changes = 0  # times that a page got or lost a window page
         self.num_taken_back = 0  # window pages of cached pages, since the cache was made
         self.on_change: Callable[[Pages], object] | None = None  # is told of pages that got or lost a window page
         self._free = list(range(num_window_pages - 1, -1, -1))
@@ -179,8 +180,7 @@ class WindowPages:
         self.window_page_of[pages] = self._free[first:][::-1]
         del self._free[first:]
         self._pins[pages] = 1
-        if self.on_change is not None:
-            self.on_change(pages)
+        self._changed(pages)
 
     def drop(self, pages: Pages) -> None:
         """Take back the window pages of `pages`, which are free now, or seen no more by those who have them alone."""
@@ -189,8 +189,7 @@ class WindowPages:
         self.num_evictable -= len(holders)
         self._free += self.window_page_of[holders].tolist()
         self.window_page_of[holders] = self.scratch
-        if self.on_change is not None:
-            self.on_change(holders)
+        self._changed(holders)
 
     def drop_unshared(self, pages: Pages) -> None:
         """Take back the window pages of those of `pages` that one lease alone has, which sees them no more. O(pages)"""
@@ -239,8 +238,7 @@ class WindowPages:
         own, theirs = own[~have], theirs[~have]
         self.window_page_of[theirs], self._pins[theirs] = self.window_page_of[own], self._pins[own]
         self.window_page_of[own], self._pins[own] = self.scratch, 0
-        if self.on_change is not None:
-            self.on_change(theirs)
+        self._changed(theirs)
 
     def has_room(self, cached_tokens: int, next_tokens: int, spare_pages: int) -> bool:
         """Whether a window page could be had for each page of the next tokens, or of a window of them, and to spare."""
@@ -266,6 +264,11 @@ class WindowPages:
                     self.num_taken_back += 1
                     num -= 1
         assert num <= 0, "an evictable page was not queued"
+
+    def _changed(self, pages: Pages) -> None:
+        self.num_changes += len(pages)
+        if self.on_change is not None:
+            self.on_change(pages)
 
     def _is_current(self, page: int, stamp: int) -> bool:
         return bool(self._stamps[page] == stamp and self._pins[page] == 0 and self.window_page_of[page] != self.scratch)

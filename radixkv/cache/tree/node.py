@@ -27,6 +27,7 @@ class TreeNode:
         pages: the edge's pages, int32 `bytes`, or a window on such.
         end: tokens from the root to the end of this edge.
         children: by the bytes of the first page of their key.
+        changes: times that a child came, went, or got another edge.
         ordered: the keys of `children` in order, kept only where there are many and somebody looked inside a page.
         parent: None in a root, and in a node that has left the tree.
         heir: the node that this one was merged into, after it was.
@@ -44,6 +45,7 @@ class TreeNode:
     """
 
     __slots__ = (
+        "changes",
         "children",
         "created",
         "cut",
@@ -71,6 +73,7 @@ class TreeNode:
         self.parent = parent
         self.created = self.last_access = tick
         self.children: dict[bytes, TreeNode] = {}
+        self.changes = 0
         self.ordered: SortedList | None = None
         self.heir: TreeNode | None = None
         self.namespace: Namespace | None = None

@@ -233,6 +233,10 @@ class RadixTree:
                 best, best_tokens = node.children[first_page], common
         return None if best is None else PartialPage(best_tokens, int(best.page_ids[0]), best)
 
+    def root_of(self, namespace: Namespace) -> TreeNode | None:
+        """The root of a namespace; None if nothing is cached there."""
+        return self._roots.get(namespace)
+
     def namespaces(self) -> list[Namespace]:
         """The namespaces under which something is cached."""
         return list(self._roots)
@@ -503,6 +507,7 @@ class RadixTree:
         upper.state = node.state
         upper.fork = upper.cut = True
         parent.children[upper.key[: self._page_bytes]] = upper
+        parent.changes += 1
         node.key = node.key[head_bytes:]
         node.pages = node.pages[head_pages:]
         node.parent = upper
@@ -556,6 +561,7 @@ class RadixTree:
         top, parent = uppers[0], uppers[0].parent
         assert parent is not None, top
         parent.children[top.key[: self._page_bytes]] = lower
+        parent.changes += 1
         lower.key = b"".join([node.key for node in chain])
         lower.pages = b"".join([node.pages for node in chain])
         lower.parent = parent
@@ -579,6 +585,7 @@ class RadixTree:
         parent.cut = False
         first_page = key[: self._page_bytes]
         parent.children[first_page] = leaf
+        parent.changes += 1
         if parent.ordered is not None:
             parent.ordered.add(first_page)
         self._evictable += len(pages)
@@ -599,6 +606,7 @@ class RadixTree:
         run = run_of(leaf, self.page_size) if self.events.observers else None
         first_page = leaf.key[: self._page_bytes]
         del parent.children[first_page]
+        parent.changes += 1
         if parent.ordered is not None:
             parent.ordered.remove(first_page)
         leaf.parent = None
