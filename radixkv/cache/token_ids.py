@@ -115,3 +115,10 @@ def _checked_int(value: Any, position: int) -> int:
 
 def _out_of_range(value: object, position: int) -> InvalidTokenIdsError:
     return InvalidTokenIdsError(f"token id {value} at position {position} lies outside [0, 2**31)")
+
+
+def common_tokens(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+    """How many leading tokens `a` and `b` have in common. O(tokens)."""
+    size = min(len(a), len(b))
+    differs = np.flatnonzero(a[:size] != b[:size])
+    return int(differs[0]) if len(differs) else size

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from radixkv.cache.token_ids import common_tokens
 from radixkv.engine.chat_template import AnswerHeader, ChatTemplate, Message, Span, placeholders
 from radixkv.engine.prompt_encoder import PromptEncoder
 from radixkv.errors import InvalidRequestError
@@ -302,13 +303,6 @@ class _PromptBuilder:
         self._before = text[-16:]
         if len(ids):
             self._last_id = int(ids[-1])
-
-
-def common_tokens(a: Ids, b: Ids) -> int:
-    """How many leading tokens `a` and `b` share."""
-    size = min(len(a), len(b))
-    differs = np.flatnonzero(a[:size] != b[:size])
-    return int(differs[0]) if len(differs) else size
 
 
 def _common_length(a: str, b: str) -> int:

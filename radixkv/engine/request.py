@@ -96,7 +96,7 @@ class Request:
     row: int | None = None
     num_computed: int = 0
     cached_tokens: int | None = None  # of the first admission
-    skips: int = 0
+    awaited: tuple[Request, int] | None = None  # one that computes what both begin with, and how many tokens that is
     retractions: int = 0
     started_at: float | None = None
     first_token_at: float | None = None

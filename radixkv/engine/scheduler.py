@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import insort
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
-from radixkv.cache.token_ids import TOKEN_BYTES
+from radixkv.cache.token_ids import common_tokens
 from radixkv.engine.request import Request
 from radixkv.engine.resolved_config import ResolvedConfig
+from radixkv.engine.waiting_queue import WaitingQueue
 from radixkv.errors import OutOfPagesError
 from radixkv.memory.req_to_token import ReqToTokenPool
 
 WORTH_WAITING_TOKENS = 16  # a prompt waits for another one's prefix if that spares at least so many
-LPM_WINDOW = 256  # the oldest waiting requests that compete for the longest prefix: bounds the cost of a step
+
+Head: TypeAlias = tuple[Namespace, bytes]
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +58,7 @@ class Scheduler:
         self._config = config
         self._cache = cache
         self._req_to_token = req_to_token
-        self.waiting: list[Request] = []  # in order of arrival; request ids grow with it
+        self.waiting = WaitingQueue(config, cache)
         self.running: list[Request] = []  # in order of admission
         self.num_retractions = 0
         self._ended: list[Request] = []  # and not yet reported by `take_ended`
@@ -66,12 +69,12 @@ class Scheduler:
         return self._req_to_token
 
     def add(self, request: Request) -> None:
-        """Queue a request. O(log waiting) comparisons."""
-        insort(self.waiting, request, key=_arrival)
+        """Queue a request. O(log waiting)."""
+        self.waiting.add(request)
 
     def find(self, request_id: int) -> Request | None:
-        """The waiting or running request of that id; None if there is none. O(requests)."""
-        return next((r for r in (*self.running, *self.waiting) if r.id == request_id), None)
+        """The waiting or running request of that id; None if there is none. O(running)."""
+        return self.waiting.find(request_id) or next((r for r in self.running if r.id == request_id), None)
 
     def take_ended(self) -> list[Request]:
         """The requests that ended since the last call."""
@@ -99,14 +102,19 @@ class Scheduler:
                 budget = self._add_chunk(batch, request, budget)
         if budget == 0 or not self._req_to_token.num_free:
             return batch
-        for request, cached_tokens in self._candidates():
+        in_progress = self._prompts_in_progress()
+        for request in self.waiting.candidates():
             if budget == 0 or not self._req_to_token.num_free:
                 break
-            if self._will_be_computed(request, cached_tokens):
+            if self._will_be_computed(request, self.waiting.known_tokens(request), in_progress):
+                continue
+            cached_tokens = self.waiting.cached_tokens(request)
+            if self._will_be_computed(request, cached_tokens, in_progress):
                 continue
             if not self._has_room(request, cached_tokens, budget) or not self._start(request):
                 break  # nobody overtakes it on the way to free pages
             budget = self._add_chunk(batch, request, budget)
+            in_progress.setdefault(_head(request), []).append(request)
         return batch
 
     def look_ahead(self, requests: list[Request]) -> list[Span] | None:
@@ -231,37 +239,34 @@ class Scheduler:
 
     # -- waiting requests --------------------------------------------------------------------------------------------
 
-    def _candidates(self) -> list[tuple[Request, int]]:
-        """Waiting requests with their cached tokens, the one to be admitted first in front."""
-        scored = [(request, self._peek(request)) for request in self.waiting[:LPM_WINDOW]]
-        if self._config.schedule_policy == "lpm":
-            scored.sort(key=lambda item: (0, 0) if self._goes_first(item[0]) else (1, -item[1]))  # stable: then by age
-        return scored
+    def _prompts_in_progress(self) -> dict[Head, list[Request]]:
+        """The running requests whose prompts are being computed, by namespace and first tokens."""
+        found: dict[Head, list[Request]] = {}
+        if self._config.prefix_cache and self.waiting:
+            for request in self.running:
+                if request.num_pending > 1:
+                    found.setdefault(_head(request), []).append(request)
+        return found
 
-    def _goes_first(self, request: Request) -> bool:
-        return request.skips >= self._config.max_skips or request.retractions > 0
-
-    def _peek(self, request: Request) -> int:
-        if not self._config.prefix_cache:
-            return 0
-        extra_key, cache_salt = request.cache_options.namespace
-        return self._cache.peek(request.token_ids[:-1], extra_key=extra_key, cache_salt=cache_salt)
-
-    def _will_be_computed(self, request: Request, cached_tokens: int) -> bool:
+    def _will_be_computed(
+        self, request: Request, cached_tokens: int, in_progress: Mapping[Head, Sequence[Request]]
+    ) -> bool:
         """Whether a prompt in progress is about to share a good deal more with `request` than is cached now."""
-        if not self._config.prefix_cache:
-            return False
-        wanted = request.token_ids[: request.num_tokens - 1]
         worth_it = cached_tokens + WORTH_WAITING_TOKENS
-        if len(wanted) < worth_it:
+        if not in_progress or request.num_tokens - 1 < worth_it:
             return False
-        head = wanted[:worth_it].tobytes()
-        return any(
-            other.num_pending > 1
-            and other.cache_options.namespace == request.cache_options.namespace
-            and _begins_with(other, head)
-            for other in self.running
-        )
+        if request.awaited is not None:  # what two prompts have in common stays so
+            other, common = request.awaited
+            if other.lease is not None and other.num_pending > 1 and common >= worth_it:
+                return True
+            request.awaited = None
+        for other in in_progress.get(_head(request), ()):
+            if other.num_pending > 1:
+                common = common_tokens(other.token_ids, request.token_ids[:-1])
+                if common >= worth_it:
+                    request.awaited = other, common
+                    return True
+        return False
 
     def _has_room(self, request: Request, cached_tokens: int, budget: int) -> bool:
         """Whether its prompt fits, and a page for each running request besides: else one would be retracted soon."""
@@ -296,10 +301,9 @@ class Scheduler:
         request.num_computed = lease.cached_tokens
         if request.cached_tokens is None:
             request.cached_tokens = lease.cached_tokens
-        self.waiting.remove(request)
+        request.awaited = None
+        self.waiting.admitted(request)
         self.running.append(request)
-        for older in self.waiting:
-            older.skips += older.id < request.id
         return True
 
     # -- pages -------------------------------------------------------------------------------------------------------
@@ -323,9 +327,5 @@ class Scheduler:
         return request.lease.cached_tokens
 
 
-def _arrival(request: Request) -> int:
-    return request.id
-
-
-def _begins_with(request: Request, head: bytes) -> bool:
-    return request.token_ids[: len(head) // TOKEN_BYTES].tobytes() == head
+def _head(request: Request) -> Head:
+    return request.cache_options.namespace, request.token_ids[:WORTH_WAITING_TOKENS].tobytes()

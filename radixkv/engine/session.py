@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import numpy as np
 
-from radixkv.cache.token_ids import TokenIds
+from radixkv.cache.token_ids import TokenIds, common_tokens
 from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.chat_template import Message
-from radixkv.engine.conversation import Composer, Conversation, Prompt, SessionExplanation, common_tokens
+from radixkv.engine.conversation import Composer, Conversation, Prompt, SessionExplanation
 from radixkv.engine.request import RequestOutput
 from radixkv.engine.sampling import SamplingParams
 from radixkv.engine.turn_queue import TurnQueue

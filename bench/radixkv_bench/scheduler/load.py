@@ -12,7 +12,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv import PrefixCache, SamplingParams
+from radixkv import Lease, PrefixCache, SamplingParams
 from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.request import Request
 from radixkv.engine.resolved_config import ResolvedConfig
@@ -64,6 +64,7 @@ class LoadedScheduler:
         self.load = load
         prompts = _prompts(load.prompt_tokens, np.random.default_rng(seed))
         self._ids = itertools.count()
+        self._filler: Lease | None = None  # holds all other pages, where pages are short
         self._prompts = prompts
         pages = -(-(load.prompt_tokens + OUTPUT_TOKENS) // PAGE_SIZE)
         rows = load.running + (load.short is Short.PAGES)
@@ -81,6 +82,13 @@ class LoadedScheduler:
             self._take_all_pages()
         for _ in range(load.waiting):
             self.scheduler.add(self._request())
+
+    def close(self) -> None:
+        """Give back what running requests and the filler hold."""
+        for request in self.scheduler.running:
+            request.running()[0].release()
+        if self._filler is not None:
+            self._filler.release()
 
     def _take_all_pages(self) -> None:
         """Leave no page to those that wait, and to each running request what its next tokens need."""
@@ -138,10 +146,10 @@ class LoadedScheduler:
 
 def measure(load: Load, *, steps: int, admissions: int, seed: int) -> Costs:
     """Put a scheduler under `load` and time it, without Python's own garbage collection."""
-    loaded = LoadedScheduler(load, seed)
     gc.collect()
     gc.disable()
     try:
+        loaded = LoadedScheduler(load, seed)
         times = [loaded.timed_step() for _ in range(steps)]
         added: list[float] = []
         matches: list[float] = []
@@ -151,6 +159,7 @@ def measure(load: Load, *, steps: int, admissions: int, seed: int) -> Costs:
                 added.append(loaded.timed_admission() - usual)
                 loaded.settle()
                 matches.append(loaded.timed_match())
+        loaded.close()
         return Costs(times, added, matches)
     finally:
         gc.enable()

@@ -53,7 +53,8 @@ class WindowClaim:
             )
         if first > self._covered * windows.page_size:
             raise InvalidRequestError(
-                f"tokens {first} to {last} cannot be computed: those from {self._covered * windows.page_size} on come first"
+                f"tokens {first} to {last} cannot be computed: those from {self._covered * windows.page_size} on come "
+                f"first"
             )
         self._give_up_until(pages, windows.first_seen(first))
         end = -(-last // windows.page_size)
