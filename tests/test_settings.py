@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from fractions import Fraction
 from typing import Any
@@ -13,11 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from radixkv import CacheConfig, EngineConfig, SamplingParams
+from radixkv import CacheConfig, EngineConfig, PrefixCache, RadixTree, SamplingParams
+from radixkv.cache.allocator import TokenToKVPoolAllocator
 from radixkv.cache.eviction.policies import POLICIES
+from radixkv.cache.insight.history import EvictionHistory
+from radixkv.cache.insight.miss_ratio import MissRatioCurve
 from radixkv.config import schema_of
 from radixkv.config.setting import SettingField, setting_field, setting_fields
 from radixkv.errors import ConfigError, InvalidSamplingParamsError, RadixKVError
+from radixkv.memory.kv_shape import KVShape, LayerKV
+from radixkv.replay.traces import parse_trace
 
 CLASSES = (CacheConfig, EngineConfig, SamplingParams)
 FIELDS = [(settings, field) for settings in CLASSES for field in setting_fields(settings)]
@@ -115,6 +121,38 @@ def test_settings_are_values(made: Any) -> None:
         setattr(made, name, 1)
     with pytest.raises(RadixKVError, match=f"^{name} must be"):
         replace(made, **{name: []})
+
+
+COUNTS: dict[str, Callable[[Any], object]] = {
+    "page_size": RadixTree,
+    "num_pages": TokenToKVPoolAllocator,
+    "capacity_pages": EvictionHistory,
+    "max_tokens": MissRatioCurve,
+    "block_tokens": lambda value: MissRatioCurve(64, block_tokens=value),
+    "sample_blocks": lambda value: MissRatioCurve(64, sample_blocks=value),
+    "limit": lambda value: parse_trace([b'{"token_ids": [1]}'], "trace", limit=value),
+    "seq_tokens": lambda value: KVShape((LayerKV(1, 8, 8),)).bytes_per_sequence(value, "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_are_checked_alike(name: str) -> None:
+    for value in (0, -1, True, np.bool_(True), 2.5, "4"):
+        with pytest.raises(
+            ConfigError, match=rf"^{name} must be an integer of at least 1, not {re.escape(repr(value))}$"
+        ):
+            COUNTS[name](value)
+    COUNTS[name](4)
+    COUNTS[name](np.int64(4))
+
+
+def test_a_cache_takes_sizes_of_numpy() -> None:
+    cache = PrefixCache(np.int64(8), np.int32(4))  # type: ignore[arg-type]
+    assert {type(cache.num_pages), type(cache.page_size)} == {int}
+    with cache.acquire([1, 2, 3, 4]) as lease:
+        lease.commit([1, 2, 3, 4])
+    assert cache.peek([1, 2, 3, 4]) == 4
+    cache.check_invariants()
 
 
 def test_lists_are_kept_as_they_are_given() -> None:

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.cache.token_ids import token_array
+from radixkv.config.checks import checked_int
 from radixkv.errors import (
-    ConfigError,
     InvalidRequestError,
     InvalidTokenIdsError,
     MissingTokenizerError,
@@ -157,8 +157,8 @@ def parse_trace(
             Raises by default.
     Raises: InvalidRequestError if there is no request; MissingTokenizerError for texts without `encode`; ConfigError.
     """
-    if block_tokens < 1 or (limit is not None and limit < 1):
-        raise ConfigError(f"block_tokens and limit must be at least 1, not {block_tokens} and {limit}")
+    block_tokens = checked_int("block_tokens", block_tokens, 1)
+    limit = None if limit is None else checked_int("limit", limit, 1)
     formats: list[_Format] = [_Blocks(block_tokens), *(_Tokens(field) for field in TOKENS)]
     formats += [*(_Text(field, encode) for field in TEXTS), _Conversation(encode)]
     requests: list[Request] = []
