@@ -98,7 +98,7 @@ def test_models_that_cannot_chat_say_what_to_use_instead(tmp_path: Path) -> None
     ("options", "message"),
     [
         (["--system", ""], "--system: this must be a text that is not empty"),
-        (["--max-tokens", "0"], "max_tokens must be"),
+        (["--max-tokens", "0"], "--max-tokens must be an integer of at least 1, not 0"),
         (["--model", "/no/such/model"], "/no/such/model"),
         (["surplus"], "unexpected extra argument"),
     ],

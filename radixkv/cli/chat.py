@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 
 import typer
 
-from radixkv.cli.common import EngineOptions, SamplingOptions, with_option_groups
+from radixkv.cli.common import EngineOptions, SamplingOptions
 from radixkv.cli.display import cut_off, excerpt, note, percent, summary
 from radixkv.cli.prompts import checked_text, describe
+from radixkv.cli.setting_options import setting_option, with_option_groups
 from radixkv.cli.size_report import readable_bytes
 from radixkv.cli.standard_streams import OUTPUT_ERRNOS
+from radixkv.config import SamplingParams
 from radixkv.errors import MissingChatTemplateError, MissingTokenizerError, RadixKVError
 
 if TYPE_CHECKING:
     from radixkv.engine.engine import Engine
-    from radixkv.engine.sampling import SamplingParams
     from radixkv.engine.session import Session
 
 CHAT_EPILOG = """
@@ -40,7 +41,7 @@ def chat(
     system: Annotated[
         str | None, typer.Option("--system", "-s", help="What the model is told before the first turn.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Tokens of one answer at most.")] = 256,
+    max_tokens: Annotated[int, setting_option(SamplingParams, "max_tokens", "--max-tokens", "-n")] = 256,
     *,
     engine_options: EngineOptions,
     sampling: SamplingOptions,

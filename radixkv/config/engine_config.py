@@ -38,7 +38,13 @@ class EngineConfig:
     ] = 16
     kv_cache_tokens: Annotated[
         int | None,
-        Setting("Size of the KV pool.", unit="tokens", minimum=1, maximum=MAX_COUNT, unset="as `mem_fraction` says"),
+        Setting(
+            "Size of the KV pool, in tokens.",
+            unit="tokens",
+            minimum=1,
+            maximum=MAX_COUNT,
+            unset="as `mem_fraction` says",
+        ),
     ] = None
     mem_fraction: Annotated[
         float | None,
@@ -53,8 +59,9 @@ class EngineConfig:
     window_cache_tokens: Annotated[
         int | None,
         Setting(
-            "Size of the KV pool of layers that see a window (sliding or chunked attention); KV that no request sees "
-            "any more makes room there. The value of `kv_cache_tokens` lets these layers keep everything, too.",
+            "Size of the KV pool, in tokens, of layers that see a window (sliding or chunked attention); KV that no "
+            "request sees any more makes room there. The value of `kv_cache_tokens` lets these layers keep everything, "
+            "too.",
             unit="tokens",
             minimum=1,
             unset="half of `kv_cache_tokens`, or all of it if no layer sees everything; never less than one request "

@@ -145,11 +145,11 @@ def check_settings(settings: Any, error: type[RadixKVError] = ConfigError) -> No
 
 @cache
 def _checks(settings: type, error: type[RadixKVError]) -> list[tuple[str, object, Check]]:
-    return [(field.name, field.default, _check(field, error)) for field in setting_fields(settings)]
+    return [(field.name, field.default, field_check(field, error)) for field in setting_fields(settings)]
 
 
-def _check(field: SettingField, error: type[RadixKVError]) -> Check:
-    """The check of one field, for values other than its default."""
+def field_check(field: SettingField, error: type[RadixKVError] = ConfigError) -> Check:
+    """A function of a name for messages and a value, which returns the checked value or raises `error`."""
 
     bounds, kind, optional, check_value = field.setting.bounds, field.type, field.optional, _check_of_value(field)
 
