@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short_repr
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,15 +104,18 @@ def read_trace(
     encode: Encode | None = None,
     limit: int | None = None,
     on_malformed: Callable[[InvalidRequestError], object] = raise_malformed,
+    watch: Callable[[BinaryIO], BinaryIO] = lambda file: file,
 ) -> Trace:
     """Read the trace at `path`, in any format of `trace_files.json_lines`; see `parse_trace`.
+
+    `watch` may wrap the open file, to show how far it was read.
 
     Raises: as there, and InvalidRequestError if it cannot be read.
     """
     try:
-        with Path(path).open("rb") as lines:
+        with Path(path).open("rb") as file:
             return parse_trace(
-                json_lines(lines, str(path)),
+                json_lines(watch(file), str(path)),
                 str(path),
                 block_tokens=block_tokens,
                 encode=encode,
