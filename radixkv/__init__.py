@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from radixkv.cache.residency.window_pages import WindowPages
     from radixkv.cache.tree.node import InsertResult, MatchResult, TreeNode
     from radixkv.cache.tree.radix_tree import RadixTree
-    from radixkv.config import CacheConfig, EngineConfig
+    from radixkv.config import CacheConfig, EngineConfig, SamplingParams
     from radixkv.engine.async_engine import AsyncEngine
     from radixkv.engine.engine import Engine
     from radixkv.engine.request import Progress, RequestMetrics, RequestOutput
     from radixkv.engine.results import EngineStats
-    from radixkv.engine.sampling import SamplingParams, TokenLogprobs
+    from radixkv.engine.sampling import TokenLogprobs
     from radixkv.engine.session import KVUsage, Session
     from radixkv.replay.simulation import ReplayResult, replay_trace
 
@@ -94,7 +94,7 @@ _LAZY = {  # loaded when asked for: the cache needs no torch, and the command li
     "ReplayResult": "radixkv.replay.simulation",
     "RequestMetrics": "radixkv.engine.request",
     "RequestOutput": "radixkv.engine.request",
-    "SamplingParams": "radixkv.engine.sampling",
+    "SamplingParams": "radixkv.config",
     "Session": "radixkv.engine.session",
     "SizeEstimate": "radixkv.cache.cache_stats",
     "Stored": "radixkv.cache.events",

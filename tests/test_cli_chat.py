@@ -11,7 +11,8 @@ import pytest
 
 from cli_runs import SMALL, FakeTerminal, assert_one_line_error, demo_copy, run
 from radixkv import Engine, SamplingParams
-from radixkv.cli.chat import COMMANDS, Chat, HeldInterrupt, follow_script, talk, typed_lines
+from radixkv.cli.chat import COMMANDS, Chat, follow_script, talk, typed_lines
+from radixkv.engine.interrupts import DeferredInterrupt
 from radixkv.engine.runner import ModelRunner
 from radixkv.engine.session import Session
 from radixkv.errors import RadixKVError
@@ -98,7 +99,7 @@ def test_models_that_cannot_chat_say_what_to_use_instead(tmp_path: Path) -> None
     ("options", "message"),
     [
         (["--system", ""], "--system: this must be a text that is not empty"),
-        (["--max-tokens", "0"], "max_tokens must be"),
+        (["--max-tokens", "0"], "--max-tokens must be an integer of at least 1, not 0"),
         (["--model", "/no/such/model"], "/no/such/model"),
         (["surplus"], "unexpected extra argument"),
     ],
@@ -252,14 +253,44 @@ def test_ctrl_c_ends_a_script(loaded: Engine, press_ctrl_c: Callable[[], None]) 
 
 
 def test_the_first_ctrl_c_is_held_and_the_second_is_not() -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    with HeldInterrupt() as interrupt:
-        assert not interrupt.pressed
-        signal.raise_signal(signal.SIGINT)
-        assert interrupt.pressed
-        with pytest.raises(KeyboardInterrupt):
+    def press_twice() -> None:
+        with DeferredInterrupt() as interrupt:
+            assert not interrupt.pressed
             signal.raise_signal(signal.SIGINT)
+            assert interrupt.pressed
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        press_twice()
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_ctrl_c_that_work_is_done_with_is_forgotten() -> None:
+    with DeferredInterrupt() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        interrupt.pressed = False
+
+
+def test_ctrl_c_with_the_last_piece_comes_too_late(
+    chat: Chat, engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = Session.stream
+
+    def pressed(self: Session, text: str, params: SamplingParams | None = None) -> Iterator[Any]:
+        for chunk in stream(self, text, params):
+            if chunk.output is not None:
+                signal.raise_signal(signal.SIGINT)
+            yield chunk
+
+    whole = answers(engine, "Who are you?")[0]
+    monkeypatch.setattr(Session, "stream", pressed)
+    talk(chat, iter(["Who are you?"]))
+    captured = capsys.readouterr()
+    assert captured.out == f"{whole}\n"
+    assert "stopped" not in captured.err
+    assert len(chat.session.messages) == 3
 
 
 # --------------------------------------------------------------------------------------------------- at the terminal

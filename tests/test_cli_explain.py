@@ -319,8 +319,8 @@ def test_errors_are_one_line(tmp_path: Path, files: tuple[Path, Path], monkeypat
     assert_one_line_error(run("explain", bad, second), f"{bad}, line 2: a row needs")
     assert_one_line_error(run("explain", first, write_lines(tmp_path / "empty.txt", [])), "empty.txt holds no prompts")
     cases: list[tuple[list[Any], str]] = [
-        (["--page-size", 0], "--page-size must be at least 1, not 0"),
-        (["--kv-cache-tokens", -1], "--kv-cache-tokens must be at least 1, not -1"),
+        (["--page-size", 0], "--page-size must be an integer of at least 1, not 0"),
+        (["--kv-cache-tokens", -1], "--kv-cache-tokens must be an integer in [1, 2147483647], not -1"),
         (["--policy", "mru"], "unknown eviction policy 'mru'; the policies are lru, "),
         (["--model", "./no/such"], "no tokenizer can be loaded from './no/such'"),
         (["--kv-cache-tokens", 9], " tokens, and the pool has room for 16; make --kv-cache-tokens larger"),

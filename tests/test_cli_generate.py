@@ -173,8 +173,7 @@ def test_a_stop_text_ends_the_output(expected: list[RequestOutput]) -> None:
 
 def test_the_defaults_are_the_librarys() -> None:
     assert SamplingOptions().params(128) == SamplingParams()
-    for name in ("dtype", "device", "page_size", "attention_backend", "schedule_policy", "max_batch_tokens"):
-        assert getattr(EngineOptions(), name) == getattr(EngineConfig(), name)
+    assert EngineConfig(**EngineOptions().settings) == EngineConfig()
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -241,12 +240,12 @@ def test_files_that_hold_no_prompts(tmp_path: Path) -> None:
         ([""], "prompt 1: this must be a text that is not empty"),
         (["good", "bad\udcff"], "prompt 2: this is not valid Unicode"),
         (["a", "--stream", "--json"], "give one of them"),
-        (["a", "--max-tokens", 0], "max_tokens must be"),
-        (["a", "--temperature", -1], "temperature must be"),
-        (["a", "--top-p", 0], "top_p must"),
-        (["a", "--stop", ""], "stop must hold"),
-        (["a", "--page-size", 0], "page_size must be"),
-        (["a", "--schedule-policy", "best"], "schedule_policy must be one of lpm, fcfs"),
+        (["a", "--max-tokens", 0], "--max-tokens must be an integer of at least 1, not 0"),
+        (["a", "--temperature", -1], "--temperature must be a number of at least 0, not -1.0"),
+        (["a", "--top-p", 0], "--top-p must be a number in (0, 1], not 0.0"),
+        (["a", "--stop", ""], "--stop must be text, or a list of texts, none of them empty"),
+        (["a", "--page-size", 0], "--page-size must be an integer in [1, 2147483647], not 0"),
+        (["a", "--schedule-policy", "best"], "--schedule-policy must be one of lpm, fcfs"),
         (["a", "--kv-cache-tokens", 64, "--mem-fraction", 0.5], "both set the pool's size"),
         (["a", "--model", "/no/such/model"], "/no/such/model"),
         (["a", "--attention-backend", "magic"], "unknown attention backend 'magic'"),

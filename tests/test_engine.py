@@ -536,10 +536,10 @@ def test_bad_params_for_this_model(make_engine: MakeEngine) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"page_size": 0}, ConfigError, "page_size must be at least 1, not 0"),
-        ({"page_size": 2.5}, ConfigError, "page_size must be an integer, not 2.5"),
+        ({"page_size": 0}, ConfigError, r"page_size must be an integer in \[1, 2147483647\], not 0"),
+        ({"page_size": 2.5}, ConfigError, r"page_size must be an integer in \[1, 2147483647\], not 2.5"),
         ({"kv_cache_tokens": -1}, ConfigError, "kv_cache_tokens"),
-        ({"mem_fraction": 1.5}, ConfigError, "mem_fraction must lie"),
+        ({"mem_fraction": 1.5}, ConfigError, r"mem_fraction must be a number in \(0, 1\], or None, not"),
         ({"mem_fraction": 0.5, "kv_cache_tokens": 5}, ConfigError, "give one of them"),
         ({"schedule_policy": "sjf"}, ConfigError, "lpm, fcfs"),
         ({"eviction_policy": "mru"}, ConfigError, "unknown eviction policy 'mru'"),
@@ -629,9 +629,9 @@ def test_an_unknown_form_of_kv() -> None:
         ({"dtype": ["float32"]}, r"dtype must be text, not \['float32'\]"),
         ({"device": None}, "device must be text, not None"),
         ({"attention_backend": 3}, "attention_backend must be text, not 3"),
-        ({"seed": None}, "seed must be an integer, not None"),
+        ({"seed": None}, "seed must be an integer of at least 0, not None"),
         ({"prefix_cache": "no"}, "prefix_cache must be True or False, not 'no'"),
-        ({"kv_cache_tokens": 10**40}, "kv_cache_tokens must be at most 2147483647, not 10000"),
+        ({"kv_cache_tokens": 10**40}, r"kv_cache_tokens must be an integer in \[1, 2147483647\], or None, not 10000"),
         ({"max_running_requests": 10**9}, "must not exceed max_batch_tokens"),
     ],
 )

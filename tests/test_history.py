@@ -162,7 +162,7 @@ def test_memory_is_bounded_for_single_pages() -> None:
 
 @pytest.mark.parametrize("capacity_pages", [0, -1])
 def test_capacity_below_one_is_refused(capacity_pages: int) -> None:
-    with pytest.raises(ConfigError, match=f"capacity_pages must be at least 1, not {capacity_pages}"):
+    with pytest.raises(ConfigError, match=f"capacity_pages must be an integer of at least 1, not {capacity_pages}"):
         EvictionHistory(capacity_pages)
 
 

@@ -123,9 +123,9 @@ def test_wrong_ids_take_nothing(cache: PrefixCache) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_pages": 0}, "num_pages must be at least 1, not 0"),
-        ({"num_pages": 8, "page_size": 0}, "page_size must be at least 1, not 0"),
-        ({"num_pages": 8, "page_size": True}, "page_size must be an integer, not True"),
+        ({"num_pages": 0}, "num_pages must be an integer of at least 1, not 0"),
+        ({"num_pages": 8, "page_size": 0}, "page_size must be an integer of at least 1, not 0"),
+        ({"num_pages": 8, "page_size": True}, "page_size must be an integer of at least 1, not True"),
         ({"num_pages": 2**28, "page_size": 16}, "more slots than int32 can count"),
     ],
 )

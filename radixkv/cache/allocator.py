@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv.errors import ConfigError, InvalidRequestError, InvariantError, OutOfPagesError
+from radixkv.config.checks import checked_int
+from radixkv.errors import InvalidRequestError, InvariantError, OutOfPagesError
 
 
 class TokenToKVPoolAllocator:
@@ -23,9 +24,7 @@ class TokenToKVPoolAllocator:
     """
 
     def __init__(self, num_pages: int) -> None:
-        if isinstance(num_pages, bool) or not isinstance(num_pages, int) or num_pages < 1:
-            raise ConfigError(f"num_pages must be an integer of at least 1, not {num_pages!r}")
-        self.num_pages = num_pages
+        self.num_pages = num_pages = checked_int("num_pages", num_pages, 1)
         self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # a stack: [0, num_free) are free
         self._num_free = num_pages
         self._ref_counts = np.zeros(num_pages, np.int32)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
+from radixkv.config.checks import checked_int, shown
 from radixkv.errors import InvalidRequestError
 
 MAX_KEEP_FOR_S = 10 * 365 * 24 * 3600  # ten years
@@ -23,26 +24,15 @@ def checked_keep_for_s(value: object) -> float | None:
         return None
     seconds: Any = value
     if isinstance(value, bool) or not isinstance(value, Real) or not seconds >= 0:
-        raise InvalidRequestError(f"keep_for_s must be a number of seconds of at least 0, not {_show(value)}")
+        raise InvalidRequestError(f"keep_for_s must be a number of seconds of at least 0, not {shown(value)}")
     if seconds > MAX_KEEP_FOR_S:
-        raise InvalidRequestError(f"keep_for_s must be at most {MAX_KEEP_FOR_S} s (ten years), not {_show(value)}")
+        raise InvalidRequestError(f"keep_for_s must be at most {MAX_KEEP_FOR_S} s (ten years), not {shown(value)}")
     return float(seconds)
 
 
 def checked_priority(value: object) -> int:
     """`value` as an int. Raises: InvalidRequestError if it is no integer, or does not fit in 64 bits."""
-    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
-        raise InvalidRequestError(f"priority must be an integer, not {_show(value)}")
-    priority = int(value)
+    priority = checked_int("priority", value, error=InvalidRequestError)
     if not MIN_PRIORITY <= priority <= MAX_PRIORITY:
-        raise InvalidRequestError(f"priority must lie from -2**63 to 2**63 - 1, not be {_show(value)}")
+        raise InvalidRequestError(f"priority must lie from -2**63 to 2**63 - 1, not be {shown(value)}")
     return priority
-
-
-def _show(value: object) -> str:
-    """`value` in at most 60 characters: an integer of many digits cannot even be printed."""
-    try:
-        shown = repr(value)
-    except ValueError:
-        return "an integer of more than 4300 digits"
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."

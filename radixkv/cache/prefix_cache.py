@@ -94,6 +94,7 @@ class PrefixCache:
         """
         resolved = resolve_policy(policy)
         self.config = CacheConfig(num_pages=num_pages, page_size=page_size, policy=resolved.name)
+        num_pages, page_size = self.config.num_pages, self.config.page_size
         self.tree = RadixTree(page_size, resolved, clock=clock)
         self.allocator = TokenToKVPoolAllocator(num_pages)
         self._diagnostics = None

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import errno
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from radixkv.cli.common import EngineOptions, SamplingOptions, with_option_groups
+from radixkv.cli.common import EngineOptions, SamplingOptions
 from radixkv.cli.display import cut_off, excerpt, note, percent, summary
 from radixkv.cli.prompts import checked_text, describe
+from radixkv.cli.setting_options import setting_option, with_option_groups
 from radixkv.cli.size_report import readable_bytes
 from radixkv.cli.standard_streams import OUTPUT_ERRNOS
+from radixkv.config import SamplingParams
+from radixkv.engine.interrupts import DeferredInterrupt
 from radixkv.errors import MissingChatTemplateError, MissingTokenizerError, RadixKVError
 
 if TYPE_CHECKING:
     from radixkv.engine.engine import Engine
-    from radixkv.engine.sampling import SamplingParams
     from radixkv.engine.session import Session
 
 CHAT_EPILOG = """
@@ -40,7 +40,7 @@ def chat(
     system: Annotated[
         str | None, typer.Option("--system", "-s", help="What the model is told before the first turn.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Tokens of one answer at most.")] = 256,
+    max_tokens: Annotated[int, setting_option(SamplingParams, "max_tokens", "--max-tokens", "-n")] = 256,
     *,
     engine_options: EngineOptions,
     sampling: SamplingOptions,
@@ -138,7 +138,7 @@ class Chat:
         typer.echo("\n".join(f"{command.usage:{width}}  {command.purpose}" for command in COMMANDS.values()))
 
     def fork(self, _: str) -> None:
-        """Go on in a new branch, and keep the current one."""
+        """Go on in a new branch, and keep this one as it is."""
         origin, number = self._current, len(self._branches) + 1
         self._branches[number] = self.session.fork()
         self._current = number
@@ -153,7 +153,7 @@ class Chat:
             typer.echo(f"{'*' if number == self._current else ' '} {self._describe(number)}")
 
     def switch(self, number: str) -> None:
-        """Make another branch the current one."""
+        """Go to branch N."""
         if not number.isdecimal() or int(number) not in self._branches:
             note(f"/switch needs the number of a branch: {', '.join(map(str, self._branches))}")
             return
@@ -161,13 +161,13 @@ class Chat:
         typer.echo(self._describe(self._current))
 
     def reset(self, _: str) -> None:
-        """Begin the current branch anew."""
+        """Begin this branch anew."""
         self.session.close()
         self._branches[self._current] = self._engine.session(system=self._system)
         typer.echo(f"branch {self._current} begins anew")
 
     def stats(self, _: str) -> None:
-        """Tell what the current context holds, and how the cache does."""
+        """Show what this context holds in the KV pool, and the hit rate and pages of the cache."""
         usage, stats = self.session.kv_usage(), self._engine.stats()
         typer.echo(
             f"context  {usage.context_tokens:,} tokens; the pool holds the KV of {usage.tokens:,} in {usage.pages:,} "
@@ -179,7 +179,7 @@ class Chat:
         )
 
     def quit(self, _: str) -> None:
-        """End the chat."""
+        """End the chat, as Ctrl-D does."""
         self.is_over = True
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ class Chat:
 
     def _answer(self, text: str) -> None:
         text = checked_text(text, "the turn")
-        with HeldInterrupt() as interrupt:
+        with DeferredInterrupt() as interrupt:
             try:
                 self._print_answer(text, interrupt)
             except KeyboardInterrupt:
@@ -203,7 +203,8 @@ class Chat:
                     raise  # stdout cannot be written; the turn itself did not fail
                 raise RadixKVError(f"this turn failed, so it does not count: {describe(error)}") from error
 
-    def _print_answer(self, text: str, interrupt: HeldInterrupt) -> None:
+    def _print_answer(self, text: str, interrupt: DeferredInterrupt) -> None:
+        """Print the answer to a turn. Raises: KeyboardInterrupt, between two pieces, after a Ctrl-C."""
         chunks = self.session.stream(text, self._params)
         for chunk in chunks:
             typer.echo(chunk.text, nl=False)  # which flushes
@@ -212,52 +213,36 @@ class Chat:
                 cut = " · cut off at --max-tokens" if len(chunk.output.token_ids) == self._params.max_tokens else ""
                 cut += cut_off([chunk.output], self._params.max_tokens)
                 note(summary([chunk.output], chunk.output.metrics.total_s) + cut)
+                interrupt.pressed = False  # too late: the turn counts
             elif interrupt.pressed:
                 chunks.close()
                 raise KeyboardInterrupt
 
 
 class Command(NamedTuple):
-    """A line that begins with a slash: how it is written, what it is for, and what it does with its argument."""
+    """A line that begins with a slash: how it is written, and what it does with its argument."""
 
     usage: str
-    purpose: str
     run: Callable[[Chat, str], None]
+
+    @property
+    def purpose(self) -> str:
+        """What the command is for: the docstring of its method."""
+        return (self.run.__doc__ or "").rstrip(".")
 
 
 COMMANDS = {
-    "/help": Command("/help", "list the commands", Chat.help),
-    "/fork": Command("/fork", "go on in a new branch, and keep this one as it is", Chat.fork),
-    "/branches": Command("/branches", "list the branches", Chat.branches),
-    "/switch": Command("/switch N", "go to branch N", Chat.switch),
-    "/reset": Command("/reset", "begin this branch anew", Chat.reset),
-    "/stats": Command("/stats", "what this context holds in the KV pool, and how the cache does", Chat.stats),
-    "/quit": Command("/quit", "end the chat, as Ctrl-D does", Chat.quit),
+    command.usage.split()[0]: command
+    for command in (
+        Command("/help", Chat.help),
+        Command("/fork", Chat.fork),
+        Command("/branches", Chat.branches),
+        Command("/switch N", Chat.switch),
+        Command("/reset", Chat.reset),
+        Command("/stats", Chat.stats),
+        Command("/quit", Chat.quit),
+    )
 }
-
-
-class HeldInterrupt:
-    """While this is open, the first Ctrl-C is only noted in `pressed`, so that no step of the engine is cut in two.
-
-    A second one, of somebody who cannot wait for the step's end, raises KeyboardInterrupt. Main thread only.
-    """
-
-    def __init__(self) -> None:
-        self.pressed = False
-
-    def __enter__(self) -> Self:
-        self._handler = signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        signal.signal(signal.SIGINT, self._handler)
-
-    def _press(self, number: int, frame: FrameType | None) -> None:
-        if self.pressed:
-            raise KeyboardInterrupt
-        self.pressed = True
 
 
 # --------------------------------------------------------------------------------------------------------------- input

@@ -20,9 +20,10 @@ from radixkv.cli.difference import Difference, difference
 from radixkv.cli.display import percent
 from radixkv.cli.finding import Finding, Likest, Loss, as_json, as_lines
 from radixkv.cli.prompts import FILE_HELP, Prompt, describe, from_file
+from radixkv.cli.setting_options import setting_option
 from radixkv.cli.trace_source import pretrained_tokenizer, progress_on_stderr
+from radixkv.config import CacheConfig, EngineConfig
 from radixkv.errors import (
-    ConfigError,
     InvalidRequestError,
     MissingTokenizerError,
     OutOfPagesError,
@@ -74,11 +75,11 @@ def explain(
     model: Annotated[
         str, typer.Option("--model", "-m", help='Whose tokenizer to take: "demo", a directory or a hub id.')
     ] = "demo",
-    page_size: Annotated[int, typer.Option(help="Tokens a page.")] = 16,
+    page_size: Annotated[int, setting_option(CacheConfig, "page_size")] = 16,
     kv_cache_tokens: Annotated[
-        int | None, typer.Option(help="Size of the pool in tokens.  [default: enough for all]", show_default=False)
+        int | None, setting_option(EngineConfig, "kv_cache_tokens", unset="enough for all")
     ] = None,
-    policy: Annotated[str, typer.Option(help="Eviction policy.")] = "lru",
+    policy: Annotated[str, setting_option(CacheConfig, "policy")] = "lru",
     whole_pages: Annotated[
         bool, typer.Option("--whole-pages", help="Share whole pages alone, instead of every token.")
     ] = False,
@@ -93,9 +94,6 @@ def explain(
     Shown is the text around the first difference. Each prompt of the second file is looked up in what the first file
     has left; looking changes nothing.
     """
-    for option, value in (("--page-size", page_size), ("--kv-cache-tokens", kv_cache_tokens)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{option} must be at least 1, not {value}")
     first, second = from_file(first_file), from_file(second_file)
     tokenizer = pretrained_tokenizer(model)
     with progress_on_stderr() as progress:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from radixkv.cli.common import EngineOptions, SamplingOptions, with_option_groups
+from radixkv.cli.common import EngineOptions, SamplingOptions
 from radixkv.cli.display import cut_off, excerpt, excerpt_ids, note, summary
 from radixkv.cli.prompts import (
     FILE_HELP,
@@ -24,12 +24,13 @@ from radixkv.cli.prompts import (
     raise_first_error,
     run,
 )
+from radixkv.cli.setting_options import setting_option, with_option_groups
+from radixkv.config import SamplingParams
 from radixkv.errors import ConfigError, InvalidRequestError, RadixKVError
 
 if TYPE_CHECKING:
     from radixkv.engine.engine import Engine
     from radixkv.engine.request import Progress, RequestOutput
-    from radixkv.engine.sampling import SamplingParams
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ def generate(
         ),
     ] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help=FILE_HELP, show_default=False)] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="New tokens of one prompt at most.")] = 128,
+    max_tokens: Annotated[int, setting_option(SamplingParams, "max_tokens", "--max-tokens", "-n")] = 128,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt, each on a line.")] = False,
     *,

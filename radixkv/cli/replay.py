@@ -9,13 +9,16 @@ from enum import StrEnum
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from radixkv.cache.eviction.policies import POLICIES
-from radixkv.cli.display import percent
+from radixkv.cli.replay_plot import check_plot, write_plot
+from radixkv.cli.replay_report import ReplayReport, print_table
+from radixkv.cli.setting_options import count_option, setting_option
 from radixkv.cli.trace_source import load_tokenizer, progress_on_stderr, read_trace_file
+from radixkv.config import CacheConfig
 from radixkv.errors import ConfigError
 from radixkv.replay.belady import measure_reuse
 from radixkv.replay.simulation import BELADY, ReplayResult, replay_optimum, replay_trace, whole_pages
@@ -68,42 +71,6 @@ class KeyKind(StrEnum):
     TOKEN = "token"
 
 
-@dataclass(frozen=True, slots=True)
-class ReplayReport:
-    """What was replayed, and what came of it. `page_tokens` tokens are hit, stored and evicted together."""
-
-    trace: str
-    requests: int
-    tokens: int
-    malformed_lines: int
-    keys: str
-    page_tokens: int
-    ceiling: float
-    results: list[ReplayResult]
-
-    def as_dict(self) -> dict[str, Any]:
-        """All figures by name, for `--json`."""
-        return {
-            "trace": self.trace,
-            "requests": self.requests,
-            "tokens": self.tokens,
-            "malformed_lines": self.malformed_lines,
-            "keys": self.keys,
-            "page_tokens": self.page_tokens,
-            "ceiling": self.ceiling,
-            "results": [
-                {
-                    "policy": result.policy,
-                    "capacity_tokens": result.capacity_tokens,
-                    "hit_rate": result.hit_rate,
-                    "evicted_tokens": result.evicted_tokens,
-                    "us_per_request": result.us_per_request,
-                }
-                for result in self.results
-            ],
-        }
-
-
 def replay(
     trace_file: Annotated[
         Path, typer.Argument(metavar="TRACE", help="A file of JSON lines; see below.", show_default=False)
@@ -112,9 +79,11 @@ def replay(
         str, typer.Option(help="Sizes of the cache in tokens, parted by commas.", show_default=False)
     ],
     policy: Annotated[str, typer.Option(help="Eviction policies, parted by commas.")] = "lru",
-    page_size: Annotated[int, typer.Option(help="Tokens a page; blocks that are keys are pages themselves.")] = 16,
+    page_size: Annotated[
+        int, setting_option(CacheConfig, "page_size", more="Blocks that are keys are pages themselves.")
+    ] = 16,
     block_tokens: Annotated[
-        int, typer.Option(help="Tokens that each of a trace's hash_ids stands for.")
+        int, count_option("Tokens that each of a trace's hash_ids stands for.")
     ] = MOONCAKE_BLOCK_TOKENS,
     keys: Annotated[
         KeyKind | None,
@@ -124,7 +93,7 @@ def replay(
         str | None, typer.Option(help='For a trace of texts: "demo", a directory or a hub id.', show_default=False)
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a malformed line instead of skipping it.")] = False,
-    limit: Annotated[int | None, typer.Option(help="Requests to read at most.", show_default=False)] = None,
+    limit: Annotated[int | None, count_option("Requests to read at most.", show_default=False)] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="OUT", help="Write all figures there.", show_default=False)
     ] = None,
@@ -138,17 +107,8 @@ def replay(
     Shown are the share of prompt tokens found in the cache, the tokens evicted, and the time that the tree takes for
     a request.
     """
-    from radixkv.cli.replay_plot import check_plot, write_plot
-
     capacities, policies = _capacities(capacity_tokens), _policies(policy)
-    for option, value in (("--page-size", page_size), ("--block-tokens", block_tokens), ("--limit", limit)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{option} must be at least 1, not {value}")
-    if json_file is not None:
-        _check_place("--json", json_file)
-    if plot_file is not None:
-        _check_place("--plot", plot_file)
-        check_plot(plot_file)
+    _check_places(json_file, plot_file)
     encode = None if tokenizer is None else load_tokenizer(tokenizer)
     with progress_on_stderr() as progress:
         trace, num_skipped = read_trace_file(
@@ -157,20 +117,17 @@ def replay(
         work = _workload(trace, keys, page_size)
         ceiling, results = _replay_all(work, policies, capacities, progress)
     report = ReplayReport(
-        trace=str(trace_file),
-        requests=len(trace.requests),
-        tokens=trace.num_tokens,
+        str(trace_file),
+        len(trace.requests),
+        trace.num_tokens,
         malformed_lines=num_skipped,
         keys=work.keys,
         page_tokens=work.page_tokens,
         ceiling=ceiling,
         results=results,
     )
-    if json_file is not None:
-        _write(json_file, json.dumps(report.as_dict(), indent=2) + "\n")
-    if plot_file is not None:
-        write_plot(report, plot_file)
-    _print_table(report)
+    _write_files(report, json_file, plot_file)
+    print_table(report)
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -195,12 +152,27 @@ def _policies(text: str) -> list[str]:
     return list(dict.fromkeys([*names, BELADY]))
 
 
+def _check_places(json_file: Path | None, plot_file: Path | None) -> None:
+    """Raise ConfigError, before the work begins, if one of the files cannot be written."""
+    if json_file is not None:
+        _check_place("--json", json_file)
+    if plot_file is not None:
+        _check_place("--plot", plot_file)
+        check_plot(plot_file)
+
+
 def _check_place(option: str, path: Path) -> None:
-    """Say so before the work that a file cannot be written. Raises: ConfigError."""
     if path.is_dir():
         raise ConfigError(f"{option} {path} is a directory; name a file in it")
     if not path.parent.is_dir():
         raise ConfigError(f"{option} {path}: there is no directory {path.parent}")
+
+
+def _write_files(report: ReplayReport, json_file: Path | None, plot_file: Path | None) -> None:
+    if json_file is not None:
+        _write(json_file, json.dumps(report.as_dict(), indent=2) + "\n")
+    if plot_file is not None:
+        write_plot(report, plot_file)
 
 
 def _write(path: Path, text: str) -> None:
@@ -259,31 +231,3 @@ def _replay_all(
             replay_trace(work.requests, policy, capacity, page_size, key_tokens=key_tokens, on_progress=on_progress)
         )
     return reuse.ceiling, results
-
-
-# ------------------------------------------------------------------------------------------------------------- output
-
-
-def _print_table(report: ReplayReport) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(
-        title=f"{escape(Path(report.trace).name)}: {report.requests:,} requests, {report.tokens:,} tokens",
-        caption=f"{BELADY}: the clairvoyant optimum; ceiling, without limit: {percent(report.ceiling)}",
-        box=box.SIMPLE,
-    )
-    for column in ("capacity", "policy", "hit rate", "evicted tokens", "µs a request"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
-    for result in report.results:
-        table.add_row(
-            f"{result.capacity_tokens:,}",
-            result.policy,
-            percent(result.hit_rate),
-            f"{result.evicted_tokens:,}",
-            f"{result.us_per_request:,.1f}",
-            end_section=result.policy == report.results[-1].policy,
-        )
-    Console().print(table)

@@ -10,7 +10,7 @@ from radixkv.errors import ConfigError
 from radixkv.replay.simulation import BELADY
 
 if TYPE_CHECKING:
-    from radixkv.cli.replay import ReplayReport
+    from radixkv.cli.replay_report import ReplayReport
 
 COLORS = ("#c8553d", "#588b8b", "#e0a458", "#4f6d9a", "#8a6ba1", "#7a9e4f", "#b5838d", "#3d405b")
 MARKERS = "os^Dv<>P"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from fractions import Fraction
 from typing import Annotated, Any
 
 import typer
 
 from radixkv.cli.display import note
+from radixkv.cli.setting_options import count_option
 from radixkv.cli.size_report import SizeReport, print_tables
+from radixkv.config.checks import Bounds, checked_number
 from radixkv.errors import ConfigError
 from radixkv.memory.config_fields import decoder_fields
 from radixkv.memory.config_windows import unplaced_window
@@ -31,6 +32,18 @@ The same model with fp8 KV, for a script: `radixkv size ./config.json --seq-len 
 """
 
 
+def _checked_dtype(name: str | None) -> str | None:
+    if name is not None:
+        dtype_bits(name)
+    return name
+
+
+def _checked_reserve(share: float) -> float:
+    if not 0 <= share < 1:
+        raise ConfigError(f"--reserve must be a number in [0, 1), not {share}")
+    return share
+
+
 def size(
     config_or_model: Annotated[
         str,
@@ -40,13 +53,14 @@ def size(
             show_default=False,
         ),
     ],
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of one sequence, prompt and output together.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences held at one time; needs --seq-len.")] = None,
+    seq_len: Annotated[int | None, count_option("Tokens of one sequence, prompt and output together.")] = None,
+    batch: Annotated[int | None, count_option("Sequences held at one time; needs --seq-len.")] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
             help=f"What K and V are kept in: {', '.join(DTYPE_BITS)}; int8 and int4 with their scales.  "
-            "[default: the config's own]"
+            "[default: the config's own]",
+            callback=_checked_dtype,
         ),
     ] = None,
     memory_gb: Annotated[
@@ -56,7 +70,7 @@ def size(
         float, typer.Option(help="What the weights take of it, in GiB; with --seq-len also the share that KV takes.")
     ] = 0.0,
     reserve: Annotated[
-        float, typer.Option(help="Share of what the weights leave that is kept free for activations, in [0, 1).")
+        float, typer.Option(help="Share of the rest kept free for activations, in [0, 1).", callback=_checked_reserve)
     ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, all sizes in bytes.")] = False,
 ) -> None:
@@ -70,19 +84,10 @@ def size(
     """
     from radixkv.cli.config_source import layers, read_config
 
-    memory_bytes = None if memory_gb is None else _gib_to_bytes("--memory-gb", memory_gb, allow_zero=False)
-    weights_bytes = _gib_to_bytes("--weights-gb", weights_gb, allow_zero=True)
-    _check_positive("--seq-len", seq_len)
-    _check_positive("--batch", batch)
-    if not 0 <= reserve < 1:
-        raise ConfigError(f"--reserve must lie in [0, 1), not {reserve}")
-    if batch is not None and seq_len is None and not as_json:  # there null says it
-        note("--batch says nothing without --seq-len: the size of a batch is that of its sequences")
-    says_nothing = reserve or (weights_bytes and seq_len is None)
-    if memory_bytes is None and says_nothing and not as_json:
-        note("--weights-gb and --reserve say nothing without --memory-gb: they tell what of it is left for KV")
-    if dtype is not None:
-        dtype_bits(dtype)
+    memory_bytes = None if memory_gb is None else _gib_to_bytes("--memory-gb", memory_gb, Bounds(above=0))
+    weights_bytes = _gib_to_bytes("--weights-gb", weights_gb, Bounds(minimum=0))
+    if not as_json:  # there null says it
+        _note_unused(seq_len, batch, memory_bytes, says_what_is_left=bool(reserve or (weights_bytes and not seq_len)))
     content = read_config(config_or_model)
     report = SizeReport(
         model=config_or_model,
@@ -96,23 +101,26 @@ def size(
         reserve=reserve,
         unplaced_window=unplaced_window(decoder_fields(content)),
     )
+    _print(report, as_json=as_json)
+
+
+def _print(report: SizeReport, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:
         print_tables(report)
 
 
-def _gib_to_bytes(option: str, gib: float, *, allow_zero: bool) -> int:
-    if not math.isfinite(gib) or gib < 0 or (gib == 0 and not allow_zero):
-        raise ConfigError(
-            f"{option} must be a finite number of GiB {'of at least' if allow_zero else 'above'} 0, not {gib}"
-        )
-    return int(Fraction(str(gib)) * GIB)
+def _note_unused(seq_len: int | None, batch: int | None, memory_bytes: int | None, *, says_what_is_left: bool) -> None:
+    """Name the options that change nothing because another one is missing."""
+    if batch is not None and seq_len is None:
+        note("--batch says nothing without --seq-len: the size of a batch is that of its sequences")
+    if memory_bytes is None and says_what_is_left:
+        note("--weights-gb and --reserve say nothing without --memory-gb: they tell what of it is left for KV")
 
 
-def _check_positive(option: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ConfigError(f"{option} must be at least 1, not {value}")
+def _gib_to_bytes(option: str, gib: float, bounds: Bounds) -> int:
+    return int(Fraction(str(checked_number(option, gib, bounds, what="a finite number of GiB"))) * GIB)
 
 
 def _dtype_of(content: dict[str, Any]) -> str:

@@ -12,8 +12,7 @@ import typer
 
 from radixkv.cli.display import excerpt
 from radixkv.errors import InvalidRequestError, MissingTokenizerError, ModelNotFoundError
-from radixkv.replay.trace_files import json_lines
-from radixkv.replay.traces import Encode, Trace, parse_trace, raise_malformed
+from radixkv.replay.traces import Encode, Trace, raise_malformed, read_trace
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -36,23 +35,18 @@ def read_trace_file(
 ) -> tuple[Trace, int]:
     """The trace in a file, and how many malformed lines were skipped, of which stderr tells; none if `strict`.
 
-    Raises: InvalidRequestError if the file cannot be read, or as `parse_trace` does.
+    Raises: InvalidRequestError if the file cannot be read, or as `read_trace` does.
     """
     skipped = _Skipped()
-    on_malformed = raise_malformed if strict else skipped.tell
     try:
-        with path.open("rb") as file:
-            lines = progress.wrap_file(file, total=path.stat().st_size, description="reading")
-            trace = parse_trace(
-                json_lines(lines, str(path)),
-                str(path),
-                block_tokens=block_tokens,
-                encode=encode,
-                limit=limit,
-                on_malformed=on_malformed,
-            )
-    except OSError as error:
-        raise InvalidRequestError(f"{path} cannot be read: {error.strerror}") from error
+        trace = read_trace(
+            path,
+            block_tokens=block_tokens,
+            encode=encode,
+            limit=limit,
+            on_malformed=raise_malformed if strict else skipped.tell,
+            watch=lambda file: progress.wrap_file(file, total=path.stat().st_size, description="reading"),
+        )
     except MissingTokenizerError as error:
         raise MissingTokenizerError(f"{error} (--tokenizer)") from error
     skipped.tell_how_many()

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import numpy as np
 import typer
 
-from radixkv.cli.common import EngineOptions, SamplingOptions, with_option_groups
+from radixkv.cli.common import EngineOptions, SamplingOptions
 from radixkv.cli.display import decode, excerpt, excerpt_ids, percent
 from radixkv.cli.prompts import FILE_HELP, from_file, raise_first_error, run
+from radixkv.cli.setting_options import setting_option, with_option_groups
 from radixkv.cli.size_report import readable_bytes
+from radixkv.config import SamplingParams
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -78,7 +80,7 @@ class TreeReport(NamedTuple):
 @with_option_groups
 def tree(
     prompts_file: Annotated[Path, typer.Argument(metavar="PROMPTS_FILE", help=FILE_HELP, show_default=False)],
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="New tokens of one prompt at most.")] = 16,
+    max_tokens: Annotated[int, setting_option(SamplingParams, "max_tokens", "--max-tokens", "-n")] = 16,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, with the edges nested in it.")
     ] = False,

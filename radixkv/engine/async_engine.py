@@ -12,6 +12,7 @@ from typing import Any, Self
 from transformers import PreTrainedModel
 
 from radixkv.config import EngineConfig
+from radixkv.config.checks import checked_int
 from radixkv.engine.arguments import CacheOptions, Prompt, as_list_of_params, as_list_of_prompts, checked_cache_options
 from radixkv.engine.assembly import EngineParts, assemble
 from radixkv.engine.core import EngineCore
@@ -20,7 +21,6 @@ from radixkv.engine.request import Progress, RequestOutput
 from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.engine.results import EngineStats, FinishedOutbox, Outbox
 from radixkv.engine.sampling import SamplingParams
-from radixkv.errors import ConfigError
 from radixkv.models.loader import load
 
 MAX_WAITING = 1024
@@ -83,8 +83,7 @@ class AsyncEngine:
         return cls(model, tokenizer, config, max_waiting=max_waiting)
 
     def _set_up(self, parts: EngineParts, max_waiting: int) -> None:
-        if isinstance(max_waiting, bool) or not isinstance(max_waiting, int) or max_waiting < 1:
-            raise ConfigError(f"max_waiting must be an integer of at least 1, not {max_waiting!r}")
+        max_waiting = checked_int("max_waiting", max_waiting, 1)
         self._parts = parts
         self._intake = parts.new_intake()
         self._thread = CoreThread(EngineCore(parts), max_waiting=max_waiting)

@@ -1,99 +1,13 @@
-"""How the next token is chosen: the parameters of a request, and the sampler."""
+"""How the next token is chosen: the filters that `SamplingParams` describe, and the sampler."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from radixkv.errors import InvalidSamplingParamsError
-
-MAX_LOGPROBS = 100
-NUMBERS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How to continue a prompt. Checked when made; an error names the field.
-
-    Attributes:
-        max_tokens: new tokens at most. Generation also ends at the context's or the pool's limit.
-        temperature: 0 takes the likeliest token (greedy); else logits are divided by it.
-        top_p: keep the likeliest tokens that reach this probability together (nucleus sampling, Holtzman et al. 2020).
-        top_k: keep that many of the likeliest tokens; None keeps all.
-        min_p: keep tokens at least this probable relative to the likeliest (Nguyen et al. 2024).
-        seed: makes sampling repeatable, whatever else runs in the batch; None draws one from the engine's.
-        stop: strings that end the output; the text ends before them.
-        stop_token_ids: ids that end the output, as the model's own end-of-sequence ids do.
-        ignore_eos: go on after end-of-sequence ids.
-        logprobs: report each token's log probability and that many of the likeliest alternatives.
-    """
-
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in NUMBERS:  # numpy's numbers as Python's
-            value = getattr(self, name)
-            if isinstance(value, np.integer | np.floating):
-                object.__setattr__(self, name, value.item())
-        self._check_int("max_tokens", self.max_tokens, 1)
-        self._require(isinstance(self.ignore_eos, bool), "ignore_eos", "must be True or False", self.ignore_eos)
-        self._check_range("temperature", self.temperature, 0.0, math.inf)
-        self._check_range("top_p", self.top_p, 0.0, 1.0)
-        self._require(self.top_p > 0, "top_p", "must lie in (0, 1]", self.top_p)
-        self._check_range("min_p", self.min_p, 0.0, 1.0)
-        for name, minimum in (("top_k", 1), ("seed", 0), ("logprobs", 0)):
-            if getattr(self, name) is not None:
-                self._check_int(name, getattr(self, name), minimum)
-        self._require((self.seed or 0) < 2**63, "seed", "must be below 2**63", self.seed)
-        self._require(
-            (self.logprobs or 0) <= MAX_LOGPROBS, "logprobs", f"must be at most {MAX_LOGPROBS}", self.logprobs
-        )
-        for name in ("stop", "stop_token_ids"):
-            listed = isinstance(getattr(self, name), Sequence)
-            self._require(listed, name, "must be a list", getattr(self, name))
-        for stop in self.stops:
-            self._require(isinstance(stop, str) and stop != "", "stop", "must hold strings that are not empty", stop)
-        self._require(not isinstance(self.stop_token_ids, str), "stop_token_ids", "must be ids", self.stop_token_ids)
-        for token_id in self.stop_token_ids:
-            self._check_int("stop_token_ids", token_id, 0)
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """`stop` as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
-        return self.temperature == 0 or self.top_k == 1
-
-    def _check_int(self, name: str, value: object, minimum: int) -> None:
-        is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        self._require(is_int and value >= minimum, name, f"must be an integer of at least {minimum}", value)  # type: ignore[operator]
-
-    def _check_range(self, name: str, value: object, low: float, high: float) -> None:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-        self._require(is_number and low <= value <= high, name, f"must be a number in [{low:g}, {high:g}]", value)  # type: ignore[operator]
-
-    @staticmethod
-    def _require(holds: bool, name: str, what: str, value: object) -> None:
-        if not holds:
-            raise InvalidSamplingParamsError(f"{name} {what}, not {value!r}")
+from radixkv.config import SamplingParams as SamplingParams  # many import it from here
 
 
 class TokenLogprobs(NamedTuple):

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from radixkv.config.checks import checked_int
 from radixkv.errors import ConfigError, UnsupportedModelError
 from radixkv.hf.chunk_buffer import ByteMeter, ChunkBuffer, round_up, rows
 
@@ -188,7 +189,7 @@ class ChunkedCache(Cache):  # type: ignore[misc]
         Raises: ConfigError if `chunk_tokens` is no positive integer; UnsupportedModelError if a layer keeps something
             else than keys and values, such as a recurrent state.
         """
-        check_chunk_tokens(chunk_tokens)
+        chunk_tokens = checked_int("chunk_tokens", chunk_tokens, 1)
         self._meter = ByteMeter()
         super().__init__(layers=[self._chunked(layer, chunk_tokens) for layer in kv_layers(config)])
 
@@ -235,9 +236,3 @@ def kv_layers(config: PretrainedConfig) -> list[Any]:
                 "keys and values per token"
             )
     return layers
-
-
-def check_chunk_tokens(chunk_tokens: int) -> None:
-    """Raise ConfigError unless `chunk_tokens` is a positive integer."""
-    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
-        raise ConfigError(f"chunk_tokens must be an integer of at least 1, not {chunk_tokens!r}")

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from radixkv.errors import ConfigError, InvalidRequestError, UnsupportedModelError
+from radixkv.config.checks import checked_int
+from radixkv.errors import InvalidRequestError, UnsupportedModelError
 from radixkv.hf.call import Call
 from radixkv.hf.chunk_buffer import ByteMeter
-from radixkv.hf.chunked_cache import DEFAULT_CHUNK_TOKENS, ChunkedLayer, check_chunk_tokens
+from radixkv.hf.chunked_cache import DEFAULT_CHUNK_TOKENS, ChunkedLayer
 from radixkv.hf.page_store import LayerStates, PageStore
 from radixkv.hf.probe import probe_prefixes
 from radixkv.hf.support import check_inputs, check_model, check_positions, position_limit, sees_columns
@@ -85,11 +86,8 @@ class RadixCache(Cache):  # type: ignore[misc]
         Raises: ConfigError; UnsupportedModelError if the KV of the model's tokens cannot be kept, or depends on more
             than the tokens before them.
         """
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-            raise ConfigError(f"max_tokens must be an integer of at least 1, not {max_tokens!r}")
-        if isinstance(page_size, bool) or not isinstance(page_size, int) or page_size < 1:
-            raise ConfigError(f"page_size must be an integer of at least 1, not {page_size!r}")
-        check_chunk_tokens(chunk_tokens)
+        max_tokens, page_size = checked_int("max_tokens", max_tokens, 1), checked_int("page_size", page_size, 1)
+        chunk_tokens = checked_int("chunk_tokens", chunk_tokens, 1)
         check_model(model)
         super().__init__(layer_class_to_replicate=partial(ChunkedLayer, chunk_tokens, ByteMeter()))
         self.store = PageStore(-(-max_tokens // page_size), page_size, policy)

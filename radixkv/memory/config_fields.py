@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from radixkv.config.checks import checked_int
 from radixkv.errors import UnsupportedModelError
 
 Fields = Mapping[str, Any]
@@ -82,11 +83,7 @@ def integer(fields: Fields, name: str, minimum: int = 1) -> int | None:
     value = look_up(fields, name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise UnsupportedModelError(
-            f"{name} of {model_name(fields)} must be an integer of at least {minimum}, not {value!r}"
-        )
-    return value
+    return checked_int(f"{name} of {model_name(fields)}", value, minimum, error=UnsupportedModelError)
 
 
 def model_name(fields: Fields) -> str:

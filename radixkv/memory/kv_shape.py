@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
 
+from radixkv.config.checks import checked_int
 from radixkv.errors import ConfigError, UnsupportedModelError
 
 DTYPE_BITS: Mapping[str, int] = MappingProxyType(
@@ -66,8 +67,8 @@ def kv_budget_bytes(memory_bytes: int, weights_bytes: int = 0, reserve_fraction:
     >>> kv_budget_bytes(100, weights_bytes=40, reserve_fraction=0.1)
     54
     """
-    _check_int("memory_bytes", memory_bytes, minimum=0)
-    _check_int("weights_bytes", weights_bytes, minimum=0)
+    checked_int("memory_bytes", memory_bytes, minimum=0)
+    checked_int("weights_bytes", weights_bytes, minimum=0)
     if not 0 <= reserve_fraction < 1:
         raise ConfigError(f"reserve_fraction must be at least 0 and below 1; got {reserve_fraction}")
     # The decimal that was written, not the binary float next to it: 0.1 of 100 bytes is exactly 10.
@@ -175,12 +176,12 @@ class KVShape:
 
     def bytes_per_sequence(self, seq_tokens: int, dtype: str) -> int:
         """Bytes of one sequence of `seq_tokens` tokens."""
-        _check_int("seq_tokens", seq_tokens, minimum=1)
+        checked_int("seq_tokens", seq_tokens, minimum=1)
         return seq_tokens * self.bytes_per_token(dtype)
 
     def bytes_per_batch(self, batch: int, seq_tokens: int, dtype: str) -> int:
         """Bytes of `batch` sequences of `seq_tokens` tokens that share nothing."""
-        _check_int("batch", batch, minimum=1)
+        checked_int("batch", batch, minimum=1)
         return batch * self.bytes_per_sequence(seq_tokens, dtype)
 
     def max_tokens(self, memory_bytes: int, dtype: str, weights_bytes: int = 0, reserve_fraction: float = 0.0) -> int:
@@ -205,8 +206,3 @@ class KVShape:
         """
         budget = kv_budget_bytes(memory_bytes, weights_bytes, reserve_fraction)
         return budget // self.bytes_per_sequence(seq_tokens, dtype)
-
-
-def _check_int(name: str, value: int, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(f"{name} must be an integer of at least {minimum}, not {value!r}")

@@ -7,14 +7,14 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short_repr
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.cache.token_ids import token_array
+from radixkv.config.checks import checked_int
 from radixkv.errors import (
-    ConfigError,
     InvalidRequestError,
     InvalidTokenIdsError,
     MissingTokenizerError,
@@ -104,15 +104,18 @@ def read_trace(
     encode: Encode | None = None,
     limit: int | None = None,
     on_malformed: Callable[[InvalidRequestError], object] = raise_malformed,
+    watch: Callable[[BinaryIO], BinaryIO] = lambda file: file,
 ) -> Trace:
     """Read the trace at `path`, in any format of `trace_files.json_lines`; see `parse_trace`.
+
+    `watch` may wrap the open file, to show how far it was read.
 
     Raises: as there, and InvalidRequestError if it cannot be read.
     """
     try:
-        with Path(path).open("rb") as lines:
+        with Path(path).open("rb") as file:
             return parse_trace(
-                json_lines(lines, str(path)),
+                json_lines(watch(file), str(path)),
                 str(path),
                 block_tokens=block_tokens,
                 encode=encode,
@@ -157,8 +160,8 @@ def parse_trace(
             Raises by default.
     Raises: InvalidRequestError if there is no request; MissingTokenizerError for texts without `encode`; ConfigError.
     """
-    if block_tokens < 1 or (limit is not None and limit < 1):
-        raise ConfigError(f"block_tokens and limit must be at least 1, not {block_tokens} and {limit}")
+    block_tokens = checked_int("block_tokens", block_tokens, 1)
+    limit = None if limit is None else checked_int("limit", limit, 1)
     formats: list[_Format] = [_Blocks(block_tokens), *(_Tokens(field) for field in TOKENS)]
     formats += [*(_Text(field, encode) for field in TEXTS), _Conversation(encode)]
     requests: list[Request] = []

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.cache.namespace import Namespace
-from radixkv.errors import ConfigError
+from radixkv.config.checks import checked_int
 
 _PAGES_A_NODE = 8  # as many as must have been evicted at a time, for the history to remember all it has room for
 _GAPS_AN_AGE = 64  # how many times the distance between two remembered ticks fits into their age
@@ -79,10 +79,8 @@ class EvictionHistory:
     """
 
     def __init__(self, capacity_pages: int) -> None:
-        """Raises: ConfigError if `capacity_pages` is not at least 1."""
-        if capacity_pages < 1:
-            raise ConfigError(f"capacity_pages must be at least 1, not {capacity_pages}")
-        self.capacity_pages = capacity_pages
+        """Raises: ConfigError unless `capacity_pages` is an integer of at least 1."""
+        self.capacity_pages = capacity_pages = checked_int("capacity_pages", capacity_pages, 1)
         self._hashes = np.zeros(capacity_pages, np.uint64)  # page i of all pages ever recorded lies in i % capacity
         self._num_recorded = 0
         self._nodes: deque[_Node] = deque(maxlen=-(-capacity_pages // _PAGES_A_NODE))

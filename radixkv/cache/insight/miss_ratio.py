@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.cache.insight.prefix_hash import prefix_hashes
-from radixkv.errors import ConfigError, InvalidRequestError
+from radixkv.config.checks import checked_int
+from radixkv.errors import InvalidRequestError
 
 _SPARE = 0.9  # of the sample covers `max_tokens`, so that chance leaves none of it uncovered
 
@@ -59,18 +60,13 @@ class MissRatioCurve:
         """`max_tokens`: the largest cache to estimate. `sample_blocks`: unless told 4096, or `max_tokens / 4096` if
         that is more, so that at least one block of 16 tokens in 285 is in the sample.
 
-        Raises: ConfigError if a size is not at least 1.
+        Raises: ConfigError unless each size is an integer of at least 1.
         """
+        self.max_tokens = max_tokens = checked_int("max_tokens", max_tokens, 1)
+        self.block_tokens = block_tokens = checked_int("block_tokens", block_tokens, 1)
         if sample_blocks is None:
             sample_blocks = max(4096, max_tokens // 4096)
-        if max_tokens < 1 or block_tokens < 1 or sample_blocks < 1:
-            raise ConfigError(
-                f"max_tokens, block_tokens and sample_blocks must be at least 1, "
-                f"not {max_tokens}, {block_tokens} and {sample_blocks}"
-            )
-        self.max_tokens = max_tokens
-        self.block_tokens = block_tokens
-        self.sample_blocks = sample_blocks
+        self.sample_blocks = sample_blocks = checked_int("sample_blocks", sample_blocks, 1)
         self.sampling_rate = min(1.0, _SPARE * sample_blocks * block_tokens / max_tokens)
         self.total_tokens = 0
         self._last_hash = np.uint64(min(int(self.sampling_rate * 2**64), 2**64 - 1))

@@ -30,8 +30,8 @@ from radixkv.cache.tree.checks import check_tree
 from radixkv.cache.tree.leaf_queue import LeafQueue
 from radixkv.cache.tree.node import InsertResult, MatchResult, PartialPage, TreeNode, new_root
 from radixkv.cache.tree.page_ids import PageBytes, page_array, page_bytes
+from radixkv.config.checks import checked_int
 from radixkv.errors import (
-    ConfigError,
     InvalidPagesError,
     InvalidRequestError,
 )
@@ -90,12 +90,10 @@ class RadixTree:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if isinstance(page_size, bool) or not isinstance(page_size, int) or page_size < 1:
-            raise ConfigError(f"page_size must be an integer of at least 1, not {page_size!r}")
-        self.page_size = page_size
+        self.page_size = checked_int("page_size", page_size, 1)
         self.policy = resolve_policy(policy)
         self.clock = clock
-        self._page_bytes = page_size * TOKEN_BYTES
+        self._page_bytes = self.page_size * TOKEN_BYTES
         self._roots: dict[Namespace, TreeNode] = {}
         self._tick = 0
         self._evictable = 0  # in bytes of page ids, as `_total`

@@ -1,0 +1,24 @@
+"""Settings, each described once: its type, default, bounds, unit and meaning stand at its field.
+
+Checks, error messages, docstrings, flags of the command line, tables of docs/api.md and JSON schemas are made of that.
+"""
+
+from __future__ import annotations
+
+from radixkv.config.cache_config import CacheConfig
+from radixkv.config.engine_config import KV_CACHE_DTYPES, SCHEDULE_POLICIES, EngineConfig, SchedulePolicy
+from radixkv.config.limits import MAX_COUNT
+from radixkv.config.sampling_params import MAX_LOGPROBS, SamplingParams
+from radixkv.config.schema import schema_of
+
+__all__ = [
+    "KV_CACHE_DTYPES",
+    "MAX_COUNT",
+    "MAX_LOGPROBS",
+    "SCHEDULE_POLICIES",
+    "CacheConfig",
+    "EngineConfig",
+    "SamplingParams",
+    "SchedulePolicy",
+    "schema_of",
+]
