@@ -34,7 +34,6 @@ PRIVATE_NAMES = {
     "test_scheduler.py": 1,
     "test_skinny_linear.py": 1,
     "test_stress_cache.py": 4,
-    "test_window_pages.py": 4,
     "test_windows.py": 2,
 }
 
