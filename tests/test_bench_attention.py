@@ -254,7 +254,7 @@ def test_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (("--backend", "cuda"), "there is no backend 'cuda'; the backends are "),
         (("--rounds", "0"), "Invalid value for '--rounds': "),
         (("--json", "nowhere/out.json"), "cannot write nowhere/out.json: there is no directory nowhere"),
-        (("--plot", "out.txt"), "--plot out.txt names no image format"),
+        (("--plot", "out.txt"), "--plot out.txt must name an image format"),
         (("--device", "tpu"), "--device must be auto, cpu or cuda, not 'tpu'"),
     ],
 )

@@ -300,7 +300,7 @@ def capsys_text(capsys: pytest.CaptureFixture[str], report: dict[str, Any]) -> s
         (["--model", "demo", "--random-model", TINY], "--model and --random-model"),
         (["--random-model", "hidden=32,layers=1,vocab=10"], "the model knows only ids below 10"),
         (["--json", "no/such/dir/x"], "no/such/dir"),
-        (["--plot", "picture.doc"], "picture.doc names no image format"),
+        (["--plot", "picture.doc"], "picture.doc must name an image format"),
         (["--no-such-option"], "--no-such-option"),
     ],
 )

@@ -296,7 +296,7 @@ def no_measuring(*arguments: object) -> Report:
         (["--leaves", "1000,1000000000000"], "GB of memory"),
         (["--trace", "no/such/trace.jsonl", "--quick"], "no/such/trace.jsonl cannot be read"),
         (["--json", "no/such/dir/x"], "no/such/dir"),
-        (["--plot", "picture.doc"], "picture.doc names no image format"),
+        (["--plot", "picture.doc"], "picture.doc must name an image format"),
         (["--no-such-option"], "--no-such-option"),
     ],
 )

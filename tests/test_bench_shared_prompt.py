@@ -449,7 +449,7 @@ def test_differing_tokens_are_explained(
         (["--prefix-tokens", "5000"], "the model's context ends at 4096"),
         (["--kv-cache-tokens", "64", "--random-model", TINY], "64"),
         (["--json", "no/such/dir/x"], "no/such/dir"),
-        (["--plot", "picture.doc"], "picture.doc names no image format"),
+        (["--plot", "picture.doc"], "picture.doc must name an image format"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(

@@ -44,7 +44,7 @@ def test_mistakes_are_one_line(
         (str(tmp_path / "none.txt"),): "none.txt",
         (str(tmp_path / "short.txt"),): "give a longer text",
         ("--window", "9000"): "window=9000 and sinks=0 are more than the 4096 tokens",
-        ("--plot", str(tmp_path / "x.doc")): "names no image format",
+        ("--plot", str(tmp_path / "x.doc")): "must name an image format",
     }
     for arguments, message in mistakes.items():
         assert command(monkeypatch, *arguments, "--everything", "0") == 2

@@ -182,8 +182,8 @@ def test_the_defaults_are_the_librarys() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", "this is no JSON"),
-        ("[" * 100_000, "this is no JSON"),
+        ("{", "this is not valid JSON"),
+        ("[" * 100_000, "this is not valid JSON"),
         ('"text"', "a row must be an object, not str"),
         ("[]", "a row must be an object, not list"),
         ("{}", 'needs either "prompt" or "token_ids"; this one has no fields'),
@@ -230,7 +230,7 @@ def test_files_that_hold_no_prompts(tmp_path: Path) -> None:
     assert_one_line_error(run("generate", "--file", tmp_path), "cannot be read")
     assert_one_line_error(run("generate", "--file", write_lines(tmp_path / "empty.txt", ["", " "])), "holds no prompts")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
-    assert_one_line_error(run("generate", "--file", tmp_path / "binary.txt"), "is no UTF-8 text")
+    assert_one_line_error(run("generate", "--file", tmp_path / "binary.txt"), "is not valid UTF-8 text")
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_bad_arguments(arguments: list[object], message: str) -> None:
 
 
 def test_stdin_that_is_no_text() -> None:
-    assert_one_line_error(run("generate", stdin=b"\xff\xfe"), "stdin is no text")
+    assert_one_line_error(run("generate", stdin=b"\xff\xfe"), "stdin is not valid text")
 
 
 def test_a_pool_larger_than_the_memory_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ def test_malformed_lines_are_told_of_and_skipped(tmp_path: Path) -> None:
     assert result.exit_code == 0
     first, second = result.stderr.splitlines()
     assert first.startswith("radixkv: skipped: ")
-    assert "line 1: this is no JSON" in first
+    assert "line 1: this is not valid JSON" in first
     assert 'line 3: "token_ids" must be a list of token ids, not str' in second
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["malformed_lines"] == 2
 
@@ -170,7 +170,9 @@ def test_of_many_malformed_lines_the_first_are_told_of(tmp_path: Path) -> None:
 
 def test_strict(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "t.jsonl", ['{"token_ids": [1]}', "", "?"])
-    assert_one_line_error(run("replay", path, "--capacity-tokens", 16, "--strict"), "t.jsonl, line 3: this is no JSON")
+    assert_one_line_error(
+        run("replay", path, "--capacity-tokens", 16, "--strict"), "t.jsonl, line 3: this is not valid JSON"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -179,10 +181,10 @@ def test_strict(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--capacity-tokens", "64,"], "--capacity-tokens must be positive numbers of tokens, parted by commas"),
-        (["--capacity-tokens", "many"], "parted by commas, not 'many'"),
-        (["--capacity-tokens", "0"], "parted by commas, not '0'"),
-        (["--capacity-tokens", "64,-1"], "parted by commas, not '64,-1'"),
+        (["--capacity-tokens", "64,"], "--capacity-tokens must be positive numbers of tokens, comma-separated"),
+        (["--capacity-tokens", "many"], "comma-separated, not 'many'"),
+        (["--capacity-tokens", "0"], "comma-separated, not '0'"),
+        (["--capacity-tokens", "64,-1"], "comma-separated, not '64,-1'"),
         (["--capacity-tokens", "64,7"], "a capacity of 7 tokens holds no page or block of 8"),
         ([], "Missing option '--capacity-tokens'"),
         (["--policy", "lru,mru"], "unknown eviction policy 'mru'; the policies are lru, "),
@@ -195,7 +197,7 @@ def test_strict(tmp_path: Path) -> None:
         (["--json", "."], "--json . is a directory"),
         (["--json", "no/such/out.json"], "--json no/such/out.json: there is no directory no/such"),
         (["--plot", "no/such/out.png"], "--plot no/such/out.png: there is no directory no/such"),
-        (["--plot", "out.doc"], "--plot out.doc names no image format; end it with .png"),
+        (["--plot", "out.doc"], "--plot out.doc must name an image format: end it with .png"),
     ],
 )
 def test_bad_options(blocks: Path, options: list[str], message: str) -> None:

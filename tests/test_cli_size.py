@@ -261,9 +261,9 @@ def test_bad_options(llama: Path, options: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no JSON"),
-        ("", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
+        ("{", "is not valid JSON"),
+        ("", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
         ("[1]", "must be a JSON object, not a list"),
         ({}, "missing num_hidden_layers"),
         ({"model_type": "novel", "num_hidden_layers": 2}, "missing num_attention_heads"),

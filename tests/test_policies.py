@@ -55,7 +55,7 @@ def test_policies_go_by_their_names(name: str) -> None:
 
 @pytest.mark.parametrize("policy", [LRUPolicy, None, 7, object()], ids=["class", "None", "number", "object"])
 def test_what_is_no_policy(policy: Any) -> None:
-    with pytest.raises(ConfigError, match="an eviction policy is a name or an EvictionPolicy, not"):
+    with pytest.raises(ConfigError, match="policy must be a name or an EvictionPolicy, not"):
         RadixTree(policy=policy)
 
 

@@ -118,10 +118,10 @@ def test_blank_lines_are_no_requests_and_limit_counts_good_ones() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (b"{", "this is no JSON"),
-        (b'{"token_ids": [1]}{', "this is no JSON"),
-        (b"[" * 100_000, "this is no JSON"),
-        (b'{"token_ids": "\xff"}', "this is no JSON"),
+        (b"{", "this is not valid JSON"),
+        (b'{"token_ids": [1]}{', "this is not valid JSON"),
+        (b"[" * 100_000, "this is not valid JSON"),
+        (b'{"token_ids": "\xff"}', "this is not valid JSON"),
         ([1], "a request must be an object, not list"),
         (
             {},
@@ -175,7 +175,7 @@ def test_a_trace_needs_requests_and_sane_settings() -> None:
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_bytes(b"".join(lines({"token_ids": [1, 2]}, b"?\n")))
-    with pytest.raises(InvalidRequestError, match=r"trace\.jsonl, line 2: this is no JSON"):
+    with pytest.raises(InvalidRequestError, match=r"trace\.jsonl, line 2: this is not valid JSON"):
         read_trace(path)
     assert read_trace(str(path), on_malformed=lambda _: None).num_tokens == 2
     for bad in (tmp_path, tmp_path / "missing"):

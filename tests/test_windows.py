@@ -149,7 +149,7 @@ def test_usage_counts_what_is_kept() -> None:
         ("llama", {"window_cache_tokens": 64}, "this one has none"),
         ("gemma3", {"window_cache_tokens": 8}, "window_cache_tokens=8 is too small: one request needs 20 tokens for"),
         ("llama", {"window": 600}, "window=600 and sinks=0 are more than the 512 tokens that the model was made for"),
-        ("llama", {"sinks": 4}, "sinks=4 stay in sight beside a window; set window, too"),
+        ("llama", {"sinks": 4}, "sinks=4 needs a window to stand beside; set window, too"),
         ("llama", {"window": 0}, "window must be an integer of at least 1, or None, not 0"),
         ("llama", {"window": 20, "cuda_graphs": True}, "window=20 does not run in CUDA graphs"),
     ],

@@ -54,7 +54,7 @@ class TokenToKVPoolAllocator:
         Raises: OutOfPagesError if fewer are free (nothing is taken then); InvalidRequestError for a negative number.
         """
         if num_pages < 0:
-            raise InvalidRequestError(f"{num_pages} pages cannot be allocated; ask for 0 or more")
+            raise InvalidRequestError(f"{num_pages} pages cannot be allocated; ask for at least 0")
         if num_pages > self._num_free:
             raise OutOfPagesError(needed=num_pages, free=self._num_free, evictable=0, total=self.num_pages)
         first = self._num_free - num_pages

@@ -77,7 +77,7 @@ class EngineOptions:
             if "memory" not in str(error):
                 raise
             raise ConfigError(
-                f"the memory does not suffice for {self.model!r} and its KV pool; set a smaller --kv-cache-tokens"
+                f"there is not enough memory for {self.model!r} and its KV pool; set a smaller --kv-cache-tokens"
             ) from error
 
 

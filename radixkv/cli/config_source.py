@@ -22,7 +22,7 @@ def read_config(source: str) -> dict[str, Any]:
 
     `source` is "demo", the path of a JSON file, a directory with a config.json, or a hub id such as "Qwen/Qwen3-8B".
 
-    Raises: ModelNotFoundError if there is none, or it is no JSON object.
+    Raises: ModelNotFoundError if there is none, or it is not valid JSON object.
     """
     return _parse(_config_text(source), source)
 
@@ -70,7 +70,7 @@ def _parse(text: str, source: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ModelNotFoundError(f"the config of {source!r} is no JSON: {error}") from error
+        raise ModelNotFoundError(f"the config of {source!r} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelNotFoundError(f"the config of {source!r} must be a JSON object, not a {type(content).__name__}")
     return content

@@ -43,7 +43,7 @@ def from_stdin() -> list[Prompt]:
     try:
         text = "" if sys.stdin.isatty() else sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"stdin is no text: {error}") from error
+        raise InvalidRequestError(f"stdin is not valid text: {error}") from error
     if not text:
         raise InvalidRequestError("there is no prompt; give one as an argument, with --file or on stdin")
     return [Prompt(checked_text(text.removesuffix("\n"), "stdin"), "stdin")]
@@ -71,7 +71,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     except OSError as error:
         raise InvalidRequestError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"{path} is no UTF-8 text: {error}") from error
+        raise InvalidRequestError(f"{path} is not valid UTF-8 text: {error}") from error
 
 
 def _prompt_of_row(line: str, place: str) -> str | list[int]:
@@ -79,7 +79,7 @@ def _prompt_of_row(line: str, place: str) -> str | list[int]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"{place}: this is no JSON: {error}") from error
+        raise InvalidRequestError(f"{place}: this is not valid JSON: {error}") from error
     if not isinstance(row, dict):
         raise InvalidRequestError(f"{place}: a row must be an object, not {type(row).__name__}")
     if ("prompt" in row) == ("token_ids" in row):

@@ -139,7 +139,7 @@ def _capacities(text: str) -> list[int]:
     except ValueError:
         capacities = []
     if not capacities or min(capacities) < 1:
-        raise ConfigError(f"--capacity-tokens must be positive numbers of tokens, parted by commas, not {text!r}")
+        raise ConfigError(f"--capacity-tokens must be positive numbers of tokens, comma-separated, not {text!r}")
     return list(dict.fromkeys(capacities))
 
 

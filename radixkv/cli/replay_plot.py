@@ -21,7 +21,9 @@ def check_plot(path: Path) -> None:
     """Raises: ConfigError without matplotlib, and for an image format that it cannot write."""
     formats = _new_figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in formats:
-        raise ConfigError(f"--plot {path} names no image format; end it with .png or another of {', '.join(formats)}")
+        raise ConfigError(
+            f"--plot {path} must name an image format: end it with .png or another of {', '.join(formats)}"
+        )
 
 
 def write_plot(report: ReplayReport, path: Path) -> None:

@@ -154,7 +154,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         check_settings(self)
         if self.sinks and self.window is None:
-            raise ConfigError(f"sinks={self.sinks} stay in sight beside a window; set window, too")
+            raise ConfigError(f"sinks={self.sinks} needs a window to stand beside; set window, too")
         if self.window is not None and self.cuda_graphs:
             raise ConfigError(f"window={self.window} does not run in CUDA graphs; leave out cuda_graphs or window")
         if self.mem_fraction is not None and self.kv_cache_tokens is not None:

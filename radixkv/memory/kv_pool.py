@@ -230,8 +230,8 @@ def num_pages_that_fit(
     num_pages = num_bytes // (bytes_per_token * page_size)
     if num_pages < 1:
         raise ConfigError(
-            f"{num_bytes} of the bytes free on {device} hold no page of {page_size} tokens at {bytes_per_token} bytes "
-            "a token; free memory or raise mem_fraction"
+            f"a page of {page_size} tokens needs {page_size * bytes_per_token} bytes; mem_fraction allows {num_bytes} "
+            f"of those free on {device}; free memory or raise mem_fraction"
         )
     return min(num_pages, (2**31 - 1) // page_size)
 

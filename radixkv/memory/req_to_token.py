@@ -24,7 +24,10 @@ class ReqToTokenPool:
 
     def __init__(self, *, max_requests: int, max_tokens: int, page_size: int) -> None:
         if min(max_requests, max_tokens, page_size) < 1:
-            raise ConfigError(f"{max_requests} requests of {max_tokens} tokens in pages of {page_size} are not a table")
+            raise ConfigError(
+                "max_requests, max_tokens and page_size must be at least 1; got "
+                f"{max_requests}, {max_tokens} and {page_size}"
+            )
         self.page_size = page_size
         self.table: NDArray[np.int32] = np.zeros((max_requests, -(-max_tokens // page_size)), np.int32)
         self._free = list(range(max_requests - 1, -1, -1))

@@ -39,7 +39,7 @@ def load(name_or_path: str | Path, *, dtype: str = "auto", device: str = "auto")
         ConfigError for an unknown dtype or device.
     """
     if not isinstance(name_or_path, str | Path) or not str(name_or_path):
-        raise ConfigError(f'a model is "demo", a directory or a hub id, not {name_or_path!r}')
+        raise ConfigError(f'model must be "demo", a directory or a hub id, not {name_or_path!r}')
     place = demo_model.path() if str(name_or_path) == "demo" else name_or_path
     torch_device = resolve_device(device)
     hf_dtype = _resolve_dtype(dtype)

@@ -191,7 +191,7 @@ def _object(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"this is no JSON: {error}") from None
+        raise InvalidRequestError(f"this is not valid JSON: {error}") from None
     if not isinstance(row, dict):
         raise InvalidRequestError(f"a request must be an object, not {type(row).__name__}")
     return row

@@ -16,7 +16,9 @@ def check_plot(path: Path | None) -> None:
         return
     formats = new_figure(1, 1).canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in formats:
-        raise BenchError(f"--plot {path} names no image format; end it with .png or another of {', '.join(formats)}")
+        raise BenchError(
+            f"--plot {path} must name an image format: end it with .png or another of {', '.join(formats)}"
+        )
 
 
 def new_figure(width: float, height: float) -> Any:

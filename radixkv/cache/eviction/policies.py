@@ -195,7 +195,7 @@ def resolve_policy(policy: str | EvictionPolicy) -> EvictionPolicy:
     if isinstance(policy, EvictionPolicy):
         return policy
     if not isinstance(policy, str):
-        raise ConfigError(f"an eviction policy is a name or an EvictionPolicy, not {policy!r}")
+        raise ConfigError(f"policy must be a name or an EvictionPolicy, not {policy!r}")
     if policy not in POLICIES:
         raise ConfigError(f"unknown eviction policy {policy!r}; the policies are {', '.join(POLICIES)}")
     return POLICIES[policy]()
