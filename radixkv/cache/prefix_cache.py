@@ -342,6 +342,10 @@ class PrefixCache:
             estimated_hit_rates=self._estimated_hit_rates(),
         )
 
+    def open_leases(self) -> list[Lease]:
+        """The leases that were not released yet, in no order. O(leases)."""
+        return list(self._leases)
+
     def check_invariants(self) -> None:
         """Prove every invariant of the class docstring. O(num_pages + tokens). Raises: InvariantError."""
         self._reap()
@@ -351,7 +355,7 @@ class PrefixCache:
         locks: dict[int, int] = {}
         for _, node in self.tree.nodes():
             expected[node.page_ids] += 1
-        for lease in self._leases:
+        for lease in self.open_leases():
             expected[lease.pages] += 1
             for pinned in lease.node.path():
                 locks[id(pinned)] = locks.get(id(pinned), 0) + 1
