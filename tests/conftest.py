@@ -24,7 +24,8 @@ SLOW_FILES = [
 
 def pytest_configure(config: pytest.Config) -> None:
     """Load the fixtures, except where other processes run the tests: the one that hands them out starts at once."""
-    if not config.getoption("numprocesses", None):
+    hands_out = config.getoption("numprocesses", None) and not config.getoption("collectonly")
+    if not hands_out:
         config.pluginmanager.import_plugin("shared_fixtures")
 
 
