@@ -438,7 +438,7 @@ class Run:
                 loss = self._step(batch)
                 progress.update(task, advance=1, loss=f"{loss:.3f}")
                 if step % self._eval_steps == 0 or step == self._num_steps:
-                    held_out = self._checkpoint()
+                    held_out = self.checkpoint()
                     progress.update(task, held_out=f"{held_out.loss:.3f}")
                     console.print(f"step {step:,}: loss {loss:.3f}, held out {held_out.loss:.3f}, {held_out}")
 
@@ -452,7 +452,7 @@ class Run:
         self._schedule.step()
         return loss.item()
 
-    def _checkpoint(self) -> HeldOut:
+    def checkpoint(self) -> HeldOut:
         num_bytes = len(self._held_out_text.encode())
         held_out = evaluate(self._model, self._held_out_ids, num_bytes, stride=EVAL_WINDOW_TOKENS)
         if held_out.loss < self._best_loss:

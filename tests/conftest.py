@@ -1,41 +1,19 @@
-"""Fixtures that several test files share."""
+"""The order of the test files, and what the processes load that run them."""
 
 from __future__ import annotations
 
 import os
 
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: tests never ask the network
 
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when transformers imports Triton: its kernels run on the CPU
-
-
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-
-import pytest
-from hypothesis import settings
-
-from cli_runs import small_engine
-from oracles import GreedyOracle, oracle_of
-from radixkv import Engine, EngineConfig, PrefixCache
-from radixkv.cli.common import EngineOptions
-from radixkv.engine.assembly import assemble
-from runners import Around, TamperedRunner
-from strategies import PAGE, leak_checked
-from tiny_models import tiny_model
-
-# Hypothesis tests that do not say how many examples they take. `scripts/test --hypothesis-profile long` looks further.
-settings.register_profile("brief", max_examples=40, deadline=None, derandomize=True)
-settings.register_profile("long", max_examples=1000, deadline=None)
-settings.load_profile("brief")
-
-# Files that take longest: begun first, so that no process idles at the end.
+# Files that take longest: begun first, so that no process idles at the end. The first three compile what others use,
+# and the fourth needs nothing of it: so two processes do not compile the same kernel side by side.
 SLOW_FILES = [
     "test_attention.py",
     "test_quantized_attention.py",
+    "test_skinny_linear.py",
     "test_triton.py",
     "test_cache_machine.py",
     "test_windows.py",
@@ -44,66 +22,14 @@ SLOW_FILES = [
 ]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the fixtures, except where other processes run the tests: the one that hands them out starts at once."""
+    hands_out = config.getoption("numprocesses", None) and not config.getoption("collectonly")
+    if not hands_out:
+        config.pluginmanager.import_plugin("shared_fixtures")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the slow files first; the order is otherwise kept."""
     rank = {name: number for number, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
-
-
-@pytest.fixture(scope="session")
-def oracle() -> GreedyOracle:
-    """The unmodified twin of the model in `make_engine`."""
-    return oracle_of("llama")
-
-
-@pytest.fixture
-def make_engine() -> Callable[..., Engine]:
-    """Makes engines of the tiny Llama; keywords are settings. Every test ends with a leak check of all of them.
-
-    `around` is called in place of each step of the runner; `parts` are exchanged for those that were assembled.
-    """
-    engines: list[Engine] = []
-
-    def make(*, around: Around | None = None, parts: dict[str, object] | None = None, **settings: object) -> Engine:
-        defaults = {"page_size": 4, "kv_cache_tokens": 1024}
-        assembled = assemble(tiny_model("llama"), None, EngineConfig(**{**defaults, **settings}))
-        if around is not None:
-            assembled = replace(assembled, runner=TamperedRunner(assembled.runner, around))
-        engines.append(Engine.from_parts(replace(assembled, **(parts or {}))))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.check_invariants()
-        stats = engine.stats()
-        assert (stats.running, stats.waiting) == (0, 0)
-        engine.close()
-        stats = engine.stats()
-        assert stats.free_pages == stats.cache.num_pages, f"pages leaked: {stats}"
-
-
-@pytest.fixture(scope="session")
-def demo_engine() -> Engine:
-    """The demo model, with a tokenizer and a chat template. Shared: tests must not count on what it has cached."""
-    return Engine.from_pretrained("demo", kv_cache_tokens=8192)
-
-
-@pytest.fixture
-def cache() -> Iterator[PrefixCache]:
-    """A cache of 8 pages, checked for leaks at the end."""
-    with leak_checked(PrefixCache(num_pages=8, page_size=PAGE)) as cache:
-        yield cache
-
-
-@pytest.fixture(scope="session")
-def engine() -> Engine:
-    """The demo model behind the command line's tests; nothing to compile."""
-    return small_engine()
-
-
-@pytest.fixture
-def loaded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """What the command line loads: the same engine each time, with nothing in its cache."""
-    engine.reset_cache()
-    monkeypatch.setattr(EngineOptions, "load", lambda _: engine)
-    return engine

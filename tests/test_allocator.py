@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from radixkv.cache.allocator import TokenToKVPoolAllocator
+from radixkv.cache import allocator as allocator_module
+from radixkv.cache.allocator import TokenToKVPoolAllocator, check_free_list
 from radixkv.errors import ConfigError, InvariantError, OutOfPagesError
 
 
@@ -112,31 +112,31 @@ def test_random_history_agrees_with_a_list_of_counts(seed: int) -> None:
         allocator.check_invariants()
 
 
-def _leak(allocator: TokenToKVPoolAllocator) -> None:
-    allocator._ref_counts[0] = 0
+@pytest.mark.parametrize(
+    ("free", "ref_counts", "message"),
+    [
+        pytest.param([3, 2], [0, 1, 0, 0], "without references", id="a page without references is not free"),
+        pytest.param([3, 2], [1, 1, 0, 1], "without references", id="a page in use is free"),
+        pytest.param([3, 3], [1, 1, 0, 0], "without references", id="a page is free twice"),
+        pytest.param([3], [1, 1, 0, 0], "without references", id="a free page is forgotten"),
+        pytest.param([3, 2], [-1, 1, 0, 0], "negative reference counts", id="a negative count"),
+    ],
+)
+def test_books_that_contradict_each_other_are_found(free: list[int], ref_counts: list[int], message: str) -> None:
+    check_free_list(np.array([3, 2], np.int32), np.array([1, 1, 0, 0], np.int32))
+    with pytest.raises(InvariantError, match=message):
+        check_free_list(np.array(free, np.int32), np.array(ref_counts, np.int32))
 
 
-def _free_in_use(allocator: TokenToKVPoolAllocator) -> None:
-    allocator._ref_counts[3] = 1
-
-
-def _free_twice(allocator: TokenToKVPoolAllocator) -> None:
-    allocator._free[1] = allocator._free[0]
-
-
-def _forget_a_free_page(allocator: TokenToKVPoolAllocator) -> None:
-    allocator._num_free -= 1
-
-
-def _negative_count(allocator: TokenToKVPoolAllocator) -> None:
-    allocator._ref_counts[0] = -1
-
-
-@pytest.mark.parametrize("tamper", [_leak, _free_in_use, _free_twice, _forget_a_free_page, _negative_count])
-def test_check_invariants_finds(tamper: Callable[[TokenToKVPoolAllocator], None]) -> None:
+def test_check_invariants_looks_at_the_allocators_own_books(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[list[int], list[int]]] = []
+    monkeypatch.setattr(
+        allocator_module, "check_free_list", lambda free, counts: seen.append((sorted(free.tolist()), counts.tolist()))
+    )
     allocator = TokenToKVPoolAllocator(4)
-    allocator.alloc(2)
+    taken = allocator.alloc(2)
+    allocator.retain(taken[:1])
     allocator.check_invariants()
-    tamper(allocator)
-    with pytest.raises(InvariantError):
-        allocator.check_invariants()
+    counts = [allocator.ref_count(page) for page in range(4)]
+    assert seen == [([page for page in range(4) if counts[page] == 0], counts)]
+    assert sorted(counts) == [0, 0, 1, 2]

@@ -64,7 +64,7 @@ def test_only_the_second_half_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_growth_is_taken_within_each_round() -> None:
-    growth = tree_growth._growth(Shape.FLAT, "x", [10, 100, 1000], {10: [1, 2, 4], 100: [5, 5, 5], 1000: [3, 4, 4]})
+    growth = tree_growth.growth_of(Shape.FLAT, "x", [10, 100, 1000], {10: [1, 2, 4], 100: [5, 5, 5], 1000: [3, 4, 4]})
     assert growth == Growth(Shape.FLAT, "x", [10, 100, 1000], [2e6, 5e6, 4e6], ratio=2)
 
 
@@ -93,7 +93,7 @@ def test_measuring_leaves_the_tree_as_it_was(shape: Shape, page_size: int) -> No
     before = sequences(grown.tree)
     rows = np.random.default_rng(1).integers(0, 200, 20)
     operations: list[str] = []
-    for measures, _ in tree_growth._stages(rounds=2):
+    for measures, _ in tree_growth.stages(rounds=2):
         for number, measure in enumerate(measures * 2):
             operations += measure(grown, rows, number % 2)
             grown.tree.match_prefix([])  # merges what the last match cut
@@ -118,9 +118,9 @@ def test_probes_of_which_nothing_stays() -> None:
 def test_paths_have_as_many_edges_as_pieces() -> None:
     races = tree_memory.race_copies([1024, 2048], page_size=16, rounds=1, on_round=ignore)
     assert [(race.tokens, race.edges) for race in races] == [(1024, 1), (1024, 2), (2048, 1), (2048, 4)]
-    paths = tree_memory._Paths(2048, 512, 16)
-    for (prompt,) in paths._arguments[: tree_memory.NUM_PATHS]:
-        found = paths._tree.match_prefix(prompt)
+    paths = tree_memory.Paths(2048, 512, 16)
+    for (prompt,) in paths.arguments[: tree_memory.NUM_PATHS]:
+        found = paths.tree.match_prefix(prompt)
         assert (found.length, len(found.page_runs)) == (2048, 4)
 
 

@@ -629,9 +629,9 @@ def test_cache(policy: str, page_size: int) -> None:
 
 @page_sizes
 def test_found_by_hypothesis(page_size: int) -> None:
-    run(TreeMachine, 25, page_size=page_size, policy="lru")
-    run(CacheMachine, 25, page_size=page_size, policy="lru", copies=True)
-    run(CacheMachine, 12, page_size=page_size, policy="lru", copies=False)
+    run(TreeMachine, 10, page_size=page_size, policy="lru")
+    run(CacheMachine, 10, page_size=page_size, policy="lru", copies=True)
+    run(CacheMachine, 5, page_size=page_size, policy="lru", copies=False)
 
 
 @pytest.mark.stress

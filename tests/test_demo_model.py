@@ -294,7 +294,7 @@ def test_interrupted_training_keeps_the_best_checkpoint(
 
     def interrupted(run: Any, _console: object) -> None:
         if checkpoints_first:
-            run._checkpoint()
+            run.checkpoint()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(script.Run, "train", interrupted)

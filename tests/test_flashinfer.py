@@ -398,7 +398,7 @@ def test_lists_of_pages_are_int32(make_case: MakeCase) -> None:
     """FlashInfer reads them as such, whatever they are."""
     case = make_case(SPANS)
     params = case.params(sliding_window=7)
-    starts = flashinfer_backend._first_tokens(case.metadata, 6)
-    lists = flashinfer_backend._page_lists(case.metadata, np.array([1, 3, 7]), starts)
+    starts = flashinfer_backend.first_tokens(case.metadata, 6)
+    lists = flashinfer_backend.page_lists(case.metadata, np.array([1, 3, 7]), starts)
     assert {array.dtype for array in lists} == {np.dtype(np.int32)}
     check(case, make_backend(case, params), params)

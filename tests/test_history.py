@@ -155,7 +155,7 @@ def test_memory_is_bounded_for_single_pages() -> None:
     history = EvictionHistory(80)
     for number in range(1000):
         evict(history, hashes(number), number)
-    assert (len(history), len(history._nodes)) == (10, 10)
+    assert (len(history), history.num_nodes) == (10, 10)
     assert history.find(hashes(990), HERE) is not None
     assert history.find(hashes(989), HERE) is None
 

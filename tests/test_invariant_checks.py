@@ -8,9 +8,11 @@ import pytest
 from sortedcontainers import SortedList
 
 from radixkv import PrefixCache
-from radixkv.cache.tree.node import TreeNode, new_root
+from radixkv.cache.tree.checks import check_tree
+from radixkv.cache.tree.leaf_queue import LeafQueue
+from radixkv.cache.tree.node import Namespace, TreeNode
 from radixkv.errors import InvariantError
-from strategies import WordTree, spell
+from strategies import FakeClock, WordTree, spell
 
 
 class SampleTree:
@@ -35,26 +37,6 @@ def _swap_keys(sample: SampleTree) -> None:
     sample.free.key, sample.other.key = sample.other.key, sample.free.key
 
 
-def _lose_the_queue(sample: SampleTree) -> None:
-    sample.tree._queue._run.in_order.clear()
-
-
-def _queue_a_parent(sample: SampleTree) -> None:
-    sample.tree._queue.add(sample.stem)
-
-
-def _queue_a_stranger(sample: SampleTree) -> None:
-    sample.tree._queue.add(TreeNode(b"", b"", 0, None, 0))
-
-
-def _lose_the_root(sample: SampleTree) -> None:
-    sample.tree._roots[("x", None)] = sample.tree._roots.pop((None, None))
-
-
-def _leave_an_empty_root(sample: SampleTree) -> None:
-    sample.tree._roots["x", None] = new_root(("x", None), 0)
-
-
 def _hang_something_below_a_tail(sample: SampleTree) -> None:
     child = TreeNode(bytes(8), bytes([77, 0, 0, 0]), sample.tail.end + 2, sample.tail, 0)
     sample.tail.children[bytes(8)] = child
@@ -62,10 +44,6 @@ def _hang_something_below_a_tail(sample: SampleTree) -> None:
 
 def _order_wrongly(sample: SampleTree) -> None:
     sample.stem.ordered = SortedList([bytes(8)])
-
-
-def _count_more(name: str, number: int) -> Callable[[SampleTree], None]:
-    return lambda sample: setattr(sample.tree, name, getattr(sample.tree, name) + number)
 
 
 def _set(node: str, name: str, value: object) -> Callable[[SampleTree], None]:
@@ -82,8 +60,6 @@ TREE_CORRUPTIONS: dict[str, tuple[Callable[[SampleTree], object], str]] = {
     "root pinned": (_set("root", "lock_ref", 1), "pinned root"),
     "root with pages": (_set("root", "pages", bytes(4)), "a root with tokens"),
     "root that ends somewhere": (_set("root", "end", 2), "a root with tokens"),
-    "total too large": (_count_more("_total", 4), "counted 7 pages, recorded 8"),
-    "evictable too small": (_count_more("_evictable", -4), "counted 5 evictable pages, recorded 4"),
     "page in two nodes": (lambda s: setattr(s.other, "pages", s.cut.pages), "a page is in two places"),
     "page twice in a node": (lambda s: setattr(s.free, "pages", s.free.pages[:4] * 2), "a page is in two places"),
     "page missing": (_set("free", "pages", b""), "neither whole pages nor a tail"),
@@ -98,13 +74,7 @@ TREE_CORRUPTIONS: dict[str, tuple[Callable[[SampleTree], object], str]] = {
     "merged, but still there": (lambda s: setattr(s.cut, "heir", s.below), "merged, and in the tree"),
     "cut where the tree branches": (_set("stem", "cut", True), "a cut that branches"),
     "children out of order": (_order_wrongly, "ordered wrongly"),
-    "queue emptied": (_lose_the_queue, "queue is not"),
-    "queue forgot a leaf": (lambda s: s.tree._queue.remove(s.free), "queue"),
-    "parent in the queue": (_queue_a_parent, "queue"),
-    "evicted node in the queue": (_queue_a_stranger, "queue is not"),
-    "queue counts too many": (lambda s: setattr(s.tree._queue, "_size", 9), "a queue of 9 holds 3"),
-    "root under another name": (_lose_the_root, "a lost root"),
-    "root without children": (_leave_an_empty_root, "empty or pinned root"),
+    "root without children": (lambda s: s.root.children.clear(), "empty or pinned root"),
 }
 
 
@@ -118,6 +88,59 @@ def test_tree_invariants_find(name: str) -> None:
         sample.tree.check_invariants()
 
 
+class SampleBooks(SampleTree):
+    """A `SampleTree`, and what the tree says of itself: its roots, its queue and its sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.roots: dict[Namespace, TreeNode] = {(None, None): self.root}
+        self.num_pages, self.num_evictable = self.tree.num_pages, self.tree.num_evictable_pages
+        self.queue = LeafQueue(self.tree.policy, FakeClock())
+        for leaf in (self.below, self.free, self.tail):
+            leaf.entry = None  # which was that of the tree's own queue
+            self.queue.add(leaf)
+
+    def check(self) -> None:
+        check_tree(self.tree, self.roots, self.queue, num_pages=self.num_pages, num_evictable=self.num_evictable)
+
+
+class MiscountedQueue(LeafQueue):
+    """A queue that says it holds one leaf more than it does."""
+
+    def __len__(self) -> int:
+        return super().__len__() + 1
+
+
+def _name_the_root_otherwise(books: SampleBooks) -> None:
+    books.roots = {("x", None): books.root}
+
+
+def _count_more(name: str, number: int) -> Callable[[SampleBooks], None]:
+    return lambda books: setattr(books, name, getattr(books, name) + number)
+
+
+BOOK_CORRUPTIONS: dict[str, tuple[Callable[[SampleBooks], object], str]] = {
+    "total too large": (_count_more("num_pages", 1), "counted 7 pages, recorded 8"),
+    "evictable too small": (_count_more("num_evictable", -1), "counted 5 evictable pages, recorded 4"),
+    "queue emptied": (lambda b: setattr(b, "queue", LeafQueue(b.tree.policy, FakeClock())), "queue is not"),
+    "queue forgot a leaf": (lambda b: b.queue.remove(b.free), "wrongly in or out of the queue"),
+    "parent in the queue": (lambda b: b.queue.add(b.stem), "wrongly in or out of the queue"),
+    "evicted node in the queue": (lambda b: b.queue.add(TreeNode(b"", b"", 0, None, 0)), "queue is not"),
+    "queue counts too many": (lambda b: setattr(b.queue, "__class__", MiscountedQueue), "a queue of 4 holds 3"),
+    "root under another name": (_name_the_root_otherwise, "a lost root"),
+}
+
+
+@pytest.mark.parametrize("name", BOOK_CORRUPTIONS)
+def test_what_the_tree_says_of_itself_is_compared_with_its_nodes(name: str) -> None:
+    tamper, message = BOOK_CORRUPTIONS[name]
+    books = SampleBooks()
+    books.check()
+    tamper(books)
+    with pytest.raises(InvariantError, match=message):
+        books.check()
+
+
 class SampleCache:
     """A cache of page size 2 that holds "ab"; one lease pins it and owns another page, and 5 pages are free."""
 
@@ -125,30 +148,71 @@ class SampleCache:
         self.cache = PrefixCache(num_pages=8, page_size=2)
         self.lease = self.cache.acquire(spell("abc", 2))
         self.lease.commit(spell("ab", 2))
-
-    def count(self, page: int, change: int) -> None:
-        """Miscount the references of a page."""
-        self.cache.allocator._ref_counts[page] += change
+        self.tree, self.allocator = self.cache.tree, self.cache.allocator
+        self.pages = self.lease.pages.copy()
 
 
-CACHE_CORRUPTIONS: dict[str, Callable[[SampleCache], object]] = {
-    "the tree's own check": lambda s: setattr(s.cache.tree, "_total", 0),
-    "the allocator's own check": lambda s: s.count(7, 1),
-    "shared page counted once more": lambda s: s.count(s.lease.pages[0], 1),
-    "shared page counted once less": lambda s: s.count(s.lease.pages[0], -1),
-    "page of nobody": lambda s: s.cache.allocator.alloc(1),
-    "own page replaced": lambda s: s.lease.pages.__setitem__(2, s.lease.pages[1]),
-    "pinned by nobody": lambda s: s.cache.tree.inc_lock_ref(s.lease.node),
-    "lock lost": lambda s: s.cache.tree.dec_lock_ref(s.lease.node),
-    "lease forgotten": lambda s: s.cache._leases.discard(s.lease),
+Change = Callable[[SampleCache], object]
+
+# what is done, and what makes it undone
+CACHE_CORRUPTIONS: dict[str, tuple[Change, Change]] = {
+    "shared page counted once more": (
+        lambda s: s.allocator.retain(s.pages[:1]),
+        lambda s: s.allocator.release(s.pages[:1]),
+    ),
+    "shared page counted once less": (
+        lambda s: s.allocator.release(s.pages[:1]),
+        lambda s: s.allocator.retain(s.pages[:1]),
+    ),
+    "page of nobody": (
+        lambda s: setattr(s, "pages", s.allocator.alloc(1)),
+        lambda s: s.allocator.release(s.pages),
+    ),
+    "own page replaced": (
+        lambda s: s.lease.pages.__setitem__(2, s.pages[1]),
+        lambda s: s.lease.pages.__setitem__(2, s.pages[2]),
+    ),
+    "pinned by nobody": (
+        lambda s: s.tree.inc_lock_ref(s.lease.node),
+        lambda s: s.tree.dec_lock_ref(s.lease.node),
+    ),
+    "lock lost": (
+        lambda s: s.tree.dec_lock_ref(s.lease.node),
+        lambda s: s.tree.inc_lock_ref(s.lease.node),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CACHE_CORRUPTIONS)
 def test_cache_invariants_find(name: str) -> None:
+    tamper, undo = CACHE_CORRUPTIONS[name]
     sample = SampleCache()
     sample.cache.check_invariants()
-    CACHE_CORRUPTIONS[name](sample)
+    tamper(sample)
     with pytest.raises(InvariantError):
         sample.cache.check_invariants()
-    sample.lease._closed = True  # its references are wrong by now: nothing to give back
+    undo(sample)
+    sample.cache.check_invariants()
+    sample.lease.release()
+
+
+@pytest.mark.parametrize("part", ["tree", "allocator"])
+def test_cache_invariants_are_those_of_its_parts_too(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong() -> None:
+        raise InvariantError("wrong")
+
+    cache = PrefixCache(num_pages=8, page_size=2)
+    monkeypatch.setattr(getattr(cache, part), "check_invariants", wrong)
+    with pytest.raises(InvariantError, match="wrong"):
+        cache.check_invariants()
+
+
+def test_cache_invariants_find_a_lease_that_was_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = SampleCache()
+    assert sample.cache.open_leases() == [sample.lease]
+    with monkeypatch.context() as patched:
+        patched.setattr(sample.cache, "open_leases", list)
+        with pytest.raises(InvariantError):
+            sample.cache.check_invariants()
+    sample.lease.release()
+    assert sample.cache.open_leases() == []

@@ -352,11 +352,11 @@ def test_stale_entries_stay_in_proportion_to_the_leaves() -> None:
         node = nodes[number * 37 % 100]
         node.state = number * 7919 % 1000
         queue.update(node)
-        assert len(queue._run) <= 2 * len(queue) + SLACK + 1
+        assert queue.num_entries <= 2 * len(queue) + SLACK + 1
     for node in nodes[10:]:
         queue.remove(node)
     queue.update(nodes[0])
-    assert len(queue._run) <= 2 * len(queue) + SLACK + 1
+    assert queue.num_entries <= 2 * len(queue) + SLACK + 1
     assert states(queue, 10) == sorted(node.state for node in nodes[:10])
 
 

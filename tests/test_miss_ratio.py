@@ -217,8 +217,8 @@ def test_memory_is_bounded_under_endless_new_prompts() -> None:
     rng = np.random.default_rng(0)
     for _ in range(2000):
         curve.record(rng.integers(0, 1000, 200).astype(np.int32), SEED)
-        assert len(curve._slot_of) <= 128
-        assert sorted(curve._slot_of.values()) == np.flatnonzero(curve._in_use).tolist()
+        assert curve.num_sampled_blocks <= 128
+        curve.check_invariants()
     assert curve.hit_rate(10_000) < 0.01
 
 

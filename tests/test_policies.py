@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from radixkv import EngineConfig, EvictionPolicy, PrefixCache, RadixTree, TreeNode
 from radixkv.cache.eviction.policies import POLICIES, CostAwarePolicy, LRUPolicy, SLRUPolicy, TTLPolicy, resolve_policy
+from radixkv.cache.eviction.policy import hook
 from radixkv.cache.tree.node import Namespace
 from radixkv.errors import ConfigError, InvalidRequestError
 from strategies import RANKS, FakeClock, WordTree, share, spell
@@ -346,9 +347,9 @@ def test_a_page_that_was_copied_from_counts_as_matched() -> None:
 
 
 def test_hooks_that_are_not_overridden_cost_nothing() -> None:
-    tree = RadixTree(policy="lru")
-    hooks = [tree._on_requested, tree._on_matched, tree._on_added, tree._on_evicted, tree._on_split, tree._on_merged]
-    assert hooks == [None] * 6
+    policy = resolve_policy("lru")
+    names = ["requested", "matched", "added", "evicted", "split", "merged", "group"]
+    assert [hook(policy, name) for name in names] == [None] * 7
 
 
 def test_a_policy_without_a_rank() -> None:

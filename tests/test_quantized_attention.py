@@ -42,13 +42,13 @@ def test_options(backend: str, kv_dtype: str, option: str, page_size: int) -> No
 
 
 # (query heads of a KV head, head_dim). Every pair of a code and a number of rows is a kernel to compile, for seconds.
-# So every code is covered with what other tests compile, 2 and 8 rows, and some with another number.
-GROUPS = [(1, 64), (6, 64), (8, 64), (6, 80), (1, 256)]
+# So every code is covered with what other tests compile: 2 and 8 rows, and 3, as the demo model has, of two codes.
+GROUPS = [(1, 64), (5, 64), (6, 64), (8, 64), (6, 80), (1, 256)]
 GROUPS_OF = {
-    "int8": [(2, 64), (8, 64), (6, 80), (2, 256)],
-    "int4": [(2, 64), (8, 64), (5, 64), (2, 256)],
+    "int8": [(2, 64), (8, 64), (3, 80), (2, 256)],
+    "int4": [(2, 64), (8, 64), (3, 64), (2, 256)],
     "fp8_e4m3": [(2, 64), (8, 80)],
-    "fp8_e5m2": [(1, 64), (8, 64), (1, 256)],
+    "fp8_e5m2": [(2, 64), (8, 64), (2, 256)],
 }
 
 

@@ -6,7 +6,6 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from itertools import cycle, islice
 from typing import ClassVar
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from radixkv import Lease, PrefixCache
 from radixkv.cache.eviction.policies import POLICIES
+from radixkv.cache.eviction.policy import EvictionPolicy
 from radixkv.cache.insight.prefix_hash import namespace_seed, prefix_hashes
 from radixkv.cache.tree.node import Namespace, TreeNode
 from radixkv.errors import OutOfPagesError
@@ -58,27 +58,34 @@ class Serving:
     def __init__(self, page_size: int, policy: str, seed: int) -> None:
         self.rng = random.Random(seed)
         self.now_s = 0.0
+        self.counts = Counter[str]()
         self.page_size = page_size
         self.kv = np.zeros((POOL_TOKENS // page_size, page_size), np.uint64)
         self.cache = PrefixCache(
-            len(self.kv), page_size, policy, copy_page=self.copy_page, clock=lambda: self.now_s, diagnostics=False
+            len(self.kv),
+            page_size,
+            self.counted(policy),
+            copy_page=self.copy_page,
+            clock=lambda: self.now_s,
+            diagnostics=False,
         )
         self.traffic = Traffic(self.rng)
         self.open: list[tuple[Lease, NDArray[np.int32], Namespace]] = []
-        self.counts = Counter[str]()
-        tree = self.cache.tree
-        tree._on_split = self.counted("cuts", tree._on_split)
-        tree._on_merged = self.counted("merges", tree._on_merged)
 
-    def counted(self, name: str, hook: Callable[..., object] | None) -> Callable[[TreeNode, TreeNode], None]:
-        """The policy's `hook`, counted."""
+    def counted(self, policy: str) -> EvictionPolicy:
+        """Return a policy of that name that counts the cuts and merges it is told of."""
+        counts, base = self.counts, POLICIES[policy]
 
-        def told(upper: TreeNode, lower: TreeNode) -> None:
-            self.counts[name] += 1
-            if hook is not None:
-                hook(upper, lower)
+        class Counted(base):  # type: ignore[misc, valid-type]
+            def split(self, upper: TreeNode, lower: TreeNode) -> None:
+                counts["cuts"] += 1
+                super().split(upper, lower)
 
-        return told
+            def merged(self, upper: TreeNode, lower: TreeNode) -> None:
+                counts["merges"] += 1
+                super().merged(upper, lower)
+
+        return Counted()
 
     def copy_page(self, source: int, target: int, num_tokens: int) -> None:
         self.kv[target, :num_tokens] = self.kv[source, :num_tokens]

@@ -130,7 +130,8 @@ def test_an_engine_answers_the_same_whatever_is_set_for_all_of_torch(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_model_is_loaded_and_served_the_same_under_another_default_dtype(dtype: torch.dtype) -> None:
     def text() -> str:
-        engine = Engine.from_pretrained("demo", dtype="bfloat16", kv_cache_tokens=1024)
+        # not Numba's: the demo model's three query heads a KV head in bfloat16 are a kernel that no other test uses
+        engine = Engine.from_pretrained("demo", dtype="bfloat16", kv_cache_tokens=1024, attention_backend="torch")
         return engine.generate("ROMEO:\n" * 8, SamplingParams(max_tokens=8))[0].text
 
     expected = text()

@@ -174,7 +174,7 @@ class FixedFlashInferBackend:
         sequences = np.arange(metadata.num_sequences)
         assert metadata.num_sequences == metadata.num_tokens == self._batch_size, "not the batch that was captured"
         for kind, decode in self._decodes.items():
-            decode.plan(_page_lists(metadata, sequences, _first_tokens(metadata, kind.window_left)))
+            decode.plan(page_lists(metadata, sequences, first_tokens(metadata, kind.window_left)))
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         self.pool.write(layer, slots, k, v)
@@ -223,15 +223,15 @@ class _Plan:
     ) -> None:
         self._decodes, self._extends = decodes, extends
         self._levels = []
-        starts = _first_tokens(metadata, self._kind.window_left)
+        starts = first_tokens(metadata, self._kind.window_left)
         if extends is not None:
             qo_indptr = indptr(metadata.qo_lens[extends.sequences])
-            self._extend.plan(qo_indptr, _page_lists(metadata, extends.sequences, starts), causal=True)
+            self._extend.plan(qo_indptr, page_lists(metadata, extends.sequences, starts), causal=True)
         if decodes is not None:
             if cascade.parts and self._kind.window_left == NO_WINDOW:
                 starts = cascade.private_starts
                 self._levels = self._plan_levels(decodes.sequences, cascade.parts)
-            self._decode.plan(_page_lists(metadata, decodes.sequences, starts))
+            self._decode.plan(page_lists(metadata, decodes.sequences, starts))
 
     def run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty_like(q)
@@ -330,7 +330,7 @@ def _window_left(params: AttentionParams) -> int:
     return NO_WINDOW if params.sliding_window is None else params.sliding_window - 1
 
 
-def _first_tokens(metadata: AttentionMetadata, window_left: int) -> NDArray[np.int32]:
+def first_tokens(metadata: AttentionMetadata, window_left: int) -> NDArray[np.int32]:
     """The first token of each sequence that any of its queries sees. FlashInfer masks by the distance from the end, so
     what lies before can be left out."""
     if window_left == NO_WINDOW:
@@ -339,7 +339,7 @@ def _first_tokens(metadata: AttentionMetadata, window_left: int) -> NDArray[np.i
     return first
 
 
-def _page_lists(metadata: AttentionMetadata, sequences: NDArray[np.intp], starts: NDArray[np.int32]) -> PageLists:
+def page_lists(metadata: AttentionMetadata, sequences: NDArray[np.intp], starts: NDArray[np.int32]) -> PageLists:
     """The pages of `sequences` from those on that hold their tokens `starts` (of the whole batch). O(pages)."""
     first = metadata.kv_indptr[sequences] + starts[sequences] // metadata.page_size
     last = metadata.kv_indptr[sequences + 1]

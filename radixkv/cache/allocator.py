@@ -84,11 +84,18 @@ class TokenToKVPoolAllocator:
 
     def check_invariants(self) -> None:
         """Prove the invariant of the class docstring. O(num_pages). Raises: InvariantError."""
-        free = np.sort(self._free[: self._num_free])
-        without_references = np.flatnonzero(self._ref_counts == 0)
-        if not np.array_equal(free, without_references):
-            raise InvariantError(
-                f"free list {free.tolist()} differs from the pages without references {without_references.tolist()}"
-            )
-        if self._ref_counts.min() < 0:
-            raise InvariantError(f"negative reference counts: {self._ref_counts.tolist()}")
+        check_free_list(self._free[: self._num_free], self._ref_counts)
+
+
+def check_free_list(free: NDArray[np.int32], ref_counts: NDArray[np.int32]) -> None:
+    """Prove that `free` lists the pages whose count is 0, each once, and that no count is negative. O(pages log pages).
+
+    Raises: InvariantError.
+    """
+    without_references = np.flatnonzero(ref_counts == 0)
+    if not np.array_equal(np.sort(free), without_references):
+        raise InvariantError(
+            f"free list {sorted(free.tolist())} differs from the pages without references {without_references.tolist()}"
+        )
+    if ref_counts.min() < 0:
+        raise InvariantError(f"negative reference counts: {ref_counts.tolist()}")

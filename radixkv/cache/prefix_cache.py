@@ -394,10 +394,14 @@ class PrefixCache:
         """The cache's clock of uses: a node's `last_access` is the tick of its last one."""
         return self.tree.tick
 
+    def open_leases(self) -> list[Lease]:
+        """The leases that were not released yet, in no order. O(leases)."""
+        return list(self._leases)
+
     def check_invariants(self) -> None:
         """Prove every invariant of the class docstring. O(num_pages + tokens). Raises: InvariantError."""
         self._reap()
-        check_cache(self.tree, self.allocator, self.residency, self._leases)
+        check_cache(self.tree, self.allocator, self.residency, self.open_leases())
 
     def _estimated_hit_rates(self) -> tuple[SizeEstimate, ...]:
         if self._diagnostics is None:

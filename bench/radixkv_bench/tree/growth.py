@@ -248,7 +248,7 @@ def grow(leaves: Sequence[int], page_size: int, rounds: int, on_built: OnStep, o
     trees = [GrownTree(shape, size, page_size, stock, on_built) for shape in Shape for size in leaves]
     times: dict[tuple[Shape, str], dict[int, list[float]]] = {}
     rng = np.random.default_rng(SEED)
-    for measures, repeats in _stages(rounds):
+    for measures, repeats in stages(rounds):
         for number in range(repeats):
             for measure, grown in product(measures, trees if number % 2 == 0 else trees[::-1]):
                 rows = rng.integers(0, grown.num_leaves, 2 * calls)
@@ -257,22 +257,22 @@ def grow(leaves: Sequence[int], page_size: int, rounds: int, on_built: OnStep, o
                     by_size.setdefault(grown.num_leaves, []).append(seconds)
             on_round(1)
     return [
-        _growth(shape, operation, leaves, times[shape, operation]) for shape, operation in product(Shape, OPERATIONS)
+        growth_of(shape, operation, leaves, times[shape, operation]) for shape, operation in product(Shape, OPERATIONS)
     ]
 
 
 def num_rounds(rounds: int) -> int:
     """How many rounds `grow` tells of."""
-    return sum(repeats for _, repeats in _stages(rounds))
+    return sum(repeats for _, repeats in stages(rounds))
 
 
-def _stages(rounds: int) -> list[tuple[tuple[Measure, ...], int]]:
+def stages(rounds: int) -> list[tuple[tuple[Measure, ...], int]]:
     """What is timed one after the other, and how often."""
     matches = (_match, _match_in_part, _miss, _lock)
     return [((_evict_unmatched,), rounds), (matches, rounds), ((_first_evict,), 1), ((_evict_and_insert,), rounds)]
 
 
-def _growth(shape: Shape, operation: str, leaves: Sequence[int], by_size: dict[int, list[float]]) -> Growth:
+def growth_of(shape: Shape, operation: str, leaves: Sequence[int], by_size: dict[int, list[float]]) -> Growth:
     smallest, largest = by_size[leaves[0]], by_size[leaves[-1]]
     ratio = median(large / small for small, large in zip(smallest, largest, strict=True))
     return Growth(shape, operation, list(leaves), [median(by_size[size]) * 1e6 for size in leaves], ratio)

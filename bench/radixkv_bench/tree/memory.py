@@ -89,7 +89,7 @@ def race_copies(lengths: Sequence[int], page_size: int, rounds: int, on_round: O
 
     Both go through the same few prompts again and again: they come from the processor's caches as far as they fit.
     """
-    paths = [_Paths(length, edge, page_size) for length in lengths for edge in (length, EDGE_TOKENS)]
+    paths = [Paths(length, edge, page_size) for length in lengths for edge in (length, EDGE_TOKENS)]
     times: list[list[tuple[float, float]]] = [[] for _ in paths]
     for number in range(rounds):
         for index in range(len(paths))[:: 1 if number % 2 == 0 else -1]:
@@ -107,24 +107,24 @@ def race_copies(lengths: Sequence[int], page_size: int, rounds: int, on_round: O
     ]
 
 
-class _Paths:
+class Paths:
     """A tree of a few long prompts, inserted piece by piece."""
 
     def __init__(self, tokens: int, edge_tokens: int, page_size: int) -> None:
         self.tokens, self.edge_tokens = tokens, edge_tokens
-        self._tree = RadixTree(page_size)
+        self.tree = RadixTree(page_size)
         prompts = list(random_rows(np.random.default_rng(SEED), NUM_PATHS, tokens))
         for number, prompt in enumerate(prompts):
             pages = np.arange(tokens // page_size, dtype=np.int32) + np.int32(number * tokens // page_size)
             for end in range(edge_tokens, tokens + 1, edge_tokens):
-                self._tree.insert(prompt[:end], pages[: end // page_size])
+                self.tree.insert(prompt[:end], pages[: end // page_size])
         repeats = max(1, RACED_TOKENS // (tokens * NUM_PATHS))
-        self._arguments = [(prompt,) for prompt in prompts] * (2 * repeats)
+        self.arguments = [(prompt,) for prompt in prompts] * (2 * repeats)
 
     def race(self) -> tuple[float, float]:
         """Seconds that a match and a copy take."""
-        match_s = seconds_a_call(self._tree.match_prefix, self._arguments)
-        return match_s, seconds_a_call(np.ndarray.copy, self._arguments)
+        match_s = seconds_a_call(self.tree.match_prefix, self.arguments)
+        return match_s, seconds_a_call(np.ndarray.copy, self.arguments)
 
 
 # -- bytes -----------------------------------------------------------------------------------------------------------

@@ -159,6 +159,11 @@ class AdaptivePolicy(EvictionPolicy):
     Cost: O(kinds) for each eviction, O(1) for each node a match comes through, and some 0.5 ms for every 128 requests.
     Memory: about 0.2 kB a node, and 0.5 kB for each evicted node, of which it remembers as many as have four times the
     tokens that were in the tree at most of late, and 65,536 at most.
+
+    Attributes:
+        table: what was learned of reuse, for each kind and age.
+        shadow: what an LRU cache of the same size would hold.
+        ghosts: evicted nodes that are still watched.
     """
 
     name = "adaptive"
@@ -168,8 +173,8 @@ class AdaptivePolicy(EvictionPolicy):
     def __init__(self) -> None:
         self.follows_lru = True
         self._has_learned = False
-        self._table = ReuseTable(NUM_KINDS)
-        self._shadow = LRUShadow()
+        self.table = ReuseTable(NUM_KINDS)
+        self.shadow = LRUShadow()
         self._price = 0.0
         self._num_requests = self._last_lesson = 0
         self._next_lesson = FIRST_LESSON
@@ -180,7 +185,7 @@ class AdaptivePolicy(EvictionPolicy):
 
     def bind(self, tree: RadixTree) -> None:
         super().bind(tree)
-        self._ghosts = Ghosts(tree.page_size)
+        self.ghosts = Ghosts(tree.page_size)
 
     @property
     def lead(self) -> float:
@@ -192,10 +197,10 @@ class AdaptivePolicy(EvictionPolicy):
     def group(self, node: TreeNode) -> int:
         record: Record = node.state
         if record.is_watched and record.last_use != node.last_access:  # the request that matched it inserted, too
-            self._table.end(record, self.tree.tick, reused=False)
+            self.table.end(record, self.tree.tick, reused=False)
             record.describe(record.turn, record.uses, is_rest=False)
         if not record.is_watched:
-            self._table.watch(record, node.last_access, self.tree.tick)
+            self.table.watch(record, node.last_access, self.tree.tick)
         return record.kind
 
     def urgency(self, node: TreeNode) -> float:
@@ -216,19 +221,19 @@ class AdaptivePolicy(EvictionPolicy):
         self._room = max(self.tree.total_size, self._room * _DUEL_FADE)
         self._num_requests += 1
         if self._num_requests == self._next_lesson:
-            self._table.discount(0.5 ** ((self._num_requests - self._last_lesson) / HALF_LIFE))
+            self.table.discount(0.5 ** ((self._num_requests - self._last_lesson) / HALF_LIFE))
             self._last_lesson = self._num_requests
             self._next_lesson += min(LESSON_EVERY, self._num_requests)
-            if self._has_learned or self._table.num_reuses >= MIN_REUSES:
+            if self._has_learned or self.table.num_reuses >= MIN_REUSES:
                 self._has_learned = True
                 self._learn(self.tree.tick)
 
     def matched(self, node: TreeNode) -> None:
         record: Record = node.state
-        if not self._shadow.use(record):
+        if not self.shadow.use(record):
             self._ahead += min(node.end, self._matched_tokens) - (node.end - node.num_tokens)
         if record.is_watched:
-            self._table.end(record, self.tree.tick, reused=True)
+            self.table.end(record, self.tree.tick, reused=True)
         record.describe(record.turn, record.uses + 1, is_rest=False)
 
     def added(self, node: TreeNode) -> None:
@@ -238,13 +243,13 @@ class AdaptivePolicy(EvictionPolicy):
             record = Record(node.parent.namespace, node.num_tokens, 1, 0, is_rest=False)
         else:
             if parent.is_watched:  # it is no leaf any more
-                self._table.end(parent, self.tree.tick, reused=False)
+                self.table.end(parent, self.tree.tick, reused=False)
             turn = parent.turn + (parent.uses > 0)  # else the same request goes on
             record = Record(parent.namespace, node.num_tokens, turn, 0, is_rest=False)
         self._revive(node, record)
         node.state = record
-        self._shadow.use(record)
-        self._shadow.shrink(self.tree.total_size)
+        self.shadow.use(record)
+        self.shadow.shrink(self.tree.total_size)
 
     def evicted(self, node: TreeNode) -> None:
         record: Record = node.state
@@ -253,24 +258,24 @@ class AdaptivePolicy(EvictionPolicy):
             return
         age = self.tree.tick - node.last_access
         self._price += PRICE_RATE * (self._density[record.kind][bin_of(age)] - self._price)
-        older = self._ghosts.add(node.end - node.num_tokens, node.key, record)
+        older = self.ghosts.add(node.end - node.num_tokens, node.key, record)
         if older is not None:
             self._forget(older)
         most_tokens = GHOST_SHARE * max(self._room, self.tree.total_size)
-        while self._ghosts.num_tokens > most_tokens or len(self._ghosts) > MAX_GHOSTS:
-            self._forget(self._ghosts.pop_oldest())
+        while self.ghosts.num_tokens > most_tokens or len(self.ghosts) > MAX_GHOSTS:
+            self._forget(self.ghosts.pop_oldest())
 
     def split(self, upper: TreeNode, lower: TreeNode) -> None:
         record: Record = upper.state
         is_rest = not lower.children
         lower.state = rest = Record(record.namespace, lower.num_tokens, record.turn, record.uses, is_rest=is_rest)
-        was_cached = self._shadow.discard(record)
+        was_cached = self.shadow.discard(record)
         record.num_tokens = upper.num_tokens
         if record.is_watched:  # by an insert: it is no leaf any more
-            self._table.end(record, self.tree.tick, reused=True)
+            self.table.end(record, self.tree.tick, reused=True)
         if was_cached:
-            self._shadow.use(rest)
-            self._shadow.use(record)
+            self.shadow.use(rest)
+            self.shadow.use(record)
 
     def merged(self, upper: TreeNode, lower: TreeNode) -> None:
         record: Record = upper.state
@@ -278,15 +283,15 @@ class AdaptivePolicy(EvictionPolicy):
         self._forget(rest)
         if not rest.is_rest:  # what evicts first is the end of the path, so its kind holds
             record.describe(rest.turn, rest.uses, is_rest=False)
-        was_cached = self._shadow.discard(record)
+        was_cached = self.shadow.discard(record)
         record.num_tokens += rest.num_tokens
         if was_cached:
-            self._shadow.use(record)
+            self.shadow.use(record)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _learn(self, tick: int) -> None:
-        worth = worth_of(self._table.hazards(tick), PRICE_SHARE * self._price)
+        worth = worth_of(self.table.hazards(tick), PRICE_SHARE * self._price)
         self._density: list[list[float]] = worth.density.tolist()  # lists, since they are read one by one
         self._surplus: list[list[float]] = worth.surplus.tolist()
 
@@ -295,20 +300,20 @@ class AdaptivePolicy(EvictionPolicy):
         start, end = node.end - node.num_tokens, node.end
         position = start
         while position < end:
-            ghost = self._ghosts.pop(record.namespace, position, node.key, (position - start) * TOKEN_BYTES)
+            ghost = self.ghosts.pop(record.namespace, position, node.key, (position - start) * TOKEN_BYTES)
             if ghost is None:
                 return
             position += ghost.num_tokens
-            if self._shadow.discard(ghost):
+            if self.shadow.discard(ghost):
                 self._ahead -= ghost.num_tokens - max(0, position - end)
             record.describe(max(record.turn, ghost.turn + (position < end)), ghost.uses + 1, is_rest=False)
             if ghost.is_watched:
-                self._table.end(ghost, self.tree.tick, reused=True)
+                self.table.end(ghost, self.tree.tick, reused=True)
 
     def _forget(self, record: Record) -> None:
         if record.is_watched:
-            self._table.end(record, self.tree.tick, reused=False)
-        self._shadow.discard(record)
+            self.table.end(record, self.tree.tick, reused=False)
+        self.shadow.discard(record)
 
 
 _DUEL_FADE = 0.5 ** (1 / DUEL_HALF_LIFE)

@@ -132,14 +132,14 @@ class ReuseTable:
         little, to fall with the root of the age, since LRU is right more often than not.
         """
         reuses = self._by_kind(self._reuses)
-        exposure = self._exposure(tick)
+        exposure = self.exposure(tick)
         expected = 1 / np.sqrt(EDGES + WIDTHS / 2)
         expected *= (reuses.sum() + 1) / ((exposure * expected).sum() + 1)
         pool = (reuses.sum(axis=0) + self.pool_prior) / (exposure.sum(axis=0) + self.pool_prior / expected)
         hazards: Floats = (reuses + self.kind_prior) / (exposure + self.kind_prior / pool)
         return hazards
 
-    def _exposure(self, tick: int) -> Floats:
+    def exposure(self, tick: int) -> Floats:
         """The ticks that were spent waiting in each bin of ages, [kinds, bins]."""
         ages = np.maximum(tick - self._first_tick - (np.arange(NUM_EPOCHS) + 0.5) * self._epoch_ticks, 0)
         bins = np.searchsorted(EDGES, ages, side="right") - 1

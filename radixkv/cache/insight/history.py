@@ -89,6 +89,11 @@ class EvictionHistory:
         """How many pages it remembers."""
         return self._num_recorded - self._oldest_page
 
+    @property
+    def num_nodes(self) -> int:
+        """How many evicted nodes the pages that it remembers were in."""
+        return len(self._nodes)
+
     def record(
         self,
         hashes: NDArray[np.uint64],

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from radixkv.cache.insight.prefix_hash import prefix_hashes
 from radixkv.config.checks import checked_int
-from radixkv.errors import InvalidRequestError
+from radixkv.errors import InvalidRequestError, InvariantError
 
 _SPARE = 0.9  # of the sample covers `max_tokens`, so that chance leaves none of it uncovered
 
@@ -101,6 +101,17 @@ class MissRatioCurve:
     def insert(self, tokens: NDArray[np.int32], seed: int) -> None:
         """`tokens` are cached from now on, though not all were asked for: a prompt and its answer. As `record`."""
         self._use(self._sample(tokens, seed)[1])
+
+    @property
+    def num_sampled_blocks(self) -> int:
+        """Blocks in memory: 2 * `sample_blocks` at most."""
+        return len(self._slot_of)
+
+    def check_invariants(self) -> None:
+        """Prove that each sampled block has a place in the row, and no place is another's. Raises: InvariantError."""
+        in_use = self._in_use.nonzero()[0].tolist()
+        if sorted(self._slot_of.values()) != in_use:
+            raise InvariantError(f"blocks stand at {sorted(self._slot_of.values())}, and {in_use} are in use")
 
     def clear(self) -> None:
         """Every cache, of whatever size, was emptied. The counts stay. O(sample_blocks)."""

@@ -102,6 +102,11 @@ class LeafQueue:
     def __len__(self) -> int:
         return self._size
 
+    @property
+    def num_entries(self) -> int:
+        """Entries in memory, stale ones among them. O(groups)."""
+        return sum(len(run) for run in self._runs())
+
     def __iter__(self) -> Iterator[TreeNode]:
         """The leaves; within a group the next to be evicted comes first. O(leaves log leaves)."""
         for run in self._runs():
