@@ -215,6 +215,19 @@ def test_a_fixed_batch_is_padded(batch_size: int) -> None:
     assert (out[2:] == 0).all()
 
 
+def test_a_graph_plan_stores_kv_where_its_slots_say_by_then() -> None:
+    decodes = case([(0, 1), (20, 21)], num_q_heads=2, num_kv_heads=1)
+    backend = TritonBackend(decodes.pool("nhd"), decodes.needs(decodes.params()))
+    slots = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    plan = backend.graph_plan(slots, max_pages=20)
+    plan.update(decodes.metadata)
+    slots.copy_(decodes.metadata.slots)
+    k, v = torch.ones(2, 1, 16, device=DEVICE), torch.full((2, 1, 16), 2.0, device=DEVICE)
+    plan.store_kv(0, k, v)
+    assert torch.equal(backend.pool.k[0].flatten(0, 1)[slots], k)
+    assert torch.equal(backend.pool.v[0].flatten(0, 1)[slots], v)
+
+
 def without_first(metadata: AttentionMetadata) -> AttentionMetadata:
     """A batch of decodes without its first."""
     ends = metadata.kv_indptr[1:]
