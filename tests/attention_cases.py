@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from radixkv.attention.backend import AttentionBackend, AttentionNeeds, AttentionParams, LayerAttention, choose_backend
+from radixkv.attention.backend import AttentionNeeds, AttentionParams, AttentionPlan, LayerAttention, choose_backend
 from radixkv.attention.metadata import AttentionMetadata, PathNode, SequenceSpan, build_metadata
 from radixkv.kernels.torch_reference import paged_attention
 from radixkv.memory.kv_pool import KVPool
@@ -98,13 +98,11 @@ class Case:
         pool.write(0, slots, self.k[slots.cpu()].to(self.device), self.v[slots.cpu()].to(self.device))
         return pool
 
-    def backend(self, name: str, params: AttentionParams) -> AttentionBackend:
-        """The backend, planned for the batch. Raises: UnsupportedBackendError."""
+    def plan(self, name: str, params: AttentionParams) -> AttentionPlan:
+        """The backend's plan for the batch. Raises: UnsupportedBackendError."""
         needs = self.needs(params)
-        spec = choose_backend(name, needs)
-        backend = spec.make(self.pool(spec.layout(needs)), needs)
-        backend.plan(self.metadata)
-        return backend
+        backend_class = choose_backend(name, needs)
+        return backend_class(self.pool(backend_class.layout(needs)), needs).plan(self.metadata)
 
     def kept(self) -> tuple[Tensor, Tensor]:
         """K and V as the pool keeps them, [pages, page_size, heads, dim] in float64."""
@@ -134,7 +132,7 @@ class Case:
 
     def check(self, name: str, params: AttentionParams, tolerance: float | None = None) -> None:
         """The backend's output is the reference's."""
-        found = self.backend(name, params).run(0, self.q, params)
+        found = self.plan(name, params).attend(0, self.q, params)
         tolerance = tolerance or TOLERANCE[self.dtype]
         torch.testing.assert_close(found.double().cpu(), self.expected(params), rtol=0, atol=tolerance)
 

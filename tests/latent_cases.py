@@ -34,8 +34,7 @@ class LatentCase(Case):
 
     def compare(self, backend: AttentionBackend, params: AttentionParams) -> Tensor:
         """Plan, run, and see that the output is the reference's."""
-        backend.plan(self.metadata)
-        found = backend.run(0, self.q, params)
+        found = backend.plan(self.metadata).attend(0, self.q, params)
         assert found.dtype == self.dtype
         torch.testing.assert_close(
             found.double().cpu(), self.expected(params), rtol=0, atol=TOLERANCE.get(self.dtype, 1e-12)

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from attention_cases import Case, Spans
-from radixkv.attention.backend import AttentionParams, choose_backend, why_not
+from radixkv.attention.backend import (
+    AttentionParams,
+    backend_names,
+    choose_backend,
+    register_backend,
+    register_backend_path,
+    unregister_backend,
+    why_not,
+)
 from radixkv.attention.numba_backend import break_even
 from radixkv.attention.shared_prefix import BreakEven, plan_cascade
+from radixkv.attention.torch_backend import TorchBackend
 from radixkv.errors import UnsupportedBackendError
 
 SPANS = [(0, 1), (0, 13), (20, 21), (37, 38), (15, 33), (16, 17), (31, 32), (3, 40)]  # [first, last) of each sequence
@@ -150,3 +163,78 @@ def test_a_backend_that_cannot_serve_says_what_can() -> None:
     with pytest.raises(UnsupportedBackendError, match="unknown attention backend 'best'; there are auto, "):
         choose_backend("best", needs)
     assert choose_backend("auto", needs).name == "torch"
+
+
+# -- the registry ----------------------------------------------------------------------------------------------------
+
+
+def test_a_backend_is_imported_when_it_is_asked_for() -> None:
+    code = (
+        "import sys, torch\n"
+        "from attention_cases import Case\n"
+        "from radixkv.attention.backend import backend_names, choose_backend\n"
+        "case = Case([(0, 3)])\n"
+        "assert 'triton' in backend_names()\n"
+        "assert choose_backend('torch', case.needs(case.params())).name == 'torch'\n"
+        "loaded = [name for name in sys.modules if name.endswith('_backend') and name.startswith('radixkv.')]\n"
+        "assert loaded == ['radixkv.attention.torch_backend'], loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True, timeout=120)
+
+
+@pytest.fixture
+def registered() -> Iterator[list[str]]:
+    """Names of backends to forget after the test."""
+    names: list[str] = []
+    yield names
+    for name in names:
+        unregister_backend(name)
+
+
+def test_a_backend_of_ones_own_is_registered_as_a_class(registered: list[str]) -> None:
+    class Mine(TorchBackend):
+        name = "mine"
+
+    registered.append("mine")
+    register_backend(Mine)
+    case = Case(SPANS[:3])
+    assert backend_names()[-1] == "mine"
+    assert choose_backend("mine", case.needs(case.params())) is Mine
+    case.check("mine", case.params())
+
+
+@pytest.mark.parametrize(
+    "path", ["no_such_package.backend:Mine", "radixkv.attention.torch_backend:Mine", "torch_backend", ":Mine"]
+)
+def test_a_path_that_leads_to_no_class_is_named_when_it_is_asked_for(registered: list[str], path: str) -> None:
+    registered.append("astray")
+    register_backend_path("astray", path)
+    case = Case(SPANS[:3])
+    needs = case.needs(case.params())
+    assert choose_backend("auto", needs).name == "numba", "nobody asked for the other"
+    with pytest.raises(UnsupportedBackendError, match=f"'astray' cannot be imported from '{path}' "):
+        choose_backend("astray", needs)
+
+
+def test_a_backend_whose_package_is_not_installed_is_not_imported(registered: list[str]) -> None:
+    registered.append("elsewhere")
+    register_backend_path("elsewhere", "no_such_package.backend:Mine", requires="no_such_package")
+    case = Case(SPANS[:3])
+    assert why_not("elsewhere", case.needs(case.params())) == "needs no_such_package, which is not installed"
+
+
+# -- plans -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["numba", "torch", "reference"])
+def test_a_plan_stores_the_kv_of_its_tokens_and_attends_over_it(name: str) -> None:
+    case = Case([(0, 5), (20, 21), (15, 33)])
+    params = case.params()
+    backend_class = choose_backend(name, case.needs(params))
+    pool = case.pool(backend_class.layout(case.needs(params)))
+    slots = case.metadata.slots
+    plan = backend_class(pool, case.needs(params)).plan(case.metadata)
+    pool.write(0, slots, *(torch.full_like(x[slots], torch.nan) for x in (case.k, case.v)))
+    assert plan.attend(0, case.q, params).isnan().any()
+    plan.store_kv(0, case.k[slots], case.v[slots])
+    torch.testing.assert_close(plan.attend(0, case.q, params).double(), case.expected(params), rtol=0, atol=2e-6)

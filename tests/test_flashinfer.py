@@ -18,8 +18,9 @@ from torch import Tensor
 import fake_flashinfer
 from attention_cases import TOLERANCE, Case
 from radixkv.attention import flashinfer_backend
-from radixkv.attention.backend import AttentionNeeds, AttentionParams, LayerAttention
+from radixkv.attention.backend import AttentionNeeds, AttentionParams, GraphPlan, LayerAttention
 from radixkv.attention.flashinfer_backend import FlashInferBackend
+from radixkv.attention.flashinfer_plan import first_tokens, page_lists
 from radixkv.attention.metadata import AttentionMetadata, SequenceSpan, build_metadata
 from radixkv.attention.shared_prefix import BreakEven
 from radixkv.engine.gpu_sampling import sampling_kernels
@@ -71,8 +72,7 @@ def make_backend(case: Case, params: AttentionParams, **options: Any) -> FlashIn
 
 
 def check(case: Case, backend: FlashInferBackend, params: AttentionParams) -> None:
-    backend.plan(case.metadata)
-    compare(case, backend.run(0, case.q, params), params)
+    compare(case, backend.plan(case.metadata).attend(0, case.q, params), params)
 
 
 def compare(case: Case, found: Tensor, params: AttentionParams) -> None:
@@ -125,9 +125,9 @@ def test_a_batch_after_another(make_case: MakeCase) -> None:
     alone = build_metadata(
         [SequenceSpan(37, 38, table[0]), SequenceSpan(0, 1, table[1])], page_size=16, device=case.device
     )
-    backend.plan(alone)
+    plan = backend.plan(alone)
     rows = metadata.qo_indptr[[3, 0]]
-    found = backend.run(0, q[rows], case.params())
+    found = plan.attend(0, q[rows], case.params())
     torch.testing.assert_close(found.double().cpu(), case.expected(case.params())[rows], rtol=0, atol=4e-3)
 
 
@@ -165,7 +165,7 @@ def test_write_then_run(make_case: MakeCase) -> None:
     k, v = (x[slots.cpu()].to(case.device) for x in (case.k, case.v))
     for pages in (backend.pool.k[0], backend.pool.v[0]):
         pages.flatten(0, 1)[slots] = math.nan
-    backend.write(0, slots, k, v)
+    backend.plan(case.metadata).store_kv(0, k, v)
     check(case, backend, case.params())
 
 
@@ -247,9 +247,9 @@ def test_layers_of_several_kinds(make_case: MakeCase, monkeypatch: pytest.Monkey
         pool.k[layer].copy_(filled.k[0])
         pool.v[layer].copy_(filled.v[0])
     backend = FlashInferBackend(pool, needs, break_even=ALWAYS)
-    backend.plan(case.metadata)
+    plan = backend.plan(case.metadata)
     for layer, params in enumerate(all_params):
-        compare(case, backend.run(layer, case.q, params), params)
+        compare(case, plan.attend(layer, case.q, params), params)
     assert backend.num_layers == 3
     for graph_bytes, pays in ((5461, True), (5462, False)):  # 32 tokens of 512 bytes, in one layer of three
         monkeypatch.setattr(flashinfer_backend, "GRAPH_BYTES", graph_bytes)
@@ -274,6 +274,10 @@ def some_decodes(metadata: AttentionMetadata, first: int, last: int) -> Attentio
     )
 
 
+def graph_plan(backend: FlashInferBackend, batch_size: int, max_pages: int) -> GraphPlan:
+    return backend.graph_plan(torch.zeros(batch_size, dtype=torch.int64, device=backend.pool.device), max_pages)
+
+
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 7, "softcap": 3.0}])
 @pytest.mark.parametrize("num_q_heads", [4, 14])
 def test_fixed_sizes_share_buffers(make_case: MakeCase, options: dict[str, Any], num_q_heads: int) -> None:
@@ -281,34 +285,33 @@ def test_fixed_sizes_share_buffers(make_case: MakeCase, options: dict[str, Any],
     params = case.params(**options)
     expected = case.expected(params)
     backend = make_backend(case, params)
-    siblings = {size: backend.fixed(size, max_pages=20) for size in (4, 2, 1)}
+    siblings = {size: graph_plan(backend, size, max_pages=20) for size in (4, 2, 1)}
     for first, last in ((0, 4), (0, 1), (2, 4), (1, 5), (4, 6), (5, 6), (2, 6)):
         sibling = siblings[last - first]
-        sibling.plan(some_decodes(case.metadata, first, last))
-        found = sibling.run(0, case.q[first:last], params)
+        sibling.update(some_decodes(case.metadata, first, last))
+        found = sibling.attend(0, case.q[first:last], params)
         torch.testing.assert_close(found.double().cpu(), expected[first:last], rtol=0, atol=4e-3)
-    assert siblings[1].num_layers == 1
     assert fake_flashinfer.calls.count("fast plan") in (4, 0), "none in the real one"
 
 
 def test_a_larger_size_leaves_the_smaller_ones_alone(make_case: MakeCase) -> None:
     case = make_case(DECODES)
     backend = make_backend(case, case.params())
-    small, large = backend.fixed(2, max_pages=20), backend.fixed(4, max_pages=30)
-    small.plan(some_decodes(case.metadata, 0, 2))
-    large.plan(case.metadata)
+    small, large = graph_plan(backend, 2, max_pages=20), graph_plan(backend, 4, max_pages=30)
+    small.update(some_decodes(case.metadata, 0, 2))
+    large.update(case.metadata)
     for size, sibling in ((2, small), (4, large)):
-        found = sibling.run(0, case.q[:size], case.params())
+        found = sibling.attend(0, case.q[:size], case.params())
         torch.testing.assert_close(found.double().cpu(), case.expected(case.params())[:size], rtol=0, atol=4e-3)
 
 
 def test_fixed_takes_only_its_own_batch(make_case: MakeCase) -> None:
     case = make_case(DECODES)
-    fixed = make_backend(case, case.params()).fixed(2, max_pages=20)
+    fixed = graph_plan(make_backend(case, case.params()), 2, max_pages=20)
     with pytest.raises(AssertionError, match="captured"):
-        fixed.plan(case.metadata)
+        fixed.update(case.metadata)
     with pytest.raises(AssertionError, match="captured"):
-        fixed.plan(make_case([(0, 1), (3, 5)]).metadata)
+        fixed.update(make_case([(0, 1), (3, 5)]).metadata)
 
 
 def test_fixed_writes_to_the_same_pool(make_case: MakeCase) -> None:
@@ -316,7 +319,7 @@ def test_fixed_writes_to_the_same_pool(make_case: MakeCase) -> None:
     backend = make_backend(case, case.params())
     slots = case.metadata.slots
     k = torch.ones(len(slots), 2, 64, dtype=torch.float16, device=case.device)
-    backend.fixed(4, max_pages=20).write(0, slots, k, k)
+    backend.graph_plan(slots, max_pages=20).store_kv(0, k, k)
     assert bool((backend.pool.v[0].flatten(0, 1)[slots] == 1).all())
 
 
@@ -398,7 +401,7 @@ def test_lists_of_pages_are_int32(make_case: MakeCase) -> None:
     """FlashInfer reads them as such, whatever they are."""
     case = make_case(SPANS)
     params = case.params(sliding_window=7)
-    starts = flashinfer_backend.first_tokens(case.metadata, 6)
-    lists = flashinfer_backend.page_lists(case.metadata, np.array([1, 3, 7]), starts)
+    starts = first_tokens(case.metadata, 6)
+    lists = page_lists(case.metadata, np.array([1, 3, 7]), starts)
     assert {array.dtype for array in lists} == {np.dtype(np.int32)}
     check(case, make_backend(case, params), params)

@@ -18,7 +18,7 @@ import torch
 import fake_flashinfer_mla
 from latent_cases import LatentCase
 from radixkv.attention import flashinfer_mla_backend
-from radixkv.attention.backend import AttentionNeeds, AttentionParams, GraphableBackend, LayerAttention
+from radixkv.attention.backend import AttentionNeeds, AttentionParams, GraphableBackend, GraphPlan, LayerAttention
 from radixkv.attention.flashinfer_mla_backend import FlashInferLatentBackend
 from radixkv.attention.metadata import AttentionMetadata, SequenceSpan, build_metadata
 from radixkv.kernels.flashinfer_mla import load
@@ -88,9 +88,9 @@ def test_a_batch_after_another(make_case: MakeCase) -> None:
     params = case.params()
     backend = make_backend(case, params)
     case.compare(backend, params)
-    backend.plan(some_sequences(case.metadata, [3, 0]))
+    plan = backend.plan(some_sequences(case.metadata, [3, 0]))
     rows = case.metadata.qo_indptr[[3, 0]]
-    found = backend.run(0, case.q[rows], params)
+    found = plan.attend(0, case.q[rows], params)
     torch.testing.assert_close(found.double().cpu(), case.expected(params)[rows], rtol=0, atol=3e-2)
 
 
@@ -103,13 +103,13 @@ def test_layers_of_several_scales(make_case: MakeCase) -> None:
     for k in pool.k:
         k.copy_(case.latent_pool().k[0])
     backend = FlashInferLatentBackend(pool, needs)
-    backend.plan(case.metadata)
+    plan = backend.plan(case.metadata)
     for layer, params in enumerate(all_params):
-        found = backend.run(layer, case.q, params)
+        found = plan.attend(layer, case.q, params)
         torch.testing.assert_close(found.double().cpu(), case.expected(params), rtol=0, atol=3e-2)
     assert backend.num_layers == 3
     with pytest.raises(AssertionError, match="layer 1 changed its scale"):
-        backend.run(1, case.q, all_params[0])
+        plan.attend(1, case.q, all_params[0])
 
 
 # -- one batch size, for graphs --------------------------------------------------------------------------------------
@@ -124,6 +124,10 @@ def some_sequences(metadata: AttentionMetadata, sequences: list[int]) -> Attenti
     return build_metadata(spans, page_size=metadata.page_size, device=metadata.slots.device)
 
 
+def graph_plan(backend: FlashInferLatentBackend, batch_size: int, max_pages: int) -> GraphPlan:
+    return backend.graph_plan(torch.zeros(batch_size, dtype=torch.int64, device=backend.pool.device), max_pages)
+
+
 def test_fixed_sizes_share_buffers(make_case: MakeCase) -> None:
     case = make_case([*DECODES, (5, 6), (47, 48)])
     params = case.params()
@@ -131,31 +135,30 @@ def test_fixed_sizes_share_buffers(make_case: MakeCase) -> None:
     backend = make_backend(case, params)
     assert isinstance(backend, GraphableBackend)
     assert not backend.pays_to_share(case.metadata)
-    siblings = {size: backend.fixed(size, max_pages=20) for size in (4, 2, 1)}
+    siblings = {size: graph_plan(backend, size, max_pages=20) for size in (4, 2, 1)}
     for first, last in ((0, 4), (0, 1), (2, 4), (1, 5), (4, 6), (5, 6), (2, 6)):
         sibling = siblings[last - first]
-        sibling.plan(some_sequences(case.metadata, list(range(first, last))))
-        found = sibling.run(0, case.q[first:last], params)
+        sibling.update(some_sequences(case.metadata, list(range(first, last))))
+        found = sibling.attend(0, case.q[first:last], params)
         torch.testing.assert_close(found.double().cpu(), expected[first:last], rtol=0, atol=3e-2)
-    assert siblings[1].num_layers == 1
 
 
 def test_a_larger_size_leaves_the_smaller_ones_alone(make_case: MakeCase) -> None:
     case = make_case(DECODES)
     backend = make_backend(case, case.params())
-    small, large = backend.fixed(2, max_pages=20), backend.fixed(4, max_pages=30)
-    small.plan(some_sequences(case.metadata, [0, 1]))
-    large.plan(case.metadata)
+    small, large = graph_plan(backend, 2, max_pages=20), graph_plan(backend, 4, max_pages=30)
+    small.update(some_sequences(case.metadata, [0, 1]))
+    large.update(case.metadata)
     for size, sibling in ((2, small), (4, large)):
-        found = sibling.run(0, case.q[:size], case.params())
+        found = sibling.attend(0, case.q[:size], case.params())
         torch.testing.assert_close(found.double().cpu(), case.expected(case.params())[:size], rtol=0, atol=3e-2)
 
 
 def test_fixed_takes_only_its_own_batch(make_case: MakeCase) -> None:
     case = make_case(DECODES)
-    fixed = make_backend(case, case.params()).fixed(2, max_pages=20)
+    fixed = graph_plan(make_backend(case, case.params()), 2, max_pages=20)
     with pytest.raises(AssertionError, match="captured"):
-        fixed.plan(case.metadata)
+        fixed.update(case.metadata)
 
 
 def test_fixed_writes_to_the_same_pool(make_case: MakeCase) -> None:
@@ -163,7 +166,7 @@ def test_fixed_writes_to_the_same_pool(make_case: MakeCase) -> None:
     backend = make_backend(case, case.params())
     slots = case.metadata.slots
     k = torch.ones(len(slots), 1, 576, dtype=case.dtype, device=case.device)
-    backend.fixed(4, max_pages=20).write(0, slots, k, k[..., :512])
+    backend.graph_plan(slots, max_pages=20).store_kv(0, k, k[..., :512])
     assert bool((backend.pool.k[0].flatten(0, 1)[slots] == 1).all())
 
 

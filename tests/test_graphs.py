@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from oracles import GreedyOracle
 from prompts import random_ids
-from radixkv.attention.backend import AttentionBackend, AttentionNeeds, GraphableBackend
+from radixkv.attention.backend import AttentionBackend, AttentionNeeds, AttentionParams, AttentionPlan, GraphableBackend
 from radixkv.attention.flashinfer_backend import FlashInferBackend
 from radixkv.attention.metadata import AttentionMetadata, SequenceSpan, build_metadata
 from radixkv.attention.split_backend import make_split_backend, split_needs
@@ -46,33 +47,40 @@ class AgainCapturer:
         return forward
 
 
-class FixedTorchBackend(TorchBackend):
+class GraphTorchPlan:
     """Takes only the batches that a graph could."""
 
-    batch_size = max_pages = 0
+    def __init__(self, backend: TorchBackend, slots: Tensor, max_pages: int) -> None:
+        self._backend, self._slots, self._max_pages = backend, slots, max_pages
+        self._plan: AttentionPlan | None = None
 
-    def plan(self, metadata: AttentionMetadata) -> None:
-        assert metadata.num_sequences == metadata.num_tokens == self.batch_size
-        assert len(metadata.kv_indices) == metadata.kv_indptr[-1] <= self.max_pages
+    def update(self, metadata: AttentionMetadata) -> None:
+        assert metadata.num_sequences == metadata.num_tokens == len(self._slots)
+        assert len(metadata.kv_indices) == metadata.kv_indptr[-1] <= self._max_pages
         for array in (metadata.qo_indptr, metadata.kv_indptr, metadata.kv_indices, metadata.kv_last_page_len):
             assert array.dtype == np.int32
-        super().plan(metadata)
+        self._plan = self._backend.plan(replace(metadata, slots=self._slots))
+
+    def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
+        assert self._plan is not None, "run before the first update"
+        self._plan.store_kv(layer, k, v)
+
+    def attend(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
+        assert self._plan is not None, "run before the first update"
+        return self._plan.attend(layer, q, params)
 
 
 class GraphableTorchBackend(TorchBackend):
-    """The smallest backend that has `fixed`."""
+    """The smallest backend that has graph plans."""
 
     def __init__(self, pool: KVPool, needs: AttentionNeeds) -> None:
         super().__init__(pool, needs)
-        self._needs = needs
         self.sizes: list[int] = []
         self.shares = False
 
-    def fixed(self, batch_size: int, max_pages: int) -> AttentionBackend:
-        sibling = FixedTorchBackend(self.pool, self._needs)
-        sibling.batch_size, sibling.max_pages = batch_size, max_pages
-        self.sizes.append(batch_size)
-        return sibling
+    def graph_plan(self, slots: Tensor, max_pages: int) -> GraphTorchPlan:
+        self.sizes.append(len(slots))
+        return GraphTorchPlan(self, slots, max_pages)
 
     def pays_to_share(self, metadata: AttentionMetadata) -> bool:
         return self.shares
@@ -98,7 +106,7 @@ class Sequences:
     def forward(self, input_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
         """Logits of the last token of each sequence, without graphs."""
         last_rows = torch.from_numpy(metadata.qo_indptr[1:] - 1).to(self.model.device, torch.int64)
-        context = PagedContext(self.backend, metadata)
+        context = PagedContext(self.backend.plan(metadata), self.backend.num_layers)
         return flattened_forward(self.model, input_ids, metadata.positions, last_rows, context).float()
 
     def prefill(self) -> None:
@@ -210,7 +218,7 @@ def sequences_first(metadata: AttentionMetadata, num_sequences: int) -> Attentio
 def test_which_backends_have_graphs(model: PreTrainedModel, backend: GraphableTorchBackend) -> None:
     assert isinstance(backend, GraphableBackend)
     assert not isinstance(TorchBackend(*make_pool(model)), GraphableBackend)
-    assert all(hasattr(FlashInferBackend, name) for name in ("fixed", "pays_to_share"))
+    assert all(hasattr(FlashInferBackend, name) for name in ("graph_plan", "pays_to_share"))
 
 
 def test_captured_once_and_the_largest_first(model: PreTrainedModel, backend: GraphableTorchBackend) -> None:

@@ -17,9 +17,10 @@ from oracles import oracle_of
 from prompts import random_prompts
 from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.attention import latent_backend
-from radixkv.attention.backend import AttentionNeeds, AttentionParams, LayerAttention, ReferenceBackend
+from radixkv.attention.backend import AttentionNeeds, AttentionParams, LayerAttention
 from radixkv.attention.latent_backend import LatentBackend
 from radixkv.attention.metadata import SequenceSpan, build_metadata
+from radixkv.attention.reference_backend import ReferenceBackend
 from radixkv.attention.shared_prefix import NEVER, BreakEven
 from radixkv.errors import UnsupportedBackendError, UnsupportedModelError
 from radixkv.memory.kv_shape import LayerKV
@@ -81,8 +82,8 @@ def test_long_ones_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_shared_prefix_is_gathered_once() -> None:
     case = LatentCase([(n - 1, n) for n in (65, 66, 67)], shared={(0, 1, 2): 64})
     backend = LatentBackend(case.latent_pool(), case.needs(case.params()), break_even=ALWAYS)
-    backend.plan(case.metadata)
-    (shared,), (decodes,) = backend._shared, backend._decodes
+    plan = backend.plan(case.metadata)
+    (shared,), (decodes,) = plan.shared, plan.decodes
     assert (len(shared.places), len(shared.pages)) == (3, 4)
     assert decodes.slots.shape == (3, 3), "of their own the longest has three"
 
@@ -184,7 +185,7 @@ def test_same_logits_on_cached_pages(family: str, backend: type[LatentBackend]) 
         spans = [SequenceSpan(*bound, table) for bound, table in zip(bounds, tables, strict=False)]
         metadata = build_metadata(spans, page_size=PAGE)
         ids = torch.tensor([i for (a, b), p in zip(bounds, prompts, strict=False) for i in p[a:b]])
-        context = PagedContext(paged, metadata)
+        context = PagedContext(paged.plan(metadata), paged.num_layers)
         last_rows = torch.from_numpy(metadata.qo_indptr[1:]).long() - 1
         logits = flattened_forward(model, ids, metadata.positions, last_rows, context)
         context.check_complete()

@@ -122,6 +122,6 @@ def test_what_is_not_finite_comes_through(backend: str, kv_dtype: str, of: str, 
     case = Case([(37, 38), (20, 21)], num_q_heads=8, num_kv_heads=4, kv_dtype=kv_dtype)
     first_page = int(case.metadata.kv_indices[0])
     getattr(case, of)[first_page * case.page_size + 3, :, 5] = bad
-    first, second = case.backend(backend, case.params()).run(0, case.q, case.params())
+    first, second = case.plan(backend, case.params()).attend(0, case.q, case.params())
     assert not first.isfinite().all()
     assert second.isfinite().all()

@@ -223,7 +223,7 @@ def test_the_compiled_backend_writes_as_the_pool_does(kv_dtype: str) -> None:
         values[1], values[2] = 0, -3
         values[3:9] *= torch.tensor([1e-42, 1e-30, 1e30, 3e38, math.nan, math.inf])[:, None, None]
         values[9:12, :, 4] = torch.tensor([math.nan, -math.inf, 1e20])[:, None]
-    choose_backend("numba", needs).make(pool, needs).write(0, slots, k, v)
+    choose_backend("numba", needs)(pool, needs).plan(case.metadata).store_kv(0, k, v)
     other.write(0, slots, k, v)
     for found, expected in zip(everything(pool, 0), everything(other, 0), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)

@@ -18,7 +18,7 @@ PRIVATE_NAMES = {
     "test_cli_generate.py": 1,
     "test_flashinfer.py": 1,
     "test_hf_radix_cache.py": 2,
-    "test_latent_attention.py": 3,
+    "test_latent_attention.py": 1,
     "test_models.py": 2,
     "test_radix_tree.py": 1,
     "test_scheduler.py": 1,

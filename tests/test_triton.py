@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from attention_cases import TOLERANCE, Case
 from radixkv.attention import triton_backend, triton_plan
-from radixkv.attention.backend import AttentionParams
+from radixkv.attention.backend import AttentionParams, GraphPlan
 from radixkv.attention.metadata import AttentionMetadata, SequenceSpan, build_metadata
 from radixkv.attention.shared_prefix import BreakEven
 from radixkv.attention.triton_backend import TritonBackend
@@ -50,16 +51,10 @@ def case(spans: list[tuple[int, int]], **options: Any) -> Case:
     return Case(spans, device=DEVICE, **options)
 
 
-def planned(case: Case, params: AttentionParams, break_even: BreakEven = triton_backend.BREAK_EVEN) -> TritonBackend:
-    backend = TritonBackend(case.pool("nhd"), case.needs(params), break_even=break_even)
-    backend.plan(case.metadata)
-    return backend
-
-
 def check(case: Case, break_even: BreakEven = triton_backend.BREAK_EVEN, **options: Any) -> TritonBackend:
     params = case.params(**options)
-    backend = planned(case, params, break_even)
-    close(backend.run(0, case.q, params), case.expected(params), case.dtype)
+    backend = TritonBackend(case.pool("nhd"), case.needs(params), break_even=break_even)
+    close(backend.plan(case.metadata).attend(0, case.q, params), case.expected(params), case.dtype)
     return backend
 
 
@@ -186,31 +181,51 @@ def test_layers_that_differ_in_their_heads() -> None:
     pool.layers += other_pool.layers
     pool.k += other_pool.k
     pool.v += other_pool.v
+    pool.k_scales += other_pool.k_scales
+    pool.v_scales += other_pool.v_scales
     needs = grouped.needs(params)
     both = type(needs)(needs.layers + single.needs(params).layers, needs.page_size, needs.dtype, needs.device)
     backend = TritonBackend(pool, both)
-    backend.plan(grouped.metadata)
-    close(backend.run(0, grouped.q, params), grouped.expected(params))
-    close(backend.run(1, single.q, params), single.expected(params))
+    plan = backend.plan(grouped.metadata)
+    close(plan.attend(0, grouped.q, params), grouped.expected(params))
+    close(plan.attend(1, single.q, params), single.expected(params))
+
+
+def graph_plan(case: Case, params: AttentionParams, batch_size: int, max_pages: int) -> GraphPlan:
+    slots = torch.zeros(batch_size, dtype=torch.int64, device=DEVICE)
+    return TritonBackend(case.pool("nhd"), case.needs(params)).graph_plan(slots, max_pages)
 
 
 @pytest.mark.parametrize("batch_size", [3, 5])
 def test_a_fixed_batch_is_padded(batch_size: int) -> None:
     decodes = case([(40, 41), (0, 1), (79, 80)], num_q_heads=2, num_kv_heads=1)
     params = decodes.params(sinks=True)
-    backend = TritonBackend(decodes.pool("nhd"), decodes.needs(params)).fixed(batch_size, max_pages=20)
+    plan = graph_plan(decodes, params, batch_size, max_pages=20)
     q = torch.full((batch_size, *decodes.q.shape[1:]), math.nan, device=DEVICE)
     q[:3] = decodes.q
-    backend.plan(decodes.metadata)
-    out = backend.run(0, q, params)
+    plan.update(decodes.metadata)
+    out = plan.attend(0, q, params)
     close(out[:3], decodes.expected(params))
     assert (out[3:] == 0).all()
 
-    backend.plan(without_first(decodes.metadata))
+    plan.update(without_first(decodes.metadata))
     q[:2] = decodes.q[1:]
-    out = backend.run(0, q, params)
+    out = plan.attend(0, q, params)
     close(out[:2], decodes.expected(params)[1:])
     assert (out[2:] == 0).all()
+
+
+def test_a_graph_plan_stores_kv_where_its_slots_say_by_then() -> None:
+    decodes = case([(0, 1), (20, 21)], num_q_heads=2, num_kv_heads=1)
+    backend = TritonBackend(decodes.pool("nhd"), decodes.needs(decodes.params()))
+    slots = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    plan = backend.graph_plan(slots, max_pages=20)
+    plan.update(decodes.metadata)
+    slots.copy_(decodes.metadata.slots)
+    k, v = torch.ones(2, 1, 16, device=DEVICE), torch.full((2, 1, 16), 2.0, device=DEVICE)
+    plan.store_kv(0, k, v)
+    assert torch.equal(backend.pool.k[0].flatten(0, 1)[slots], k)
+    assert torch.equal(backend.pool.v[0].flatten(0, 1)[slots], v)
 
 
 def without_first(metadata: AttentionMetadata) -> AttentionMetadata:
@@ -228,15 +243,15 @@ def without_first(metadata: AttentionMetadata) -> AttentionMetadata:
 def test_a_captured_run_reads_what_was_planned_last() -> None:
     decodes = case([(40, 41), (0, 1), (799, 800)], num_q_heads=8, dtype=torch.float16, head_dim=64)
     params = decodes.params()
-    backend = TritonBackend(decodes.pool("nhd"), decodes.needs(params)).fixed(4, max_pages=100)
+    plan = graph_plan(decodes, params, 4, max_pages=100)
     q = torch.zeros(4, *decodes.q.shape[1:], dtype=decodes.dtype, device=DEVICE)
-    backend.run(0, q, params)  # compiles
+    plan.attend(0, q, params)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = backend.run(0, q, params)
+        out = plan.attend(0, q, params)
     for metadata, first in ((decodes.metadata, 0), (without_first(decodes.metadata), 1)):
         q[: 3 - first] = decodes.q[first:]
-        backend.plan(metadata)
+        plan.update(metadata)
         graph.replay()
         close(out[: 3 - first], decodes.expected(params)[first:], decodes.dtype)
 
@@ -252,7 +267,7 @@ def test_new_kv_goes_to_its_slots_and_nowhere_else(layout: str) -> None:
         k, v = k.transpose(0, 1), v.transpose(0, 1)
     before = backend.pool.k[0].clone(), backend.pool.v[0].clone()
     slots = torch.tensor([7, -1, 2, 21, -1], device=DEVICE)
-    backend.write(0, slots, k, v)
+    backend.plan(replace(few.metadata, slots=slots)).store_kv(0, k, v)
     for pages, expected, new in zip((backend.pool.k[0], backend.pool.v[0]), before, (k, v), strict=True):
         expected.flatten(0, 1)[slots[[0, 2, 3]]] = new[[0, 2, 3]].half()
         torch.testing.assert_close(pages, expected, rtol=0, atol=0, equal_nan=True)

@@ -1,17 +1,23 @@
-"""Attention backends: the protocol, the registry and what "auto" means."""
+"""Attention backends: the protocol, the registry and what "auto" means.
+
+backend = choose_backend("auto", needs)(pool, needs)      once
+plan = backend.plan(metadata)                             once a step
+plan.store_kv(layer, k, v); plan.attend(layer, q, params) in each layer
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from importlib.util import find_spec
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.errors import UnsupportedBackendError
-from radixkv.kernels.torch_reference import paged_attention
 from radixkv.memory.kv_pool import KVLayout, KVPool
 from radixkv.memory.kv_shape import LayerKV
 
@@ -67,29 +73,55 @@ class AttentionNeeds:
     kv_dtype: str = "auto"
 
 
-class AttentionBackend(Protocol):
-    """Runs the attention of one batch after another over one `KVPool`.
+class AttentionPlan(Protocol):
+    """The attention of one batch, ready to run: in each layer `store_kv` once, then `attend`.
 
-    Per step `plan` once; then per layer `write` the new tokens' KV and `run` their queries.
+    A plan is valid until its backend plans the next batch.
     """
 
-    name: str
+    def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store the KV of the batch's tokens in their slots.
+
+        k is [tokens, num_kv_heads, k_head_dim] and v [tokens, num_kv_heads, v_head_dim], in the model's dtype. A
+        latent layer's k is [tokens, 1, latent_dim + rope_dim], and its v the first latent_dim values of it.
+        """
+        ...
+
+    def attend(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
+        """Let each token see the KV before it, and its own, which is stored by now.
+
+        q is [tokens, num_q_heads, k_head_dim] in the model's dtype and in any memory order.
+        Returns: [tokens, num_q_heads, v_head_dim] (latent layers: latent_dim), in q's dtype.
+        """
+        ...
+
+
+class AttentionBackend(Protocol):
+    """Plans one batch after another over one `KVPool`."""
+
+    @property
+    def name(self) -> str:
+        """As it is registered."""
+        ...
 
     @property
     def num_layers(self) -> int:
         """Layers of the pool."""
         ...
 
-    def plan(self, metadata: AttentionMetadata) -> None:
-        """Get ready for a batch."""
+    def plan(self, metadata: AttentionMetadata) -> AttentionPlan:
+        """Get ready for a batch, without waiting for the device. The plans made before are not valid any more."""
         ...
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store new KV; k and v are [tokens, num_kv_heads, head_dim]."""
-        ...
 
-    def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
-        """Attention of the planned batch: q [tokens, num_q_heads, k_head_dim] -> [tokens, num_q_heads, v_head_dim]."""
+class GraphPlan(AttentionPlan, Protocol):
+    """Decodes of one batch size, whose `store_kv` and `attend` a CUDA graph can capture; valid beside other plans."""
+
+    def update(self, metadata: AttentionMetadata) -> None:
+        """Say which batch the next `attend`, or replay of it, reads. Waits for nothing on the device.
+
+        Each sequence computes one token. The slots of `metadata` are not read: those are the plan's own.
+        """
         ...
 
 
@@ -97,38 +129,78 @@ class AttentionBackend(Protocol):
 class GraphableBackend(AttentionBackend, Protocol):
     """A backend whose decodes can be captured."""
 
-    def fixed(self, batch_size: int, max_pages: int) -> AttentionBackend:
-        """A backend over the same pool for exactly `batch_size` decodes with `max_pages` pages at most, whose `run` can
-        be captured; each `plan` says what the next replay reads."""
+    def graph_plan(self, slots: Tensor, max_pages: int) -> GraphPlan:
+        """A plan that stays at its place in memory, for as many decodes as there are `slots`.
+
+        All graph plans of a backend may share memory: update one, run or replay it, then the next. Make the largest
+        first.
+
+        Args:
+            slots: int64 [batch_size] on the device, where `store_kv` puts KV; the caller writes to it between replays.
+            max_pages: pages of all sequences of a batch at most, each counted as often as it is read.
+        """
         ...
 
     def pays_to_share(self, metadata: AttentionMetadata) -> bool:
-        """Whether this backend reads a prefix of the batch once, so that it is faster than a graph of plain decodes."""
+        """Whether `plan` reads a prefix of the batch once, so that it is faster than a graph of plain decodes."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class BackendSpec:
-    """A registered backend.
+class BackendClass(Protocol):
+    """What is registered: the class of a backend, or anything that has these."""
 
-    Attributes:
-        make: the backend over a pool, which has the layout that it wants.
-        why_not: why it cannot serve a model; None if it can.
-        layout: how it wants the KV to lie.
-    """
+    @property
+    def name(self) -> str:
+        """By which it is asked for."""
+        ...
 
-    name: str
-    make: Callable[[KVPool, AttentionNeeds], AttentionBackend]
-    why_not: Callable[[AttentionNeeds], str | None]
-    layout: Callable[[AttentionNeeds], KVLayout]
+    def __call__(self, pool: KVPool, needs: AttentionNeeds) -> AttentionBackend:
+        """A backend over a pool, which has the layout that it wants."""
+        ...
+
+    def why_not(self, needs: AttentionNeeds) -> str | None:
+        """Why it cannot serve a model here; None if it can."""
+        ...
+
+    def layout(self, needs: AttentionNeeds) -> KVLayout:
+        """How it wants the KV of that model to lie."""
+        ...
 
 
-_REGISTRY: dict[str, BackendSpec] = {}
+class _Entry(NamedTuple):
+    """A registered backend, which is loaded when somebody asks for it."""
+
+    load: Callable[[], BackendClass]
+    requires: str | None
+
+    def why_not(self, needs: AttentionNeeds) -> str | None:
+        if self.requires is not None and find_spec(self.requires) is None:
+            return f"needs {self.requires}, which is not installed"
+        return self.load().why_not(needs)
 
 
-def register_backend(spec: BackendSpec) -> None:
+_REGISTRY: dict[str, _Entry] = {}
+
+
+def register_backend(backend: BackendClass) -> None:
     """Make a backend known by its name; "auto" takes the first registered one that can serve the model."""
-    _REGISTRY[spec.name] = spec
+    _REGISTRY[backend.name] = _Entry(lambda: backend, None)
+
+
+def register_backend_path(name: str, path: str, *, requires: str | None = None) -> None:
+    """The same for a class that is imported only when the backend is asked for.
+
+    Args:
+        name: that of the class.
+        path: its module and its own name, as "package.module:Class".
+        requires: a package that the module imports; where it is not installed, the backend can serve no model.
+    """
+    _REGISTRY[name] = _Entry(lambda: _import(name, path), requires)
+
+
+def unregister_backend(name: str) -> None:
+    """Forget the backend of that name."""
+    del _REGISTRY[name]
 
 
 def backend_names() -> Sequence[str]:
@@ -137,7 +209,7 @@ def backend_names() -> Sequence[str]:
 
 
 def why_not_keys_and_values(needs: AttentionNeeds) -> str | None:
-    """What stands against a backend that reads keys and values of their own; None if nothing does."""
+    """Why a backend that reads keys and values of their own cannot serve a model; None if it can."""
     if any(layer.kv.is_latent for layer in needs.layers):
         return "reads keys and values, and the model keeps latents (MLA)"
     return None
@@ -148,62 +220,37 @@ def why_not(name: str, needs: AttentionNeeds) -> str | None:
     return _REGISTRY[name].why_not(needs)
 
 
-def choose_backend(name: str, needs: AttentionNeeds) -> BackendSpec:
-    """The backend of that name; "auto" takes the first that can serve the model.
+def choose_backend(name: str, needs: AttentionNeeds) -> BackendClass:
+    """The backend of that name; "auto" takes the first that can serve the model, and asks no others.
 
     Raises: UnsupportedBackendError that says why, and what can.
     """
-    if name != "auto" and name not in _REGISTRY:
-        raise UnsupportedBackendError(f"unknown attention backend {name!r}; there are auto, {', '.join(_REGISTRY)}")
-    able = [spec for spec in _REGISTRY.values() if spec.why_not(needs) is None]
-    if not able:
-        reasons = "; ".join(f"{spec.name} {spec.why_not(needs)}" for spec in _REGISTRY.values())
-        raise UnsupportedBackendError(f"no attention backend can serve this model with these settings: {reasons}")
     if name == "auto":
-        return able[0]
-    reason = _REGISTRY[name].why_not(needs)
-    if reason is not None:
-        names = ", ".join(spec.name for spec in able)
-        raise UnsupportedBackendError(f"attention backend {name!r} {reason}; {names} can serve this model")
-    return _REGISTRY[name]
+        chosen = next(_able(needs), None)
+    elif name not in _REGISTRY:
+        raise UnsupportedBackendError(f"unknown attention backend {name!r}; there are auto, {', '.join(_REGISTRY)}")
+    else:
+        chosen = name if why_not(name, needs) is None else None
+    if chosen is not None:
+        return _REGISTRY[chosen].load()
+    if not (able := list(_able(needs))):
+        reasons = "; ".join(f"{other} {why_not(other, needs)}" for other in _REGISTRY)
+        raise UnsupportedBackendError(f"no attention backend can serve this model with these settings: {reasons}")
+    reason = why_not(name, needs)
+    raise UnsupportedBackendError(f"attention backend {name!r} {reason}; {', '.join(able)} can serve this model")
 
 
-class ReferenceBackend:
-    """`kernels.torch_reference`, request by request: to check others against."""
+def _able(needs: AttentionNeeds) -> Iterator[str]:
+    """The backends that can serve the model."""
+    return (name for name in _REGISTRY if why_not(name, needs) is None)
 
-    name = "reference"
 
-    def __init__(self, pool: KVPool, needs: AttentionNeeds) -> None:
-        self._pool = pool
-        self._metadata: AttentionMetadata | None = None
-
-    @property
-    def num_layers(self) -> int:
-        return len(self._pool.layers)
-
-    def plan(self, metadata: AttentionMetadata) -> None:
-        self._metadata = metadata
-
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        self._pool.write(layer, slots, k, v)
-
-    def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
-        assert self._metadata is not None, "run before plan"
-        pages = torch.from_numpy(self._metadata.kv_indices).to(q.device, torch.int64)
-        k, v = (x.unflatten(0, (-1, self._pool.page_size)) for x in self._pool.gather(layer, pages))
-        return paged_attention(
-            q,
-            k,
-            v,
-            qo_indptr=self._metadata.qo_indptr.tolist(),
-            kv_indptr=self._metadata.kv_indptr.tolist(),
-            kv_indices=torch.arange(len(pages), dtype=torch.int64, device=q.device),
-            kv_lens=self._metadata.kv_lens.tolist(),
-            scale=params.scale,
-            sliding_window=params.sliding_window,
-            chunk_size=params.chunk_size,
-            softcap=params.softcap,
-            sinks=params.sinks,
-            sink_tokens=params.sink_tokens,
-            sink_queries=params.sink_queries,
-        )
+def _import(name: str, path: str) -> BackendClass:
+    module, _, attribute = path.partition(":")
+    try:
+        backend: BackendClass = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UnsupportedBackendError(
+            f"attention backend {name!r} cannot be imported from {path!r} (package.module:Class): {error}"
+        ) from error
+    return backend

@@ -30,27 +30,17 @@ class _Extends(NamedTuple):
 
 
 class DenseExtends:
-    """Attention of sequences that compute several tokens each, by `scaled_dot_product_attention`.
+    """Attention of those sequences of a batch that compute several tokens, by `scaled_dot_product_attention`.
 
     Cost of a layer: one copy of all KV that they read, and dense attention.
+
+    Args:
+        sequences: their places in the batch.
     """
 
-    def __init__(self, pool: KVPool) -> None:
-        self.pool = pool
-        self._extends: list[_Extends] = []
-        self._masks: dict[tuple[object, ...], Tensor] = {}  # of this batch; the same in most layers
-        self._metadata: AttentionMetadata | None = None
-
-    @property
-    def metadata(self) -> AttentionMetadata:
-        """The planned batch."""
-        assert self._metadata is not None, "run before plan"
-        return self._metadata
-
-    def plan(self, metadata: AttentionMetadata, sequences: NDArray[np.intp]) -> None:
-        """Get ready for those sequences of a batch."""
-        self._metadata = metadata
-        self._masks.clear()
+    def __init__(self, pool: KVPool, metadata: AttentionMetadata, sequences: NDArray[np.intp]) -> None:
+        self._pool, self._metadata = pool, metadata
+        self._masks: dict[tuple[object, ...], Tensor] = {}  # the same in most layers
         by_shape: dict[tuple[int, int, int], list[int]] = {}
         for i in sequences:
             for shape in _blocks(int(metadata.qo_lens[i]), int(metadata.kv_lens[i])):
@@ -62,20 +52,20 @@ class DenseExtends:
             for first in range(0, len(alike), size)
         ]
 
-    def run(self, layer: int, q: Tensor, params: AttentionParams, out: Tensor) -> None:
+    def attend(self, layer: int, q: Tensor, params: AttentionParams, out: Tensor) -> None:
         """Write the rows of those sequences into `out`; q and out are of the whole batch."""
         for extends in self._extends:
             out[extends.rows] = self._extend(layer, q[extends.rows], extends, params)
 
     def _plan_extends(self, sequences: list[int], first_row: int, qo_len: int, kv_len: int) -> _Extends:
-        metadata = self.metadata
+        metadata = self._metadata
         rows = metadata.qo_indptr[sequences][:, None] + first_row + np.arange(qo_len)
         pages = metadata.kv_indptr[sequences][:, None] + np.arange(-(-kv_len // metadata.page_size))
         return _Extends(self._tensor(rows.ravel()), self._tensor(metadata.kv_indices[pages]), qo_len, kv_len)
 
     def _extend(self, layer: int, q: Tensor, extends: _Extends, params: AttentionParams) -> Tensor:
         qo_len, kv_len = extends.qo_len, extends.kv_len
-        page_size = self.pool.page_size
+        page_size = self._pool.page_size
         start = 0
         if not params.sink_tokens:
             start = int(first_visible(np.array(kv_len - qo_len), params)) // page_size * page_size
@@ -107,7 +97,7 @@ class DenseExtends:
 
     def _gather(self, layer: int, page_ids: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
         """KV as [batch, num_tokens, heads, dim]; what a last page holds beyond is cut off unread."""
-        k, v = self.pool.gather(layer, page_ids.flatten())
+        k, v = self._pool.gather(layer, page_ids.flatten())
         shape = (page_ids.shape[0], -1)
         return k.unflatten(0, shape)[:, :num_tokens], v.unflatten(0, shape)[:, :num_tokens]
 
@@ -126,13 +116,13 @@ class DenseExtends:
         key = ("visible", extends.qo_len, extends.kv_len, start, *limits(params).values())
         if key not in self._masks:
             positions = torch.arange(
-                extends.kv_len - extends.qo_len, extends.kv_len, dtype=torch.int64, device=self.pool.device
+                extends.kv_len - extends.qo_len, extends.kv_len, dtype=torch.int64, device=self._pool.device
             )
             self._masks[key] = visible_mask(positions, extends.kv_len, **limits(params))[:, start:]
         return self._masks[key]
 
     def _tensor(self, indices: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(indices).to(self.pool.device, torch.int64)
+        return torch.from_numpy(indices).to(self._pool.device, torch.int64)
 
 
 def _blocks(qo_len: int, kv_len: int) -> Iterator[tuple[int, int, int]]:

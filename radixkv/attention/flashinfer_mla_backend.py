@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from radixkv.attention.backend import AttentionNeeds, AttentionParams, LayerAttention
-from radixkv.attention.flashinfer_backend import DTYPES, _why_not_here
+from radixkv.attention.flashinfer_choice import DTYPES, why_not_here
 from radixkv.attention.latent_backend import why_not_latents
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.kernels.flashinfer_mla import LatentBatch, LatentGraphBuffers, LatentKind, PagedLatents
@@ -18,6 +18,7 @@ from radixkv.memory.latent_pool import LatentKV
 
 DEVICE_TYPE = "cuda"
 LATENT_DIM, ROPE_DIM = 512, 64  # for which the kernels are made: DeepSeek-V2 and -V3, Kimi-K2, GLM-4.7-Flash
+KNOWN_LATENTS = LatentKV.of(latent_dim=LATENT_DIM, rope_dim=ROPE_DIM)
 WORKSPACE_BYTES = 128 << 20  # partial results of latents that are split over many processors
 
 
@@ -32,9 +33,10 @@ class FlashInferLatentBackend:
 
     def __init__(self, pool: KVPool, needs: AttentionNeeds) -> None:
         self.pool = pool
+        self.num_layers = len(pool.layers)
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
         self._kinds = [_kind(layer, needs) for layer in needs.layers]
-        self._plans = {kind: PagedLatents(kind, self._workspace) for kind in dict.fromkeys(self._kinds)}
+        self._wrappers = {kind: PagedLatents(kind, self._workspace) for kind in dict.fromkeys(self._kinds)}
         self._graph_buffers: dict[LatentKind, LatentGraphBuffers] = {}
 
     @staticmethod
@@ -46,86 +48,69 @@ class FlashInferLatentBackend:
         if (reason := why_not_latents(needs)) is not None:
             return reason
         for kv in (layer.kv for layer in needs.layers):
-            if not isinstance(kv, LatentKV) or (kv.latent_dim, kv.rope_dim) != (LATENT_DIM, ROPE_DIM):
+            if kv != KNOWN_LATENTS:
                 return f"knows latents of {LATENT_DIM} with rotary keys of {ROPE_DIM}, not {kv}"
-        return _why_not_here(needs.device)
+        return why_not_here(needs.device)
 
     @staticmethod
     def layout(needs: AttentionNeeds) -> KVLayout:
         return "latent"
 
-    @property
-    def num_layers(self) -> int:
-        return len(self.pool.layers)
-
-    def plan(self, metadata: AttentionMetadata) -> None:
-        for plan in self._plans.values():
-            plan.plan(_batch(metadata))
-
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        self.pool.write(layer, slots, k, v)
-
-    def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
-        kind = self._kinds[layer]
-        assert params.scale == kind.scale, f"layer {layer} changed its scale"
-        return self._plans[kind].run(q, self.pool.k[layer].squeeze(2))
+    def plan(self, metadata: AttentionMetadata) -> FlashInferLatentPlan:
+        for wrapper in self._wrappers.values():
+            wrapper.plan(_batch(metadata))
+        return FlashInferLatentPlan(self.pool, metadata.slots, self._kinds, self._wrappers)
 
     def pays_to_share(self, metadata: AttentionMetadata) -> bool:
         """Nothing is read once for several sequences, with or without a graph."""
         return False
 
-    def fixed(self, batch_size: int, max_pages: int) -> FixedFlashInferLatentBackend:
-        """A backend over the same pool for exactly `batch_size` decodes with `max_pages` pages at most.
-
-        Its `run` may be captured in a CUDA graph; `plan` before each replay. All of them use the same workspace and the
-        same buffers, so one runs at a time; make the largest first.
-        """
-        for kind in self._plans:
+    def graph_plan(self, slots: Tensor, max_pages: int) -> FlashInferLatentGraphPlan:
+        """See `GraphableBackend`. All graph plans use the same workspace and the same buffers."""
+        batch_size = len(slots)
+        for kind in self._wrappers:
             buffers = self._graph_buffers.get(kind)
             if buffers is None or not buffers.holds(batch_size, max_pages):
                 self._graph_buffers[kind] = LatentGraphBuffers.empty(batch_size, max_pages, self.pool.device)
-        plans = {
+        wrappers = {
             kind: PagedLatents(kind, self._workspace, buffers.first(batch_size))
             for kind, buffers in self._graph_buffers.items()
         }
-        return FixedFlashInferLatentBackend(self.pool, self._kinds, plans, batch_size)
+        return FlashInferLatentGraphPlan(self.pool, slots, self._kinds, wrappers)
 
 
-class FixedFlashInferLatentBackend:
-    """Decodes of one batch size, for a CUDA graph; made by `FlashInferLatentBackend.fixed`."""
-
-    name = "flashinfer_mla"
+class FlashInferLatentPlan:
+    """The attention of one batch, by wrappers that are planned for it. See `AttentionPlan`."""
 
     def __init__(
-        self, pool: KVPool, kinds: Sequence[LatentKind], plans: dict[LatentKind, PagedLatents], batch_size: int
+        self, pool: KVPool, slots: Tensor, kinds: Sequence[LatentKind], wrappers: dict[LatentKind, PagedLatents]
     ) -> None:
-        self.pool = pool
-        self._kinds = kinds
-        self._plans = plans
-        self._batch_size = batch_size
+        self._pool, self._slots, self._kinds, self._wrappers = pool, slots, kinds, wrappers
 
-    @property
-    def num_layers(self) -> int:
-        return len(self.pool.layers)
+    def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self._pool.write(layer, self._slots, k, v)
 
-    def plan(self, metadata: AttentionMetadata) -> None:
-        assert metadata.num_sequences == metadata.num_tokens == self._batch_size, "not the batch that was captured"
-        for plan in self._plans.values():
-            plan.plan(_batch(metadata))
+    def attend(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
+        kind = self._kinds[layer]
+        assert params.scale == kind.scale, f"layer {layer} changed its scale"
+        return self._wrappers[kind].run(q, self._pool.k[layer].squeeze(2))
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        self.pool.write(layer, slots, k, v)
 
-    def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
-        return self._plans[self._kinds[layer]].run(q, self.pool.k[layer].squeeze(2))
+class FlashInferLatentGraphPlan(FlashInferLatentPlan):
+    """Decodes of one batch size, by wrappers over buffers that stay. See `GraphPlan`."""
+
+    def update(self, metadata: AttentionMetadata) -> None:
+        batch_size = len(self._slots)
+        assert metadata.num_sequences == metadata.num_tokens == batch_size, "not the batch that was captured"
+        for wrapper in self._wrappers.values():
+            wrapper.plan(_batch(metadata))
 
 
 def _kind(layer: LayerAttention, needs: AttentionNeeds) -> LatentKind:
-    assert isinstance(layer.kv, LatentKV), "why_not was not asked"
     return LatentKind(
         num_heads=layer.num_q_heads,
-        latent_dim=layer.kv.latent_dim,
-        rope_dim=layer.kv.rope_dim,
+        latent_dim=LATENT_DIM,
+        rope_dim=ROPE_DIM,
         page_size=needs.page_size,
         dtype=needs.dtype,
         scale=layer.params.scale,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from radixkv.attention.backend import AttentionNeeds, AttentionParams, LayerAttention
 from radixkv.attention.metadata import AttentionMetadata
-from radixkv.attention.shared_prefix import BreakEven, SharedPart, merge, plan_cascade
+from radixkv.attention.shared_prefix import BreakEven, CascadePlan, SharedPart, merge, plan_cascade
 from radixkv.memory.kv_pool import KVLayout, KVPool
 
 GATHERED_TOKENS = 1 << 14  # of decodes that are padded to one length
@@ -62,12 +62,9 @@ class LatentBackend:
 
     def __init__(self, pool: KVPool, needs: AttentionNeeds, *, break_even: BreakEven = BREAK_EVEN) -> None:
         self.pool = pool
+        self.num_layers = len(pool.layers)
         self._break_even = break_even
         self._num_heads = max(layer.num_q_heads for layer in needs.layers)
-        self._extends: list[_Extend] = []
-        self._decode_rows = torch.empty(0, dtype=torch.int64, device=pool.device)
-        self._decodes: list[_Decodes] = []
-        self._shared: list[_Shared] = []
 
     @staticmethod
     def why_not(needs: AttentionNeeds) -> str | None:
@@ -77,45 +74,57 @@ class LatentBackend:
     def layout(needs: AttentionNeeds) -> KVLayout:
         return "latent"
 
-    @property
-    def num_layers(self) -> int:
-        return len(self.pool.layers)
+    def plan(self, metadata: AttentionMetadata) -> LatentPlan:
+        return LatentPlan(self.pool, metadata, plan_cascade(metadata, self._break_even), self._num_heads)
 
-    def plan(self, metadata: AttentionMetadata) -> None:
+
+class LatentPlan:
+    """The attention of one batch. See `AttentionPlan`.
+
+    Attributes:
+        extends: sequences that compute several tokens.
+        decodes: those that compute one, from where they read alone.
+        shared: what several of them read together.
+
+    Args:
+        num_heads: query heads of a layer at most.
+    """
+
+    def __init__(self, pool: KVPool, metadata: AttentionMetadata, cascade: CascadePlan, num_heads: int) -> None:
+        self._pool, self._metadata = pool, metadata
         decodes = np.flatnonzero(metadata.qo_lens == 1)
-        cascade = plan_cascade(metadata, self._break_even)
-        self._extends = [self._plan_extend(metadata, int(i)) for i in np.flatnonzero(metadata.qo_lens > 1)]
         self._decode_rows = self._tensor(metadata.qo_indptr[decodes])
-        self._decodes = [
-            self._plan_decodes(metadata, decodes, places, cascade.private_starts)
+        self.extends = [self._plan_extend(int(i)) for i in np.flatnonzero(metadata.qo_lens > 1)]
+        self.decodes = [
+            self._plan_decodes(decodes, places, cascade.private_starts)
             for places in _alike(metadata.kv_lens[decodes] - cascade.private_starts[decodes])
         ]
-        self._shared = [shared for part in cascade.parts for shared in self._plan_shared(decodes, part)]
+        self.shared = [piece for part in cascade.parts for piece in self._plan_shared(decodes, part, num_heads)]
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        self.pool.write(layer, slots, k, v)
+    def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self._pool.write(layer, self._metadata.slots, k, v)
 
-    def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
-        pages = self.pool.k[layer].squeeze(2)  # [num_pages, page_size, k_head_dim]
-        latent_dim = self.pool.v[layer].shape[-1]
+    def attend(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
+        pages = self._pool.k[layer].squeeze(2)  # [num_pages, page_size, k_head_dim]
+        latent_dim = self._pool.v[layer].shape[-1]
         out = q.new_empty(q.shape[0], q.shape[1], latent_dim)
         wide_q = q.to(_compute_dtype(q.dtype)) * params.scale
-        for extend in self._extends:
+        for extend in self.extends:
             rows = slice(extend.first_row, extend.last_row)
             latents = _gather(pages, extend.pages, wide_q.dtype)[: extend.kv_len]
             _extend(wide_q[rows], latents, latent_dim, out[rows])
-        if self._decodes:
+        if self.decodes:
             out[self._decode_rows] = self._decode(wide_q[self._decode_rows], pages, latent_dim).to(q.dtype)
         return out
 
     def _decode(self, q: Tensor, pages: Tensor, latent_dim: int) -> Tensor:
         """q [decodes, num_q_heads, k_head_dim], scaled -> [decodes, num_q_heads, latent_dim]."""
         out, lse = q.new_empty(*q.shape[:2], latent_dim), q.new_empty(q.shape[:2])
-        for batch in self._decodes:
+        for batch in self.decodes:
             latents = pages.flatten(0, 1)[batch.slots].to(q.dtype)  # [sequences, longest, k_head_dim]
             scores = (q[batch.places] @ latents.mT).masked_fill_(batch.padding, float("-inf"))
             out[batch.places], lse[batch.places] = _weigh(scores, latents[..., :latent_dim])
-        for places, shared_pages in self._shared:
+        for places, shared_pages in self.shared:
             latents = _gather(pages, shared_pages, q.dtype)
             own_q = q[places]
             scores = own_q.flatten(0, 1) @ latents.T
@@ -123,45 +132,40 @@ class LatentBackend:
             out[places], lse[places] = merge(out[places], lse[places], *part)
         return out
 
-    def _plan_extend(self, metadata: AttentionMetadata, sequence: int) -> _Extend:
+    def _plan_extend(self, sequence: int) -> _Extend:
+        metadata = self._metadata
         first, last = metadata.qo_indptr[sequence : sequence + 2].tolist()
         pages = metadata.kv_indices[slice(*metadata.kv_indptr[sequence : sequence + 2])]
         return _Extend(first, last, self._tensor(pages), int(metadata.kv_lens[sequence]))
 
-    def _plan_decodes(
-        self,
-        metadata: AttentionMetadata,
-        decodes: NDArray[np.intp],
-        places: NDArray[np.intp],
-        starts: NDArray[np.int32],
-    ) -> _Decodes:
+    def _plan_decodes(self, decodes: NDArray[np.intp], places: NDArray[np.intp], starts: NDArray[np.int32]) -> _Decodes:
         """Where the tokens of some decodes lie, from `starts` (of the whole batch) on.
 
         Past a sequence's end stands its last token: its latent was written, so what is masked is never garbage.
         """
-        sequences = decodes[places]
+        metadata, sequences = self._metadata, decodes[places]
         first, last = starts[sequences][:, None], metadata.kv_lens[sequences][:, None]
         tokens = first + np.arange(int((last - first).max()))
         padding = tokens >= last
         tokens = np.minimum(tokens, last - 1)
         pages = metadata.kv_indices[metadata.kv_indptr[sequences][:, None] + tokens // metadata.page_size]
         slots = pages.astype(np.int64) * metadata.page_size + tokens % metadata.page_size
-        hidden = torch.from_numpy(padding[:, None]).to(self.pool.device)
+        hidden = torch.from_numpy(padding[:, None]).to(self._pool.device)
         return _Decodes(self._tensor(places), self._tensor(slots), hidden)
 
-    def _plan_shared(self, decodes: NDArray[np.intp], part: SharedPart) -> Iterator[_Shared]:
+    def _plan_shared(self, decodes: NDArray[np.intp], part: SharedPart, num_heads: int) -> Iterator[_Shared]:
         """The part in pieces whose scores are not too many: a piece is merged as any part is."""
         places = self._tensor(np.searchsorted(decodes, part.sequences))
-        page_scores = len(places) * self._num_heads * self.pool.page_size
+        page_scores = len(places) * num_heads * self._pool.page_size
         for pages in self._tensor(part.pages).split(max(1, BLOCK_SCORES // page_scores)):
             yield _Shared(places, pages)
 
     def _tensor(self, indices: NDArray[np.integer]) -> Tensor:
-        return torch.from_numpy(indices.astype(np.int64)).to(self.pool.device)
+        return torch.from_numpy(indices.astype(np.int64)).to(self._pool.device)
 
 
 def why_not_latents(needs: AttentionNeeds) -> str | None:
-    """What stands against computing all layers as plain causal attention over latents; None if nothing does."""
+    """Why not all layers can be computed as plain causal attention over latents; None if they can."""
     if needs.kv_dtype != "auto":
         return f"keeps latents in the model's dtype, not as {needs.kv_dtype}"
     for number, layer in enumerate(needs.layers):

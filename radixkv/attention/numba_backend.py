@@ -18,7 +18,6 @@ from radixkv.kernels import numba_codes, numba_cpu, numba_ir, openmp
 from radixkv.kernels.compiling import log_if_slow
 from radixkv.memory.kv_codes import code_form, is_quantized
 from radixkv.memory.kv_pool import KVLayout, KVPool
-from radixkv.memory.quantized_pool import QuantizedKVPool
 
 MIN_TOKENS_PER_THREAD = 128  # below it waking a thread costs more than it computes
 
@@ -47,15 +46,12 @@ class NumbaBackend:
 
     def __init__(self, pool: KVPool, needs: AttentionNeeds) -> None:
         self.pool = pool
-        self._metadata: AttentionMetadata | None = None
-        self._mode = mode_of(pool.kv_dtype)
-        self._num_threads = torch.get_num_threads()
-        self._work: dict[_Visible, Work] = {}
-        self._pages = np.empty(0, np.int32)
-        words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[pool.k[0].itemsize]
-        self._word = words
-        self._k_words = [pages.view(words).numpy() for pages in pool.k]  # the same memory
-        self._v_words = [pages.view(words).numpy() for pages in pool.v]
+        self.num_layers = len(pool.layers)
+        self.mode = mode_of(pool.kv_dtype)
+        self.num_threads = torch.get_num_threads()
+        self._word = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[pool.k[0].itemsize]
+        self._k_words = [pages.view(self._word).numpy() for pages in pool.k]  # the same memory
+        self._v_words = [pages.view(self._word).numpy() for pages in pool.v]
         self._compile(needs)
 
     @staticmethod
@@ -81,33 +77,18 @@ class NumbaBackend:
         """In lanes where a page fills registers; else the kernel sorts tokens into lanes as it reads them."""
         return "lanes" if needs.page_size % numba_ir.LANES == 0 else "nhd"
 
-    @property
-    def num_layers(self) -> int:
-        """Layers of the pool."""
-        return len(self.pool.layers)
-
-    @property
-    def metadata(self) -> AttentionMetadata:
-        """The planned batch."""
-        assert self._metadata is not None, "run before plan"
-        return self._metadata
-
-    def plan(self, metadata: AttentionMetadata) -> None:
-        self._metadata = metadata
-        self._work.clear()
-        self._pages = np.ascontiguousarray(metadata.kv_indices, np.int32)
+    def plan(self, metadata: AttentionMetadata) -> NumbaPlan:
+        return NumbaPlan(self, metadata)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store KV as the pool does, in one compiled pass where it lies in lanes."""
         if self.pool.layout != "lanes":
             self.pool.write(layer, slots, k, v)
             return
-        if self._mode in _ENCODERS:
+        if self.mode in _ENCODERS:
             self._encode(layer, slots, k, v)
             return
-        if isinstance(self.pool, QuantizedKVPool):
-            (k, _), (v, _) = self.pool.encode_kv(k, v)  # fp8, without scales
-        else:
-            k, v = k.to(self.pool.dtype), v.to(self.pool.dtype)
+        k, v = self.pool.as_kept(k, v)
         k_words, v_words = (x.contiguous().view(self._word).numpy() for x in (k, v))
         write = _WRITERS[self._word]
         write(slots.numpy(), self.pool.page_size, k_words, v_words, self._k_words[layer], self._v_words[layer])
@@ -115,13 +96,37 @@ class NumbaBackend:
     def _encode(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Code and store new KV in one pass."""
         pool = self.pool
-        assert isinstance(pool, QuantizedKVPool), self._mode
         values = [x.float().contiguous().numpy() for x in (pool.queries(k), v)]
         scales = [pages[layer].view(torch.uint16).numpy() for pages in (pool.k_scales, pool.v_scales)]
         codes = (self._k_words[layer], self._v_words[layer])
-        _ENCODERS[self._mode](slots.numpy(), pool.page_size, *values, *codes, *scales)
+        _ENCODERS[self.mode](slots.numpy(), pool.page_size, *values, *codes, *scales)
 
-    def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
+    def _compile(self, needs: AttentionNeeds) -> None:
+        """Compile what the model needs, or load it from disk, so that no request waits for it."""
+        groups = {layer.num_q_heads // layer.kv.num_kv_heads for layer in needs.layers}
+        with log_if_slow("the attention kernels"):
+            for rows in sorted({min(group, numba_cpu.MAX_ROWS) for group in groups} | {numba_cpu.MAX_ROWS}):
+                numba_cpu.attention_worker(self.mode, rows)
+            numba_cpu.merge_worker()
+            kv = self.pool.layers[0]
+            nothing = [_float32(0, kv.num_kv_heads, dim) for dim in (kv.k_head_dim, kv.v_head_dim)]
+            self.write(0, torch.empty(0, dtype=torch.int64, device=self.pool.device), *nothing)
+
+
+class NumbaPlan:
+    """The attention of one batch. See `AttentionPlan`."""
+
+    def __init__(self, backend: NumbaBackend, metadata: AttentionMetadata) -> None:
+        self._backend, self.pool, self._mode = backend, backend.pool, backend.mode
+        self._metadata = metadata
+        self._num_threads = backend.num_threads
+        self._work: dict[_Visible, Work] = {}  # planned when the first layer of its kind comes
+        self._pages = np.ascontiguousarray(metadata.kv_indices, np.int32)
+
+    def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self._backend.write(layer, self._metadata.slots, k, v)
+
+    def attend(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
         kv = self.pool.layers[layer]
         out = _float32(q.shape[0], q.shape[1], kv.v_head_dim)
         heads = Heads(q.shape[1], kv.num_kv_heads)
@@ -137,7 +142,7 @@ class NumbaBackend:
 
     def _plan_work(self, key: _Visible) -> Work:
         """The tasks of layers that see as `key` says."""
-        metadata = self.metadata
+        metadata = self._metadata
         limits = AttentionParams(1.0, key.sliding_window, key.chunk_size)
         cascade = NO_CASCADE
         if key.sliding_window is None and key.chunk_size is None:
@@ -174,9 +179,7 @@ class NumbaBackend:
 
     def _attend(self, layer: int, work: Work, q: Tensor, params: AttentionParams, out: Tensor) -> None:
         pool, kv = self.pool, self.pool.layers[layer]
-        scales = [0, 0]
-        if isinstance(pool, QuantizedKVPool):
-            scales = [pool.k_scales[layer].data_ptr(), pool.v_scales[layer].data_ptr()]
+        scales = [pool.k_scales[layer].data_ptr(), pool.v_scales[layer].data_ptr()]  # 0 where there are none
         num_rows = q.shape[0] * q.shape[1]
         partial_out = _float32(work.num_partials, kv.v_head_dim)
         lse = _float32(num_rows + work.num_partials)
@@ -235,17 +238,6 @@ class NumbaBackend:
         ]
         num_chunks = -(-len(work.merged_rows) // numba_cpu.MERGED_AT_ONCE)
         openmp.run(numba_cpu.merge_worker(), arguments.ctypes.data, min(num_threads, num_chunks))
-
-    def _compile(self, needs: AttentionNeeds) -> None:
-        """Compile what the model needs, or load it from disk, so that no request waits for it."""
-        groups = {layer.num_q_heads // layer.kv.num_kv_heads for layer in needs.layers}
-        with log_if_slow("the attention kernels"):
-            for rows in sorted({min(group, numba_cpu.MAX_ROWS) for group in groups} | {numba_cpu.MAX_ROWS}):
-                numba_cpu.attention_worker(self._mode, rows)
-            numba_cpu.merge_worker()
-            kv = self.pool.layers[0]
-            nothing = [_float32(0, kv.num_kv_heads, dim) for dim in (kv.k_head_dim, kv.v_head_dim)]
-            self.write(0, torch.empty(0, dtype=torch.int64, device=self.pool.device), *nothing)
 
 
 def break_even(group: int) -> BreakEven:

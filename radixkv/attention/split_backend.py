@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radixkv.attention.backend import AttentionBackend, AttentionNeeds, AttentionParams, GraphableBackend
+from radixkv.attention.backend import (
+    AttentionBackend,
+    AttentionNeeds,
+    AttentionParams,
+    AttentionPlan,
+    GraphableBackend,
+    GraphPlan,
+    LayerAttention,
+)
 from radixkv.attention.metadata import AttentionMetadata, flattened_slots, to_device
 
 
@@ -28,13 +35,6 @@ def split_needs(needs: AttentionNeeds) -> tuple[AttentionNeeds, AttentionNeeds]:
     return replace(needs, layers=full), replace(needs, layers=window)
 
 
-class _Place(NamedTuple):
-    """Which backend has a layer, and which of its layers it is there."""
-
-    in_window: bool
-    number: int
-
-
 class SplitBackend:
     """Each layer goes to the backend of its pool; the one of the window pool reads `of_page` in place of pages.
 
@@ -46,107 +46,113 @@ class SplitBackend:
 
     def __init__(
         self,
-        needs: AttentionNeeds,
+        layers: Sequence[LayerAttention],
         full: AttentionBackend | None,
         window: AttentionBackend,
         of_page: NDArray[np.int32],
     ) -> None:
         self.name = window.name
+        self.num_layers = len(layers)
         self._full, self._window, self._of_page = full, window, of_page
-        self._places = _places([sees_window(layer.params) for layer in needs.layers])
-        self._slots: Tensor | None = None
+        self._in_window = [sees_window(layer.params) for layer in layers]
 
-    @property
-    def num_layers(self) -> int:
-        """Layers of both pools."""
-        return len(self._places)
-
-    def plan(self, metadata: AttentionMetadata) -> None:
-        if self._full is not None:
-            self._full.plan(metadata)
+    def plan(self, metadata: AttentionMetadata) -> SplitPlan:
         pages = self._of_page[metadata.kv_indices]
-        self._put_slots(flattened_slots(metadata, pages), metadata.slots.device)
-        assert self._slots is not None, "just put"
-        # what is shared is not read once: of a prefix so long a window sees little, and what it does not see is gone
-        self._window.plan(replace(metadata, kv_indices=pages, slots=self._slots, shared_nodes=()))
-
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        in_window, number = self._places[layer]
-        if not in_window:
-            self._backend_of_full.write(number, slots, k, v)
-            return
-        assert self._slots is not None, "written before plan"
-        self._window.write(number, self._slots, k, v)
-
-    def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
-        in_window, number = self._places[layer]
-        return (self._window if in_window else self._backend_of_full).run(number, q, params)
-
-    @property
-    def _backend_of_full(self) -> AttentionBackend:
-        assert self._full is not None, "no layer sees everything"
-        return self._full
-
-    def _put_slots(self, slots: NDArray[np.int64], device: torch.device) -> None:
-        self._slots = to_device(slots, device)
-
-
-class GraphableSplitBackend(SplitBackend):
-    """The same of backends whose decodes a CUDA graph can capture."""
-
-    def pays_to_share(self, metadata: AttentionMetadata) -> bool:
-        """Whether the layers of full attention read a prefix of the batch once, which a `fixed` backend does not do."""
-        return isinstance(self._full, GraphableBackend) and self._full.pays_to_share(metadata)
-
-    def fixed(self, batch_size: int, max_pages: int) -> FixedSplitBackend:
-        """Of fixed backends of both pools. See `GraphableBackend`."""
-        full, window = self._full, self._window
-        assert isinstance(window, GraphableBackend), "make_split_backend asked"
-        assert full is None or isinstance(full, GraphableBackend), "make_split_backend asked"
-        return FixedSplitBackend(
-            self._places,
-            None if full is None else full.fixed(batch_size, max_pages),
-            window.fixed(batch_size, max_pages),
-            self._of_page,
-            batch_size,
+        slots = to_device(flattened_slots(metadata, pages), metadata.slots.device)
+        return SplitPlan(
+            self._in_window,
+            None if self._full is None else self._full.plan(metadata),
+            self._window.plan(_of_window(metadata, pages, slots)),
         )
 
 
-class FixedSplitBackend(SplitBackend):
-    """Decodes of one batch size, for a CUDA graph: the slots lie in a tensor that stays."""
+class SplitPlan:
+    """Plans of both pools; each layer goes to one of them, by its number there. See `AttentionPlan`."""
+
+    def __init__(self, in_window: Sequence[bool], full: AttentionPlan | None, window: AttentionPlan) -> None:
+        self._plans: list[tuple[AttentionPlan, int]] = []  # of each layer
+        num_full = num_window = 0
+        for sees_less in in_window:
+            if sees_less or full is None:
+                self._plans.append((window, num_window))
+                num_window += 1
+            else:
+                self._plans.append((full, num_full))
+                num_full += 1
+
+    def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
+        plan, number = self._plans[layer]
+        plan.store_kv(number, k, v)
+
+    def attend(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
+        plan, number = self._plans[layer]
+        return plan.attend(number, q, params)
+
+
+class GraphableSplitBackend(SplitBackend):
+    """The same of backends whose decodes a CUDA graph can capture. See `GraphableBackend`."""
+
+    _full: GraphableBackend | None
+    _window: GraphableBackend
 
     def __init__(
         self,
-        places: Sequence[_Place],
-        full: AttentionBackend | None,
-        window: AttentionBackend,
+        layers: Sequence[LayerAttention],
+        full: GraphableBackend | None,
+        window: GraphableBackend,
         of_page: NDArray[np.int32],
-        batch_size: int,
     ) -> None:
-        self.name = window.name
-        self._full, self._window, self._of_page = full, window, of_page
-        self._places = list(places)
-        self._batch_size = batch_size
-        self._slots = None
+        super().__init__(layers, full, window, of_page)
 
-    def _put_slots(self, slots: NDArray[np.int64], device: torch.device) -> None:
-        if self._slots is None:
-            self._slots = torch.zeros(self._batch_size, dtype=torch.int64, device=device)
-        self._slots[: len(slots)].copy_(to_device(slots, device), non_blocking=True)
+    def pays_to_share(self, metadata: AttentionMetadata) -> bool:
+        """Whether the layers of full attention read a prefix of the batch once; those of a window never do."""
+        return self._full is not None and self._full.pays_to_share(metadata)
+
+    def graph_plan(self, slots: Tensor, max_pages: int) -> SplitGraphPlan:
+        window_slots = torch.zeros_like(slots)
+        return SplitGraphPlan(
+            self._in_window,
+            None if self._full is None else self._full.graph_plan(slots, max_pages),
+            self._window.graph_plan(window_slots, max_pages),
+            self._of_page,
+            window_slots,
+        )
+
+
+class SplitGraphPlan(SplitPlan):
+    """Graph plans of both pools; the slots of window pages lie in a tensor that stays. See `GraphPlan`."""
+
+    def __init__(
+        self,
+        in_window: Sequence[bool],
+        full: GraphPlan | None,
+        window: GraphPlan,
+        of_page: NDArray[np.int32],
+        window_slots: Tensor,
+    ) -> None:
+        super().__init__(in_window, full, window)
+        self._full, self._window = full, window
+        self._of_page, self._window_slots = of_page, window_slots
+
+    def update(self, metadata: AttentionMetadata) -> None:
+        pages = self._of_page[metadata.kv_indices]
+        slots = to_device(flattened_slots(metadata, pages), self._window_slots.device)
+        self._window_slots[: len(slots)].copy_(slots, non_blocking=True)
+        if self._full is not None:
+            self._full.update(metadata)
+        self._window.update(_of_window(metadata, pages, self._window_slots))
 
 
 def make_split_backend(
     needs: AttentionNeeds, full: AttentionBackend | None, window: AttentionBackend, of_page: NDArray[np.int32]
 ) -> SplitBackend:
     """One that a CUDA graph can capture if its parts can be."""
-    graphable = isinstance(window, GraphableBackend) and (full is None or isinstance(full, GraphableBackend))
-    return (GraphableSplitBackend if graphable else SplitBackend)(needs, full, window, of_page)
+    if isinstance(window, GraphableBackend) and (full is None or isinstance(full, GraphableBackend)):
+        return GraphableSplitBackend(needs.layers, full, window, of_page)
+    return SplitBackend(needs.layers, full, window, of_page)
 
 
-def _places(in_window: Sequence[bool]) -> list[_Place]:
-    counts = {False: 0, True: 0}
-    places = []
-    for of_window in in_window:
-        places.append(_Place(of_window, counts[of_window]))
-        counts[of_window] += 1
-    return places
+def _of_window(metadata: AttentionMetadata, pages: NDArray[np.int32], slots: Tensor) -> AttentionMetadata:
+    """The batch in window pages. What is shared is not read once: a window sees little of a prefix that is long enough
+    to pay, and what it does not see is gone."""
+    return replace(metadata, kv_indices=pages, slots=slots, shared_nodes=())

@@ -28,14 +28,11 @@ class TorchBackend:
 
     def __init__(self, pool: KVPool, needs: AttentionNeeds) -> None:
         self.pool = pool
-        self._dense = DenseExtends(pool)
-        self._decodes: NDArray[np.intp] = np.empty(0, np.intp)
-        self._decode_rows = torch.empty(0, dtype=torch.int64, device=pool.device)
-        self._metadata: AttentionMetadata | None = None
+        self.num_layers = len(pool.layers)
 
     @staticmethod
     def why_not(needs: AttentionNeeds) -> str | None:
-        """Latents stop it, and nothing else."""
+        """Only latents stop it."""
         return why_not_keys_and_values(needs)
 
     @staticmethod
@@ -43,30 +40,26 @@ class TorchBackend:
         """Any would do."""
         return "nhd"
 
-    @property
-    def num_layers(self) -> int:
-        """Layers of the pool."""
-        return len(self.pool.layers)
+    def plan(self, metadata: AttentionMetadata) -> TorchPlan:
+        return TorchPlan(self.pool, metadata)
 
-    @property
-    def metadata(self) -> AttentionMetadata:
-        """The planned batch."""
-        assert self._metadata is not None, "run before plan"
-        return self._metadata
 
-    def plan(self, metadata: AttentionMetadata) -> None:
-        self._metadata = metadata
+class TorchPlan:
+    """The attention of one batch. See `AttentionPlan`."""
+
+    def __init__(self, pool: KVPool, metadata: AttentionMetadata) -> None:
+        self._pool, self._metadata = pool, metadata
         qo_lens = metadata.qo_lens
         self._decodes = np.flatnonzero(qo_lens == 1)
         self._decode_rows = self._tensor(metadata.qo_indptr[self._decodes])
-        self._dense.plan(metadata, np.flatnonzero(qo_lens > 1))
+        self._extends = DenseExtends(pool, metadata, np.flatnonzero(qo_lens > 1))
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        self.pool.write(layer, slots, k, v)
+    def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self._pool.write(layer, self._metadata.slots, k, v)
 
-    def run(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
-        out = q.new_empty(q.shape[0], q.shape[1], self.pool.layers[layer].v_head_dim)
-        self._dense.run(layer, q, params, out)
+    def attend(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
+        out = q.new_empty(q.shape[0], q.shape[1], self._pool.layers[layer].v_head_dim)
+        self._extends.attend(layer, q, params, out)
         if len(self._decodes):
             out[self._decode_rows] = self._decode(layer, q[self._decode_rows], params)
         return out
@@ -74,9 +67,9 @@ class TorchBackend:
     # -- one token of each of many sequences -------------------------------------------------------------------------
 
     def _decode(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
-        kv_lens = self.metadata.kv_lens[self._decodes]
+        kv_lens = self._metadata.kv_lens[self._decodes]
         by_length = np.argsort(kv_lens, kind="stable")
-        out = q.new_empty(q.shape[0], q.shape[1], self.pool.layers[layer].v_head_dim)
+        out = q.new_empty(q.shape[0], q.shape[1], self._pool.layers[layer].v_head_dim)
         end = len(by_length)
         while end > 0:
             longest = int(kv_lens[by_length[end - 1]])
@@ -92,7 +85,7 @@ class TorchBackend:
     def _decode_padded(
         self, layer: int, q: Tensor, chunk: NDArray[np.intp], longest: int, params: AttentionParams
     ) -> Tensor:
-        kv_lens = torch.from_numpy(self.metadata.kv_lens[self._decodes[chunk]]).to(q.device, torch.int64)
+        kv_lens = torch.from_numpy(self._metadata.kv_lens[self._decodes[chunk]]).to(q.device, torch.int64)
         k, v = self._gather(layer, self._decodes[chunk], kv_lens)  # [batch, num_kv_heads, longest, head_dim]
         visible = visible_mask(kv_lens - 1, longest, **limits(params))  # [batch, longest]
         grouped = q.unflatten(1, (k.shape[1], -1))  # [batch, num_kv_heads, group, k_head_dim]
@@ -116,21 +109,21 @@ class TorchBackend:
         return torch.cat(rows)
 
     def _tensor(self, indices: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(indices).to(self.pool.device, torch.int64)
+        return torch.from_numpy(indices).to(self._pool.device, torch.int64)
 
     def _gather(self, layer: int, sequences: NDArray[np.intp], kv_lens: Tensor) -> tuple[Tensor, Tensor]:
         """KV of whole sequences, [sequences, num_kv_heads, longest, head_dim]; 0 past a sequence's end, where pages may
         hold anything.
         """
-        metadata = self.metadata
+        metadata = self._metadata
         longest = int(metadata.kv_lens[sequences].max())
         place = np.arange(-(-longest // metadata.page_size))
         counts = np.diff(metadata.kv_indptr)[sequences][:, None]
         page_index = metadata.kv_indptr[sequences][:, None] + np.minimum(place, counts - 1)  # the last one stands in
         pages = self._tensor(metadata.kv_indices[page_index].ravel())
-        past_end = torch.arange(longest, dtype=torch.int64, device=self.pool.device) >= kv_lens[:, None]
+        past_end = torch.arange(longest, dtype=torch.int64, device=self._pool.device) >= kv_lens[:, None]
         k, v = (
             x.unflatten(0, (len(sequences), -1))[:, :longest].masked_fill_(past_end[..., None, None], 0).transpose(1, 2)
-            for x in self.pool.gather(layer, pages)
+            for x in self._pool.gather(layer, pages)
         )
         return k, v

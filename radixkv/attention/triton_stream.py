@@ -6,7 +6,7 @@ attention as splits are. So each query has a partial for its sinks behind those 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,85 +14,79 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radixkv.attention.metadata import AttentionMetadata, concatenated_ranges
+from radixkv.attention.triton_launches import Launches
 from radixkv.attention.triton_plan import extend_table, upload
-
-if TYPE_CHECKING:
-    from radixkv.kernels.triton_paged import Decodes, PagedKV, Rule, Tiles
+from radixkv.attention.triton_steps import Merging
+from radixkv.kernels.triton_paged import Decodes, PagedKV, Rule, Tiles, attend_parts, decode_parts, merge
 
 
 class _Decodes(NamedTuple):
     """Sequences that compute one token; partials [i * (num_splits + 1), ...) are those of the i-th."""
 
-    rows: Tensor
+    merging: Merging
     window: Decodes
     sinks: Decodes
     num_splits: int
-    indptr: Tensor
     sink_slots: Tensor  # where the partial of each one's sinks lies
+
+    def run(self, kv: PagedKV, q: Tensor, sink_q: Tensor, rule: Rule, group: int, out: Tensor) -> None:
+        """As `StreamStep.run`."""
+        partials = self.merging.partials(out)
+        decode_parts(q, kv, self.window, rule, self.num_splits, partials)
+        decode_parts(sink_q, kv, self.sinks, _on_sinks(rule), 1, partials._replace(indptr=self.sink_slots))
+        merge(partials, self.merging.rows, rule.sinks, out)
 
 
 class _Extends(NamedTuple):
     """Sequences that compute several; two partials a token."""
 
-    rows: Tensor
-    indptr: Tensor
+    merging: Merging
     window: dict[int, Tiles]  # by the size of a group
     sinks: dict[int, Tiles]
 
+    def run(self, kv: PagedKV, q: Tensor, sink_q: Tensor, rule: Rule, group: int, out: Tensor) -> None:
+        """As `StreamStep.run`."""
+        partials = self.merging.partials(out)
+        attend_parts(q, kv, self.window[group], rule, partials)
+        attend_parts(sink_q, kv, self.sinks[group], _on_sinks(rule), partials)
+        merge(partials, self.merging.rows, rule.sinks, out)
+
 
 class StreamStep(NamedTuple):
-    """A planned batch."""
+    """A planned batch: what there is of its decodes and of its extends."""
 
-    decodes: _Decodes | None
-    extends: _Extends | None
+    parts: list[_Decodes | _Extends]
 
     @classmethod
     def plan(
-        cls,
-        metadata: AttentionMetadata,
-        sink_tokens: int,
-        device: torch.device,
-        *,
-        num_splits: int,
-        tile_rows: dict[int, int],
+        cls, metadata: AttentionMetadata, sink_tokens: int, launches: Launches, device: torch.device
     ) -> StreamStep:
-        """Args: `tile_rows`, the rows of a tile for each size of a group. O(tiles + pages)."""
+        """Get ready for a batch. O(tiles + pages)."""
         (kv_indices,) = upload([metadata.kv_indices], device)
         decodes = np.flatnonzero(metadata.qo_lens == 1)
         extends = np.flatnonzero(metadata.qo_lens > 1)
-        return cls(
-            _plan_decodes(metadata, decodes, kv_indices, sink_tokens, num_splits) if len(decodes) else None,
-            _plan_extends(metadata, extends, kv_indices, sink_tokens, tile_rows) if len(extends) else None,
-        )
+        parts: list[_Decodes | _Extends] = []
+        if len(decodes):
+            num_splits = launches.decode_splits(len(decodes))
+            parts.append(_plan_decodes(metadata, decodes, kv_indices, sink_tokens, num_splits))
+        if len(extends):
+            tile_rows = launches.tile_rows(int(metadata.qo_lens.max()))
+            parts.append(_plan_extends(metadata, extends, kv_indices, sink_tokens, tile_rows))
+        return cls(parts)
 
     def run(self, kv: PagedKV, q: Tensor, sink_q: Tensor, rule: Rule, group: int, out: Tensor) -> None:
         """Attention of one layer into `out`. Shapes as in `triton_paged.decode`; `sink_q` is like q."""
-        from radixkv.kernels.triton_paged import Partials, attend_parts, decode_parts, merge
+        for part in self.parts:
+            part.run(kv, q, sink_q, rule, group, out)
 
-        on_sinks = rule._replace(sliding_window=None, chunk_size=None)
-        for step in (self.decodes, self.extends):
-            if step is None:
-                continue
-            num_partials = len(step.rows) * (step.num_splits + 1 if isinstance(step, _Decodes) else 2)
-            partials = Partials(
-                out.new_empty(num_partials, *out.shape[1:], dtype=torch.float32),
-                out.new_empty(num_partials, out.shape[1], dtype=torch.float32),
-                step.indptr,
-            )
-            if isinstance(step, _Decodes):
-                decode_parts(q, kv, step.window, rule, step.num_splits, partials)
-                decode_parts(sink_q, kv, step.sinks, on_sinks, 1, partials._replace(indptr=step.sink_slots))
-            else:
-                attend_parts(q, kv, step.window[group], rule, partials)
-                attend_parts(sink_q, kv, step.sinks[group], on_sinks, partials)
-            merge(partials, step.rows, rule.sinks, out)
+
+def _on_sinks(rule: Rule) -> Rule:
+    return rule._replace(sliding_window=None, chunk_size=None)
 
 
 def _plan_decodes(
     metadata: AttentionMetadata, decodes: NDArray[np.intp], kv_indices: Tensor, sink_tokens: int, num_splits: int
 ) -> _Decodes:
-    from radixkv.kernels.triton_paged import Decodes
-
     kv_lens = metadata.kv_lens[decodes]
     indptr = np.arange(len(decodes) + 1, dtype=np.int32) * np.int32(num_splits + 1)
     rows, first_pages, starts, lens, nothing, sink_lens, indptr_there, sink_slots = upload(
@@ -109,11 +103,10 @@ def _plan_decodes(
         kv_indices.device,
     )
     return _Decodes(
-        rows,
+        Merging(rows, indptr_there, int(indptr[-1])),
         Decodes(rows, first_pages, kv_indices, starts, lens),
         Decodes(rows, first_pages, kv_indices, nothing, sink_lens),
         num_splits,
-        indptr_there,
         sink_slots,
     )
 
@@ -125,8 +118,6 @@ def _plan_extends(
     sink_tokens: int,
     tile_rows: dict[int, int],
 ) -> _Extends:
-    from radixkv.kernels.triton_paged import Tiles
-
     qo_lens = metadata.qo_lens[extends]
     tokens = concatenated_ranges(metadata.qo_indptr[extends], qo_lens)
     indptr = np.arange(len(tokens) + 1, dtype=np.int32) * np.int32(2)
@@ -148,8 +139,7 @@ def _plan_extends(
 
     groups = list(tile_rows)
     return _Extends(
-        rows,
-        indptr_there,
+        Merging(rows, indptr_there, int(indptr[-1])),
         {group: tiles(table, group) for group, table in zip(groups, there[::2], strict=True)},
         {group: tiles(table, group) for group, table in zip(groups, there[1::2], strict=True)},
     )

@@ -2,12 +2,12 @@
 
 A graph repeats the same kernels on the same memory. So there is one for each of a ladder of batch sizes, whose inputs
 lie in tensors that stay; a batch is padded to the next size by a dummy sequence that reads and writes a scratch page.
-What differs between steps reaches the kernels through those tensors and through what the backend's `plan` copies.
+What differs between steps reaches the kernels through those tensors and through what `GraphPlan.update` copies.
 
 What is captured is the whole forward pass of an unchanged Hugging Face model, which may not wait for the GPU then. As
 called here it does not: transformers makes no mask for an attention function that has no mask function of its own, and
 looks at no value before it decides that; positions are given, nothing is cached, and rows are chosen by indices, not by
-a mask. `PagedContext` plans when it is made, before the capture. What does wait: rotary embeddings of the type
+a mask. The backend's plan is made before the capture. What does wait: rotary embeddings of the type
 "dynamic", whose length decides a Python branch, and experts run one by one (`experts_implementation="eager"`;
 "grouped_mm" and "batched_mm" do not wait). Such models fail in `capture`, with an error that says so, and run without
 graphs.
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from radixkv.attention.backend import AttentionBackend, GraphableBackend
+from radixkv.attention.backend import AttentionBackend, GraphableBackend, GraphPlan
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.errors import UnsupportedBackendError, UnsupportedModelError
@@ -112,7 +112,7 @@ def make_graphs(
 
 
 class _Graph(NamedTuple):
-    backend: AttentionBackend
+    plan: GraphPlan
     replay: Replay
 
 
@@ -184,7 +184,7 @@ class GraphRunner:
         self._input_ids[: len(input_ids)].copy_(input_ids, non_blocking=True)
         self._positions[: len(input_ids)].copy_(metadata.positions, non_blocking=True)
         self._slots[: len(input_ids)].copy_(metadata.slots, non_blocking=True)
-        graph.backend.plan(self._padded(metadata, size))
+        graph.plan.update(self._padded(metadata, size))
         return graph.replay()[: len(input_ids)].float()
 
     @torch.inference_mode()
@@ -201,8 +201,9 @@ class GraphRunner:
 
     def _capture(self, size: int) -> _Graph:
         self._pad(0, size)
-        backend = self._backend.fixed(size, self._max_pages)
-        context = PagedContext(backend, self._padded(self._nothing(), size))
+        plan = self._backend.graph_plan(self._slots[:size], self._max_pages)
+        plan.update(self._padded(self._nothing(), size))
+        context = PagedContext(plan, self._backend.num_layers)
 
         def forward() -> Tensor:
             return flattened_forward(
@@ -217,7 +218,7 @@ class GraphRunner:
                 f"({str(error).strip().splitlines()[0]}); run it without CUDA graphs"
             ) from error
         context.check_complete()
-        return _Graph(backend, replay)
+        return _Graph(plan, replay)
 
     def _size(self, num_sequences: int) -> int:
         return next(size for size in self._sizes if size >= num_sequences)

@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from radixkv.attention.backend import AttentionBackend, AttentionNeeds, BackendSpec
+from radixkv.attention.backend import AttentionBackend, AttentionNeeds, BackendClass
 from radixkv.attention.split_backend import make_split_backend, sees_window, split_needs
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.residency.window_pages import WindowPages
@@ -56,7 +56,12 @@ class Sight(NamedTuple):
 
 
 def make_kv_memory(
-    spec: BackendSpec, needs: AttentionNeeds, config: EngineConfig, *, context_tokens: int | None, scratch_pages: int
+    backend_class: BackendClass,
+    needs: AttentionNeeds,
+    config: EngineConfig,
+    *,
+    context_tokens: int | None,
+    scratch_pages: int,
 ) -> KVMemory:
     """Pools of the sizes that `config` asks for, a cache and a backend over them.
 
@@ -71,9 +76,9 @@ def make_kv_memory(
     kept = [layer.kv for layer in needs.layers]
     bytes_per_token = kv_bytes_per_token(kept, needs.kv_dtype, needs.dtype)
     if sight is None or sizes.num_window_pages is None:
-        pool = _pool(spec, needs, sizes.num_pages + scratch_pages)
+        pool = _pool(backend_class, needs, sizes.num_pages + scratch_pages)
         cache = PrefixCache(sizes.num_pages, config.page_size, config.eviction_policy, copy_page=pool.copy_page)
-        return KVMemory(pool, cache, spec.make(pool, needs), bytes_per_token, sizes)
+        return KVMemory(pool, cache, backend_class(pool, needs), bytes_per_token, sizes)
     windows = WindowPages(
         sizes.num_pages,
         num_window_pages=sizes.num_window_pages,
@@ -82,15 +87,15 @@ def make_kv_memory(
         sink_tokens=sight.sink_tokens,
     )
     full_needs, window_needs = split_needs(needs)
-    full = _pool(spec, full_needs, sizes.num_pages + scratch_pages) if full_needs.layers else None
-    split = SplitKVPool(full, _pool(spec, window_needs, sizes.num_window_pages + 1), windows.window_page_of)
+    full = _pool(backend_class, full_needs, sizes.num_pages + scratch_pages) if full_needs.layers else None
+    split = SplitKVPool(full, _pool(backend_class, window_needs, sizes.num_window_pages + 1), windows.window_page_of)
     cache = PrefixCache(
         sizes.num_pages, config.page_size, config.eviction_policy, copy_page=split.copy_page, residency=windows
     )
     backend = make_split_backend(
         needs,
-        None if full is None else spec.make(full, full_needs),
-        spec.make(split.window, window_needs),
+        None if full is None else backend_class(full, full_needs),
+        backend_class(split.window, window_needs),
         windows.window_page_of,
     )
     return KVMemory(split, cache, backend, bytes_per_token, sizes)
@@ -171,9 +176,9 @@ def _pages(num_tokens: int | None, page_size: int) -> int | None:
     return None if num_tokens is None else -(-num_tokens // page_size)
 
 
-def _pool(spec: BackendSpec, needs: AttentionNeeds, num_pages: int) -> KVPool:
+def _pool(backend_class: BackendClass, needs: AttentionNeeds, num_pages: int) -> KVPool:
     return make_kv_pool(
-        spec.layout(needs),
+        backend_class.layout(needs),
         [layer.kv for layer in needs.layers],
         kv_dtype=needs.kv_dtype,
         num_pages=num_pages,

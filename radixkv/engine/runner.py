@@ -63,7 +63,7 @@ class ModelRunner:
         if self._graphs is not None and self._graphs.can_run(metadata):
             return self._graphs.run(input_ids, metadata)
         adjustment = None if self._streaming is None else self._streaming.step(metadata.positions)
-        context = PagedContext(self.backend, metadata, adjustment)
+        context = PagedContext(self.backend.plan(metadata), self.backend.num_layers, adjustment)
         logits_of = to_device(step.logits_of, device)
         logits = flattened_forward(self.model, input_ids, metadata.positions, logits_of, context)
         context.check_complete()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from radixkv.errors import ConfigError
 from radixkv.memory.kv_shape import LayerKV
+from radixkv.memory.page_pool import PagePool
 
 CGROUP_FILES = (  # (limit, usage) of version 2 and version 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -28,11 +29,13 @@ KVLayout = Literal["nhd", "lanes", "latent"]
 """How the KV of a page lies: see `KVPool` ("nhd"), `LaneKVPool` ("lanes") and `latent_pool.LatentKVPool` ("latent")."""
 
 
-class KVPool:
+class KVPool(PagePool):
     """Keys and values of every layer, in pages.
 
     Attributes:
         k, v: per layer a tensor [num_pages, page_size, num_kv_heads, head_dim] (FlashInfer's NHD).
+        k_scales, v_scales: per layer the scales of codes; empty tensors here, where values are kept as they are.
+        holds_codes: whether KV is kept as codes, so that only `write` may store it.
 
     The memory is not touched before it is written, so the CPU's pages of it are committed as they are used.
 
@@ -40,6 +43,7 @@ class KVPool:
     """
 
     layout: KVLayout = "nhd"
+    holds_codes = False
 
     def __init__(
         self,
@@ -62,6 +66,8 @@ class KVPool:
                 "set a smaller kv_cache_tokens or mem_fraction"
             ) from error
         self.k, self.v = [k for k, _ in tensors], [v for _, v in tensors]
+        no_scales = torch.empty(0, dtype=torch.bfloat16, device=self.device)
+        self.k_scales, self.v_scales = [no_scales] * len(tensors), [no_scales] * len(tensors)
 
     @property
     def kv_dtype(self) -> str:
@@ -80,8 +86,13 @@ class KVPool:
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store the KV of tokens in `slots`, int64 [tokens]; k and v are [tokens, num_kv_heads, head_dim]."""
-        self.k[layer].flatten(0, 1).index_copy_(0, slots, k.to(self.dtype))
-        self.v[layer].flatten(0, 1).index_copy_(0, slots, v.to(self.dtype))
+        k, v = self.as_kept(k, v)
+        self.k[layer].flatten(0, 1).index_copy_(0, slots, k)
+        self.v[layer].flatten(0, 1).index_copy_(0, slots, v)
+
+    def as_kept(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of tokens, [tokens, num_kv_heads, head_dim], as `k` and `v` keep them; scales are left out."""
+        return k.to(self.dtype), v.to(self.dtype)
 
     def gather(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
         """A copy of the KV in `pages` (int64 [n]): K and V as [n * page_size, num_kv_heads, head_dim]."""
@@ -92,22 +103,11 @@ class KVPool:
         return q
 
     def page_tensors(self, page: int) -> list[Tensor]:
-        """Views of all that is kept of `page`, layer after layer; equal pages of equal pools have equal shapes."""
-        return [pages[page] for pages in (*self.k, *self.v)]
+        return [pages[page].unsqueeze(1) for pages in (*self.k, *self.v)]
 
     def bytes_of(self, pages: NDArray[np.int32], num_tokens: int) -> int:
         """KV bytes of the first `num_tokens` tokens in `pages`."""
         return num_tokens * self.bytes_per_token
-
-    def clear_page(self, page: int) -> None:
-        """Make the KV of `page` zeros, in every layer."""
-        for tensor in self.page_tensors(page):
-            tensor.zero_()
-
-    def copy_page(self, source: int, target: int, num_tokens: int) -> None:
-        """Copy the KV of the first `num_tokens` slots of page `source` to page `target`, in every layer."""
-        for pages in (*self.k, *self.v):
-            pages[target, :num_tokens].copy_(pages[source, :num_tokens])
 
     def _tensors(self, layer: LayerKV) -> tuple[Tensor, Tensor]:
         k, v = (
@@ -146,22 +146,20 @@ class LaneKVPool(KVPool):
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         page, offset, width = slots // self.page_size, slots % self.page_size, self.width
-        self.k[layer][page, :, :, offset] = k.to(self.dtype).unflatten(2, (-1, width))
-        self.v[layer][page, :, offset // width, :, offset % width] = v.to(self.dtype)
+        k, v = self.as_kept(k, v)
+        self.k[layer][page, :, :, offset] = k.unflatten(2, (-1, width))
+        self.v[layer][page, :, offset // width, :, offset % width] = v
 
     def gather(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
         k = self.k[layer].index_select(0, pages).permute(0, 3, 1, 2, 4)  # [n, page_size, heads, dim / w, w]
         v = self.v[layer].index_select(0, pages).permute(0, 2, 4, 1, 3)  # [n, page_size / w, w, heads, dim]
         return k.flatten(3, 4).flatten(0, 1), v.flatten(0, 2)
 
-    def copy_page(self, source: int, target: int, num_tokens: int) -> None:
-        whole, width = num_tokens // self.width, self.width
-        for k, v in zip(self.k, self.v, strict=True):
-            k[target, :, :, :num_tokens].copy_(k[source, :, :, :num_tokens])
-            v[target, :, :whole].copy_(v[source, :, :whole])
-            if num_tokens % width:
-                rest = num_tokens % width
-                v[target, :, whole, :, :rest].copy_(v[source, :, whole, :, :rest])
+    def page_tensors(self, page: int) -> list[Tensor]:
+        return [
+            *(k[page].permute(2, 0, 1, 3).unsqueeze(1) for k in self.k),  # [page_size, 1, heads, dim / w, w]
+            *(v[page].permute(1, 3, 0, 2) for v in self.v),  # [page_size / w, w, heads, dim]
+        ]
 
     def _tensors(self, layer: LayerKV) -> tuple[Tensor, Tensor]:
         k_shape, v_shape = self._k_shape(layer), self._v_shape(layer)

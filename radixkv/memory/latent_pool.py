@@ -75,11 +75,7 @@ class LatentKVPool(KVPool):
         return k, k[..., : self.v[layer].shape[-1]]
 
     def page_tensors(self, page: int) -> list[Tensor]:
-        return [pages[page] for pages in self.k]
-
-    def copy_page(self, source: int, target: int, num_tokens: int) -> None:
-        for pages in self.k:
-            pages[target, :num_tokens].copy_(pages[source, :num_tokens])
+        return [pages[page].unsqueeze(1) for pages in self.k]
 
 
 def _latent_dim(layer: LayerKV) -> int:

@@ -28,6 +28,8 @@ class QuantizedKVPool(KVPool):
     Raises: ConfigError if the memory does not suffice, or codes of a head do not fill whole bytes.
     """
 
+    holds_codes = True
+
     def __init__(
         self,
         layout: KVLayout,
@@ -73,12 +75,12 @@ class QuantizedKVPool(KVPool):
             k = rotate_back(k)
         return k.to(self.dtype), v.to(self.dtype)
 
-    def page_tensors(self, page: int) -> list[Tensor]:
-        return [*self._codes.page_tensors(page), *(pages[page] for pages in (*self.k_scales, *self.v_scales))]
+    def as_kept(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        (k_codes, _), (v_codes, _) = self.encode_kv(k, v)
+        return k_codes, v_codes
 
-    def copy_page(self, source: int, target: int, num_tokens: int) -> None:
-        self._codes.copy_page(source, target, num_tokens)
-        self._scales.copy_page(source, target, num_tokens)
+    def page_tensors(self, page: int) -> list[Tensor]:
+        return [*self._codes.page_tensors(page), *self._scales.page_tensors(page)]
 
     def encode_kv(self, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Codes and scales of k and of v, [tokens, num_kv_heads, head_dim] each."""
@@ -132,10 +134,10 @@ class _ScalePages:
             k, v = k.permute(0, 3, 1, 2), v.permute(0, 3, 1, 2)
         return k.flatten(0, 1), v.flatten(0, 1)
 
-    def copy_page(self, source: int, target: int, num_tokens: int) -> None:
-        for pages in (*self.k, *self.v):
-            tokens = pages.movedim(3, 1) if self._in_lanes else pages
-            tokens[target, :num_tokens].copy_(tokens[source, :num_tokens])
+    def page_tensors(self, page: int) -> list[Tensor]:
+        """As `PagePool.page_tensors`."""
+        tokens_at = 2 if self._in_lanes else 0
+        return [pages[page].movedim(tokens_at, 0).unsqueeze(1) for pages in (*self.k, *self.v)]
 
     def _empty(self, num_pages: int, num_kv_heads: int, num_scales: int, device: torch.device) -> Tensor:
         shape = (self._page_size, num_kv_heads, num_scales)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from radixkv.memory.kv_pool import KVPool
+from radixkv.memory.page_pool import PagePool
 
 
-class SplitKVPool:
+class SplitKVPool(PagePool):
     """The pages of a cache in the layers of full attention, and *window pages* in those that see a window of tokens.
 
     Attributes:
@@ -32,10 +34,9 @@ class SplitKVPool:
         kept = int((self.of_page[pages] != self.scratch).sum()) * self.window.page_size * self.window.bytes_per_token
         return kept + (0 if self.full is None else self.full.bytes_of(pages, num_tokens))
 
-    def copy_page(self, source: int, target: int, num_tokens: int) -> None:
-        """Copy the KV of the first `num_tokens` slots of page `source` to page `target`, which have window pages."""
-        if self.full is not None:
-            self.full.copy_page(source, target, num_tokens)
-        window_source, window_target = (int(self.of_page[page]) for page in (source, target))
-        assert self.scratch not in (window_source, window_target), "a page without a window page was copied"
-        self.window.copy_page(window_source, window_target, num_tokens)
+    def page_tensors(self, page: int) -> list[Tensor]:
+        """As `PagePool.page_tensors`; `page` has a window page."""
+        window_page = int(self.of_page[page])
+        assert window_page != self.scratch, f"page {page} has no window page"
+        of_full = [] if self.full is None else self.full.page_tensors(page)
+        return [*of_full, *self.window.page_tensors(window_page)]

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from radixkv.attention.backend import AttentionBackend, AttentionParams
-from radixkv.attention.metadata import AttentionMetadata
+from radixkv.attention.backend import AttentionParams, AttentionPlan
 from radixkv.errors import UnsupportedModelError
 
 INTERFACE_NAME = "radixkv"
@@ -50,34 +49,35 @@ class Adjustment(Protocol):
 
 
 class PagedContext:
-    """Writes the new KV to its slots and lets the backend read the pages."""
+    """Writes the new KV to its slots and lets the backend read the pages.
 
-    def __init__(
-        self, backend: AttentionBackend, metadata: AttentionMetadata, adjustment: Adjustment | None = None
-    ) -> None:
-        self._backend = backend
+    Args:
+        plan: of the batch.
+        num_layers: of the model.
+    """
+
+    def __init__(self, plan: AttentionPlan, num_layers: int, adjustment: Adjustment | None = None) -> None:
+        self._plan = plan
+        self._num_layers = num_layers
         self._adjustment = adjustment
-        self._slots = metadata.slots
         self._attended: set[int] = set()
-        backend.plan(metadata)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
-        self._backend.write(layer, self._slots, k, v)
+        self._plan.store_kv(layer, k, v)
         self._attended.add(layer)
         if self._adjustment is not None:
             params = self._adjustment.params(layer, q, params)
-        return self._backend.run(layer, q, params)
+        return self._plan.attend(layer, q, params)
 
     def attend_latent(self, layer: int, q: Tensor, k: Tensor, latent_dim: int, params: AttentionParams) -> Tensor:
         return self.attend(layer, q, k, k[..., :latent_dim], params)
 
     def check_complete(self) -> None:
         """Raise UnsupportedModelError unless every layer attended over the pages."""
-        num_layers = self._backend.num_layers
-        if len(self._attended) != num_layers:
+        if len(self._attended) != self._num_layers:
             raise UnsupportedModelError(
-                f"{len(self._attended)} of {num_layers} layers attended over the pages: somebody set another attention "
-                "implementation on the engine's model; give each its own instance"
+                f"{len(self._attended)} of {self._num_layers} layers attended over the pages: somebody set another "
+                "attention implementation on the engine's model; give each its own instance"
             )
 
 

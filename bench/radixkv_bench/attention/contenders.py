@@ -72,10 +72,10 @@ def _int8_fits(setup: Setup, only: Sequence[str]) -> bool:
 
 
 def _backend(setup: Setup, name: str, *, with_path: bool) -> RunLayer:
-    spec = choose_backend(name, setup.needs)
-    backend = spec.make(setup.pool(spec.layout(setup.needs)), setup.needs)
-    backend.plan(setup.metadata(with_path=with_path))
-    return lambda layer: backend.run(layer, setup.q, setup.params)
+    backend_class = choose_backend(name, setup.needs)
+    backend = backend_class(setup.pool(backend_class.layout(setup.needs)), setup.needs)
+    plan = backend.plan(setup.metadata(with_path=with_path))
+    return lambda layer: plan.attend(layer, setup.q, setup.params)
 
 
 # -- the plain ways --------------------------------------------------------------------------------------------------

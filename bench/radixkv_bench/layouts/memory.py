@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from radixkv import PrefixCache
 from radixkv.attention.backend import (
     AttentionBackend,
     AttentionNeeds,
-    BackendSpec,
+    AttentionPlan,
     backend_names,
     choose_backend,
     register_backend,
@@ -113,14 +113,14 @@ class PageWatch:
     An engine made with `attention_backend=PageWatch.BACKEND` reports to the watch that was made last.
     """
 
-    BACKEND = "layouts-watch"
+    BACKEND = name = "layouts-watch"
 
     def __init__(self, system_tokens: int, token_bytes: int) -> None:
         self._system_tokens, self._token_bytes = system_tokens, token_bytes
         self._cache: PrefixCache | None = None
         self._copied_before = self._peak_tokens = 0
         self._steps: list[Snapshot] = []
-        register_backend(BackendSpec(self.BACKEND, make=self._make, why_not=self._why_not, layout=_usual_layout))
+        register_backend(self)
 
     def watch(self, cache: PrefixCache) -> None:
         """Report on this cache from now on."""
@@ -146,31 +146,29 @@ class PageWatch:
         copied = self._cache.stats().copied_tokens - self._copied_before
         return Memory(self._steps, peak_bytes, peak_bytes, copied * self._token_bytes)
 
-    def _why_not(self, needs: AttentionNeeds) -> str | None:
+    def why_not(self, needs: AttentionNeeds) -> str | None:
         """It is another backend, and can what one of these can."""
         others = [name for name in backend_names() if name != self.BACKEND]
         return None if any(why_not(name, needs) is None for name in others) else "only watches others"
 
-    def _make(self, pool: KVPool, needs: AttentionNeeds) -> AttentionBackend:
-        return cast(AttentionBackend, _Watched(choose_backend("auto", needs).make(pool, needs), self))
+    def layout(self, needs: AttentionNeeds) -> KVLayout:
+        """That of the backend which does the work."""
+        return choose_backend("auto", needs).layout(needs)
+
+    def __call__(self, pool: KVPool, needs: AttentionNeeds) -> AttentionBackend:
+        return _Watched(choose_backend("auto", needs)(pool, needs), self)
 
 
 class _Watched:
-    """A backend that tells of each batch, and is another one for the rest."""
+    """A backend that tells of each batch, and leaves the work to another one."""
 
     def __init__(self, backend: AttentionBackend, watch: PageWatch) -> None:
+        self.name, self.num_layers = backend.name, backend.num_layers
         self._backend, self._watch = backend, watch
 
-    def plan(self, metadata: AttentionMetadata) -> None:
+    def plan(self, metadata: AttentionMetadata) -> AttentionPlan:
         self._watch.planned(metadata)
-        self._backend.plan(metadata)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-
-def _usual_layout(needs: AttentionNeeds) -> KVLayout:
-    return choose_backend("auto", needs).layout(needs)
+        return self._backend.plan(metadata)
 
 
 def filled_slots(metadata: AttentionMetadata) -> int:

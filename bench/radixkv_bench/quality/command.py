@@ -77,9 +77,9 @@ class Reader:
     def __init__(self, model: PreTrainedModel, layers: Sequence[LayerAttention], kv_dtype: str, window: int) -> None:
         self._model, self._num_pages = model, -(-window // PAGE_SIZE)
         needs = AttentionNeeds(tuple(layers), PAGE_SIZE, model.dtype, model.device, kv_dtype)
-        spec = choose_backend("numba" if model.device.type == "cpu" else "torch", needs)
+        backend_class = choose_backend("numba" if model.device.type == "cpu" else "torch", needs)
         pool = make_kv_pool(
-            spec.layout(needs),
+            backend_class.layout(needs),
             [layer.kv for layer in layers],
             kv_dtype=kv_dtype,
             num_pages=self._num_pages,
@@ -87,14 +87,14 @@ class Reader:
             dtype=model.dtype,
             device=model.device,
         )
-        self.backend: AttentionBackend = spec.make(pool, needs)
+        self.backend: AttentionBackend = backend_class(pool, needs)
 
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
         """After each token of a window, [tokens, vocab_size] in float32."""
         span = SequenceSpan(0, len(ids), np.arange(self._num_pages, dtype=np.int32))
         metadata = build_metadata([span], page_size=PAGE_SIZE, device=self._model.device)
-        context = PagedContext(self.backend, metadata)
+        context = PagedContext(self.backend.plan(metadata), self.backend.num_layers)
         rows = torch.arange(len(ids), device=self._model.device)
         logits = flattened_forward(self._model, ids, metadata.positions, rows, context)
         context.check_complete()

@@ -153,7 +153,7 @@ def read(model: PreTrainedModel, ids: Tensor, name: str, window: int | None, sin
             lease.cover(first, end)
             metadata = build_metadata([SequenceSpan(first, end, lease.pages)], page_size=PAGE_SIZE)
             adjustment = None if streaming is None else streaming.step(metadata.positions)
-            context = PagedContext(memory.backend, metadata, adjustment)
+            context = PagedContext(memory.backend.plan(metadata), memory.backend.num_layers, adjustment)
             rows = torch.arange(end - first)
             logits = flattened_forward(model, ids[first:end], metadata.positions, rows, context).float()
             following = ids[first + 1 : end + 1]
