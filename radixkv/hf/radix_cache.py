@@ -18,7 +18,7 @@ from radixkv.hf.chunk_buffer import ByteMeter
 from radixkv.hf.chunked_cache import DEFAULT_CHUNK_TOKENS, ChunkedLayer, check_chunk_tokens
 from radixkv.hf.page_store import LayerStates, PageStore
 from radixkv.hf.probe import probe_prefixes
-from radixkv.hf.support import check_inputs, check_model, check_positions, position_limit, sees_columns
+from radixkv.hf.support import check_inputs, check_model, check_positions, check_prompt, position_limit, sees_columns
 
 MIN_SHARED_TOKENS = 64
 """What computing the common prefix of a batch first must save, in tokens over all rows: a forward pass costs time."""
@@ -60,7 +60,8 @@ class RadixCache(Cache):  # type: ignore[misc]
     batch skips `min over rows of (padding + stored prefix)` columns, and hidden states and attentions of the prompt,
     where asked for, begin there. What all rows begin with and nobody has computed yet is computed once, before them.
 
-    Between calls the object looks empty to transformers. Call `reset` when the weights or the adapters of the model
+    Between calls the object looks empty to transformers: to continue an output, pass all its tokens from the first on,
+    not the last one alone, which would begin a new sequence. Call `reset` when the weights or the adapters of the model
     change. Not thread-safe: a second call at the same time is refused.
     """
 
@@ -308,6 +309,8 @@ def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, RadixCache):
         return type(model).generate(model, *args, **kwargs)
+    inputs = args[0] if args else kwargs.get("inputs")
+    check_prompt(kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask"))
     with cache.serving(model, _eos_token_ids(model, kwargs)):
         return type(model).generate(model, *args, **kwargs)
 

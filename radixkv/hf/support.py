@@ -23,7 +23,11 @@ def check_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"a RadixCache is made for a transformers model, not {type(model).__name__}")
     config = model.config.get_text_config()
     if model.config._attn_implementation == "radixkv":
-        raise _unsupported(model, "it serves a radixkv Engine; load another instance of the model for the RadixCache")
+        raise _unsupported(
+            model,
+            "it, or a model with the same config object, serves a radixkv Engine; load another instance for the "
+            "RadixCache, or call model.set_attn_implementation('sdpa') once the engine is no longer used",
+        )
     _check_layers(model)
     if getattr(model, "_is_stateful", False):
         raise _unsupported(model, "it keeps a recurrent state, which cannot be cut back to a prefix")
@@ -66,6 +70,19 @@ def check_inputs(kwargs: Mapping[str, Any]) -> None:
         raise InvalidRequestError("a RadixCache needs an attention_mask of shape [batch, tokens]")
 
 
+def check_prompt(inputs: object, mask: object) -> None:
+    """Raise InvalidRequestError if a call of generate passes fewer tokens than its attention_mask has columns.
+
+    Other caches hold the tokens of the call before; there, the last token alone continues an output.
+    """
+    if isinstance(inputs, Tensor) and isinstance(mask, Tensor) and mask.shape[-1] != inputs.shape[-1]:
+        raise InvalidRequestError(
+            f"attention_mask must have as many columns as input_ids; it has {mask.shape[-1]}, not {inputs.shape[-1]}; "
+            "to continue an output with a RadixCache, pass all its tokens from the first on: those that it has stored "
+            "are not computed again"
+        )
+
+
 def left_padding(attention_mask: Tensor | None, batch_size: int) -> list[int]:
     """Leading columns that each row masks. Raises: InvalidRequestError for any other mask."""
     if attention_mask is None:
@@ -89,7 +106,8 @@ def check_positions(position_ids: Tensor | None, first: int, padding: list[int])
     expected = columns - torch.tensor(padding, dtype=torch.int64, device="cpu")[:, None]  # [batch, columns]
     if not ((position_ids.cpu() == expected) | (expected < 0)).all():
         raise InvalidRequestError(
-            "a RadixCache needs position_ids that count each row's tokens from 0; leave position_ids out"
+            "a RadixCache needs position_ids that count each row's tokens from 0; leave position_ids out, and pass all "
+            "tokens of the sequence from the first on"
         )
 
 
