@@ -89,7 +89,7 @@ def left_padding(attention_mask: Tensor | None, batch_size: int) -> list[int]:
         return [0] * batch_size
     real = attention_mask.bool().cpu()
     padding = (~real).sum(1)
-    expected = torch.arange(real.shape[1], device="cpu") >= padding[:, None]
+    expected = torch.arange(real.shape[1], dtype=torch.int64, device="cpu") >= padding[:, None]
     for row in range(batch_size):
         if not torch.equal(real[row], expected[row]):
             raise InvalidRequestError(
@@ -102,7 +102,7 @@ def check_positions(position_ids: Tensor | None, first: int, padding: list[int])
     """Raise InvalidRequestError unless tokens are counted from 0, padding left out; `first` is the first column."""
     if position_ids is None:
         return
-    columns = torch.arange(first, first + position_ids.shape[-1], device="cpu")
+    columns = torch.arange(first, first + position_ids.shape[-1], dtype=torch.int64, device="cpu")
     expected = columns - torch.tensor(padding, dtype=torch.int64, device="cpu")[:, None]  # [batch, columns]
     if not ((position_ids.cpu() == expected) | (expected < 0)).all():
         raise InvalidRequestError(
