@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import numpy as np
@@ -16,6 +17,7 @@ from radixkv.cache.cache_stats import CacheStats, SizeEstimate
 from radixkv.cache.events import Observer
 from radixkv.cache.eviction.policies import resolve_policy
 from radixkv.cache.eviction.policy import EvictionPolicy
+from radixkv.cache.held_prefix import HeldPrefix, held_prefix
 from radixkv.cache.insight.diagnostics import LARGEST_SIZE, Diagnostics
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.keeping import checked_keep_for_s, checked_priority
@@ -473,3 +475,36 @@ class PrefixCache:
             f"PrefixCache({stats.num_pages} pages of {stats.page_size}: {stats.free_pages} free, "
             f"{stats.total_tokens} tokens cached, {stats.num_leases} leases)"
         )
+
+    # -- looking, without taking pages -------------------------------------------------------------------------------
+
+    @contextmanager
+    def reading(
+        self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None
+    ) -> Iterator[NDArray[np.int32]]:
+        """Pin the cached prefix of `ids`, to the token, while a `with` block reads its pages. O(tokens + depth).
+
+        Takes and copies no page: in the last one only the slots of the prefix are its own. It is a use of the prefix,
+        and counts as no request. Layers of a window may have let go of what lies before it.
+
+        Raises: InvalidRequestError if a key is neither text nor None; TokenIdsTypeError, InvalidTokenIdsError.
+        """
+        self._reap()
+        tokens = token_array(ids)
+        match = self.tree.match_tokens(tokens, Namespace.of(extra_key, cache_salt))
+        partial = self.tree.find_partial(match.node, tokens[match.length :]) if self.shares_partial_pages else None
+        pages, node = match.pages, match.node
+        if partial is not None:
+            pages, node = np.append(pages, np.int32(partial.page)), partial.node
+        self.tree.inc_lock_ref(node)
+        try:
+            yield pages
+        finally:
+            self.tree.dec_lock_ref(node)
+
+    def held(self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None) -> HeldPrefix:
+        """How many leading tokens of `ids` are cached now, in which pages. Changes nothing. O(tokens + depth).
+
+        Raises: InvalidRequestError if a key is neither text nor None; TokenIdsTypeError, InvalidTokenIdsError.
+        """
+        return held_prefix(self.tree, token_array(ids), Namespace.of(extra_key, cache_salt))

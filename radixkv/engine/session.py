@@ -198,20 +198,14 @@ class Session:
             return self._kv_usage()
 
     def _kv_usage(self) -> KVUsage:
-        cache, ids = self._engine.cache, self._now.ids
+        ids = self._now.ids
         extra_key, cache_salt = self.namespace
-        tokens, path = cache.tree.peek_path(ids, extra_key=extra_key, cache_salt=cache_salt)
-        shared = branching = 0
-        for node in path:
-            branching += node.num_tokens
-            if len(node.children) > 1 or (branching > tokens):
-                shared = min(branching, tokens)
+        held = self._engine.cache.held(ids, extra_key=extra_key, cache_salt=cache_salt)
         others = [s._now.ids for s in self._engine.open_sessions(self.namespace) if s is not self]
         in_common = max((common_tokens(ids, other) for other in others), default=0)
-        shared = max(shared, min(tokens, in_common))
-        pages = np.concatenate([np.empty(0, np.int32), *(node.page_ids for node in path)])[: cache.pages_for(tokens)]
-        num_bytes = self._engine.pool.bytes_of(pages, tokens)
-        return KVUsage(len(ids), tokens, len(pages), num_bytes, shared, tokens - shared)
+        shared = max(held.shared_tokens, min(held.tokens, in_common))
+        num_bytes = self._engine.pool.bytes_of(held.pages, held.tokens)
+        return KVUsage(len(ids), held.tokens, len(held.pages), num_bytes, shared, held.tokens - shared)
 
     def close(self) -> None:
         """End the conversation. Its KV stays in the cache until it is evicted. Idempotent; never waits."""

@@ -190,9 +190,8 @@ def write(
     for chunk in engine.stream(prompt, params):
         done += len(chunk.token_ids)
         progress.update(task, completed=done)
-        windows = engine.cache.windows
-        assert windows is not None, "all layers see a window"
-        most_pages = max(most_pages, windows.num_window_pages - windows.num_available)
+        held = engine.cache.stats()
+        most_pages = max(most_pages, held.window_pages - held.free_window_pages - held.evictable_window_pages)
         if done >= part_tokens * (len(seconds) + 1) or done == num_tokens > part_tokens * len(seconds):
             now_s = time.perf_counter()
             seconds.append(now_s - started_s)
