@@ -82,8 +82,8 @@ TREE_CORRUPTIONS: dict[str, tuple[Callable[[SampleTree], object], str]] = {
     "root pinned": (_set("root", "lock_ref", 1), "pinned root"),
     "root with pages": (_set("root", "pages", bytes(4)), "a root with tokens"),
     "root that ends somewhere": (_set("root", "end", 2), "a root with tokens"),
-    "total too large": (_count_more("_total", 4), "counted 7 pages, recorded 8"),
-    "evictable too small": (_count_more("_evictable", -4), "counted 5 evictable pages, recorded 4"),
+    "total too large": (_count_more("_total_bytes", 4), "counted 7 pages, recorded 8"),
+    "evictable too small": (_count_more("_evictable_bytes", -4), "counted 5 evictable pages, recorded 4"),
     "page in two nodes": (lambda s: setattr(s.other, "pages", s.cut.pages), "a page is in two places"),
     "page twice in a node": (lambda s: setattr(s.free, "pages", s.free.pages[:4] * 2), "a page is in two places"),
     "page missing": (_set("free", "pages", b""), "neither whole pages nor a tail"),
@@ -132,7 +132,7 @@ class SampleCache:
 
 
 CACHE_CORRUPTIONS: dict[str, Callable[[SampleCache], object]] = {
-    "the tree's own check": lambda s: setattr(s.cache.tree, "_total", 0),
+    "the tree's own check": lambda s: setattr(s.cache.tree, "_total_bytes", 0),
     "the allocator's own check": lambda s: s.count(7, 1),
     "shared page counted once more": lambda s: s.count(s.lease.pages[0], 1),
     "shared page counted once less": lambda s: s.count(s.lease.pages[0], -1),

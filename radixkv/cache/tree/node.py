@@ -106,6 +106,11 @@ class TreeNode:
         return 0 < len(self.key) < page_size * TOKEN_BYTES
 
     @property
+    def is_evictable(self) -> bool:
+        """Whether it is an unpinned leaf of its tree."""
+        return self.entry is not None
+
+    @property
     def in_tree(self) -> bool:
         """Whether it still stands in its tree; it may have been evicted or merged."""
         return self.parent is not None or not self.key
