@@ -252,7 +252,7 @@ def test_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (("--case", "decode-4"), "there is no case 'decode-4' on cpu; the cases are decode-3x40, "),
         (("--dtype", "int4"), "--dtype must be one of float32, bfloat16, float16, not 'int4'"),
         (("--backend", "cuda"), "there is no backend 'cuda'; the backends are "),
-        (("--rounds", "0"), "Invalid value for '--rounds': "),
+        (("--rounds", "0"), "--rounds must be at least "),
         (("--json", "nowhere/out.json"), "cannot write nowhere/out.json: there is no directory nowhere"),
         (("--plot", "out.txt"), "--plot out.txt names no image format"),
         (("--device", "tpu"), "--device must be auto, cpu or cuda, not 'tpu'"),

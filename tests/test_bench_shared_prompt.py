@@ -439,7 +439,7 @@ def test_differing_tokens_are_explained(
         (["--workload", "fewshot"], "there is no workload 'fewshot'"),
         (["--requests", "many"], "--requests"),
         (["--no-such-option"], "--no-such-option"),
-        (["--rounds", "0"], "Invalid value for '--rounds': "),
+        (["--rounds", "0"], "--rounds must be at least "),
         (["--baselines", "vllm"], "there is no baseline 'vllm'"),
         (["--workload", "tree", "--prompts", "x.jsonl"], "--workload and --prompts"),
         (["--model", "demo", "--random-model", "hidden=8,layers=1"], "--model and --random-model"),

@@ -182,9 +182,12 @@ def parse_trace(
             break
     if not requests:
         raise InvalidRequestError(f"{name} holds no requests")
-    if (scale := clock.scale) != 1:
-        requests = [request._replace(time_s=request.time_s * scale) for request in requests]
-    return Trace(requests, formats[0].field, formats[0].key_tokens)
+    return Trace(_scaled(requests, clock.scale), formats[0].field, formats[0].key_tokens)
+
+
+def _scaled(requests: list[Request], scale: float) -> list[Request]:
+    """`requests`, with all times multiplied by `scale`."""
+    return requests if scale == 1 else [request._replace(time_s=request.time_s * scale) for request in requests]
 
 
 def _object(line: bytes) -> dict[str, Any]:
