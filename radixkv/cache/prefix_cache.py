@@ -144,6 +144,12 @@ class PrefixCache:
         """How many leading tokens of `ids` are cached. Changes nothing. O(tokens + depth).
 
         Raises: InvalidRequestError if a key is neither text nor None; TokenIdsTypeError, InvalidTokenIdsError.
+
+        >>> cache = PrefixCache(num_pages=4, page_size=2)
+        >>> with cache.acquire([1, 2, 3]) as lease:
+        ...     _ = lease.commit([1, 2, 3])
+        >>> cache.peek([1, 2, 3, 4])                                # the third token fills no page
+        2
         """
         return self._peek(token_array(ids), Namespace.of(extra_key, cache_salt))
 
@@ -182,6 +188,16 @@ class PrefixCache:
         Raises: OutOfPagesError if the rest does not fit (nothing is taken then); InvalidRequestError for a key that is
             no text, a negative `max_cached_tokens`, a `keep_for_s` outside 0 to ten years or a `priority` that is no
             integer of 64 bits; TokenIdsTypeError, InvalidTokenIdsError.
+
+        >>> cache = PrefixCache(num_pages=4, page_size=2)
+        >>> with cache.acquire([1, 2, 3, 4]) as lease:
+        ...     _ = lease.commit([1, 2, 3, 4])
+        >>> with cache.acquire([1, 2, 3, 4], max_cached_tokens=3) as lease:     # the last token is computed again
+        ...     lease.cached_tokens
+        2
+        >>> with cache.acquire([1, 2, 3, 4], extra_key="another tenant") as lease:
+        ...     lease.cached_tokens
+        0
         """
         tokens = token_array(ids)
         namespace = Namespace.of(extra_key, cache_salt)
@@ -488,6 +504,13 @@ class PrefixCache:
         and counts as no request. Layers of a window may have let go of what lies before it.
 
         Raises: InvalidRequestError if a key is neither text nor None; TokenIdsTypeError, InvalidTokenIdsError.
+
+        >>> cache = PrefixCache(num_pages=4, page_size=2)
+        >>> with cache.acquire([1, 2, 3, 4]) as lease:
+        ...     _, pages = lease.commit([1, 2, 3, 4]), lease.pages.tolist()
+        >>> with cache.reading([1, 2, 9]) as found:
+        ...     found.tolist() == pages[:1]
+        True
         """
         self._reap()
         tokens = token_array(ids)

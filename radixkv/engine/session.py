@@ -127,6 +127,13 @@ class Session:
         """As `send`, piece by piece. The turn begins with the first `next` and counts once the iterator is exhausted.
 
         Closing or dropping the iterator breaks the turn off. Raises: as `send`; for bad arguments at once.
+
+        >>> import radixkv
+        >>> engine = radixkv.Engine.from_pretrained("demo", kv_cache_tokens=4096)
+        >>> with engine.session() as chat:
+        ...     pieces = list(chat.stream("Who are you?", radixkv.SamplingParams(max_tokens=8)))
+        ...     "".join(piece.text for piece in pieces) == chat.messages[-1]["content"]
+        True
         """
         self._check_open()
         _check_text("text", text)
@@ -141,6 +148,14 @@ class Session:
         Nothing is computed. What is added after an answer belongs to it. Waits for a turn of another thread.
 
         Raises: TokenIdsTypeError, InvalidTokenIdsError, MissingTokenizerError, SessionBusyError, ClosedError.
+
+        >>> import radixkv
+        >>> engine = radixkv.Engine.from_pretrained("demo", kv_cache_tokens=4096)
+        >>> with engine.session() as play:
+        ...     play.append("ROMEO:\\n")
+        ...     output = play.generate(radixkv.SamplingParams(max_tokens=8))
+        ...     play.token_ids == output.prompt_token_ids + output.token_ids
+        True
         """
         self._check_open()
         ids = self._engine.encode(content, add_special_tokens=False) if isinstance(content, str) else content
@@ -168,6 +183,16 @@ class Session:
         """A second conversation with the same past, which shares all its pages. No KV is copied.
 
         During a turn, the branch has the state before that turn. Raises: ClosedError.
+
+        >>> import radixkv
+        >>> engine = radixkv.Engine.from_pretrained("demo", kv_cache_tokens=4096)
+        >>> with engine.session() as chat:
+        ...     chat.append(list(range(20, 60)))
+        ...     _ = chat.generate(radixkv.SamplingParams(max_tokens=1))
+        ...     branch = chat.fork()
+        ...     branch.append([70, 71])
+        ...     branch.kv_usage().shared_tokens, len(chat.token_ids)
+        (40, 41)
         """
         self._check_open()
         branch = Session(self._engine, self._options, user_special_tokens=self._user_special_tokens)
