@@ -436,11 +436,11 @@ def test_differing_tokens_are_explained(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workload", "fewshot"], "there is no workload 'fewshot'"),
+        (["--workload", "fewshot"], "unknown workload 'fewshot'"),
         (["--requests", "many"], "--requests"),
         (["--no-such-option"], "--no-such-option"),
         (["--rounds", "0"], "--rounds must be at least "),
-        (["--baselines", "vllm"], "there is no baseline 'vllm'"),
+        (["--baselines", "vllm"], "unknown baseline 'vllm'"),
         (["--workload", "tree", "--prompts", "x.jsonl"], "--workload and --prompts"),
         (["--model", "demo", "--random-model", "hidden=8,layers=1"], "--model and --random-model"),
         (["--model", "./no/such/model"], "./no/such/model"),

@@ -156,7 +156,7 @@ def test_malformed_lines_are_told_of_and_skipped(tmp_path: Path) -> None:
     assert result.exit_code == 0
     first, second = result.stderr.splitlines()
     assert first.startswith("radixkv: skipped: ")
-    assert "line 1: this is no JSON" in first
+    assert "line 1: invalid JSON" in first
     assert 'line 3: "token_ids" must be a list of token ids, not str' in second
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["malformed_lines"] == 2
 
@@ -170,7 +170,7 @@ def test_of_many_malformed_lines_the_first_are_told_of(tmp_path: Path) -> None:
 
 def test_strict(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "t.jsonl", ['{"token_ids": [1]}', "", "?"])
-    assert_one_line_error(run("replay", path, "--capacity-tokens", 16, "--strict"), "t.jsonl, line 3: this is no JSON")
+    assert_one_line_error(run("replay", path, "--capacity-tokens", 16, "--strict"), "t.jsonl, line 3: invalid JSON")
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -216,7 +216,7 @@ def test_bad_traces(tmp_path: Path, blocks: Path) -> None:
     message = '--keys block needs a trace of "hash_ids", not of "token_ids"'
     assert_one_line_error(run("replay", ids, *capacity, "--keys", "block"), message)
     wrong_size = run("replay", blocks, *capacity, "--strict")
-    assert_one_line_error(wrong_size, "is the number of tokens a block right?")
+    assert_one_line_error(wrong_size, "check the number of tokens a block")
 
 
 def test_places_that_cannot_be_written(tmp_path: Path, blocks: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,10 +150,10 @@ def test_blank_lines_are_no_requests_and_limit_counts_good_ones() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (b"{", "this is no JSON"),
-        (b'{"token_ids": [1]}{', "this is no JSON"),
-        (b"[" * 100_000, "this is no JSON"),
-        (b'{"token_ids": "\xff"}', "this is no JSON"),
+        (b"{", "invalid JSON"),
+        (b'{"token_ids": [1]}{', "invalid JSON"),
+        (b"[" * 100_000, "invalid JSON"),
+        (b'{"token_ids": "\xff"}', "invalid JSON"),
         ([1], "a request must be an object, not list"),
         (
             {},
@@ -167,7 +167,7 @@ def test_blank_lines_are_no_requests_and_limit_counts_good_ones() -> None:
         (blocks(4, 1), '"hash_ids" must be a list of block ids'),
         (blocks(4, [1.5]), '"hash_ids" must be a list of block ids'),
         (blocks(4, [True]), '"hash_ids" must be a list of block ids'),
-        (blocks(9, [1]), "9 tokens are 3 blocks of 4, not 1; is the number of tokens a block right"),
+        (blocks(9, [1]), "9 tokens are 3 blocks of 4, not 1; check the number of tokens a block"),
         (blocks(4, [1, 2]), "4 tokens are 1 blocks of 4, not 2"),
         (
             blocks(4, [1], timestamp="now"),
@@ -212,7 +212,7 @@ def test_a_trace_needs_requests_and_sane_settings() -> None:
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_bytes(b"".join(lines({"token_ids": [1, 2]}, b"?\n")))
-    with pytest.raises(InvalidRequestError, match=r"trace\.jsonl, line 2: this is no JSON"):
+    with pytest.raises(InvalidRequestError, match=r"trace\.jsonl, line 2: invalid JSON"):
         read_trace(path)
     assert read_trace(str(path), on_malformed=lambda _: None).num_tokens == 2
     for bad in (tmp_path, tmp_path / "missing"):

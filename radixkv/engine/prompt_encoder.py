@@ -117,7 +117,7 @@ class PromptEncoder:
             before = text[first:last][-16:]
         ids = np.concatenate([np.empty(0, np.int32), *parts])
         if self._control_ids.intersection(map(int, ids)):
-            raise InvalidRequestError(f"this tokenizer has no ordinary tokens for {self.controls_in(text)!r}")
+            raise InvalidRequestError(f"the tokenizer can encode {self.controls_in(text)!r} as control tokens only")
         return ids
 
     def controls_in(self, text: str) -> list[str]:

@@ -293,7 +293,7 @@ class Session:
 
 
 def _counts(output: RequestOutput) -> bool:
-    """Whether the turn came to its end; one that was aborted or failed is no turn."""
+    """Whether the turn came to its end and counts; an aborted or failed one does not."""
     return output.finish_reason in ("stop", "length")
 
 

@@ -93,7 +93,7 @@ def left_padding(attention_mask: Tensor | None, batch_size: int) -> list[int]:
     for row in range(batch_size):
         if not torch.equal(real[row], expected[row]):
             raise InvalidRequestError(
-                f"row {row} of attention_mask masks tokens behind the first one; a RadixCache needs padding on the left"
+                f"row {row} of attention_mask masks tokens after the first one; a RadixCache needs padding on the left"
             )
     return [int(columns) for columns in padding]
 

@@ -17,7 +17,7 @@ GZIP = b"\x1f\x8b"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 UTF_8_BOM = b"\xef\xbb\xbf"
 PROMPT_COLUMNS = ("input", "prompt", "text")
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")  # whatever its first line holds, such a file is no plain text
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")  # such a file is never plain text, whatever its first line holds
 SEPARATOR = "\n\n"  # between the messages of a conversation
 
 
@@ -88,7 +88,7 @@ def _items(content: bytes, name: str) -> Iterator[bytes]:
 
 
 def _columns(header: bytes) -> list[str]:
-    """The columns that a CSV file names; empty if this is no header that we know."""
+    """The columns that a CSV file names; empty if this is not a known header."""
     try:
         columns = [column.strip() for column in next(csv.reader([header.decode()]), [])]
     except (UnicodeDecodeError, csv.Error):

@@ -194,7 +194,7 @@ def _object(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"this is no JSON: {error}") from None
+        raise InvalidRequestError(f"invalid JSON: {error}") from None
     if not isinstance(row, dict):
         raise InvalidRequestError(f"a request must be an object, not {type(row).__name__}")
     return row
@@ -211,7 +211,7 @@ def _format_of(row: dict[str, Any], formats: Sequence[_Format]) -> _Format:
 
 
 class _Format:
-    """How requests are written: the field that tells, and the reading of a row that has it."""
+    """A way to write requests: the field that tells it, and how a row that has this field is read."""
 
     field: str
     key_tokens = 1
@@ -248,7 +248,7 @@ class _Blocks(_Format):
         if not fewest <= len(blocks) <= most:
             raise InvalidRequestError(
                 f"{num_tokens} tokens are {most} blocks of {self.key_tokens}, not {len(blocks)}; "
-                "is the number of tokens a block right?"
+                "check the number of tokens a block"
             )
         time_s, numbers = self._clock.time_s(row), self._numbers
         keys = np.array([numbers.setdefault(block, len(numbers)) for block in blocks], np.int32)

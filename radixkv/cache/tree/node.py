@@ -27,7 +27,7 @@ class TreeNode:
         pages: the edge's pages, int32 `bytes`, or a window on such.
         end: tokens from the root to the end of this edge.
         children: by the bytes of the first page of their key.
-        ordered: the keys of `children` in order, kept only where there are many and somebody looked inside a page.
+        ordered: the keys of `children` in order, kept only where there are many and `find_partial` looked at them.
         parent: None in a root, and in a node that has left the tree.
         heir: the node that this one was merged into, after it was.
         namespace: set in roots alone.
@@ -40,7 +40,7 @@ class TreeNode:
         keep_until: by the tree's clock; before that it is evicted only if nothing else can be.
         entry: what stands for it in the eviction queue; None while it is not an unpinned leaf.
         state: belongs to the eviction policy; None at first.
-        prefix: the tokens from the root to its end, for events; None until somebody asks.
+        prefix: the tokens from the root to its end, for events; None until an observer asks.
     """
 
     __slots__ = (
@@ -112,7 +112,7 @@ class TreeNode:
 
     @property
     def in_tree(self) -> bool:
-        """Whether it still stands in its tree; it may have been evicted or merged."""
+        """Whether it is still in its tree; it may have been evicted or merged."""
         return self.parent is not None or not self.key
 
     @property

@@ -32,8 +32,8 @@ class RadixTree(TreeShape):
     `match_prefix` never finds and `find_partial` does. Each namespace (`extra_key`, `cache_salt`) has its own root.
 
     A match that ends midway in an edge cuts it, so that exactly the prefix can be pinned. The cut is merged back when
-    the pin is gone, or with the next match or insert if nobody pinned it, unless the tree has branched there. Where the
-    other branches were evicted since, matches along a deep path merge what is left.
+    the pin is gone, or with the next match or insert if it was not pinned, unless the tree has branched there. Where
+    the other branches were evicted since, matches along a deep path merge what is left.
 
     Invariants, proved by `check_invariants`:
 
@@ -74,7 +74,7 @@ class RadixTree(TreeShape):
         Counts as a use of the edges it came to, the last one included, and cuts the last one where the match ends, so
         that exactly the prefix can be pinned. `peek` changes nothing.
 
-        Raises: TokenIdsTypeError, InvalidTokenIdsError, InvalidRequestError for a key that is no text (the tree is as
+        Raises: TokenIdsTypeError, InvalidTokenIdsError, InvalidRequestError for a key that is not text (the tree is as
             before then).
 
         >>> tree = RadixTree(page_size=2)
@@ -184,7 +184,7 @@ class RadixTree(TreeShape):
 
         Of a prefix that is cached already the tree keeps its own pages; those given for it remain the caller's.
 
-        Raises: TokenIdsTypeError, InvalidTokenIdsError, InvalidRequestError for a key that is no text;
+        Raises: TokenIdsTypeError, InvalidTokenIdsError, InvalidRequestError for a key that is not text;
             InvalidPagesError if `pages` are not page ids, or not `len(ids) // page_size` of them.
 
         >>> tree = RadixTree(page_size=2)
@@ -287,10 +287,10 @@ class RadixTree(TreeShape):
 
         Args:
             priority: what the "priority" policy orders by; a node keeps the highest it was given.
-            keep_for_s: for so many seconds from now its tokens are evicted only if nothing else can be: unlike a lock
+            keep_for_s: for this many seconds its tokens are evicted only if nothing else can be: unlike a lock
                 this never blocks anybody, and it ends by itself. A node keeps the latest end it was given.
 
-        Raises: InvalidRequestError if `priority` is no integer of 64 bits, `keep_for_s` no number from 0 to ten years,
+        Raises: InvalidRequestError if `priority` is not an integer of 64 bits, `keep_for_s` not from 0 to ten years,
             or `node` was evicted.
 
         >>> now_s = 0.0
@@ -417,7 +417,7 @@ class RadixTree(TreeShape):
             if child is None:
                 break
             end = child.end
-            # a slice that ends with the data would be a prefix of a longer key: that is no whole edge
+            # a slice that ends with the data would be a prefix of a longer key: not a whole edge
             if end > num_tokens or not child.key.startswith(data[position:end]):
                 return node, child
             position, node = end, child

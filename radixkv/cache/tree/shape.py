@@ -48,7 +48,7 @@ class TreeShape:
         self._roots: dict[Namespace, TreeNode] = {}
         self._tick = 0
         self._total_bytes = self._evictable_bytes = 0  # of page ids: as nodes keep them, so counting is one addition
-        self._unclaimed: TreeNode | None = None  # what the last match or insert cut, until somebody pins it
+        self._unclaimed: TreeNode | None = None  # what the last match or insert cut, until it is pinned
         self.events = EventChannel()
         self.policy.bind(cast("RadixTree", self))  # the only class of this kind
         self._queue = LeafQueue(self.policy, clock)
@@ -147,7 +147,7 @@ class TreeShape:
     def _cut(self, node: TreeNode, head_tokens: int) -> TreeNode:
         """Cut `node`'s edge after `head_tokens`; returns the new upper node.
 
-        `node` stays the lower part, so whoever pinned it still holds the whole path.
+        `node` stays the lower part, so that a pin on it still holds the whole path.
         """
         parent = node.parent
         assert parent is not None, "a root has no edge to cut"
@@ -178,7 +178,7 @@ class TreeShape:
             self._merge(node)
 
     def _merge(self, upper: TreeNode) -> None:
-        """Undo a cut, if nobody pins exactly that prefix."""
+        """Undo a cut, unless exactly that prefix is pinned."""
         if not upper.children:  # the lower part was evicted: what is left is a leaf like any other
             upper.cut = False
             if upper.lock_ref == 0 and upper.entry is None:
@@ -189,7 +189,7 @@ class TreeShape:
             self._absorb([upper], lower)
 
     def _shorten(self, path: list[TreeNode]) -> None:
-        """Merge the forks on `path` that have one child left, and that nobody pins in particular."""
+        """Merge the forks on `path` that have one child left, and no pin of their own."""
         start = 0
         while start < len(path):
             end = start
