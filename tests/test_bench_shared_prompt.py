@@ -113,7 +113,7 @@ def test_workloads_are_the_same_every_time() -> None:
 @pytest.mark.parametrize(
     ("name", "sizes", "message"),
     [
-        ("fewshot", {}, "no workload 'fewshot'; the workloads are few-shot, multi-turn"),
+        ("fewshot", {}, "unknown workload 'fewshot'; the workloads are few-shot, multi-turn"),
         ("few-shot", {"turns": 3}, "--turns means nothing for the workload few-shot"),
         ("few-shot", {"requests": 0}, "--requests must be at least 1, not 0"),
         ("multi-turn", {"prefix_tokens": -1}, "--prefix-tokens must be at least 0, not -1"),
