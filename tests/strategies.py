@@ -240,7 +240,7 @@ class TreeOracle:
     def __init__(self, page_size: int, policy: str = "lru", clock: Callable[[], float] | None = None) -> None:
         self.page_size = page_size
         self.clock = clock or FakeClock()
-        self.deep = radix_tree.DEEP  # as the machines set it: no test would grow a tree that deep
+        self.deep = radix_tree.SHORTEN_PATHS_LONGER_THAN  # as the machines set it: no test would grow a tree that deep
         self.tick = 0
         self.edges: list[Edge] = []
         self._rank = RANKS[policy]

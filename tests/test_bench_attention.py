@@ -73,7 +73,7 @@ def test_every_case_fits_its_pages_and_has_a_name_of_its_own() -> None:
 
 
 def test_an_unknown_case_is_told_with_the_known_ones() -> None:
-    with pytest.raises(BenchError, match="no case 'decode-9' on cpu; the cases are decode-1x4096, "):
+    with pytest.raises(BenchError, match="unknown case 'decode-9' on cpu; the cases are decode-1x4096, "):
         attention_shapes.choose_cases(["decode-8x4096", "decode-9"], CPU)
     assert [case.name for case in attention_shapes.choose_cases(["decode-8x4096"], CPU)] == ["decode-8x4096"]
     assert attention_shapes.choose_cases([], CPU) is CASES["cpu"]
@@ -249,10 +249,10 @@ def test_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--case", "decode-4"), "there is no case 'decode-4' on cpu; the cases are decode-3x40, "),
+        (("--case", "decode-4"), "unknown case 'decode-4' on cpu; the cases are decode-3x40, "),
         (("--dtype", "int4"), "--dtype must be one of float32, bfloat16, float16, not 'int4'"),
-        (("--backend", "cuda"), "there is no backend 'cuda'; the backends are "),
-        (("--rounds", "0"), "Invalid value for '--rounds': "),
+        (("--backend", "cuda"), "unknown backend 'cuda'; the backends are "),
+        (("--rounds", "0"), "--rounds must be at least "),
         (("--json", "nowhere/out.json"), "cannot write nowhere/out.json: there is no directory nowhere"),
         (("--plot", "out.txt"), "--plot out.txt must name an image format"),
         (("--device", "tpu"), "--device must be auto, cpu or cuda, not 'tpu'"),

@@ -65,7 +65,8 @@ def test_a_wrong_result_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: 
     ("arguments", "message"),
     [
         (["--number", "13"], "--number must not be 13"),
-        (["--number", "0"], "Invalid value for '--number': "),
+        (["--number", "0"], "--number must be at least 1, not 0"),
+        (["--number", "many"], "--number must be a whole number, not many"),
         (["--json", "no/such/dir/x"], "cannot write no/such/dir/x: there is no directory no/such/dir"),
         (["--plot", "x.png"], "No such option: --plot"),
     ],

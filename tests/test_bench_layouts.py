@@ -291,9 +291,9 @@ def capsys_text(capsys: pytest.CaptureFixture[str], report: dict[str, Any]) -> s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sessions", "0"], "Invalid value for '--sessions': "),
-        (["--system-tokens", "-1"], "Invalid value for '--system-tokens': "),
-        (["--rounds", "0"], "Invalid value for '--rounds': "),
+        (["--sessions", "0"], "--sessions must be at least "),
+        (["--system-tokens", "-1"], "--system-tokens must be at least "),
+        (["--rounds", "0"], "--rounds must be at least "),
         (["--memory-mb", "0"], "--memory-mb must be a number above 0, not 0"),
         (["--static-tokens", "5"], "--static-tokens 5 is less than the longest request"),
         (["--static-tokens", "5000"], "a cache of 5000 tokens is more than the model's context of 4096"),

@@ -286,10 +286,10 @@ def no_measuring(*arguments: object) -> Report:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rounds", "0"], "Invalid value for '--rounds': "),
-        (["--page-size", "0"], "Invalid value for '--page-size': "),
+        (["--rounds", "0"], "--rounds must be at least "),
+        (["--page-size", "0"], "--page-size must be at least "),
         (["--page-size", "64"], "--page-size must divide 32"),
-        (["--capacity", "15"], "Invalid value for '--capacity': "),
+        (["--capacity", "15"], "--capacity must be at least "),
         (["--leaves", "1000,many"], "--leaves must be numbers, comma-separated, not '1000,many'"),
         (["--leaves", "1000,1000"], "--leaves must be two sizes or more"),
         (["--leaves", "50,1000"], "of at least 100, not '50,1000'"),

@@ -113,7 +113,7 @@ def test_workloads_are_the_same_every_time() -> None:
 @pytest.mark.parametrize(
     ("name", "sizes", "message"),
     [
-        ("fewshot", {}, "no workload 'fewshot'; the workloads are few-shot, multi-turn"),
+        ("fewshot", {}, "unknown workload 'fewshot'; the workloads are few-shot, multi-turn"),
         ("few-shot", {"turns": 3}, "--turns means nothing for the workload few-shot"),
         ("few-shot", {"requests": 0}, "--requests must be at least 1, not 0"),
         ("multi-turn", {"prefix_tokens": -1}, "--prefix-tokens must be at least 0, not -1"),
@@ -442,11 +442,11 @@ def test_differing_tokens_are_explained(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workload", "fewshot"], "there is no workload 'fewshot'"),
+        (["--workload", "fewshot"], "unknown workload 'fewshot'"),
         (["--requests", "many"], "--requests"),
         (["--no-such-option"], "--no-such-option"),
-        (["--rounds", "0"], "Invalid value for '--rounds': "),
-        (["--baselines", "vllm"], "there is no baseline 'vllm'"),
+        (["--rounds", "0"], "--rounds must be at least "),
+        (["--baselines", "vllm"], "unknown baseline 'vllm'"),
         (["--workload", "tree", "--prompts", "x.jsonl"], "--workload and --prompts"),
         (["--model", "demo", "--random-model", "hidden=8,layers=1"], "--model and --random-model"),
         (["--model", "./no/such/model"], "./no/such/model"),

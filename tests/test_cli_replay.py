@@ -218,7 +218,7 @@ def test_bad_traces(tmp_path: Path, blocks: Path) -> None:
     message = '--keys block needs a trace of "hash_ids", not of "token_ids"'
     assert_one_line_error(run("replay", ids, *capacity, "--keys", "block"), message)
     wrong_size = run("replay", blocks, *capacity, "--strict")
-    assert_one_line_error(wrong_size, "is the number of tokens a block right?")
+    assert_one_line_error(wrong_size, "check the number of tokens a block")
 
 
 def test_places_that_cannot_be_written(tmp_path: Path, blocks: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,11 @@ import transformers as hf
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
+from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.errors import ConfigError, InvalidRequestError, RadixKVError, UnsupportedModelError
 from radixkv.hf import ChunkedCache, RadixCache
 from radixkv.hf.call import Call
 from radixkv.hf.support import check_positions, position_limit
-from radixkv.models.probe import plug_in_paged_attention
 from tiny_models import FAMILIES, REFUSED, VOCAB_SIZE, make_model, tiny_model
 
 NEW_TOKENS = 6
@@ -542,6 +542,33 @@ def refused_calls() -> dict[str, tuple[str, Callable[[PreTrainedModel, RadixCach
                 **inputs, position_ids=positions, past_key_values=cache, max_new_tokens=1
             ),
         ),
+        "the last token alone": (
+            "it has 9, not 1; to continue an output .* pass all its tokens",
+            lambda model, cache: model.generate(
+                inputs["input_ids"][:, -1:],
+                attention_mask=torch.ones_like(inputs["input_ids"]),
+                past_key_values=cache,
+                max_new_tokens=1,
+            ),
+        ),
+        "the last tokens alone, by name": (
+            "it has 9, not 2; to continue an output",
+            lambda model, cache: model.generate(
+                input_ids=inputs["input_ids"][:, -2:],
+                attention_mask=inputs["attention_mask"],
+                past_key_values=cache,
+                max_new_tokens=1,
+            ),
+        ),
+        "the last token and its position": (
+            "pass all tokens of the sequence from the first on",
+            lambda model, cache: model.generate(
+                inputs["input_ids"][:, -1:],
+                position_ids=torch.tensor([[8], [8]]),
+                past_key_values=cache,
+                max_new_tokens=1,
+            ),
+        ),
         "right padding": (
             "row 1 .* on the left",
             lambda model, cache: model.generate(**right, past_key_values=cache, max_new_tokens=1),
@@ -777,8 +804,80 @@ def test_a_cache_that_is_made_inside_the_call_is_refused_with_the_way_out() -> N
         model.generate(**padded([draw(9, 1)]), past_key_values=RadixCache(model, max_tokens=100), max_new_tokens=1)
 
 
-def test_a_model_that_serves_an_engine_is_refused() -> None:
+def test_an_output_is_continued_by_all_its_tokens() -> None:
     model = servable()
-    plug_in_paged_attention(model)
-    with pytest.raises(UnsupportedModelError, match="it serves a radixkv Engine; load another instance"):
+    cache = RadixCache(model, max_tokens=200, page_size=4)
+    sequence = run(model, [draw(20, 1)], cache)
+    longer = run(model, [draw(20, 1)], max_new_tokens=2 * NEW_TOKENS)
+    assert torch.equal(run(model, sequence.tolist(), cache), longer)
+    assert cache.cached_tokens == (20 + NEW_TOKENS - 1,)
+    assert check_same(model, sequence[:, -1:].tolist(), cache) == (0,)  # one token begins a sequence of its own
+
+
+# ------------------------------------------------------------------------------------------- engines beside it
+
+
+def engine(model: PreTrainedModel) -> Engine:
+    return Engine(model, config=EngineConfig(page_size=4, kv_cache_tokens=256))
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v2"])
+def test_a_model_that_serves_an_engine_is_refused_and_comes_back(family: str) -> None:
+    model = servable(family)
+    expected = run(model, [draw(20, 1)])
+    cache = RadixCache(model, max_tokens=100)
+    engine(model)
+    with pytest.raises(
+        UnsupportedModelError, match=r"it, or a model .* serves a radixkv Engine; load another instance"
+    ):
         RadixCache(model, max_tokens=100)
+    for own in (None, cache):
+        with pytest.raises(
+            UnsupportedModelError, match=r"serves a radixkv Engine, and only the engine .* load another"
+        ):
+            run(model, [draw(20, 1)], own)
+    with pytest.raises(UnsupportedModelError, match=r"model\.set_attn_implementation\('sdpa'\)"):
+        model(torch.tensor([[5, 6, 7]]))
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(run(model, [draw(20, 1)]), expected)
+    for own in (cache, RadixCache(model, max_tokens=100)):
+        assert torch.equal(run(model, [draw(20, 1)], own), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_models_that_share_a_config_object_are_served_as_if_they_did_not(family: str) -> None:
+    prompt = draw(20, 1)
+    config = FAMILIES[family]()
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(endless(hf.AutoModelForCausalLM.from_config(config).eval()))
+    first, second = models
+    assert first.config is second.config
+    expected = [run(model, [prompt]) for model in models]
+    params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+
+    one = engine(first)
+    assert one.generate(prompt, params)[0].token_ids == expected[0][0, 20:].tolist()
+    assert torch.equal(run(second, [prompt]), expected[1])
+    assert torch.equal(run(second, [prompt], RadixCache(second, max_tokens=100)), expected[1])
+    other = engine(second)
+    assert other.generate(prompt, params)[0].token_ids == expected[1][0, 20:].tolist()
+    assert one.generate([*prompt, 5], params)[0].error is None
+
+
+def test_a_model_made_from_the_config_of_one_that_serves_an_engine_can_serve_another() -> None:
+    first = servable()
+    one = engine(first)
+    torch.manual_seed(1)
+    second = endless(hf.AutoModelForCausalLM.from_config(first.config).eval())
+    assert first.config is second.config
+    with pytest.raises(UnsupportedModelError, match="this model, or one with the same config object, serves"):
+        run(second, [draw(9, 1)])
+    other = engine(second)
+    params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+    outputs = [each.generate(draw(9, 1), params)[0] for each in (one, other)]
+    for model, output in zip((first, second), outputs, strict=True):
+        assert output.error is None
+        model.set_attn_implementation("eager")
+        assert run(model, [draw(9, 1)])[0, 9:].tolist() == output.token_ids

@@ -419,17 +419,17 @@ def test_nothing_is_partial_in_pages_of_one_token() -> None:
     tree = RadixTree(1)
     node = tree.insert([1, 2], [0, 1]).node
     assert tree.find_partial(node, [3]) is None
-    with pytest.raises(InvalidRequestError, match="a tail of 1 tokens is none"):
+    with pytest.raises(InvalidRequestError, match="fewer than a page of 1, and not be cached yet; got 1 tokens"):
         tree.insert_tail(node, [3], 2)
 
 
 @pytest.mark.parametrize(
     ("rest", "page", "error", "message"),
     [
-        ([], 5, InvalidRequestError, "a tail of 0 tokens is none"),
-        (B, 5, InvalidRequestError, "a tail of 4 tokens is none"),
-        ([1, 2], 5, InvalidRequestError, "a tail of 2 tokens is none, or is cached already"),
-        ([1], 5, InvalidRequestError, "a tail of 1 tokens is none, or is cached already"),
+        ([], 5, InvalidRequestError, "and not be cached yet; got 0 tokens"),
+        (B, 5, InvalidRequestError, "and not be cached yet; got 4 tokens"),
+        ([1, 2], 5, InvalidRequestError, "and not be cached yet; got 2 tokens"),
+        ([1], 5, InvalidRequestError, "and not be cached yet; got 1 tokens"),
         ([3, -1], 5, InvalidTokenIdsError, "token id -1 at position 1"),
         ([3, 1.5], 5, TokenIdsTypeError, "not float"),
         ([3], -5, InvalidPagesError, "page id -5 at position 0"),

@@ -238,3 +238,60 @@ def test_a_resumed_request_counts_once() -> None:
     with pytest.raises(InvalidRequestError, match="extra_key must be text or None, not 0"):
         cache.resume(ids("ab"), extra_key=0)  # type: ignore[arg-type]
     cache.check_invariants()
+
+
+# ------------------------------------------------------------------------------------------------------------- looking
+
+
+def cache_of(*sequences: list[int], num_pages: int = 4) -> PrefixCache:
+    """A cache of pages of 4 tokens that shares pages in part, and holds `sequences`."""
+    cache = PrefixCache(num_pages, 4, copy_page=lambda source, target, num_tokens: None)
+    for sequence in sequences:
+        with cache.acquire(sequence) as lease:
+            lease.commit(sequence)
+    return cache
+
+
+def test_reading_gives_the_pages_of_a_prefix_and_takes_none() -> None:
+    cache = cache_of(list(range(10)))
+    before = cache.stats()
+    with cache.acquire(range(10)) as lease:
+        expected = lease.pages.tolist()
+    for num_tokens in (0, 3, 4, 9, 10):
+        ids = [*range(num_tokens), 77, 78]
+        with cache.reading(ids) as pages:
+            assert len(pages) == cache.pages_for(num_tokens)
+            assert pages[: num_tokens // 4].tolist() == expected[: num_tokens // 4]
+            assert cache.stats().free_pages == before.free_pages
+    assert cache.stats().num_leases == 0
+    assert cache.stats().protected_tokens == 0
+    cache.check_invariants()
+
+
+def test_what_is_being_read_is_not_evicted() -> None:
+    cache = cache_of(list(range(10)), [50, 51, 52, 53])  # four pages, all of them in the tree
+    with cache.reading(range(10)) as pages:
+        with cache.acquire([90, 91]) as lease:
+            assert lease.pages[0] not in pages
+        with pytest.raises(OutOfPagesError):
+            cache.acquire(range(90, 98))
+    cache.check_invariants()
+    with cache.acquire(range(90, 98)):
+        pass
+
+
+def test_reading_lets_go_when_its_block_raises() -> None:
+    cache = cache_of(list(range(10)))
+    with pytest.raises(KeyError), cache.reading(range(9)):
+        raise KeyError
+    assert cache.stats().protected_tokens == 0
+    cache.check_invariants()
+
+
+def test_held_counts_tokens_pages_and_what_other_sequences_begin_with() -> None:
+    cache = cache_of(list(range(10)), [0, 1, 2, 3, 50], num_pages=8)
+    held = cache.held(range(10))
+    assert (held.tokens, len(held.pages), held.shared_tokens) == (10, 3, 4)
+    assert cache.held([0, 1, 2]).tokens == cache.held([0, 1, 2]).shared_tokens == 3
+    nothing = cache.held([9], extra_key="other")
+    assert (nothing.tokens, nothing.pages.tolist(), nothing.shared_tokens) == (0, [], 0)

@@ -14,7 +14,7 @@ import pytest
 from radixkv import RadixTree
 from radixkv.cache.eviction.policy import EvictionPolicy
 from radixkv.cache.tree.node import TreeNode
-from radixkv.cache.tree.radix_tree import DEEP
+from radixkv.cache.tree.radix_tree import SHORTEN_EVERY_TICKS, SHORTEN_PATHS_LONGER_THAN
 from radixkv.errors import (
     ConfigError,
     InvalidPagesError,
@@ -312,7 +312,7 @@ def deep_word(num_letters: int) -> str:
 @page_sizes
 def test_forks_left_alone_on_a_deep_path_are_merged_in_time(page_size: int) -> None:
     tree = WordTree(page_size)
-    stem = deep_word(DEEP + 2)
+    stem = deep_word(SHORTEN_PATHS_LONGER_THAN + 2)
     for end in range(len(stem) - 1, 0, -1):
         tree.insert(stem)
         tree.insert(stem[:end] + "!")  # a fork after each letter
@@ -322,7 +322,7 @@ def test_forks_left_alone_on_a_deep_path_are_merged_in_time(page_size: int) -> N
     tree.evict(len(stem) - 1)  # the other branches
     tree.unlock(whole)
     assert len(tree.edges()) == len(stem)
-    for _ in range(DEEP):
+    for _ in range(SHORTEN_EVERY_TICKS):
         found = tree.match(stem)
     assert tree.edges() == [f"|{stem[:5]}", f"{stem[:5]}|{stem[5:]}"], "but not across a pin"
     assert tree.names(found.pages.tolist())[-1] == stem
@@ -334,11 +334,11 @@ def test_forks_left_alone_on_a_deep_path_are_merged_in_time(page_size: int) -> N
 @page_sizes
 def test_what_was_inserted_step_by_step_is_no_fork(page_size: int) -> None:
     tree = WordTree(page_size)
-    stem = deep_word(DEEP + 2)
+    stem = deep_word(SHORTEN_PATHS_LONGER_THAN + 2)
     for end in range(1, len(stem) + 1):
         tree.insert(stem[:end])
     before = tree.edges()
-    for _ in range(DEEP):
+    for _ in range(SHORTEN_EVERY_TICKS):
         tree.match(stem)
     assert tree.edges() == before
 

@@ -98,11 +98,43 @@ def test_the_first_good_line_decides_the_format() -> None:
         ({"timestamp": 1_760_428_436_442}, 1_760_428_436.442),
         ({"timestamp": 1_760_428_436_442_742}, 1_760_428_436.442742),
         ({"timestamp": 1_760_428_436_442_742_000}, 1_760_428_436.442742),
+        ({"timestamp": "2023-11-16 18:17:03.9799600"}, 1_700_158_623.97996),
+        ({"timestamp": "2023-11-16T19:17:03+01:00"}, 1_700_158_623.0),
+        ({"timestamp": " 2023-11-16T18:17:03Z"}, 1_700_158_623.0),
         ({"arrival_time_ns": 46_926_808, "timestamp": 3}, 0.046926808),
     ],
 )
 def test_times(fields: dict[str, Any], time_s: float) -> None:
     assert parse({"token_ids": [1], **fields}).requests[0].time_s == pytest.approx(time_s)
+
+
+@pytest.mark.parametrize(
+    ("clock", "times_s"),
+    [
+        ([0, 3000, 3000, 9500], [0.0, 3.0, 3.0, 9.5]),  # Mooncake
+        ([0.0, 0.25, 1.5, 61.114], [0.0, 0.25, 1.5, 61.114]),  # Qwen-Bailian
+        ([0.0, 1.0, 61.5], [0.0, 1.0, 61.5]),
+        ([0, 0, 0, 1, 1, 2], [0.0, 0.0, 0.0, 1.0, 1.0, 2.0]),  # three requests a millisecond are none that people have
+        ([0.5, 912.75, 2413.0], [0.0005, 0.91275, 2.413]),  # nor is one in 20 minutes
+        ([7, 7, 7], [0.007, 0.007, 0.007]),
+        ([500_000.5], [500_000.5]),
+        ([None, 1.5, 1_760_428_436], [0.0, 0.0015, 1_760_428_436.0]),  # of two clocks: nothing can be found out
+    ],
+)
+def test_the_clock_of_a_trace_that_begins_at_0_counts_milliseconds_or_seconds(
+    clock: list[float | None], times_s: list[float]
+) -> None:
+    trace = parse(*({"token_ids": [1], "timestamp": time} for time in clock))
+    assert [request.time_s for request in trace.requests] == pytest.approx(times_s)
+
+
+def test_times_in_csv_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_bytes(b"Timestamp,Prompt\n2023-11-16 18:17:03.5,a\n2023-11-16 18:17:05,b\n")
+    times = [request.time_s for request in read_trace(path, encode=letters).requests]
+    assert times == [1_700_158_623.5, 1_700_158_625.0]
+    path.write_bytes(b"prompt,output,arrival_time_ns\na,b,5000000000\nc,,\n")
+    assert [request.time_s for request in read_trace(path, encode=letters).requests] == [5.0, 0.0]
 
 
 def test_blank_lines_are_no_requests_and_limit_counts_good_ones() -> None:
@@ -135,9 +167,14 @@ def test_blank_lines_are_no_requests_and_limit_counts_good_ones() -> None:
         (blocks(4, 1), '"hash_ids" must be a list of block ids'),
         (blocks(4, [1.5]), '"hash_ids" must be a list of block ids'),
         (blocks(4, [True]), '"hash_ids" must be a list of block ids'),
-        (blocks(9, [1]), "9 tokens are 3 blocks of 4, not 1; is the number of tokens a block right"),
+        (blocks(9, [1]), "9 tokens are 3 blocks of 4, not 1; check the number of tokens a block"),
         (blocks(4, [1, 2]), "4 tokens are 1 blocks of 4, not 2"),
-        (blocks(4, [1], timestamp="now"), "\"timestamp\" must be a number that is not negative, not 'now'"),
+        (
+            blocks(4, [1], timestamp="now"),
+            "\"timestamp\" must be a number of at least 0 or an ISO 8601 time from 1970 on, not 'now'",
+        ),
+        (blocks(4, [1], timestamp="1969-12-31"), "not '1969-12-31'"),
+        (blocks(4, [1], arrival_time_ns="2023-11-16"), '"arrival_time_ns" must be a number of at least 0, not'),
         (blocks(4, [1], timestamp=-1), "not -1"),
         (b'{"token_ids": [1], "timestamp": NaN}', "not nan"),
         ({"token_ids": []}, '"token_ids" is empty'),

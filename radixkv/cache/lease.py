@@ -102,6 +102,13 @@ class Lease:
 
         Raises: OutOfPagesError if they do not suffice, InvalidRequestError if the row is too short for them (the lease
             is as before); ClosedError.
+
+        >>> from radixkv import PrefixCache
+        >>> with PrefixCache(num_pages=4, page_size=2).acquire([1, 2, 3]) as lease:
+        ...     before = lease.capacity_tokens
+        ...     lease.grow(5)                                       # two tokens of output
+        ...     before, lease.capacity_tokens
+        (4, 6)
         """
         self._check_open()
         needed = self._cache.pages_for(num_tokens)
@@ -143,6 +150,14 @@ class Lease:
         Returns: how many tokens of `ids` are shared now.
         Raises: InvalidRequestError if `ids` does not begin with the tokens that were found or committed before, or is
             longer than the lease's pages; ClosedError; TokenIdsTypeError, InvalidTokenIdsError.
+
+        >>> from radixkv import PrefixCache
+        >>> cache = PrefixCache(num_pages=4, page_size=2)
+        >>> with cache.acquire([1, 2, 3]) as lease:
+        ...     lease.commit([1, 2, 3])                             # the third token's page is not full
+        2
+        >>> cache.peek([1, 2, 3])
+        2
         """
         self._check_open()
         tokens = token_array(ids)
@@ -178,7 +193,16 @@ class Lease:
         return len(tokens) if is_shared else whole_tokens
 
     def release(self) -> None:
-        """Unpin the prefix and give up the pages; what was not committed becomes free. Idempotent. O(pages + depth)."""
+        """Unpin the prefix and give up the pages; what was not committed becomes free. Idempotent. O(pages + depth).
+
+        >>> from radixkv import PrefixCache
+        >>> cache = PrefixCache(num_pages=4, page_size=2)
+        >>> lease = cache.acquire([1, 2, 3])
+        >>> before = cache.stats().free_pages
+        >>> lease.release()
+        >>> before, cache.stats().free_pages
+        (2, 4)
+        """
         if self._closed:
             return
         self._closed = True

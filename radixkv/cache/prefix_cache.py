@@ -6,7 +6,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TypeAlias
 
 import numpy as np
@@ -18,6 +18,7 @@ from radixkv.cache.checks import check_cache
 from radixkv.cache.events import Observer
 from radixkv.cache.eviction.policies import resolve_policy
 from radixkv.cache.eviction.policy import EvictionPolicy
+from radixkv.cache.held_prefix import HeldPrefix, held_prefix
 from radixkv.cache.insight.diagnostics import LARGEST_SIZE, Diagnostics
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.keeping import checked_keep_for_s, checked_priority
@@ -140,6 +141,12 @@ class PrefixCache:
         """How many leading tokens of `ids` are cached. Changes nothing. O(tokens + depth).
 
         Raises: InvalidRequestError if a key is neither text nor None; TokenIdsTypeError, InvalidTokenIdsError.
+
+        >>> cache = PrefixCache(num_pages=4, page_size=2)
+        >>> with cache.acquire([1, 2, 3]) as lease:
+        ...     _ = lease.commit([1, 2, 3])
+        >>> cache.peek([1, 2, 3, 4])                                # the third token fills no page
+        2
         """
         return self._peek(token_array(ids), Namespace.of(extra_key, cache_salt))
 
@@ -187,6 +194,16 @@ class PrefixCache:
         Raises: OutOfPagesError if the rest does not fit (nothing is taken then); InvalidRequestError for a key that is
             no text, a negative `max_cached_tokens`, a `keep_for_s` outside 0 to ten years, a `priority` that is no
             integer of 64 bits or a `row` that is too short; TokenIdsTypeError, InvalidTokenIdsError.
+
+        >>> cache = PrefixCache(num_pages=4, page_size=2)
+        >>> with cache.acquire([1, 2, 3, 4]) as lease:
+        ...     _ = lease.commit([1, 2, 3, 4])
+        >>> with cache.acquire([1, 2, 3, 4], max_cached_tokens=3) as lease:     # the last token is computed again
+        ...     lease.cached_tokens
+        2
+        >>> with cache.acquire([1, 2, 3, 4], extra_key="another tenant") as lease:
+        ...     lease.cached_tokens
+        0
         """
         tokens = token_array(ids)
         namespace = Namespace.of(extra_key, cache_salt)
@@ -461,3 +478,43 @@ class PrefixCache:
             f"PrefixCache({stats.num_pages} pages of {stats.page_size}: {stats.free_pages} free, "
             f"{stats.total_tokens} tokens cached, {stats.num_leases} leases)"
         )
+
+    # -- looking, without taking pages -------------------------------------------------------------------------------
+
+    @contextmanager
+    def reading(
+        self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None
+    ) -> Iterator[NDArray[np.int32]]:
+        """Pin the cached prefix of `ids`, to the token, while a `with` block reads its pages. O(tokens + depth).
+
+        Takes and copies no page: in the last one only the slots of the prefix are its own. It is a use of the prefix,
+        and counts as no request. Layers of a window may have let go of what lies before it.
+
+        Raises: InvalidRequestError if a key is neither text nor None; TokenIdsTypeError, InvalidTokenIdsError.
+
+        >>> cache = PrefixCache(num_pages=4, page_size=2)
+        >>> with cache.acquire([1, 2, 3, 4]) as lease:
+        ...     _, pages = lease.commit([1, 2, 3, 4]), lease.pages.tolist()
+        >>> with cache.reading([1, 2, 9]) as found:
+        ...     found.tolist() == pages[:1]
+        True
+        """
+        self._reap()
+        tokens = token_array(ids)
+        match = self.tree.match_tokens(tokens, Namespace.of(extra_key, cache_salt))
+        partial = self.tree.find_partial(match.node, tokens[match.length :]) if self.shares_partial_pages else None
+        pages, node = match.pages, match.node
+        if partial is not None:
+            pages, node = np.append(pages, np.int32(partial.page)), partial.node
+        self.tree.inc_lock_ref(node)
+        try:
+            yield pages
+        finally:
+            self.tree.dec_lock_ref(node)
+
+    def held(self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None) -> HeldPrefix:
+        """How many leading tokens of `ids` are cached now, in which pages. Changes nothing. O(tokens + depth).
+
+        Raises: InvalidRequestError if a key is neither text nor None; TokenIdsTypeError, InvalidTokenIdsError.
+        """
+        return held_prefix(self.tree, token_array(ids), Namespace.of(extra_key, cache_salt))

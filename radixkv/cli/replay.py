@@ -43,7 +43,8 @@ JSON arrays, CSV with a column of prompts, plain text (one prompt a line), gzip 
 counts tokens (Azure, BurstGPT) is refused: shared prefixes cannot be known from counts.
 
 Prompts are looked up; prompts and outputs are stored, but for the last token, as an engine does. Hits are whole pages.
-"timestamp" (milliseconds) or "arrival_time_ns" drives policies that look at the time.
+"timestamp" (milliseconds or seconds, from 0 or since 1970, or ISO 8601) or "arrival_time_ns" drives policies that look
+at the time.
 
 **Policies**: {", ".join(POLICIES)}.
 

@@ -75,7 +75,7 @@ class ChatTemplate:
         return text, ordered
 
     def _place_together(self, text: str, messages: Sequence[Message], wanted: Sequence[int]) -> dict[int, Span] | None:
-        """Where the contents stand if each stands in `text` once, unchanged and in order; else None."""
+        """The span of each content if each is in `text` once, unchanged and in order; else None."""
         marks = placeholders(len(wanted), messages)
         marked = self._try_render(_replaced(messages, dict(zip(wanted, marks, strict=True))))
         if marked is None:

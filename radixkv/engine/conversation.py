@@ -50,7 +50,7 @@ class SessionExplanation(NamedTuple):
 
     @property
     def changed(self) -> bool:
-        """Whether the template holds a past answer, or anything before the last one, otherwise than the context."""
+        """Whether the template changes a past answer, or anything else before the last one."""
         last = self.answers[-1].tokens if self.answers else 0
         moved = self.recomputed_tokens > 0 and self.shared_tokens < self.context_tokens - last
         return moved or any(answer.changed for answer in self.answers)
@@ -178,8 +178,9 @@ class Composer:
         rendered, spans = self._template.place(shown, sorted(plain | set(answers)))
         for i in plain - set(spans):
             raise InvalidRequestError(
-                f"text with control tokens ({self.encoder.controls_in(shown[i]['content'])[0]!r}) must stand in the "
-                f"chat template's rendering once; the template drops, repeats or moves that of message {i}"
+                f"the chat template must render text with control tokens "
+                f"({self.encoder.controls_in(shown[i]['content'])[0]!r}) once and in its place; "
+                f"it drops, repeats or moves that of message {i}"
             )
         builder = _PromptBuilder(self.encoder, conversation.preface)
         uses: list[AnswerUse] = []
@@ -294,7 +295,7 @@ class _PromptBuilder:
         for text, plain in self._texts:
             ids = self._encoder.encode_after(self._before, text, plain=plain)
             if len(ids) and int(ids[0]) == self._last_id and self._last_id in self._encoder.special_ids:
-                ids = ids[1:]  # somebody appended the token that closes the turn
+                ids = ids[1:]  # `append` added the token that closes the turn
             self._add(ids, text)
         self._texts = []
 

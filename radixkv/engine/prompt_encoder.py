@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,18 +19,65 @@ if TYPE_CHECKING:
     from radixkv.engine.engine import Engine
 
 MARKUP = frozenset("<>[]|")  # an added token with one of these is a control token, whatever its flags say
+MEMORY_BYTES = 4 << 20  # the texts and ids of about 400,000 tokens; a longer history is encoded in every turn
 NEUTRAL = ("a", ".", "\n", "0", "\u3002")  # texts that few tokens reach across
+
+_Key: TypeAlias = tuple[str, str, bool]
+
+
+class _Memory:
+    """The ids of the texts that were encoded last, in at most `max_bytes`; the least recently used go first.
+
+    Threads may share it.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.num_bytes = 0
+        self._max_bytes = max_bytes
+        self._entries: OrderedDict[_Key, NDArray[np.int32]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: _Key) -> NDArray[np.int32] | None:
+        """The ids of `key`, which count as used now; None if they are not here. O(key)."""
+        with self._lock:
+            ids = self._entries.get(key)
+            if ids is not None:
+                self._entries.move_to_end(key)
+            return ids
+
+    def put(self, key: _Key, ids: NDArray[np.int32]) -> None:
+        """Remember `ids`, unless they alone exceed `max_bytes`. O(1), and O(1) for each entry that goes."""
+        size = _size(key, ids)
+        with self._lock:
+            if size > self._max_bytes or key in self._entries:
+                return
+            self._entries[key] = ids
+            self.num_bytes += size
+            while self.num_bytes > self._max_bytes:
+                self.num_bytes -= _size(*self._entries.popitem(last=False))
+
+
+def _size(key: _Key, ids: NDArray[np.int32]) -> int:
+    """Bytes of an entry, without the table that holds it."""
+    before, text, _ = key
+    return sys.getsizeof(before) + sys.getsizeof(text) + sys.getsizeof(ids)
 
 
 class PromptEncoder:
     """Encodes text as it follows other text: without a tokenizer's dummy blank, and with or without control tokens.
 
-    Remembers what it encoded, so that a long history costs little.
+    Remembers the ids of the last texts, so that the history of a conversation is not encoded in every turn.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, memory_bytes: int = MEMORY_BYTES) -> None:
+        """memory_bytes: the most that remembered texts and their ids may take."""
         self._engine = engine
-        self._memory: dict[tuple[str, str, bool], NDArray[np.int32]] = {}
+        self._memory = _Memory(memory_bytes)
+
+    @property
+    def remembered_bytes(self) -> int:
+        """Bytes that remembered texts and their ids take, at most `memory_bytes`. O(1)."""
+        return self._memory.num_bytes
 
     def encode_after(self, before: str, text: str, *, plain: bool = False) -> NDArray[np.int32]:
         """Ids of `text` where it follows `before`, of which the last characters suffice.
@@ -35,9 +85,11 @@ class PromptEncoder:
         A token that would reach across the border is not used. `plain`: no control token stands for any of it.
         """
         key = (before, text, plain)
-        if key not in self._memory:
-            self._memory[key] = self._plain(before, text) if plain else self._encode_after(before, text)
-        return self._memory[key]
+        ids = self._memory.get(key)
+        if ids is None:
+            ids = self._plain(before, text) if plain else self._encode_after(before, text)
+            self._memory.put(key, ids)
+        return ids
 
     def _encode_after(self, before: str, text: str) -> NDArray[np.int32]:
         if before:
@@ -65,7 +117,7 @@ class PromptEncoder:
             before = text[first:last][-16:]
         ids = np.concatenate([np.empty(0, np.int32), *parts])
         if self._control_ids.intersection(map(int, ids)):
-            raise InvalidRequestError(f"this tokenizer has no ordinary tokens for {self.controls_in(text)!r}")
+            raise InvalidRequestError(f"the tokenizer can encode {self.controls_in(text)!r} as control tokens only")
         return ids
 
     def controls_in(self, text: str) -> list[str]:

@@ -127,6 +127,13 @@ class Session:
         """As `send`, piece by piece. The turn begins with the first `next` and counts once the iterator is exhausted.
 
         Closing or dropping the iterator breaks the turn off. Raises: as `send`; for bad arguments at once.
+
+        >>> import radixkv
+        >>> engine = radixkv.Engine.from_pretrained("demo", kv_cache_tokens=4096)
+        >>> with engine.session() as chat:
+        ...     pieces = list(chat.stream("Who are you?", radixkv.SamplingParams(max_tokens=8)))
+        ...     "".join(piece.text for piece in pieces) == chat.messages[-1]["content"]
+        True
         """
         self._check_open()
         _check_text("text", text)
@@ -141,6 +148,14 @@ class Session:
         Nothing is computed. What is added after an answer belongs to it. Waits for a turn of another thread.
 
         Raises: TokenIdsTypeError, InvalidTokenIdsError, MissingTokenizerError, SessionBusyError, ClosedError.
+
+        >>> import radixkv
+        >>> engine = radixkv.Engine.from_pretrained("demo", kv_cache_tokens=4096)
+        >>> with engine.session() as play:
+        ...     play.append("ROMEO:\\n")
+        ...     output = play.generate(radixkv.SamplingParams(max_tokens=8))
+        ...     play.token_ids == output.prompt_token_ids + output.token_ids
+        True
         """
         self._check_open()
         ids = self._engine.encode(content, add_special_tokens=False) if isinstance(content, str) else content
@@ -168,6 +183,16 @@ class Session:
         """A second conversation with the same past, which shares all its pages. No KV is copied.
 
         During a turn, the branch has the state before that turn. Raises: ClosedError.
+
+        >>> import radixkv
+        >>> engine = radixkv.Engine.from_pretrained("demo", kv_cache_tokens=4096)
+        >>> with engine.session() as chat:
+        ...     chat.append(list(range(20, 60)))
+        ...     _ = chat.generate(radixkv.SamplingParams(max_tokens=1))
+        ...     branch = chat.fork()
+        ...     branch.append([70, 71])
+        ...     branch.kv_usage().shared_tokens, len(chat.token_ids)
+        (40, 41)
         """
         self._check_open()
         branch = Session(self._engine, self._options, user_special_tokens=self._user_special_tokens)
@@ -198,20 +223,14 @@ class Session:
             return self._kv_usage()
 
     def _kv_usage(self) -> KVUsage:
-        cache, ids = self._engine.cache, self._now.ids
+        ids = self._now.ids
         extra_key, cache_salt = self.namespace
-        tokens, path = cache.cached_path(ids, extra_key=extra_key, cache_salt=cache_salt)
-        shared = branching = 0
-        for node in path:
-            branching += node.num_tokens
-            if len(node.children) > 1 or (branching > tokens):
-                shared = min(branching, tokens)
+        held = self._engine.cache.held(ids, extra_key=extra_key, cache_salt=cache_salt)
         others = [s._now.ids for s in self._engine.open_sessions(self.namespace) if s is not self]
         in_common = max((common_tokens(ids, other) for other in others), default=0)
-        shared = max(shared, min(tokens, in_common))
-        pages = np.concatenate([np.empty(0, np.int32), *(node.page_ids for node in path)])[: cache.pages_for(tokens)]
-        num_bytes = self._engine.pool.bytes_of(pages, tokens)
-        return KVUsage(len(ids), tokens, len(pages), num_bytes, shared, tokens - shared)
+        shared = max(held.shared_tokens, min(held.tokens, in_common))
+        num_bytes = self._engine.pool.bytes_of(held.pages, held.tokens)
+        return KVUsage(len(ids), held.tokens, len(held.pages), num_bytes, shared, held.tokens - shared)
 
     def close(self) -> None:
         """End the conversation. Its KV stays in the cache until it is evicted. Idempotent; never waits."""
@@ -274,7 +293,7 @@ class Session:
 
 
 def _counts(output: RequestOutput) -> bool:
-    """Whether the turn came to its end; one that was aborted or failed is no turn."""
+    """Whether the turn came to its end and counts; an aborted or failed one does not."""
     return output.finish_reason in ("stop", "length")
 
 

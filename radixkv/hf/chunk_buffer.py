@@ -86,7 +86,7 @@ class ChunkBuffer:
         self.start, self.end = 0, self.num_live
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Write [batch, num_kv_heads, columns, head_dim] behind the last column; there must be room. O(columns)."""
+        """Write [batch, num_kv_heads, columns, head_dim] after the last column; there must be room. O(columns)."""
         own_k, own_v = self.extend(k.shape[-2])
         own_k.copy_(k)
         own_v.copy_(v)
@@ -128,5 +128,5 @@ def round_up(num: int, step: int) -> int:
 
 
 def rows(indices: Tensor) -> Callable[[Tensor], Tensor]:
-    """What takes those rows of a batch."""
+    """A function that takes these rows of a batch."""
     return lambda part: part.index_select(0, indices.to(device=part.device, dtype=torch.int64))

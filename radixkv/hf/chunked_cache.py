@@ -186,8 +186,8 @@ class ChunkedCache(Cache):  # type: ignore[misc]
     def __init__(self, config: PretrainedConfig, *, chunk_tokens: int = DEFAULT_CHUNK_TOKENS) -> None:
         """Layers with a sliding window or chunked attention keep what their window still sees.
 
-        Raises: ConfigError if `chunk_tokens` is no positive integer; UnsupportedModelError if a layer keeps something
-            else than keys and values, such as a recurrent state.
+        Raises: ConfigError if `chunk_tokens` is not a positive integer; UnsupportedModelError if a layer keeps other
+            things than keys and values, such as a recurrent state.
         """
         chunk_tokens = checked_int("chunk_tokens", chunk_tokens, 1)
         self._meter = ByteMeter()
@@ -227,12 +227,12 @@ def kv_layers(config: PretrainedConfig) -> list[Any]:
     if not isinstance(config, PretrainedConfig):
         raise ConfigError(f"a cache is made for a model's config (model.config), not {type(config).__name__}")
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder, and only decoders are served")
+        raise UnsupportedModelError(f"only decoders are supported; {config.model_type} is an encoder-decoder")
     layers: list[Any] = DynamicCache(config=config).layers
     for index, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and type(layer).__name__ != "DummyLayer":
             raise UnsupportedModelError(
-                f"layer {index} of {config.model_type} needs a {type(layer).__name__}: it keeps something else than "
-                "keys and values per token"
+                f"only layers that keep keys and values per token are supported; layer {index} of {config.model_type} "
+                f"needs a {type(layer).__name__}"
             )
     return layers

@@ -88,22 +88,15 @@ class PageStore:
     def load(self, tokens: Tokens, namespace: str | None, first: int, into: Sequence[LayerStates]) -> None:
         """Copy the KV of `tokens[first:]` to `into`, a pair of tensors a layer. O(tokens).
 
-        All of `tokens` must be here, as `peek` tells. Reads the pages without a lease: they are copied before anything
-        can be evicted.
+        All of `tokens` must be here, as `peek` tells.
         """
         assert self._pool is not None, "nothing was stored yet"
-        tree = self.prefixes.tree
-        match = tree.match_prefix(tokens, extra_key=namespace)
-        pages = match.pages
-        if match.length < len(tokens):
-            partial = tree.find_partial(match.node, tokens[match.length :])
-            assert partial is not None, "peek found more"
-            assert match.length + partial.num_tokens == len(tokens), "peek found more"
-            pages = np.append(pages, np.int32(partial.page))
-        slots = self._slots(pages, first, len(tokens))
-        for layer, states in enumerate(into):
-            for target, stored in zip(states, (self._pool.k[layer], self._pool.v[layer]), strict=True):
-                target.copy_(stored.flatten(0, 1)[slots].transpose(0, 1))
+        with self.prefixes.reading(tokens, extra_key=namespace) as pages:
+            assert len(pages) == self.prefixes.pages_for(len(tokens)), "peek found all of them"
+            slots = self._slots(pages, first, len(tokens))
+            for layer, states in enumerate(into):
+                for target, stored in zip(states, (self._pool.k[layer], self._pool.v[layer]), strict=True):
+                    target.copy_(stored.flatten(0, 1)[slots].transpose(0, 1))
 
     def save(self, tokens: Tokens, namespace: str | None, states: Sequence[LayerStates]) -> None:
         """Keep the KV of `tokens`, evicting what was not used for longest; what exceeds all pages is left out.

@@ -19,7 +19,7 @@ from radixkv.hf.chunk_buffer import ByteMeter
 from radixkv.hf.chunked_cache import DEFAULT_CHUNK_TOKENS, ChunkedLayer
 from radixkv.hf.page_store import LayerStates, PageStore
 from radixkv.hf.probe import probe_prefixes
-from radixkv.hf.support import check_inputs, check_model, check_positions, position_limit, sees_columns
+from radixkv.hf.support import check_inputs, check_model, check_positions, check_prompt, position_limit, sees_columns
 
 MIN_SHARED_TOKENS = 64
 """What computing the common prefix of a batch first must save, in tokens over all rows: a forward pass costs time."""
@@ -59,9 +59,10 @@ class RadixCache(Cache):  # type: ignore[misc]
 
     In a batch, padded on the left, all rows are computed from one column on: the first that some row lacks. So a
     batch skips `min over rows of (padding + stored prefix)` columns, and hidden states and attentions of the prompt,
-    where asked for, begin there. What all rows begin with and nobody has computed yet is computed once, before them.
+    where asked for, begin there. A common prefix of all rows that is not stored yet is computed once, before the rows.
 
-    Between calls the object looks empty to transformers. Call `reset` when the weights or the adapters of the model
+    Between calls the object looks empty to transformers: to continue an output, pass all its tokens from the first on,
+    not the last one alone, which would begin a new sequence. Call `reset` when the weights or the adapters of the model
     change. Not thread-safe: a second call at the same time is refused.
     """
 
@@ -74,7 +75,9 @@ class RadixCache(Cache):  # type: ignore[misc]
         policy: str = "lru",
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     ) -> None:
-        """Teach `model.generate`, of this one model, to attend RadixCaches. With other caches it does what it did.
+        """Wrap `generate` on this model instance so that it uses a RadixCache when given one.
+
+        With other caches `generate` behaves as before.
 
         Args:
             max_tokens: tokens to keep between calls, rounded up to whole pages. Their memory is taken in the first
@@ -204,7 +207,7 @@ class RadixCache(Cache):  # type: ignore[misc]
             call.exact_columns = call.num_columns
         limit = call.num_columns - _num_logits(kwargs)
         if first and limit <= first:
-            return None  # a step, or an assistant's proposal, behind the prompt
+            return None  # a step, or an assistant's proposal, after the prompt
         check_positions(kwargs.get("position_ids"), first, call.padding)
         last = self._load_prefixes(call, first, limit, kwargs)
         return (args, _without_leading_columns(kwargs, last - first)) if last > first else None
@@ -248,7 +251,7 @@ class RadixCache(Cache):  # type: ignore[misc]
             self._model(input_ids=input_ids, past_key_values=self, use_cache=True, logits_to_keep=1, **positions)
 
     def _load_columns(self, call: Call, first: int, last: int) -> None:
-        """Put the stored KV of columns `[first, last)` behind what the layers hold; padding becomes zeros."""
+        """Append the stored KV of columns `[first, last)` to what the layers hold; padding becomes zeros."""
         fresh: list[LayerStates] = []
         for index, (k, v) in enumerate(self.store.like(call.num_rows)):
             if index == len(self.layers):
@@ -299,19 +302,21 @@ class RadixCache(Cache):  # type: ignore[misc]
 
 
 def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """`generate` of the model's class, which a `RadixCache` among the keywords attends.
+    """Call `generate` of the model's class, and let a `RadixCache` among the keywords see its forward passes.
 
     It takes the place of the method on one model, as a method, so that copies of the model have their own.
     """
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, RadixCache):
         return type(model).generate(model, *args, **kwargs)
+    inputs = args[0] if args else kwargs.get("inputs")
+    check_prompt(kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask"))
     with cache.serving(model, _eos_token_ids(model, kwargs)):
         return type(model).generate(model, *args, **kwargs)
 
 
 def _eos_token_ids(model: PreTrainedModel, kwargs: dict[str, Any]) -> frozenset[int]:
-    """What ends an output of this call: only to leave out the padding behind it, which would be stored as tokens."""
+    """Ids that end an output of this call: the padding after them must not be stored as tokens."""
     config = kwargs.get("generation_config") or model.generation_config
     ids = kwargs.get("eos_token_id", config.eos_token_id)
     if isinstance(ids, Tensor):
@@ -322,7 +327,7 @@ def _eos_token_ids(model: PreTrainedModel, kwargs: dict[str, Any]) -> frozenset[
 
 
 def _num_logits(kwargs: dict[str, Any]) -> int:
-    """Of how many last columns the logits are wanted: so many must be computed."""
+    """Number of last columns whose logits are wanted: at least these must be computed."""
     wanted = kwargs.get("logits_to_keep", 0)
     num_columns: int = kwargs["input_ids"].shape[1]
     return wanted if isinstance(wanted, int) and wanted else num_columns

@@ -23,7 +23,11 @@ def check_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"a RadixCache is made for a transformers model, not {type(model).__name__}")
     config = model.config.get_text_config()
     if model.config._attn_implementation == "radixkv":
-        raise _unsupported(model, "it serves a radixkv Engine; load another instance of the model for the RadixCache")
+        raise _unsupported(
+            model,
+            "it, or a model with the same config object, serves a radixkv Engine; load another instance for the "
+            "RadixCache, or call model.set_attn_implementation('sdpa') once the engine is no longer used",
+        )
     _check_layers(model)
     if getattr(model, "_is_stateful", False):
         raise _unsupported(model, "it keeps a recurrent state, which cannot be cut back to a prefix")
@@ -66,17 +70,30 @@ def check_inputs(kwargs: Mapping[str, Any]) -> None:
         raise InvalidRequestError("a RadixCache needs an attention_mask of shape [batch, tokens]")
 
 
+def check_prompt(inputs: object, mask: object) -> None:
+    """Raise InvalidRequestError if a call of generate passes fewer tokens than its attention_mask has columns.
+
+    Other caches hold the tokens of the call before; there, the last token alone continues an output.
+    """
+    if isinstance(inputs, Tensor) and isinstance(mask, Tensor) and mask.shape[-1] != inputs.shape[-1]:
+        raise InvalidRequestError(
+            f"attention_mask must have as many columns as input_ids; it has {mask.shape[-1]}, not {inputs.shape[-1]}; "
+            "to continue an output with a RadixCache, pass all its tokens from the first on: those that it has stored "
+            "are not computed again"
+        )
+
+
 def left_padding(attention_mask: Tensor | None, batch_size: int) -> list[int]:
     """Leading columns that each row masks. Raises: InvalidRequestError for any other mask."""
     if attention_mask is None:
         return [0] * batch_size
     real = attention_mask.bool().cpu()
     padding = (~real).sum(1)
-    expected = torch.arange(real.shape[1], device="cpu") >= padding[:, None]
+    expected = torch.arange(real.shape[1], dtype=torch.int64, device="cpu") >= padding[:, None]
     for row in range(batch_size):
         if not torch.equal(real[row], expected[row]):
             raise InvalidRequestError(
-                f"row {row} of attention_mask masks tokens behind the first one; a RadixCache needs padding on the left"
+                f"row {row} of attention_mask masks tokens after the first one; a RadixCache needs padding on the left"
             )
     return [int(columns) for columns in padding]
 
@@ -85,11 +102,12 @@ def check_positions(position_ids: Tensor | None, first: int, padding: list[int])
     """Raise InvalidRequestError unless tokens are counted from 0, padding left out; `first` is the first column."""
     if position_ids is None:
         return
-    columns = torch.arange(first, first + position_ids.shape[-1], device="cpu")
+    columns = torch.arange(first, first + position_ids.shape[-1], dtype=torch.int64, device="cpu")
     expected = columns - torch.tensor(padding, dtype=torch.int64, device="cpu")[:, None]  # [batch, columns]
     if not ((position_ids.cpu() == expected) | (expected < 0)).all():
         raise InvalidRequestError(
-            "a RadixCache needs position_ids that count each row's tokens from 0; leave position_ids out"
+            "a RadixCache needs position_ids that count each row's tokens from 0; leave position_ids out, and pass all "
+            "tokens of the sequence from the first on"
         )
 
 

@@ -81,6 +81,18 @@ class PagedContext:
             )
 
 
+class _NoContextError(UnsupportedModelError):
+    """The attention of a model that serves an engine was called by something else than an engine."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__(
+            "this model, or one with the same config object, serves a radixkv Engine, and only the engine can call it; "
+            "load another instance for generate() or forward(), or call model.set_attn_implementation('sdpa') once the "
+            "engine is no longer used"
+        )
+        self.module = module
+
+
 class _FlattenedPositions:
     """Stands in for a cache that keeps nothing, and says how far each flattened token is from its place.
 
@@ -111,14 +123,19 @@ def flattened_forward(
     """
     tunes_temperature = getattr(model.config.get_text_config(), "attn_temperature_tuning", False)
     cache = {"past_key_values": _FlattenedPositions(positions)} if tunes_temperature else {}
-    output = model(
-        input_ids=input_ids[None],
-        position_ids=positions[None],
-        use_cache=False,
-        logits_to_keep=logits_of,
-        radixkv=context,
-        **cache,
-    )
+    try:
+        output = model(
+            input_ids=input_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=logits_of,
+            radixkv=context,
+            **cache,
+        )
+    except _NoContextError as error:
+        raise UnsupportedModelError(
+            f"{error.module} does not hand the forward call's keyword arguments on to its attention"
+        ) from None
     logits: Tensor = output.logits[0]
     return logits
 
@@ -139,9 +156,7 @@ def _attention_function(
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer. Returns [1, tokens, num_q_heads, v_head_dim] and no weights."""
     if radixkv is None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} does not hand the forward call's keyword arguments on to its attention"
-        )
+        raise _NoContextError(type(module).__name__)
     if attention_mask is not None:
         raise UnsupportedModelError(f"{type(module).__name__} makes an attention mask of its own")
     layer: int = module.layer_idx  # type: ignore[assignment]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from radixkv.attention.backend import AttentionParams, LayerAttention
 from radixkv.errors import UnsupportedModelError
@@ -74,6 +77,7 @@ def plug_in_paged_attention(model: PreTrainedModel) -> tuple[LayerAttention, ...
     known: tuple[LayerAttention, ...] | None = getattr(model, "_radixkv_layers", None)
     if before == INTERFACE_NAME and known is not None:  # another engine has this model, and may be running it
         return known
+    _give_own_configs(model)
     if before == INTERFACE_NAME:  # asked for when the model was loaded
         before = "eager"
         model.set_attn_implementation(before)
@@ -105,6 +109,18 @@ def plug_in_paged_attention(model: PreTrainedModel) -> tuple[LayerAttention, ...
     layers = tuple(layer for _, layer in sorted(context.layers.items()))
     model._radixkv_layers = layers
     return layers
+
+
+def _give_own_configs(model: PreTrainedModel) -> None:
+    """Replace the config objects of `model` by copies: transformers keeps the attention implementation in them.
+
+    Other models may share them, and some may run in an engine at this moment.
+    """
+    copies: dict[int, Any] = {}  # one memo, so that parts of a config stay parts of its copy
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PretrainedConfig):
+                setattr(module, name, copy.deepcopy(value, copies))
 
 
 def _run(model: PreTrainedModel, sequences: list[Tensor], context: _ProbeContext) -> Tensor:

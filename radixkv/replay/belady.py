@@ -16,7 +16,7 @@ Scheduling Intervals On-Line, Discrete Applied Mathematics 58, 1995). Hits on a 
 so no cache has more.
 
 Why it is reached. Whoever uses a page uses all before it, so the next use of a page is never later than that of the
-pages behind it; if ties are broken toward the deeper page, a page leaves only when those behind it are gone. What is
+pages after it; if ties are broken toward the deeper page, a page leaves only when those after it are gone. What is
 kept is then always closed under prefixes, and each page that is kept until its next use is a hit on a prefix.
 
 Hence the figure is exact over all caches of whole pages, not only trees or those that evict whole leaves. Two
@@ -46,7 +46,7 @@ class Reuse(NamedTuple):
     Attributes:
         num_tokens: tokens of all prompts.
         stored_tokens: for each request the tokens in the whole pages that it looks up or stores.
-        next_uses: for each request (q, tokens) pairs: so many tokens of its pages are looked up next by request q.
+        next_uses: for each request (q, tokens) pairs: `tokens` tokens of its pages are looked up next by request q.
     """
 
     num_tokens: int

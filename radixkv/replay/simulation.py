@@ -119,7 +119,7 @@ def replay_optimum(reuse: Reuse, capacity_tokens: int, page_tokens: int) -> Repl
 
 
 def whole_pages(capacity_tokens: int, page_tokens: int) -> int:
-    """How many pages of `page_tokens` tokens a capacity holds. Raises: ConfigError if it is none."""
+    """How many pages of `page_tokens` tokens a capacity holds. Raises: ConfigError if it holds none."""
     if capacity_tokens < page_tokens:
         raise ConfigError(f"a capacity of {capacity_tokens} tokens holds no page or block of {page_tokens}")
     return capacity_tokens // page_tokens

@@ -11,12 +11,13 @@ from itertools import chain
 from typing import Any, BinaryIO
 
 from radixkv.errors import InvalidRequestError
+from radixkv.replay.trace_times import TIMES
 
 GZIP = b"\x1f\x8b"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 UTF_8_BOM = b"\xef\xbb\xbf"
 PROMPT_COLUMNS = ("input", "prompt", "text")
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")  # whatever its first line holds, such a file is no plain text
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")  # such a file is never plain text, whatever its first line holds
 SEPARATOR = "\n\n"  # between the messages of a conversation
 
 
@@ -25,7 +26,7 @@ def json_lines(file: BinaryIO, name: str) -> Iterator[bytes]:
 
     - gzip is unpacked; UTF-16 (with its byte order mark) is read as text.
     - A JSON array is taken apart: one line an item.
-    - CSV with a column "input", "prompt" or "text" becomes one request a row.
+    - CSV with a column "input", "prompt" or "text" becomes one request a row; "output" and "timestamp" are read too.
     - Other text is one prompt a line.
 
     Raises: InvalidRequestError if the file is damaged, or is CSV that only counts tokens (Azure's LLM inference traces
@@ -87,7 +88,7 @@ def _items(content: bytes, name: str) -> Iterator[bytes]:
 
 
 def _columns(header: bytes) -> list[str]:
-    """The columns that a CSV file names; empty if this is no header that we know."""
+    """The columns that a CSV file names; empty if this is not a known header."""
     try:
         columns = [column.strip() for column in next(csv.reader([header.decode()]), [])]
     except (UnicodeDecodeError, csv.Error):
@@ -99,6 +100,7 @@ def _columns(header: bytes) -> list[str]:
 
 def _rows(lines: Iterable[bytes], columns: list[str], name: str) -> Iterator[bytes]:
     prompt = next((column for column in columns if column.lower() in PROMPT_COLUMNS), None)
+    time = next((column for column in columns if column.lower() in TIMES), None)
     if prompt is None:
         raise InvalidRequestError(
             f"{name} counts tokens but holds no prompts, so shared prefixes cannot be known from it; "
@@ -109,8 +111,22 @@ def _rows(lines: Iterable[bytes], columns: list[str], name: str) -> Iterator[byt
     for row in rows:
         fields = dict(zip(columns, row, strict=False))
         if fields:
-            output = fields.get("output")
-            yield _line({"input": fields.get(prompt, ""), **({"output": output} if output else {})})
+            request: dict[str, object] = {"input": fields.get(prompt, "")}
+            if output := fields.get("output"):
+                request["output"] = output
+            if time is not None and (value := fields.get(time)):
+                request[time.lower()] = _number(value)
+            yield _line(request)
+
+
+def _number(text: str) -> int | float | str:
+    """`text` as a number, if it is one."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _line(value: object) -> bytes:

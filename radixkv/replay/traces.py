@@ -21,6 +21,7 @@ from radixkv.errors import (
     TokenIdsTypeError,
 )
 from radixkv.replay.trace_files import json_lines, texts_of_conversation
+from radixkv.replay.trace_times import TraceClock
 
 Keys: TypeAlias = NDArray[np.int32]
 Encode: TypeAlias = Callable[[str], Sequence[int]]
@@ -150,8 +151,7 @@ def parse_trace(
     - `conversations` (ShareGPT), `messages` (OpenAI) or `turns` (aiperf): one request a turn; see
       `trace_files.texts_of_conversation`.
 
-    Times are read from `arrival_time_ns`, or else `timestamp`: in milliseconds, or if it is so large that it must be
-    the microseconds or nanoseconds since 1970, in these; from 1e9 to 1e10 it is taken as seconds since 1970.
+    Times are read from `arrival_time_ns`, or else `timestamp`, whose unit is found out: see `trace_times.TraceClock`.
 
     Args:
         name: of the trace, for errors.
@@ -162,8 +162,9 @@ def parse_trace(
     """
     block_tokens = checked_int("block_tokens", block_tokens, 1)
     limit = None if limit is None else checked_int("limit", limit, 1)
-    formats: list[_Format] = [_Blocks(block_tokens), *(_Tokens(field) for field in TOKENS)]
-    formats += [*(_Text(field, encode) for field in TEXTS), _Conversation(encode)]
+    clock = TraceClock()
+    formats: list[_Format] = [_Blocks(block_tokens, clock), *(_Tokens(field, clock) for field in TOKENS)]
+    formats += [*(_Text(field, encode, clock) for field in TEXTS), _Conversation(encode, clock)]
     requests: list[Request] = []
     for number, line in enumerate(lines, start=1):
         if line.isspace():
@@ -184,7 +185,12 @@ def parse_trace(
             break
     if not requests:
         raise InvalidRequestError(f"{name} holds no requests")
-    return Trace(requests, formats[0].field, formats[0].key_tokens)
+    return Trace(_scaled(requests, clock.scale), formats[0].field, formats[0].key_tokens)
+
+
+def _scaled(requests: list[Request], scale: float) -> list[Request]:
+    """`requests`, with all times multiplied by `scale`."""
+    return requests if scale == 1 else [request._replace(time_s=request.time_s * scale) for request in requests]
 
 
 def _object(line: bytes) -> dict[str, Any]:
@@ -208,7 +214,7 @@ def _format_of(row: dict[str, Any], formats: Sequence[_Format]) -> _Format:
 
 
 class _Format:
-    """How requests are written: the field that tells, and the reading of a row that has it."""
+    """A way to write requests: the field that tells it, and how a row that has this field is read."""
 
     field: str
     key_tokens = 1
@@ -230,8 +236,9 @@ class _Format:
 class _Blocks(_Format):
     field = BLOCKS
 
-    def __init__(self, block_tokens: int) -> None:
+    def __init__(self, block_tokens: int, clock: TraceClock) -> None:
         self.key_tokens = block_tokens
+        self._clock = clock
         self._numbers: dict[Hashable, int] = {}
 
     def request(self, row: dict[str, Any]) -> Request:
@@ -244,46 +251,49 @@ class _Blocks(_Format):
         if not fewest <= len(blocks) <= most:
             raise InvalidRequestError(
                 f"{num_tokens} tokens are {most} blocks of {self.key_tokens}, not {len(blocks)}; "
-                "is the number of tokens a block right?"
+                "check the number of tokens a block"
             )
-        time_s, numbers = _time_s(row), self._numbers
+        time_s, numbers = self._clock.time_s(row), self._numbers
         keys = np.array([numbers.setdefault(block, len(numbers)) for block in blocks], np.int32)
         return Request(keys, keys, num_tokens, time_s)
 
 
 class _Tokens(_Format):
-    def __init__(self, field: str) -> None:
+    def __init__(self, field: str, clock: TraceClock) -> None:
         self.field = field
+        self._clock = clock
 
     def request(self, row: dict[str, Any]) -> Request:
         ids = _id_list(row, self.field)
         if not ids:
             raise InvalidRequestError(f'"{self.field}" is empty')
         output_field = next((field for field in OUTPUT_TOKENS if row.get(field) is not None), None)
-        return Request.of_tokens(ids, _id_list(row, output_field) if output_field else (), _time_s(row))
+        return Request.of_tokens(ids, _id_list(row, output_field) if output_field else (), self._clock.time_s(row))
 
 
 class _Text(_Format):
-    def __init__(self, field: str, encode: Encode | None) -> None:
+    def __init__(self, field: str, encode: Encode | None, clock: TraceClock) -> None:
         self.field = field
-        self._encode = encode
+        self._encode, self._clock = encode, clock
 
     def request(self, row: dict[str, Any]) -> Request:
-        return _encoded(_text(row, self.field), _text(row, OUTPUT_TEXT), self.field, self._encode, _time_s(row))
+        return _encoded(
+            _text(row, self.field), _text(row, OUTPUT_TEXT), self.field, self._encode, self._clock.time_s(row)
+        )
 
 
 class _Conversation(_Format):
     field = CONVERSATIONS[0]
 
-    def __init__(self, encode: Encode | None) -> None:
-        self._encode = encode
+    def __init__(self, encode: Encode | None, clock: TraceClock) -> None:
+        self._encode, self._clock = encode, clock
 
     @property
     def fields(self) -> tuple[str, ...]:
         return CONVERSATIONS
 
     def requests(self, row: dict[str, Any]) -> list[Request]:
-        turns, time_s = texts_of_conversation(row), _time_s(row)
+        turns, time_s = texts_of_conversation(row), self._clock.time_s(row)
         return [
             _encoded(_valid(prompt, "a message"), _valid(answer, "a message"), "a message", self._encode, time_s)
             for prompt, answer in turns
@@ -324,20 +334,6 @@ def _valid(text: str, field: str) -> str:
     except UnicodeEncodeError as error:  # "\ud800" in JSON
         raise InvalidRequestError(f'"{field}" is not valid Unicode ({error.reason}, position {error.start})') from None
     return text
-
-
-def _time_s(row: dict[str, Any]) -> float:
-    field = "arrival_time_ns" if row.get("arrival_time_ns") is not None else "timestamp"
-    time = row.get(field)
-    if time is None:
-        return 0.0
-    if isinstance(time, bool) or not isinstance(time, int | float) or not 0 <= time < 1e21:
-        raise InvalidRequestError(f'"{field}" must be a number that is not negative, not {short_repr(time)}')
-    if field == "arrival_time_ns" or time >= 1e17:  # as nanoseconds since 1970, after 1973
-        return time / 1e9
-    if 1e9 <= time < 1e10:  # seconds since 1970, from 2001 on; as milliseconds of a trace's own clock, 11 days and more
-        return float(time)
-    return time / 1e6 if time >= 1e14 else time / 1e3  # 1e14 ms after 1970 is the year 5138
 
 
 # ------------------------------------------------------------------------------------------------------------ expanding

@@ -102,7 +102,7 @@ def _dtypes(names: Sequence[str], device: torch.device) -> Sequence[str]:
 def _backends(names: Sequence[str]) -> Sequence[str]:
     for name in names:
         if name not in backend_names():
-            raise BenchError(f"there is no backend {name!r}; the backends are {', '.join(backend_names())}")
+            raise BenchError(f"unknown backend {name!r}; the backends are {', '.join(backend_names())}")
     return names
 
 

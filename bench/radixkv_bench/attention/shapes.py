@@ -89,5 +89,5 @@ def choose_cases(names: Sequence[str], device: torch.device) -> Sequence[Case]:
     known = {case.name: case for case in CASES[device.type]}
     for name in names:
         if name not in known:
-            raise BenchError(f"there is no case {name!r} on {device.type}; the cases are {', '.join(known)}")
+            raise BenchError(f"unknown case {name!r} on {device.type}; the cases are {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(names)] or CASES[device.type]

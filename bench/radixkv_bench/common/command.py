@@ -119,6 +119,25 @@ def exit_code(app: typer.Typer, name: str) -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for a wrong command line
             raise
-        message = error.format_message()
+        message = _what_is_allowed(error) or error.format_message()
     print(f"{name}: {message}", file=sys.stderr)
     return 2
+
+
+def _what_is_allowed(error: Exception) -> str | None:
+    """The message for an option whose value is no number, or out of range; None for any other mistake."""
+    mistakes = getattr(error.__cause__, "errors", None)
+    options = getattr(getattr(error, "param", None), "opts", None)
+    if mistakes is None or not options:
+        return None
+    mistake = mistakes()[0]
+    limits = mistake.get("ctx", {})
+    allowed = {
+        "greater_than_equal": f"at least {limits.get('ge')}",
+        "greater_than": f"more than {limits.get('gt')}",
+        "less_than_equal": f"at most {limits.get('le')}",
+        "less_than": f"less than {limits.get('lt')}",
+        "int_parsing": "a whole number",
+        "float_parsing": "a number",
+    }.get(mistake["type"])
+    return None if allowed is None else f"{options[0]} must be {allowed}, not {mistake['input']}"

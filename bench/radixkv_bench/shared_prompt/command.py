@@ -20,27 +20,43 @@ from radixkv_bench.shared_prompt import report as reports
 from radixkv_bench.shared_prompt.job import BASELINES, Settings
 
 Count = int | None
+ALL_BASELINES = ",".join(BASELINES)
+
+
+Workload = Annotated[
+    str | None,
+    typer.Option(
+        help="few-shot: one long preamble, many questions. multi-turn: conversations side by side that grow. "
+        "tree: thoughts that branch from common states. document: many questions on one document. "
+        "none: nothing shared, to see what the cache costs. All of it is text from Python's standard library.",
+        show_default="few-shot",
+    ),
+]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.jsonl",
+        help="Your own prompts instead, one JSON object a line (.gz too), with one of the fields prompt, input, "
+        "question (texts), turns (a list of texts: a conversation), token_ids or input_tok_ids.",
+    ),
+]
+Baselines = Annotated[str, typer.Option(rich_help_panel=RUN, help="What to compare with, comma-separated.")]
+PageSize = Annotated[int, typer.Option(min=1, rich_help_panel=RUN, help="radixkv: tokens a page.")]
+PoolTokens = Annotated[
+    Count,
+    typer.Option(
+        min=1, rich_help_panel=RUN, help="radixkv: tokens the KV pool holds.", show_default="enough for everything"
+    ),
+]
+BatchSize = Annotated[
+    int, typer.Option(min=1, rich_help_panel=RUN, help="Prompts in one call of Hugging Face's generate.")
+]
 
 
 @command("shared_prompt")
 def main(
-    workload: Annotated[
-        str | None,
-        typer.Option(
-            help="few-shot: one long preamble, many questions. multi-turn: conversations side by side that grow. "
-            "tree: thoughts that branch from common states. document: many questions on one document. "
-            "none: nothing shared, to see what the cache costs. All of it is text from Python's standard library.",
-            show_default="few-shot",
-        ),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.jsonl",
-            help="Your own prompts instead, one JSON object a line (.gz too), with one of the fields prompt, input, "
-            "question (texts), turns (a list of texts: a conversation), token_ids or input_tok_ids.",
-        ),
-    ] = None,
+    workload: Workload = None,
+    prompts: PromptsFile = None,
     requests: Annotated[Count, size("few-shot, document, none: requests. --prompts: rows read.")] = None,
     prefix_tokens: Annotated[Count, size("Tokens that all requests begin with.")] = None,
     suffix_tokens: Annotated[Count, size("Tokens of each request, turn or thought of its own.")] = None,
@@ -51,20 +67,11 @@ def main(
     branching: Annotated[Count, size("tree: continuations of each state.")] = None,
     model: ModelName = None,
     random_model: RandomModelSizes = None,
-    baselines: Annotated[
-        str, typer.Option(rich_help_panel=RUN, help="What to compare with, comma-separated.")
-    ] = ",".join(BASELINES),
+    baselines: Baselines = ALL_BASELINES,
     rounds: Rounds = 3,
-    page_size: Annotated[int, typer.Option(min=1, rich_help_panel=RUN, help="radixkv: tokens a page.")] = 16,
-    kv_cache_tokens: Annotated[
-        Count,
-        typer.Option(
-            min=1, rich_help_panel=RUN, help="radixkv: tokens the KV pool holds.", show_default="enough for everything"
-        ),
-    ] = None,
-    hf_batch_size: Annotated[
-        int, typer.Option(min=1, rich_help_panel=RUN, help="Prompts in one call of Hugging Face's generate.")
-    ] = 8,
+    page_size: PageSize = 16,
+    kv_cache_tokens: PoolTokens = None,
+    hf_batch_size: BatchSize = 8,
 ) -> Outcome:
     """Run the same prompts through radixkv with its cache on, with its cache off, and through Hugging Face's generate
     and generate_batch; check that all of them answer with the same greedy float32 tokens; compare.
@@ -79,16 +86,16 @@ def main(
     Exits with 1 if tokens differ, with 2 if the command cannot be run.
     """
     models.quiet_transformers()
-    given = {
-        "requests": requests,
-        "prefix_tokens": prefix_tokens,
-        "suffix_tokens": suffix_tokens,
-        "output_tokens": output_tokens,
-        "sessions": sessions,
-        "turns": turns,
-        "depth": depth,
-        "branching": branching,
-    }
+    sizes = _given(
+        requests=requests,
+        prefix_tokens=prefix_tokens,
+        suffix_tokens=suffix_tokens,
+        output_tokens=output_tokens,
+        sessions=sessions,
+        turns=turns,
+        depth=depth,
+        branching=branching,
+    )
     settings = Settings(
         baselines=tuple(name.strip() for name in baselines.split(",") if name.strip()),
         rounds=rounds,
@@ -96,10 +103,14 @@ def main(
         kv_cache_tokens=kv_cache_tokens,
         hf_batch_size=hf_batch_size,
     )
-    sizes = {name: value for name, value in given.items() if value is not None}
     task = _task(workload, prompts, sizes, model, random_model)
     report, differences = job.run(task, settings, error_console())
     return Outcome(report, partial(reports.print_table, report), partial(plot.write_plot, report), differences)
+
+
+def _given(**sizes: Count) -> dict[str, int]:
+    """The sizes that the command line sets."""
+    return {name: value for name, value in sizes.items() if value is not None}
 
 
 def _task(

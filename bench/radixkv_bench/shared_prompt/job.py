@@ -40,7 +40,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in self.baselines:
             if name not in BASELINES:
-                raise BenchError(f"there is no baseline {name!r}; the baselines are {', '.join(BASELINES)}")
+                raise BenchError(f"unknown baseline {name!r}; the baselines are {', '.join(BASELINES)}")
 
 
 @dataclass(frozen=True)

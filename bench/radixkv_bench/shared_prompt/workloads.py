@@ -132,7 +132,7 @@ def sizes(name: str, given: dict[str, int]) -> dict[str, int]:
     Raises: BenchError for an unknown workload, and for a size that has no meaning for it.
     """
     if name not in SIZES:
-        raise BenchError(f"there is no workload {name!r}; the workloads are {', '.join(SIZES)}")
+        raise BenchError(f"unknown workload {name!r}; the workloads are {', '.join(SIZES)}")
     check_known(f"the workload {name}", given, SIZES[name])
     shape = replace(SHAPES[name], **given)
     return {size: getattr(shape, size) for size in SIZES[name]}

@@ -190,8 +190,8 @@ def write(
     for chunk in engine.stream(prompt, params):
         done += len(chunk.token_ids)
         progress.update(task, completed=done)
-        stats = engine.cache.stats()
-        most_pages = max(most_pages, stats.window_pages - stats.free_window_pages - stats.evictable_window_pages)
+        held = engine.cache.stats()
+        most_pages = max(most_pages, held.window_pages - held.free_window_pages - held.evictable_window_pages)
         if done >= part_tokens * (len(seconds) + 1) or done == num_tokens > part_tokens * len(seconds):
             now_s = time.perf_counter()
             seconds.append(now_s - started_s)

@@ -58,62 +58,67 @@ FULL = Sizes((1_000, 10_000, 100_000, 1_000_000), 51, (2**13, 2**14, 2**15, 2**1
 QUICK = Sizes((100, 1_000), 3, (2**13, 2**14), 500, 100, 200_000)
 
 
+PageSize = Annotated[int, typer.Option(min=1, help="Tokens a page, but for metadata and replay, which try several.")]
+Leaves = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=SIZES,
+        help="Sizes of the trees, comma-separated.",
+        show_default=",".join(map(str, FULL.leaves)),
+    ),
+]
+Repeats = Annotated[
+    Count,
+    typer.Option(
+        min=1,
+        rich_help_panel=SIZES,
+        help="Times everything is run, interleaved; the medians count.",
+        show_default=str(FULL.rounds),
+    ),
+]
+Probes = Annotated[
+    Count,
+    typer.Option(
+        min=1,
+        rich_help_panel=SIZES,
+        help="Prefixes that a tree sees before it is compared with one that saw none.",
+        show_default=str(FULL.probes),
+    ),
+]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=REQUESTS,
+        metavar="TRACE.jsonl",
+        help="A trace with hash_ids (Mooncake's format; each block becomes pseudo-random tokens) or token_ids.",
+        show_default="random prompts, no replay",
+    ),
+]
+TraceRequests = Annotated[
+    Count,
+    typer.Option(min=1, rich_help_panel=REQUESTS, help="Lines of the trace to read.", show_default=str(FULL.requests)),
+]
+Capacity = Annotated[
+    Count,
+    typer.Option(
+        min=max(METADATA_PAGE_SIZES),
+        rich_help_panel=REQUESTS,
+        help="Tokens that a tree may hold, for metadata and replay.",
+        show_default=str(FULL.capacity),
+    ),
+]
+
+
 @command("radix_tree")
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Seconds instead of minutes: smaller in every way.")] = False,
-    page_size: Annotated[
-        int, typer.Option(min=1, help="Tokens a page, but for metadata and replay, which try several.")
-    ] = 16,
-    leaves: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=SIZES,
-            help="Sizes of the trees, comma-separated.",
-            show_default=",".join(map(str, FULL.leaves)),
-        ),
-    ] = None,
-    rounds: Annotated[
-        Count,
-        typer.Option(
-            min=1,
-            rich_help_panel=SIZES,
-            help="Times everything is run, interleaved; the medians count.",
-            show_default=str(FULL.rounds),
-        ),
-    ] = None,
-    probes: Annotated[
-        Count,
-        typer.Option(
-            min=1,
-            rich_help_panel=SIZES,
-            help="Prefixes that a tree sees before it is compared with one that saw none.",
-            show_default=str(FULL.probes),
-        ),
-    ] = None,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel=REQUESTS,
-            metavar="TRACE.jsonl",
-            help="A trace with hash_ids (Mooncake's format; each block becomes pseudo-random tokens) or token_ids.",
-            show_default="random prompts, no replay",
-        ),
-    ] = None,
-    requests: Annotated[
-        Count,
-        typer.Option(
-            min=1, rich_help_panel=REQUESTS, help="Lines of the trace to read.", show_default=str(FULL.requests)
-        ),
-    ] = None,
-    capacity: Annotated[
-        Count,
-        typer.Option(
-            min=max(METADATA_PAGE_SIZES),
-            rich_help_panel=REQUESTS,
-            help="Tokens that a tree may hold, for metadata and replay.",
-            show_default=str(FULL.capacity),
-        ),
-    ] = None,
+    page_size: PageSize = 16,
+    leaves: Leaves = None,
+    rounds: Repeats = None,
+    probes: Probes = None,
+    trace: TraceFile = None,
+    requests: TraceRequests = None,
+    capacity: Capacity = None,
 ) -> Outcome:
     """Measure the radix tree: match, insert, evict and lock, and how each grows from a small tree to a large one; a
     match of a long path against a copy of its tokens; what probes leave behind; bytes of metadata for each cached

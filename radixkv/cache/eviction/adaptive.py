@@ -18,20 +18,33 @@ if TYPE_CHECKING:
     from radixkv.cache.tree.node import TreeNode
     from radixkv.cache.tree.radix_tree import RadixTree
 
+# Only GHOST_SHARE and the kinds were compared with others on traces (docs/cache.md). The other numbers are choices.
+
+# Kinds of leaves: few, so that each is seen often enough to be told from the others.
 MAX_TURN, MAX_USES = 2, 2  # higher numbers are of the same kind as these
 LEFT_BEHIND = (MAX_TURN + 1) * (MAX_USES + 1)
 NUM_KINDS = LEFT_BEHIND + 1
 
+# When it learns. The first lesson comes early and the next at twice as many requests, until they are 128 apart: a
+# lesson costs some 0.5 ms, as much as it may take without being noticed.
 FIRST_LESSON, LESSON_EVERY = 8, 128  # requests
-MIN_REUSES = 32  # before that many were seen it is LRU
-HALF_LIFE = 2000  # requests after which an observation counts half
+MIN_REUSES = 32  # before that many were seen it is LRU: a hazard counted from fewer is noise
+HALF_LIFE = 2000  # requests after which an observation counts half, so that it follows traffic that changes
+
+# The price of room: the mean density of what was evicted in the last 1 / PRICE_RATE evictions, times PRICE_SHARE. A
+# share of 1 would be right for a load that never changes.
 PRICE_SHARE, PRICE_RATE = 0.5, 0.02
 
+# What is remembered of evicted nodes. It bounds the memory, and how long reuse may take to be seen at all: of the gain
+# over LRU on the Mooncake trace a third is left with a share of 1 (docs/cache.md).
 GHOST_SHARE = 4  # tokens of evicted nodes that are remembered, for each token that the tree held at most, of late
 MAX_GHOSTS = 1 << 16
-PROBE_TOKENS = 16
+PROBE_TOKENS = 16  # at most so many tokens of an edge tell it from others, see `Ghosts`
 
+# The duel with LRU. Two limits, so that it does not change sides at each request: it gives up when LRU is ahead by
+# more than DUEL_LOST, and comes back when LRU is ahead by less than DUEL_OPEN.
 DUEL_HALF_LIFE = 500  # requests
+DUEL_FADE = 0.5 ** (1 / DUEL_HALF_LIFE)
 DUEL_LOST, DUEL_OPEN = 0.002, 0.001  # of the tokens asked for
 
 
@@ -148,9 +161,9 @@ class AdaptivePolicy(EvictionPolicy):
 
     The hazards give for each kind and age the hits that a token in the cache can be expected to bring from now on,
     less what its room costs until then: `worth_of`. The price of room is half of the mean density of what was evicted
-    of late (all of it would hold for a cache whose load never changes). Of the oldest and the youngest leaf of each
-    kind that of the least surplus is evicted. The youngest may well be: where most reuse comes later than the cache
-    can wait, keeping some leaves long beats keeping all of them for too short a time.
+    of late (all of it would hold for a cache whose load never changes). For each kind, it looks at the oldest and the
+    youngest leaf, and evicts the one with the smallest surplus. That may well be the youngest: where most reuse comes
+    later than the cache can wait, keeping some leaves long beats keeping all of them for too short a time.
 
     Shadow and real cache duel: the policy knows what an LRU cache of the same size would hold, so it can count the
     tokens that only one of them had. As long as LRU is ahead by more than 0.2 % of the tokens asked for of late, LRU's
@@ -214,11 +227,11 @@ class AdaptivePolicy(EvictionPolicy):
 
     def requested(self, tokens: NDArray[np.int32], matched_tokens: int, namespace: Namespace) -> None:
         self._matched_tokens = matched_tokens
-        self._ahead *= _DUEL_FADE
-        self._asked = self._asked * _DUEL_FADE + len(tokens)
+        self._ahead *= DUEL_FADE
+        self._asked = self._asked * DUEL_FADE + len(tokens)
         limit = DUEL_OPEN if self.follows_lru else DUEL_LOST
         self.follows_lru = not self._has_learned or self._ahead < -limit * self._asked
-        self._room = max(self.tree.total_size, self._room * _DUEL_FADE)
+        self._room = max(self.tree.total_size, self._room * DUEL_FADE)
         self._num_requests += 1
         if self._num_requests == self._next_lesson:
             self.table.discount(0.5 ** ((self._num_requests - self._last_lesson) / HALF_LIFE))
@@ -314,6 +327,3 @@ class AdaptivePolicy(EvictionPolicy):
         if record.is_watched:
             self.table.end(record, self.tree.tick, reused=False)
         self.shadow.discard(record)
-
-
-_DUEL_FADE = 0.5 ** (1 / DUEL_HALF_LIFE)

@@ -15,11 +15,11 @@ from radixkv.cache.tree.page_ids import PageBytes
 from radixkv.errors import InvariantError
 
 if TYPE_CHECKING:
-    from radixkv.cache.tree.radix_tree import RadixTree
+    from radixkv.cache.tree.shape import TreeShape
 
 
 def check_tree(
-    tree: RadixTree, roots: Mapping[Namespace, TreeNode], queue: LeafQueue, *, num_pages: int, num_evictable: int
+    tree: TreeShape, roots: Mapping[Namespace, TreeNode], queue: LeafQueue, *, num_pages: int, num_evictable: int
 ) -> None:
     """Prove every invariant that the docstring of `RadixTree` states. O(tokens). Raises: InvariantError."""
     evictable = 0

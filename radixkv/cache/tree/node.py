@@ -28,7 +28,7 @@ class TreeNode:
         end: tokens from the root to the end of this edge.
         children: by the bytes of the first page of their key.
         changes: times that a child came, went, or got another edge.
-        ordered: the keys of `children` in order, kept only where there are many and somebody looked inside a page.
+        ordered: the keys of `children` in order, kept only where there are many and `find_partial` looked at them.
         parent: None in a root, and in a node that has left the tree.
         heir: the node that this one was merged into, after it was.
         namespace: set in roots alone.
@@ -41,7 +41,7 @@ class TreeNode:
         keep_until: by the tree's clock; before that it is evicted only if nothing else can be.
         entry: what stands for it in the eviction queue; None while it is not an unpinned leaf.
         state: belongs to the eviction policy; None at first.
-        prefix: the tokens from the root to its end, for events; None until somebody asks.
+        prefix: the tokens from the root to its end, for events; None until an observer asks.
     """
 
     __slots__ = (
@@ -109,8 +109,13 @@ class TreeNode:
         return 0 < len(self.key) < page_size * TOKEN_BYTES
 
     @property
+    def is_evictable(self) -> bool:
+        """Whether it is an unpinned leaf of its tree."""
+        return self.entry is not None
+
+    @property
     def in_tree(self) -> bool:
-        """Whether it still stands in its tree; it may have been evicted or merged."""
+        """Whether it is still in its tree; it may have been evicted or merged."""
         return self.parent is not None or not self.key
 
     @property

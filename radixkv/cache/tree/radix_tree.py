@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from sortedcontainers import SortedList
 
-from radixkv.cache.events import (
-    Cleared,
-    EventChannel,
-    Observer,
-    PageRun,
-    RemovalCause,
-    Removed,
-    Stored,
-    run_of,
-)
-from radixkv.cache.eviction.policies import resolve_policy
-from radixkv.cache.eviction.policy import EvictionPolicy, hook
+from radixkv.cache.events import Cleared, RemovalCause
 from radixkv.cache.keeping import checked_keep_for_s, checked_priority
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, check_tokens, int32_array, token_array
-from radixkv.cache.tree.checks import check_tree
-from radixkv.cache.tree.leaf_queue import LeafQueue
+from radixkv.cache.tree.first_pages import common_prefix_tokens, likest_children
 from radixkv.cache.tree.node import InsertResult, MatchResult, PartialPage, TreeNode, new_root
 from radixkv.cache.tree.page_ids import PageBytes, page_array, page_bytes
-from radixkv.config.checks import checked_int
-from radixkv.errors import (
-    InvalidPagesError,
-    InvalidRequestError,
-)
+from radixkv.cache.tree.shape import TreeShape
+from radixkv.errors import InvalidPagesError, InvalidRequestError
 
-DEEP = 16  # nodes on a path that are worth a look whether they are needed, once in so many uses
-FEW_CHILDREN = 16  # up to that many are looked through one by one
+SHORTEN_PATHS_LONGER_THAN = 16  # nodes; on such a path, forks that have one child left are merged …
+SHORTEN_EVERY_TICKS = 16  # … though not in each match: looking for them costs a pass over the path
 
 Tokens: TypeAlias = "NDArray[np.int32]"
-_new_tuple = tuple.__new__  # what the constructor of a NamedTuple ends in, without its detour
+_new_tuple = tuple.__new__  # calling a NamedTuple costs 0.3 µs; this leaves out its wrapper in Python
 
 
-class RadixTree:
+class RadixTree(TreeShape):
     """Maps token prefixes to KV pages, shares common prefixes and evicts unused ones.
 
     The unit is the page: a sequence is kept up to its last whole page of `page_size` tokens, and two sequences share
@@ -51,8 +32,8 @@ class RadixTree:
     `match_prefix` never finds and `find_partial` does. Each namespace (`extra_key`, `cache_salt`) has its own root.
 
     A match that ends midway in an edge cuts it, so that exactly the prefix can be pinned. The cut is merged back when
-    the pin is gone, or with the next match or insert if nobody pinned it, unless the tree has branched there. Where the
-    other branches were evicted since, matches along a deep path merge what is left.
+    the pin is gone, or with the next match or insert if it was not pinned, unless the tree has branched there. Where
+    the other branches were evicted since, matches along a deep path merge what is left.
 
     Invariants, proved by `check_invariants`:
 
@@ -83,64 +64,6 @@ class RadixTree:
         events: the channel that tells observers what is stored and removed.
     """
 
-    def __init__(
-        self,
-        page_size: int = 1,
-        policy: str | EvictionPolicy = "lru",
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.page_size = checked_int("page_size", page_size, 1)
-        self.policy = resolve_policy(policy)
-        self.clock = clock
-        self._page_bytes = self.page_size * TOKEN_BYTES
-        self._roots: dict[Namespace, TreeNode] = {}
-        self._tick = 0
-        self._evictable = 0  # in bytes of page ids, as `_total`
-        self._total = 0
-        self._unclaimed: TreeNode | None = None  # what the last match or insert cut, until somebody pins it
-        self.events = EventChannel()
-        self.policy.bind(self)
-        self._queue = LeafQueue(self.policy, clock)
-        self._on_requested = hook(self.policy, "requested")
-        self._on_matched = hook(self.policy, "matched")
-        self._on_added = hook(self.policy, "added")
-        self._on_evicted = hook(self.policy, "evicted")
-        self._on_split = hook(self.policy, "split")
-        self._on_merged = hook(self.policy, "merged")
-
-    # -- sizes -------------------------------------------------------------------------------------------------------
-
-    @property
-    def total_size(self) -> int:
-        """Tokens that the tree's pages have room for: the tokens in it, and what tails leave free. O(1)."""
-        return self._total // TOKEN_BYTES * self.page_size
-
-    @property
-    def evictable_size(self) -> int:
-        """As `total_size`, of unpinned nodes. O(1)."""
-        return self._evictable // TOKEN_BYTES * self.page_size
-
-    @property
-    def protected_size(self) -> int:
-        """As `total_size`, of pinned nodes. O(1)."""
-        return self.total_size - self.evictable_size
-
-    @property
-    def num_pages(self) -> int:
-        """Pages in the tree. O(1)."""
-        return self._total // TOKEN_BYTES
-
-    @property
-    def num_evictable_pages(self) -> int:
-        """Pages in unpinned nodes. O(1)."""
-        return self._evictable // TOKEN_BYTES
-
-    @property
-    def tick(self) -> int:
-        """Matches and inserts so far: the clock of `last_access`."""
-        return self._tick
-
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def match_prefix(
@@ -151,8 +74,16 @@ class RadixTree:
         Counts as a use of the edges it came to, the last one included, and cuts the last one where the match ends, so
         that exactly the prefix can be pinned. `peek` changes nothing.
 
-        Raises: TokenIdsTypeError, InvalidTokenIdsError, InvalidRequestError for a key that is no text (the tree is as
+        Raises: TokenIdsTypeError, InvalidTokenIdsError, InvalidRequestError for a key that is not text (the tree is as
             before then).
+
+        >>> tree = RadixTree(page_size=2)
+        >>> _ = tree.insert([1, 2, 3, 4, 5, 6], pages=[7, 8, 9])
+        >>> found = tree.match_prefix([1, 2, 3, 4, 5, 0])           # the third page differs in its last token
+        >>> found.length, found.pages.tolist()
+        (4, [7, 8])
+        >>> tree.match_prefix([1, 2], extra_key="another tenant").length
+        0
         """
         return self.match_tokens(int32_array(ids), Namespace.of(extra_key, cache_salt))
 
@@ -180,12 +111,18 @@ class RadixTree:
             self._touch(partial)
             node = self._unclaimed = self._cut(partial, common)
             runs.append(node.pages)
-        if len(runs) > DEEP and self._tick % DEEP == 0:
+        if len(runs) > SHORTEN_PATHS_LONGER_THAN and self._tick % SHORTEN_EVERY_TICKS == 0:
             self._shorten(node.path())
         return _new_tuple(MatchResult, (length, node, runs))
 
     def peek(self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None) -> int:
-        """How many tokens `match_prefix` would find. Changes nothing: no cut, no use. O(tokens + depth)."""
+        """How many tokens `match_prefix` would find. Changes nothing: no cut, no use. O(tokens + depth).
+
+        >>> tree = RadixTree(page_size=2)
+        >>> _ = tree.insert([1, 2, 3, 4], pages=[7, 8])
+        >>> tree.peek([1, 2, 3, 9]), tree.tick                      # the insert was the only use
+        (2, 1)
+        """
         tokens, _ = self.peek_path(ids, extra_key=extra_key, cache_salt=cache_salt)
         return tokens // self.page_size * self.page_size
 
@@ -220,40 +157,23 @@ class RadixTree:
         O(log children), and O(children log children) the first time.
 
         Returns: None if not even one token is shared.
+
+        >>> tree = RadixTree(page_size=4)
+        >>> _ = tree.insert([1, 2, 3, 4], pages=[7])
+        >>> found = tree.match_prefix([1, 2, 3, 9])
+        >>> partial = tree.find_partial(found.node, [1, 2, 3, 9])
+        >>> found.length, partial.num_tokens, partial.page          # no whole page, but three slots of page 7
+        (0, 3, 7)
         """
         wanted = int32_array(rest)[: self.page_size].tobytes()
         if self.page_size == 1 or not wanted:
             return None
         best, best_tokens = None, 0
-        for first_page in self._likest_children(node, wanted):
-            common = _common_prefix_tokens(first_page, wanted)
+        for first_page in likest_children(node, wanted):
+            common = common_prefix_tokens(first_page, wanted)
             if common > best_tokens:
                 best, best_tokens = node.children[first_page], common
         return None if best is None else PartialPage(best_tokens, int(best.page_ids[0]), best)
-
-    def root_of(self, namespace: Namespace) -> TreeNode | None:
-        """The root of a namespace; None if nothing is cached there."""
-        return self._roots.get(namespace)
-
-    def namespaces(self) -> list[Namespace]:
-        """The namespaces under which something is cached."""
-        return list(self._roots)
-
-    def nodes(self) -> Iterator[tuple[int, TreeNode]]:
-        """All nodes with their depth (roots have 0), parents before children, in no other order. O(1) a node."""
-        stack = [(0, root) for root in reversed(self._roots.values())]
-        while stack:
-            depth, node = stack.pop()
-            yield depth, node
-            stack.extend((depth + 1, child) for child in reversed(node.children.values()))
-
-    def path_pages(self, node: TreeNode) -> NDArray[np.int32]:
-        """The pages from the root to `node`, int32, read-only. O(depth + pages).
-
-        Raises: InvalidRequestError if `node` was evicted.
-        """
-        pages = b"".join([above.pages for above in self._standing(node).path()])
-        return np.frombuffer(pages, np.int32)[: -(-node.end // self.page_size)]
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -264,8 +184,16 @@ class RadixTree:
 
         Of a prefix that is cached already the tree keeps its own pages; those given for it remain the caller's.
 
-        Raises: TokenIdsTypeError, InvalidTokenIdsError, InvalidRequestError for a key that is no text;
+        Raises: TokenIdsTypeError, InvalidTokenIdsError, InvalidRequestError for a key that is not text;
             InvalidPagesError if `pages` are not page ids, or not `len(ids) // page_size` of them.
+
+        >>> tree = RadixTree(page_size=2)
+        >>> tree.insert([1, 2, 3, 4], pages=[7, 8]).prefix_len
+        0
+        >>> tree.insert([1, 2, 5, 6], pages=[20, 21]).prefix_len    # page 20 stays the caller's
+        2
+        >>> tree.match_prefix([1, 2, 5, 6]).pages.tolist()
+        [7, 21]
         """
         return self.insert_tokens(int32_array(ids), pages, Namespace.of(extra_key, cache_salt))
 
@@ -305,6 +233,12 @@ class RadixTree:
         Returns: the new leaf.
         Raises: InvalidRequestError if `rest` fills a page, another child of `node` begins with it, or `node` is a tail
             or left the tree; InvalidPagesError, TokenIdsTypeError, InvalidTokenIdsError.
+
+        >>> tree = RadixTree(page_size=4)
+        >>> node = tree.insert([1, 2, 3, 4], pages=[7]).node
+        >>> _ = tree.insert_tail(node, [5, 6], page=8)
+        >>> tree.peek([1, 2, 3, 4, 5, 6]), tree.peek_path([1, 2, 3, 4, 5, 6])[0]
+        (4, 6)
         """
         key = int32_array(rest).tobytes()
         page_id = page_bytes(page_array([page]))
@@ -316,7 +250,10 @@ class RadixTree:
             raise InvalidRequestError(f"{node} is a tail, which nothing can follow")
         found = self.find_partial(node, rest)
         if not 0 < len(key) < self._page_bytes or (found and found.num_tokens * TOKEN_BYTES == len(key)):
-            raise InvalidRequestError(f"a tail of {len(key) // TOKEN_BYTES} tokens is none, or is cached already")
+            raise InvalidRequestError(
+                f"a tail must hold at least 1 token, fewer than a page of {self.page_size}, and not be cached yet; "
+                f"got {len(key) // TOKEN_BYTES} tokens"
+            )
         check_tokens(int32_array(rest))
         if node.namespace is not None:
             self._roots[node.namespace] = node
@@ -330,8 +267,8 @@ class RadixTree:
         Returns: its pages, int32, read-only; no longer the tree's.
         Raises: InvalidRequestError if it is pinned, no leaf, or not in the tree.
         """
-        if leaf.entry is None:
-            raise InvalidRequestError(f"{leaf} is no unpinned leaf of the tree")
+        if not leaf.is_evictable:
+            raise InvalidRequestError(f"{leaf} cannot be removed: it is pinned, has children, or has left the tree")
         self._queue.remove(leaf)
         self._remove_leaf(leaf, "removed")
         return leaf.page_ids
@@ -350,11 +287,21 @@ class RadixTree:
 
         Args:
             priority: what the "priority" policy orders by; a node keeps the highest it was given.
-            keep_for_s: for so many seconds from now its tokens are evicted only if nothing else can be: unlike a lock
+            keep_for_s: for this many seconds its tokens are evicted only if nothing else can be: unlike a lock
                 this never blocks anybody, and it ends by itself. A node keeps the latest end it was given.
 
-        Raises: InvalidRequestError if `priority` is no integer of 64 bits, `keep_for_s` no number from 0 to ten years,
+        Raises: InvalidRequestError if `priority` is not an integer of 64 bits, `keep_for_s` not from 0 to ten years,
             or `node` was evicted.
+
+        >>> now_s = 0.0
+        >>> tree = RadixTree(clock=lambda: now_s)
+        >>> tree.retain(tree.insert([1], pages=[7]).node, keep_for_s=60)
+        >>> _ = tree.insert([2], pages=[8]), tree.insert([3], pages=[9])
+        >>> tree.evict(1).tolist()                                  # page 7 is the oldest, and is kept
+        [8]
+        >>> now_s = 61.0
+        >>> tree.evict(1).tolist()
+        [7]
         """
         priority, keep_for_s = checked_priority(priority), checked_keep_for_s(keep_for_s)
         self.keep_until(node, 0.0 if keep_for_s is None else self.clock() + keep_for_s, priority=priority)
@@ -372,6 +319,15 @@ class RadixTree:
         """Pin the path from `node` to its root: none of it will be evicted. O(depth).
 
         Raises: InvalidRequestError if `node` was evicted already; match again.
+
+        >>> tree = RadixTree()
+        >>> node = tree.insert([1, 2], pages=[7, 8]).node
+        >>> tree.inc_lock_ref(node)
+        >>> tree.evict(2).tolist(), tree.protected_size
+        ([], 2)
+        >>> tree.dec_lock_ref(node)
+        >>> tree.evict(2).tolist()
+        [7, 8]
         """
         if node.parent is None:
             node = self._standing(node)
@@ -379,7 +335,7 @@ class RadixTree:
             self._queue.remove(node)
         while (parent := node.parent) is not None:
             if node.lock_ref == 0:
-                self._evictable -= len(node.pages)
+                self._evictable_bytes -= len(node.pages)
             node.lock_ref += 1
             node = parent
 
@@ -396,7 +352,7 @@ class RadixTree:
         while (parent := current.parent) is not None:
             current.lock_ref -= 1
             if current.lock_ref == 0:
-                self._evictable += len(current.pages)
+                self._evictable_bytes += len(current.pages)
             current = parent
         if node.cut:
             self._merge(node)
@@ -409,12 +365,18 @@ class RadixTree:
         Leaves go whole; a parent becomes a leaf when its last child goes. O(log leaves) a leaf.
 
         Returns: the freed pages, int32, read-only; no longer the tree's.
+
+        >>> tree = RadixTree()
+        >>> _ = tree.insert([1, 2], pages=[7, 8]), tree.insert([5, 6, 7], pages=[9, 10, 11])
+        >>> _ = tree.match_prefix([1, 2])                           # used last, so it goes last
+        >>> tree.evict(1).tolist()
+        [9, 10, 11]
         """
         return self._evict(num_tokens, "evicted")
 
     def _evict(self, num_tokens: int, cause: RemovalCause) -> NDArray[np.int32]:
         freed: list[PageBytes] = []
-        missing = -(-num_tokens // self.page_size) * TOKEN_BYTES
+        missing = -(-num_tokens // self.page_size) * TOKEN_BYTES  # in bytes of page ids
         queue = self._queue
         while missing > 0 and queue:
             leaf = queue.pop()
@@ -428,7 +390,7 @@ class RadixTree:
 
         Returns: the freed pages, int32, read-only; no longer the tree's.
         """
-        if self._evictable < self._total:
+        if self._evictable_bytes < self._total_bytes:
             return self._evict(self.evictable_size, "reset")
         observers, self.events.observers = self.events.observers, ()
         try:
@@ -438,18 +400,6 @@ class RadixTree:
         if observers:
             self.events.send(Cleared("pool"))
         return freed
-
-    def add_observer(self, observer: Observer) -> None:
-        """Call `observer` with an event for everything stored and removed from now on (see `radixkv.cache.events`)."""
-        self.events.add(observer)
-
-    def remove_observer(self, observer: Observer) -> None:
-        """Call `observer` no more."""
-        self.events.remove(observer)
-
-    def cached_runs(self) -> Iterator[PageRun]:
-        """All that is cached now, parents before children: where an observer that comes late begins. O(nodes)."""
-        return (run_of(node, self.page_size) for _, node in self.nodes() if not node.is_root)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -467,7 +417,7 @@ class RadixTree:
             if child is None:
                 break
             end = child.end
-            # a slice that ends with the data would be a prefix of a longer key: that is no whole edge
+            # a slice that ends with the data would be a prefix of a longer key: not a whole edge
             if end > num_tokens or not child.key.startswith(data[position:end]):
                 return node, child
             position, node = end, child
@@ -477,165 +427,6 @@ class RadixTree:
     def _common_pages(self, tokens: Tokens, position: int, key: bytes) -> int:
         """Tokens, in whole pages, that `tokens` from `position` on and `key` have in common, but not all of `key`."""
         return _common_tokens(tokens[position:], np.frombuffer(key, np.int32)) // self.page_size * self.page_size
-
-    def _touch(self, node: TreeNode) -> None:
-        """Mark the path from `node` to its root as used now."""
-        tick = self._tick
-        current = node
-        while (parent := current.parent) is not None:
-            current.last_access = tick
-            current = parent
-        if node.entry is not None:
-            self._queue.use(node)
-
-    def _cut(self, node: TreeNode, head_tokens: int) -> TreeNode:
-        """Cut `node`'s edge after `head_tokens`; returns the new upper node.
-
-        `node` stays the lower part, so whoever pinned it still holds the whole path.
-        """
-        parent = node.parent
-        assert parent is not None, "a root has no edge to cut"
-        head_bytes = head_tokens * TOKEN_BYTES
-        head_pages = head_bytes // self.page_size
-        upper = TreeNode(
-            node.key[:head_bytes], node.pages[:head_pages], parent.end + head_tokens, parent, node.last_access
-        )
-        upper.created, upper.priority, upper.keep_until = node.created, node.priority, node.keep_until
-        upper.lock_ref = node.lock_ref
-        upper.state = node.state
-        upper.fork = upper.cut = True
-        parent.children[upper.key[: self._page_bytes]] = upper
-        parent.changes += 1
-        node.key = node.key[head_bytes:]
-        node.pages = node.pages[head_pages:]
-        node.parent = upper
-        upper.children[node.key[: self._page_bytes]] = node
-        if self._on_split is not None:
-            self._on_split(upper, node)
-        if node.entry is not None:  # a rank may depend on the edge
-            self._queue.update(node)
-        return upper
-
-    def _merge_unclaimed(self) -> None:
-        node = self._unclaimed
-        self._unclaimed = None
-        if node is not None and node.cut and node.parent is not None:
-            self._merge(node)
-
-    def _merge(self, upper: TreeNode) -> None:
-        """Undo a cut, if nobody pins exactly that prefix."""
-        if not upper.children:  # the lower part was evicted: what is left is a leaf like any other
-            upper.cut = False
-            if upper.lock_ref == 0 and upper.entry is None:
-                self._queue.add(upper)
-            return
-        (lower,) = upper.children.values()
-        if lower.lock_ref == upper.lock_ref:
-            self._absorb([upper], lower)
-
-    def _shorten(self, path: list[TreeNode]) -> None:
-        """Merge the forks on `path` that have one child left, and that nobody pins in particular."""
-        start = 0
-        while start < len(path):
-            end = start
-            while path[end].fork and len(path[end].children) == 1 and end + 1 < len(path):
-                if path[end].lock_ref != path[end + 1].lock_ref:
-                    break
-                end += 1
-            if end > start:
-                self._absorb(path[start:end], path[end])
-            start = end + 1
-
-    def _absorb(self, uppers: list[TreeNode], lower: TreeNode) -> None:
-        """Let `lower` take up the edges of `uppers`: the ancestors above it, top first, without other children."""
-        chain = [*uppers, lower]
-        for upper, below in pairwise(chain):
-            if self._on_merged is not None:
-                self._on_merged(upper, below)
-            below.state = upper.state
-            below.last_access = upper.last_access
-            below.priority = max(upper.priority, below.priority)
-            below.keep_until = max(upper.keep_until, below.keep_until)
-        top, parent = uppers[0], uppers[0].parent
-        assert parent is not None, top
-        parent.children[top.key[: self._page_bytes]] = lower
-        parent.changes += 1
-        lower.key = b"".join([node.key for node in chain])
-        lower.pages = b"".join([node.pages for node in chain])
-        lower.parent = parent
-        for upper in uppers:
-            upper.parent, upper.heir, upper.children = None, lower, {}
-        if lower.entry is not None:
-            self._queue.update(lower)
-
-    def _standing(self, node: TreeNode) -> TreeNode:
-        """`node`, or what it was merged into. Raises: InvalidRequestError if that was evicted."""
-        while node.heir is not None:
-            node = node.heir
-        if not node.in_tree:
-            raise InvalidRequestError(f"{node} was evicted; match the prefix again")
-        return node
-
-    def _add_leaf(self, parent: TreeNode, key: bytes, pages: PageBytes) -> TreeNode:
-        leaf = TreeNode(key, pages, parent.end + len(key) // TOKEN_BYTES, parent, self._tick)
-        if parent.entry is not None:
-            self._queue.remove(parent)
-        parent.cut = False
-        first_page = key[: self._page_bytes]
-        parent.children[first_page] = leaf
-        parent.changes += 1
-        if parent.ordered is not None:
-            parent.ordered.add(first_page)
-        self._evictable += len(pages)
-        self._total += len(pages)
-        if self._on_added is not None:
-            self._on_added(leaf)
-        self._queue.add_used(leaf)
-        if self.events.observers:
-            self.events.send(Stored(run_of(leaf, self.page_size), "pool"))
-        return leaf
-
-    def _remove_leaf(self, leaf: TreeNode, cause: RemovalCause) -> None:
-        parent = leaf.parent
-        assert parent is not None, leaf
-        assert leaf.lock_ref == 0, leaf
-        if self._on_evicted is not None:
-            self._on_evicted(leaf)
-        run = run_of(leaf, self.page_size) if self.events.observers else None
-        first_page = leaf.key[: self._page_bytes]
-        del parent.children[first_page]
-        parent.changes += 1
-        if parent.ordered is not None:
-            parent.ordered.remove(first_page)
-        leaf.parent = None
-        self._evictable -= len(leaf.pages)
-        self._total -= len(leaf.pages)
-        if not parent.children:
-            if parent.namespace is not None:
-                del self._roots[parent.namespace]
-            elif parent.lock_ref == 0:
-                self._queue.add(parent)
-        if run is not None:
-            self.events.send(Removed(run, "pool", cause, leaf.last_access))
-
-    def _likest_children(self, node: TreeNode, wanted: bytes) -> list[bytes]:
-        """First pages of children, among them one that shares the most bytes with `wanted`.
-
-        In sorted order that is a neighbour of `wanted`.
-        """
-        if node.ordered is None and len(node.children) <= FEW_CHILDREN:
-            return list(node.children)
-        if node.ordered is None:
-            node.ordered = SortedList(node.children)
-        index = node.ordered.bisect_left(wanted)
-        return list(node.ordered[max(0, index - 1) : index + 1])
-
-    def check_invariants(self) -> None:
-        """Prove every invariant of the class docstring. O(tokens).
-
-        Raises: InvariantError with what contradicts what.
-        """
-        check_tree(self, self._roots, self._queue, num_pages=self.num_pages, num_evictable=self.num_evictable_pages)
 
     def __repr__(self) -> str:
         return (
@@ -650,13 +441,3 @@ def _common_tokens(a: Tokens, b: Tokens) -> int:
     differs = a[:size] != b[:size]
     first = int(differs.argmax())
     return first if differs[first] else size
-
-
-def _common_prefix_tokens(a: bytes, b: bytes) -> int:
-    """Leading tokens that `a` and `b` have in common."""
-    size = min(len(a), len(b))
-    differing_bits = int.from_bytes(a[:size], "little") ^ int.from_bytes(b[:size], "little")
-    if not differing_bits:
-        return size // TOKEN_BYTES
-    lowest_bit = (differing_bits & -differing_bits).bit_length() - 1
-    return lowest_bit // (8 * TOKEN_BYTES)
