@@ -216,7 +216,7 @@ def test_listening_alone_tells_what_is_cached(page_size: int, policy: str) -> No
         word = "".join(rng.choice("aabc") for _ in range(rng.randint(0, 5)))
         return [*spell(word, page_size), *rng.choices([0, 1], k=rng.randint(0, page_size - 1))]
 
-    for _ in range(1_500):
+    for _ in range(800):
         verb = rng.choice(["acquire", "acquire", "commit", "commit", "release", "release", "reset"])
         if verb == "acquire" and len(running) < 4:
             extra_key, cache_salt = rng.choice(NAMESPACES)
@@ -249,7 +249,7 @@ def test_listening_alone_tells_which_pages_layers_with_a_window_have(exact: bool
     cache = PrefixCache(40, 2, copy_page=copy_page, residency=windows)
     mirror = EventMirror()
     told: set[str] = set()
-    for step in range(800):
+    for step in range(400):
         if step == 100:
             for run in cache.tree.cached_runs():
                 mirror(Stored(run, "pool"))

@@ -69,7 +69,7 @@ def check_empty(engine: Engine) -> None:
 
 @EVERY_KIND
 def test_a_pool_too_small_for_all_serves_all_and_loses_nothing(kind: str) -> None:
-    prompts = random_prompts(9, [30, 41, 37, 25, 44, 33, 30], shared=21)
+    prompts = random_prompts(9, [30, 41, 37, 25, 44], shared=21)
     engine = make_engine(kind)
     step = engine.step
 
@@ -90,7 +90,7 @@ def test_a_pool_too_small_for_all_serves_all_and_loses_nothing(kind: str) -> Non
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_tokens_are_those_of_a_pool_with_room(kind: str) -> None:
-    prompts = random_prompts(9, [30, 41, 37, 25, 44, 33, 30], shared=21)
+    prompts = random_prompts(9, [30, 41, 37, 25, 44], shared=21)
     roomy = make_engine(kind, kv_cache_tokens=2048, **({"window_cache_tokens": 1024} if kind == "windows" else {}))
     expected = [roomy.generate(prompt, PARAMS)[0].token_ids for prompt in prompts]
     engine = make_engine(kind)

@@ -239,11 +239,14 @@ def test_streams_as_the_paper_does(backend: str, window: int, sinks: int) -> Non
 
 
 def test_a_stream_runs_on_beyond_the_models_context_in_constant_memory() -> None:
-    engine = Engine(tiny_model("llama"), config=EngineConfig(page_size=4, kv_cache_tokens=64, window=24, sinks=4))
+    engine = Engine(
+        tiny_model("llama"),
+        config=EngineConfig(page_size=4, kv_cache_tokens=64, window=24, sinks=4, max_batch_tokens=16),
+    )
     assert engine.max_context_tokens == 1 << 20
-    params = SamplingParams(max_tokens=500, ignore_eos=True, temperature=1.0, seed=1)
-    (output,) = engine.generate(random_prompts(1, [30], shared=0)[0], params)
-    assert len(output.token_ids) == 500, "and 30 of the prompt: the model was made for 512"
+    params = SamplingParams(max_tokens=130, ignore_eos=True, temperature=1.0, seed=1)
+    (output,) = engine.generate(random_prompts(1, [400], shared=0)[0], params)
+    assert len(output.token_ids) == 130, "and 400 of the prompt: the model was made for 512"
     stats = engine.stats()
     assert stats.pool_bytes == 17 * 4 * stats.kv_bytes_per_token, "16 pages, and one of zeros"
     check_nothing_is_lost(engine)
