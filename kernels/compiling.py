@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
+from types import ModuleType
 
 import numba as nb
 
@@ -32,6 +35,19 @@ def can_cache() -> bool:
         )
         return False
     return True
+
+
+def cache_depends_on(*modules: ModuleType) -> int:
+    """A number that changes with the source of any of `modules`.
+
+    Numba's cache on disk looks at a function's own file and at the values it closes over, not at other modules that the
+    function's code comes from. A cached function that closes over this number is compiled anew when they change.
+    """
+    checksum = 0
+    for module in modules:
+        assert module.__file__ is not None, module
+        checksum = zlib.crc32(Path(module.__file__).read_bytes(), checksum)
+    return checksum
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.kernels.numba_cpu import MAX_ROWS, NOT_SPLIT
-from radixkv.kernels.numba_ir import LANES
+from radixkv.kernels.numba_emitter import LANES
 
 MIN_SPLIT_TOKENS = 256  # shorter parts cost more in merging than they bring
 TASKS_PER_THREAD = 6  # threads take tasks as they can: another one may be kept from its core
@@ -56,6 +56,12 @@ class TaskTable(NamedTuple):
     def rows(self) -> int:
         """Query rows of a task."""
         return int(self.row_ids.shape[1])
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """Its size and the addresses of its arrays, as `numba_arguments.ATTENTION` names them."""
+        addresses = {name: array.ctypes.data for name, array in self._asdict().items()}
+        return {"num_tasks": len(self.tasks), **addresses}
 
 
 class Work(NamedTuple):
