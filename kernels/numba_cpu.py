@@ -56,7 +56,7 @@ MAX_ROWS = 8
 LN_2, LOG2_E = np.float32(math.log(2)), np.float32(math.log2(math.e))
 NOT_SPLIT = -1
 
-ARGUMENTS = numba_arguments.ATTENTION
+ARGUMENTS = numba_arguments.ATTENTION.dtype
 PARTS = (  # what a worker is made of, besides this module
     numba_arguments,
     numba_attention_tiles,

@@ -31,7 +31,7 @@ from radixkv.kernels.numba_words import load_f32, next_number, store_as
 ROWS_AT_ONCE = 32  # output components that a thread takes at a time
 MIN_ROWS = 6  # of a tile
 
-ARGUMENTS = numba_arguments.LINEAR
+ARGUMENTS = numba_arguments.LINEAR.dtype
 PARTS = (  # what a worker is made of, besides this module
     numba_arguments,
     numba_codes,

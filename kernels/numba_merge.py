@@ -33,7 +33,7 @@ PARTS = (
     numba_words,
     numba_writers,
 )
-ARGUMENTS = numba_arguments.MERGE
+ARGUMENTS = numba_arguments.MERGE.dtype
 
 
 @cache

@@ -86,8 +86,7 @@ def test_threads_share_the_rows_out() -> None:
     weight, x = torch.randn(1000, 64), torch.randn(1, 64)
     for run in (openmp.run, openmp._on_plain_threads):
         out, counter = torch.full((1, 1000), torch.nan), np.zeros(1, np.int64)
-        arguments = numba_arguments.fill(
-            numba_arguments.LINEAR,
+        arguments = numba_arguments.LINEAR.fill(
             counter=counter.ctypes.data,
             weight=weight.data_ptr(),
             input=x.data_ptr(),

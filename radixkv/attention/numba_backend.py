@@ -209,7 +209,7 @@ class NumbaBackend:
         num_threads = min(self._num_threads, 1 + work.num_tokens // MIN_TOKENS_PER_THREAD)
         for table in work.tables:
             counter[0] = 0
-            arguments = numba_arguments.fill(numba_arguments.ATTENTION, **fields, **table.fields)
+            arguments = numba_arguments.ATTENTION.fill(**fields, **table.fields)
             worker = numba_cpu.attention_worker(self._mode.name, table.rows)
             openmp.run(worker, arguments.ctypes.data, min(num_threads, len(table.tasks)))
         if len(work.merged_rows):
@@ -227,8 +227,7 @@ class NumbaBackend:
     ) -> None:
         counter = np.zeros(1, np.int64)
         sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
-        arguments = numba_arguments.fill(
-            numba_arguments.MERGE,
+        arguments = numba_arguments.MERGE.fill(
             counter=counter.ctypes.data,
             num_rows=len(work.merged_rows),
             rows=work.merged_rows.ctypes.data,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -44,8 +45,9 @@ class Heads:
         return self.num_q_heads // self.num_kv_heads
 
 
-class TaskTable(NamedTuple):
-    """Tasks of equally many rows, as `numba_cpu` says."""
+@dataclass(frozen=True)
+class TaskTable:
+    """Tasks of equally many rows, as `numba_arguments.ATTENTION` says."""
 
     tasks: NDArray[np.int64]  # [num_tasks, 5]
     row_ids: NDArray[np.int32]  # [num_tasks, rows]
@@ -57,11 +59,16 @@ class TaskTable(NamedTuple):
         """Query rows of a task."""
         return int(self.row_ids.shape[1])
 
-    @property
+    @cached_property  # layers share a table
     def fields(self) -> dict[str, int]:
         """Its size and the addresses of its arrays, as `numba_arguments.ATTENTION` names them."""
-        addresses = {name: array.ctypes.data for name, array in self._asdict().items()}
-        return {"num_tasks": len(self.tasks), **addresses}
+        return {
+            "num_tasks": len(self.tasks),
+            "tasks": self.tasks.ctypes.data,
+            "row_ids": self.row_ids.ctypes.data,
+            "row_starts": self.row_starts.ctypes.data,
+            "row_ends": self.row_ends.ctypes.data,
+        }
 
 
 class Work(NamedTuple):

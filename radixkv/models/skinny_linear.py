@@ -71,8 +71,7 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str, num_tok
     out = x.new_empty(*x.shape[:-1], out_features)
     wide_bias = None if bias is None else bias.float().contiguous()
     counter = np.zeros(1, np.int64)
-    arguments = numba_arguments.fill(
-        numba_arguments.LINEAR,
+    arguments = numba_arguments.LINEAR.fill(
         counter=counter.ctypes.data,
         weight=weight.data_ptr(),
         input=x.data_ptr(),
