@@ -104,7 +104,7 @@ def value_tile(  # type: ignore[no-untyped-def]
             offset, p_offset = builder.mul(word, step), builder.mul(first_token, e.const(mode.bytes_of_weight))
             raw = [e.load(v_at, builder.add(offset, e.const(64 * c)), mode.lanes) for c in range(tile.vectors)]
             raw = raw if keep is None else [builder.and_(lanes, keep) for lanes in raw]
-            _add_weighted(e, tile, sums, raw, (builder.add(p_address, p_offset), p_row))
+            _add_weighted(e, tile, sums, raw, (p_address, p_row, p_offset))
 
         with e.loop(builder.sdiv(builder.add(tokens, e.const(LANES - 1)), e.const(LANES))) as group:
             v_at = e.load(v_array, builder.mul(group, e.const(8)), I64, 8)
@@ -129,17 +129,17 @@ def value_tile(  # type: ignore[no-untyped-def]
     return types.void(v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, shape), codegen
 
 
-def _add_weighted(e: Emitter, tile: Tile, sums: list[Any], raw: list[Any], weights: tuple[Any, Any]) -> None:
+def _add_weighted(e: Emitter, tile: Tile, sums: list[Any], raw: list[Any], weights: tuple[Any, Any, Any]) -> None:
     """Add V of the tokens of one word, in `raw` vectors, to each row's sums.
 
-    weights: the address of the first row's weight of the first token, and bytes from one row to the next
+    weights: the address of all weights, bytes from one row to the next, and from a row's first to that of the word
     """
-    b, mode, (address, row_bytes) = e.b, tile.mode, weights
+    b, mode, (address, row_bytes, offset) = e.b, tile.mode, weights
     for i in range(mode.values):
         part, token = divmod(i, mode.in_4_bytes)
         values = [mode.read(e, lanes, i) for lanes in raw]
         for r in range(tile.rows):
-            at = b.add(b.mul(row_bytes, e.const(r)), e.const(4 * token))
+            at = b.add(b.add(b.mul(row_bytes, e.const(r)), offset), e.const(4 * token))
             weight = e.splat(e.load(address, at, mode.factor))
             for c, vector in enumerate(values):
                 mode.add_product(e, sums[(r * mode.parts + part) * tile.vectors + c], vector, weight)
