@@ -84,7 +84,7 @@ def test_a_copy_has_weights_of_its_own() -> None:
 def test_threads_share_the_rows_out() -> None:
     """On more threads than there are cores, and without OpenMP, every row is computed once."""
     weight, x = torch.randn(1000, 64), torch.randn(1, 64)
-    for run in (openmp.run, openmp._on_plain_threads):
+    for run in (openmp.run, openmp.on_plain_threads):
         out, counter = torch.full((1, 1000), torch.nan), np.zeros(1, np.int64)
         arguments = numba_arguments.LINEAR.fill(
             counter=counter.ctypes.data,
