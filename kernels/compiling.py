@@ -66,4 +66,4 @@ def log_if_slow(what: str) -> Iterator[None]:
 
 
 def _nothing() -> None:
-    """A function for `can_cache` to declare; nobody compiles or calls it."""
+    """A function for `can_cache` to declare; it is never compiled or called."""
