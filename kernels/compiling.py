@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
+from types import ModuleType
 
 import numba as nb
 
@@ -34,6 +37,19 @@ def can_cache() -> bool:
     return True
 
 
+def cache_depends_on(*modules: ModuleType) -> int:
+    """A number that changes with the source of any of `modules`.
+
+    Numba's cache on disk looks at a function's own file and at the values it closes over, not at other modules that the
+    function's code comes from. A cached function that closes over this number is compiled anew when they change.
+    """
+    checksum = 0
+    for module in modules:
+        assert module.__file__ is not None, module
+        checksum = zlib.crc32(Path(module.__file__).read_bytes(), checksum)
+    return checksum
+
+
 @contextmanager
 def log_if_slow(what: str) -> Iterator[None]:
     """Log that `what` is being compiled if the body takes long."""
@@ -50,4 +66,4 @@ def log_if_slow(what: str) -> Iterator[None]:
 
 
 def _nothing() -> None:
-    """A function for `can_cache` to declare; nobody compiles or calls it."""
+    """A function for `can_cache` to declare; it is never compiled or called."""

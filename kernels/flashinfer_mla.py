@@ -26,7 +26,7 @@ from radixkv.kernels.flashinfer_paged import _Staging, load
 
 @dataclass(frozen=True, slots=True)
 class LatentKind:
-    """What the layers that share a plan have in common.
+    """The properties that layers with one plan share.
 
     Attributes:
         num_heads: of the queries.
@@ -54,7 +54,7 @@ class LatentBatch(NamedTuple):
 
 
 class LatentGraphBuffers(NamedTuple):
-    """Where a CUDA graph finds what is planned, int32 on the device."""
+    """The buffers that a CUDA graph reads its plan from, int32 on the device."""
 
     qo_indptr: Tensor  # [sequences + 1]
     kv_indptr: Tensor  # [sequences + 1]
@@ -67,11 +67,11 @@ class LatentGraphBuffers(NamedTuple):
         return cls(*(torch.zeros(size, dtype=torch.int32, device=device) for size in sizes))
 
     def holds(self, num_sequences: int, max_pages: int) -> bool:
-        """Whether so many sequences and pages fit."""
+        """Whether a batch of that many sequences and pages fits."""
         return num_sequences <= len(self.kv_lens) and max_pages <= len(self.kv_indices)
 
     def first(self, num_sequences: int) -> LatentGraphBuffers:
-        """The part for so many sequences; a view."""
+        """A view of the part for that many sequences."""
         size = num_sequences + 1
         return LatentGraphBuffers(
             self.qo_indptr[:size], self.kv_indptr[:size], self.kv_indices, self.kv_lens[:num_sequences]

@@ -38,7 +38,7 @@ def load() -> Any:
 
 @dataclass(frozen=True, slots=True)
 class AttentionKind:
-    """What the layers that share a plan have in common.
+    """The properties that layers with one plan share.
 
     Attributes:
         page_size: tokens a page.
@@ -66,12 +66,12 @@ class AttentionKind:
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """What every `plan` takes in its places after the pages."""
+        """Positional arguments of every `plan`, after the pages."""
         return self.num_q_heads, self.num_kv_heads, self.head_dim, self.page_size
 
     @property
     def options(self) -> dict[str, Any]:
-        """What every `plan` takes by name."""
+        """Keyword arguments of every `plan`."""
         return {
             "window_left": self.window_left,
             "logits_soft_cap": self.softcap,
@@ -90,7 +90,7 @@ class PageLists(NamedTuple):
 
 
 class GraphBuffers(NamedTuple):
-    """Where a CUDA graph finds what is planned, int32 on the device."""
+    """The buffers that a CUDA graph reads its plan from, int32 on the device."""
 
     indptr: Tensor  # [sequences + 1]
     indices: Tensor  # [pages of all sequences at most]
@@ -102,11 +102,11 @@ class GraphBuffers(NamedTuple):
         return cls(*(torch.zeros(size, dtype=torch.int32, device=device) for size in sizes))
 
     def holds(self, num_sequences: int, max_pages: int) -> bool:
-        """Whether so many sequences and pages fit."""
+        """Whether a batch of that many sequences and pages fits."""
         return num_sequences <= len(self.last_page_len) and max_pages <= len(self.indices)
 
     def first(self, num_sequences: int) -> GraphBuffers:
-        """The part for so many sequences; a view."""
+        """A view of the part for that many sequences."""
         return GraphBuffers(self.indptr[: num_sequences + 1], self.indices, self.last_page_len[:num_sequences])
 
 

@@ -6,44 +6,54 @@ when there are few. These read each weight once, for all tokens, in the order in
 
 from __future__ import annotations
 
-import zlib
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numba as nb
 import numpy as np
 from numba import types
 
-from radixkv.kernels import numba_ir
-from radixkv.kernels.compiling import can_cache
-from radixkv.kernels.numba_ir import LANES, Tile, load_f32, next_number, product_tile, store_as
+from radixkv.kernels import (
+    numba_arguments,
+    numba_codes,
+    numba_emitter,
+    numba_linear_tiles,
+    numba_modes,
+    numba_words,
+    numba_writers,
+)
+from radixkv.kernels.compiling import cache_depends_on, can_cache
+from radixkv.kernels.numba_emitter import LANES
+from radixkv.kernels.numba_linear_tiles import product_tile
+from radixkv.kernels.numba_modes import MODES, Tile
+from radixkv.kernels.numba_words import load_f32, next_number, store_as
 
 ROWS_AT_ONCE = 32  # output components that a thread takes at a time
 MIN_ROWS = 6  # of a tile
 
-# The places of the arguments in the int64 array that a worker gets: addresses and sizes.
-COUNTER = 0  # int64 [1], where the next rows are
-WEIGHT = 1  # [out_features, in_features]
-INPUT = 2  # [tokens, in_features], in the weight's dtype
-BIAS = 3  # float32 [out_features], or 0
-OUTPUT = 4  # [tokens, out_features], in the weight's dtype
-NUM_TOKENS, OUT_FEATURES, ROW_BYTES = 5, 6, 7  # a row is a multiple of 64 bytes; there are MIN_ROWS at least
-NUM_ARGUMENTS = 8
-
-NO_SOURCE = -1
+ARGUMENTS = numba_arguments.LINEAR.dtype
+PARTS = (  # what a worker is made of, besides this module
+    numba_arguments,
+    numba_codes,
+    numba_emitter,
+    numba_linear_tiles,
+    numba_modes,
+    numba_words,
+    numba_writers,
+)
 
 
 def tile_of(mode: str, num_tokens: int) -> Tile:
-    """The tile for so many tokens, as measured: few streams of weights, and no more sums than registers."""
+    """The tile for `num_tokens` tokens, as measured: few streams of weights, and no more sums than registers."""
     columns = 8 if num_tokens >= 8 else 4 if num_tokens >= 4 else 2 if num_tokens >= 2 else 1
-    return Tile({1: 1, 2: 4, 4: 6, 8: 3}[columns], columns, 1, mode)
+    return Tile({1: 1, 2: 4, 4: 6, 8: 3}[columns], columns, 1, MODES[mode])
 
 
 def linear_worker(mode: str, num_tokens: int) -> Any:
-    """The compiled worker for weights of that mode (see `numba_ir`) and so many tokens.
+    """The compiled worker for weights of that mode (see `numba_modes`) and `num_tokens` tokens.
 
-    It takes the address of the arguments above, and works until the counter has passed all rows. Cached on disk.
+    It takes the address of a record of `numba_arguments.LINEAR`, and works until the counter has passed all rows. It is
+    cached on disk.
     """
     return _worker(tile_of(mode, num_tokens))
 
@@ -51,12 +61,12 @@ def linear_worker(mode: str, num_tokens: int) -> Any:
 @cache
 def _worker(tile: Tile) -> Any:
     shape = tile.shape
-    source = zlib.crc32(Path(numba_ir.__file__).read_bytes())  # Numba's cache looks at this file alone
+    sources = cache_depends_on(*PARTS)
 
-    @nb.cfunc(types.void(types.CPointer(types.int64)), cache=can_cache())
+    @nb.cfunc(types.void(types.voidptr), cache=can_cache())
     def linear(data):
-        if source != NO_SOURCE:
-            run_linear(nb.carray(data, (NUM_ARGUMENTS,)), shape)
+        _ = sources
+        run_linear(nb.carray(data, 1, dtype=ARGUMENTS)[0], shape)
 
     return linear
 
@@ -66,25 +76,25 @@ def run_linear(a, shape):
     rows, columns = len(shape[0]), len(shape[1])
     products = np.empty((rows * columns + LANES - 1) // LANES * LANES, np.float32)
     while True:
-        first = next_number(a[COUNTER]) * ROWS_AT_ONCE
-        if first >= a[OUT_FEATURES]:
+        first = next_number(a.counter) * ROWS_AT_ONCE
+        if first >= a.out_features:
             break
-        last = min(first + ROWS_AT_ONCE, a[OUT_FEATURES])
+        last = min(first + ROWS_AT_ONCE, a.out_features)
         for r in range(first, last, rows):
-            for c in range(0, a[NUM_TOKENS], columns):
+            for c in range(0, a.num_tokens, columns):
                 # the last tiles go back over what was computed before, so that all are whole
-                multiply(a, min(r, a[OUT_FEATURES] - rows), min(c, a[NUM_TOKENS] - columns), products, shape)
+                multiply(a, min(r, a.out_features - rows), min(c, a.num_tokens - columns), products, shape)
 
 
 @nb.njit
 def multiply(a, first_row, first_token, products, shape):
     rows, columns = len(shape[0]), len(shape[1])
-    row_bytes, out_features = a[ROW_BYTES], a[OUT_FEATURES]
-    w, x = a[WEIGHT] + first_row * row_bytes, a[INPUT] + first_token * row_bytes
+    row_bytes, out_features = a.row_bytes, a.out_features
+    w, x = a.weight + first_row * row_bytes, a.input + first_token * row_bytes
     product_tile(w, row_bytes, x, row_bytes, row_bytes // 64, products.ctypes.data, shape)
     for c in range(columns):
         for r in range(rows):
             value = products[c * rows + r]
-            if a[BIAS]:
-                value += load_f32(a[BIAS], first_row + r)
-            store_as(a[OUTPUT], (first_token + c) * out_features + first_row + r, value, shape)
+            if a.bias:
+                value += load_f32(a.bias, first_row + r)
+            store_as(a.output, (first_token + c) * out_features + first_row + r, value, shape)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_info
 
 
 def run(worker: Any, data: int, num_threads: int) -> None:
@@ -29,9 +30,9 @@ def run(worker: Any, data: int, num_threads: int) -> None:
 
 @cache
 def _parallel() -> Callable[[Any, int, int], None]:
-    library = _torchs_openmp()
+    library = torchs_openmp()
     if library is None:
-        return _on_plain_threads
+        return on_plain_threads
     start = library.GOMP_parallel
     start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     start.restype = None
@@ -42,24 +43,19 @@ def _parallel() -> Callable[[Any, int, int], None]:
     return on_openmp
 
 
-def _torchs_openmp() -> ctypes.CDLL | None:
-    """The OpenMP library in this process that torch uses; None if it is not of a kind that we can call."""
-    torch.get_num_threads()  # torch is loaded for certain
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return None
-    loaded = {line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if line.count("/") > 1}
-    names = ("libgomp", "libiomp5", "libomp")
-    found = [path for path in sorted(loaded) if Path(path).name.startswith(names)]
-    torchs = [path for path in found if Path(torch.__file__).parent.parent in Path(path).parents] or found
-    for path in torchs:
-        library = ctypes.CDLL(path)
+def torchs_openmp() -> ctypes.CDLL | None:
+    """The OpenMP library in this process that torch uses; None if it has no entry that we can call."""
+    found = [Path(pool["filepath"]) for pool in threadpool_info() if pool["user_api"] == "openmp"]
+    beside_torch = [path for path in found if Path(torch.__file__).parent.parent in path.parents]
+    for path in beside_torch or found:
+        library = ctypes.CDLL(str(path))
         if hasattr(library, "GOMP_parallel"):
             return library
     return None
 
 
-def _on_plain_threads(worker: Any, data: int, num_threads: int) -> None:
+def on_plain_threads(worker: Any, data: int, num_threads: int) -> None:
+    """Call `worker` as `run` does, on threads of Python's own; slower, since these are started anew each time."""
     threads = [threading.Thread(target=_call, args=(worker, data)) for _ in range(num_threads - 1)]
     for thread in threads:
         thread.start()

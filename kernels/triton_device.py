@@ -1,4 +1,6 @@
-"""The Triton programs behind `triton_paged`, which says what their arguments are.
+"""The Triton programs that `triton_paged` launches; it says what their arguments are.
+
+A program is one function with all its arguments: Triton compiles it as a whole, and has no records to pass them in.
 
 Scores are in base 2, since a GPU has an instruction for powers of 2: a weight is 2 ** score. A mask of None stands for
 none; what is None is known when a kernel is compiled, and so is all that is a `constexpr`.

@@ -72,7 +72,7 @@ class PagedKV(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What a token sees, and how scores become weights; the options are as in `torch_reference`."""
+    """The tokens that a query sees, and how scores become weights; the options are as in `torch_reference`."""
 
     scale: float
     sliding_window: int | None = None
@@ -309,7 +309,7 @@ def _launch_tiles(
 
 
 def _constants(q: Tensor, kv: PagedKV, rule: Rule) -> dict[str, object]:
-    """What kernels are compiled for: the shapes of the heads and the rule."""
+    """The constants that kernels are compiled for: the shapes of the heads and the rule."""
     assert kv.k.is_contiguous()
     assert kv.v.is_contiguous()
     page_size, num_kv_heads = kv.k.shape[1:3]

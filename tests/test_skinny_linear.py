@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from radixkv.kernels import numba_ir, numba_linear, openmp
+from radixkv.kernels import numba_arguments, numba_linear, openmp
+from radixkv.kernels.numba_modes import MODES
 from radixkv.models import skinny_linear
 from radixkv.models.skinny_linear import MAX_TOKENS, SkinnyLinear, speed_up_linears
 
@@ -51,7 +52,9 @@ def check_same(dtype: torch.dtype, out_features: int, bias: bool, num_tokens: in
     torch.testing.assert_close(found.double(), expected, rtol=DTYPES[dtype], atol=DTYPES[dtype])
 
 
-@pytest.mark.parametrize("mode", [mode for mode in numba_ir.MODES if mode != "bf16dot"])
+@pytest.mark.parametrize(
+    "mode", [name for name, mode in MODES.items() if mode.narrow is not None and not mode.multiplies_pairs]
+)
 def test_every_mode_computes_the_same(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The modes that this processor would not choose, too."""
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[mode]
@@ -97,9 +100,17 @@ def test_a_copy_has_weights_of_its_own() -> None:
 def test_threads_share_the_rows_out() -> None:
     """On more threads than there are cores, and without OpenMP, every row is computed once."""
     weight, x = torch.randn(1000, 64), torch.randn(1, 64)
-    for run in (openmp.run, openmp._on_plain_threads):
+    for run in (openmp.run, openmp.on_plain_threads):
         out, counter = torch.full((1, 1000), torch.nan), np.zeros(1, np.int64)
-        addresses = [counter.ctypes.data, weight.data_ptr(), x.data_ptr(), 0, out.data_ptr(), 1, 1000, 256]
-        arguments = np.array(addresses, np.int64)
+        arguments = numba_arguments.LINEAR.fill(
+            counter=counter.ctypes.data,
+            weight=weight.data_ptr(),
+            input=x.data_ptr(),
+            bias=0,
+            output=out.data_ptr(),
+            num_tokens=1,
+            out_features=1000,
+            row_bytes=256,
+        )
         run(numba_linear.linear_worker("f32", 1), arguments.ctypes.data, 7)
         torch.testing.assert_close(out, x @ weight.T)

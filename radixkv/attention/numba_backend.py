@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from radixkv.attention.backend import AttentionNeeds, AttentionParams, why_not_keys_and_values
@@ -14,8 +13,10 @@ from radixkv.attention.dense_extends import first_visible
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.attention.numba_tasks import Heads, Read, Work, plan_work
 from radixkv.attention.shared_prefix import NEVER, NO_CASCADE, BreakEven, plan_cascade
-from radixkv.kernels import numba_codes, numba_cpu, numba_ir, openmp
+from radixkv.kernels import numba_arguments, numba_cpu, numba_merge, openmp
 from radixkv.kernels.compiling import log_if_slow
+from radixkv.kernels.numba_emitter import LANES
+from radixkv.kernels.numba_modes import MODES, mode_for
 from radixkv.memory.kv_codes import code_form, is_quantized
 from radixkv.memory.kv_pool import KVLayout, KVPool
 
@@ -47,7 +48,9 @@ class NumbaBackend:
     def __init__(self, pool: KVPool, needs: AttentionNeeds) -> None:
         self.pool = pool
         self.num_layers = len(pool.layers)
-        self.mode = mode_of(pool.kv_dtype)
+        mode = mode_for(pool.kv_dtype)
+        assert mode is not None, pool.kv_dtype
+        self.mode = MODES[mode]
         self.num_threads = torch.get_num_threads()
         self._word = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[pool.k[0].itemsize]
         self._k_words = [pages.view(self._word).numpy() for pages in pool.k]  # the same memory
@@ -64,7 +67,7 @@ class NumbaBackend:
             return _why_not_codes(needs)
         if needs.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"reads float32, bfloat16 and float16 KV, and the model's is {needs.dtype}"
-        if needs.dtype == torch.float16 and not numba_ir.can_widen_f16():
+        if needs.dtype == torch.float16 and mode_for("float16") is None:
             return "cannot read float16 KV on this processor"
         if needs.dtype != torch.float32:
             odd = [dim for layer in needs.layers for dim in (layer.kv.k_head_dim, layer.kv.v_head_dim) if dim % 2]
@@ -75,7 +78,7 @@ class NumbaBackend:
     @staticmethod
     def layout(needs: AttentionNeeds) -> KVLayout:
         """In lanes where a page fills registers; else the kernel sorts tokens into lanes as it reads them."""
-        return "lanes" if needs.page_size % numba_ir.LANES == 0 else "nhd"
+        return "lanes" if needs.page_size % LANES == 0 else "nhd"
 
     def plan(self, metadata: AttentionMetadata) -> NumbaPlan:
         return NumbaPlan(self, metadata)
@@ -85,13 +88,13 @@ class NumbaBackend:
         if self.pool.layout != "lanes":
             self.pool.write(layer, slots, k, v)
             return
-        if self.mode in _ENCODERS:
+        if self.mode.encodes:
             self._encode(layer, slots, k, v)
             return
         k, v = self.pool.as_kept(k, v)
         k_words, v_words = (x.contiguous().view(self._word).numpy() for x in (k, v))
-        write = _WRITERS[self._word]
-        write(slots.numpy(), self.pool.page_size, k_words, v_words, self._k_words[layer], self._v_words[layer])
+        pages = (self._k_words[layer], self._v_words[layer])
+        self.mode.write(slots.numpy(), self.pool.page_size, k_words, v_words, *pages)
 
     def _encode(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Code and store new KV in one pass."""
@@ -99,15 +102,15 @@ class NumbaBackend:
         values = [x.float().contiguous().numpy() for x in (pool.queries(k), v)]
         scales = [pages[layer].view(torch.uint16).numpy() for pages in (pool.k_scales, pool.v_scales)]
         codes = (self._k_words[layer], self._v_words[layer])
-        _ENCODERS[self.mode](slots.numpy(), pool.page_size, *values, *codes, *scales)
+        self.mode.write(slots.numpy(), pool.page_size, *values, *codes, *scales)
 
     def _compile(self, needs: AttentionNeeds) -> None:
         """Compile what the model needs, or load it from disk, so that no request waits for it."""
         groups = {layer.num_q_heads // layer.kv.num_kv_heads for layer in needs.layers}
         with log_if_slow("the attention kernels"):
             for rows in sorted({min(group, numba_cpu.MAX_ROWS) for group in groups} | {numba_cpu.MAX_ROWS}):
-                numba_cpu.attention_worker(self.mode, rows)
-            numba_cpu.merge_worker()
+                numba_cpu.attention_worker(self.mode.name, rows)
+            numba_merge.merge_worker()
             kv = self.pool.layers[0]
             nothing = [_float32(0, kv.num_kv_heads, dim) for dim in (kv.k_head_dim, kv.v_head_dim)]
             self.write(0, torch.empty(0, dtype=torch.int64, device=self.pool.device), *nothing)
@@ -179,65 +182,69 @@ class NumbaPlan:
 
     def _attend(self, layer: int, work: Work, q: Tensor, params: AttentionParams, out: Tensor) -> None:
         pool, kv = self.pool, self.pool.layers[layer]
-        scales = [pool.k_scales[layer].data_ptr(), pool.v_scales[layer].data_ptr()]  # 0 where there are none
+        k, v = pool.k[layer], pool.v[layer]
+        k_scales, v_scales = pool.k_scales[layer].data_ptr(), pool.v_scales[layer].data_ptr()  # 0 where there are none
         num_rows = q.shape[0] * q.shape[1]
         partial_out = _float32(work.num_partials, kv.v_head_dim)
         lse = _float32(num_rows + work.num_partials)
-        factors = _factors(params, numba_ir.UNITS.get(self._mode, 1.0))
         counter = np.zeros(1, np.int64)
-        arguments = np.zeros(numba_cpu.NUM_ARGUMENTS, np.int64)
-        arguments[numba_cpu.COUNTER] = counter.ctypes.data
-        arguments[numba_cpu.PAGES :] = [
-            self._pages.ctypes.data,
-            q.data_ptr(),
-            pool.k[layer].data_ptr(),
-            pool.v[layer].data_ptr(),
-            out.data_ptr(),
-            lse.data_ptr(),
-            partial_out.data_ptr(),
-            lse.data_ptr() + num_rows * lse.element_size(),
-            factors.ctypes.data,
-            kv.k_head_dim,
-            kv.v_head_dim,
-            kv.num_kv_heads,
-            pool.page_size,
-            pool.layout == "lanes",
-            *(pages[layer].stride(0) * pages[layer].element_size() // kv.num_kv_heads for pages in (pool.k, pool.v)),
-            *scales,
-        ]
+        fields = dict(
+            counter=counter.ctypes.data,
+            pages=self._pages.ctypes.data,
+            q=q.data_ptr(),
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            k_scales=k_scales,
+            v_scales=v_scales,
+            out=out.data_ptr(),
+            lse=lse.data_ptr(),
+            partial_out=partial_out.data_ptr(),
+            partial_lse=lse.data_ptr() + num_rows * lse.element_size(),
+            k_dim=kv.k_head_dim,
+            v_dim=kv.v_head_dim,
+            num_kv_heads=kv.num_kv_heads,
+            page_size=pool.page_size,
+            in_lanes=pool.layout == "lanes",
+            k_head_bytes=k.stride(0) * k.element_size() // kv.num_kv_heads,
+            v_head_bytes=v.stride(0) * v.element_size() // kv.num_kv_heads,
+            **_factors(params, self._mode.unit),
+        )
         num_threads = min(self._num_threads, 1 + work.num_tokens // MIN_TOKENS_PER_THREAD)
         for table in work.tables:
             counter[0] = 0
-            arguments[numba_cpu.NUM_TASKS : numba_cpu.PAGES] = [
-                len(table.tasks),
-                *(array.ctypes.data for array in table),
-            ]
-            worker = numba_cpu.attention_worker(self._mode, table.rows)
+            arguments = numba_arguments.ATTENTION.fill(**fields, **table.fields)
+            worker = numba_cpu.attention_worker(self._mode.name, table.rows)
             openmp.run(worker, arguments.ctypes.data, min(num_threads, len(table.tasks)))
         if len(work.merged_rows):
-            self._merge(work, arguments, counter, params, q.shape[1], num_threads)
+            self._merge(work, out, partial_out, lse[num_rows:], params, q.shape[1], num_threads)
 
     @staticmethod
     def _merge(
         work: Work,
-        arguments: NDArray[np.int64],
-        counter: NDArray[np.int64],
+        out: Tensor,
+        partial_out: Tensor,
+        partial_lse: Tensor,
         params: AttentionParams,
         num_q_heads: int,
         num_threads: int,
     ) -> None:
-        counter[0] = 0
+        counter = np.zeros(1, np.int64)
         sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
-        arguments[numba_cpu.NUM_TASKS : numba_cpu.NUM_Q_HEADS + 1] = [
-            len(work.merged_rows),
-            work.merged_rows.ctypes.data,
-            work.merged_indptr.ctypes.data,
-            work.merged_partials.ctypes.data,
-            0 if sinks is None else sinks.data_ptr(),
-            num_q_heads,
-        ]
-        num_chunks = -(-len(work.merged_rows) // numba_cpu.MERGED_AT_ONCE)
-        openmp.run(numba_cpu.merge_worker(), arguments.ctypes.data, min(num_threads, num_chunks))
+        arguments = numba_arguments.MERGE.fill(
+            counter=counter.ctypes.data,
+            num_rows=len(work.merged_rows),
+            rows=work.merged_rows.ctypes.data,
+            indptr=work.merged_indptr.ctypes.data,
+            partials=work.merged_partials.ctypes.data,
+            sinks=0 if sinks is None else sinks.data_ptr(),
+            out=out.data_ptr(),
+            partial_out=partial_out.data_ptr(),
+            partial_lse=partial_lse.data_ptr(),
+            num_q_heads=num_q_heads,
+            v_dim=out.shape[2],
+        )
+        num_chunks = -(-len(work.merged_rows) // numba_merge.MERGED_AT_ONCE)
+        openmp.run(numba_merge.merge_worker(), arguments.ctypes.data, min(num_threads, num_chunks))
 
 
 def break_even(group: int) -> BreakEven:
@@ -251,21 +258,6 @@ def break_even(group: int) -> BreakEven:
     return BreakEven(min_sequences=8, min_tokens=128, min_saved_tokens=4096 * group)
 
 
-def mode_of(kv_dtype: str) -> str:
-    """How the kernel reads KV that is kept as `kv_dtype` on this processor."""
-    return {"float32": "f32", "bfloat16": numba_ir.best_bf16_mode(), "float16": "f16"}.get(kv_dtype, kv_dtype)
-
-
-_WRITERS = {
-    torch.int32: numba_cpu.write_lanes_32,
-    torch.int16: numba_cpu.write_lanes_16,
-    torch.uint8: numba_cpu.write_lanes_8,
-}
-
-
-_ENCODERS = {"int8": numba_codes.write_int8, "int4": numba_codes.write_int4}
-
-
 def _float32(*shape: int) -> Tensor:
     """What the kernel writes to: it takes addresses alone, so the application's default dtype must not decide."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
@@ -274,9 +266,9 @@ def _float32(*shape: int) -> Tensor:
 def _why_not_codes(needs: AttentionNeeds) -> str | None:
     """Why codes of the model's KV cannot be read; None if they can."""
     form = code_form(needs.kv_dtype)
-    if needs.page_size % numba_ir.LANES:
-        return f"reads {needs.kv_dtype} KV in pages of whole {numba_ir.LANES} tokens, and they have {needs.page_size}"
-    if form.num_scales == 0 and not numba_ir.can_widen_f16():
+    if needs.page_size % LANES:
+        return f"reads {needs.kv_dtype} KV in pages of whole {LANES} tokens, and they have {needs.page_size}"
+    if mode_for(needs.kv_dtype) is None:
         return f"cannot read {needs.kv_dtype} KV on this processor"
     in_lane = 4 * form.codes_per_byte
     odd = [dim for layer in needs.layers for dim in (layer.kv.k_head_dim, layer.kv.v_head_dim) if dim % in_lane]
@@ -285,9 +277,14 @@ def _why_not_codes(needs: AttentionNeeds) -> str | None:
     return None
 
 
-def _factors(params: AttentionParams, unit: float) -> NDArray[np.float32]:
-    """What scores go through, of K and V that are read as 1 / `unit` of what they are."""
+def _factors(params: AttentionParams, unit: float) -> dict[str, float]:
+    """The factors of scores and values, for K and V that are read as 1 / `unit` of their values."""
     log2_e, scale = float(numba_cpu.LOG2_E), params.scale * unit
     if params.softcap is None:
-        return np.array([scale * log2_e, 0, 0, unit], np.float32)
-    return np.array([scale, params.softcap * log2_e, 1 / params.softcap, unit], np.float32)
+        return {"score_factor": scale * log2_e, "softcap": 0, "inverse_softcap": 0, "v_unit": unit}
+    return {
+        "score_factor": scale,
+        "softcap": params.softcap * log2_e,
+        "inverse_softcap": 1 / params.softcap,
+        "v_unit": unit,
+    }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.kernels.numba_cpu import MAX_ROWS, NOT_SPLIT
-from radixkv.kernels.numba_ir import LANES
+from radixkv.kernels.numba_emitter import LANES
 
 MIN_SPLIT_TOKENS = 256  # shorter parts cost more in merging than they bring
 TASKS_PER_THREAD = 6  # threads take tasks as they can: another one may be kept from its core
@@ -44,8 +45,9 @@ class Heads:
         return self.num_q_heads // self.num_kv_heads
 
 
-class TaskTable(NamedTuple):
-    """Tasks of equally many rows, as `numba_cpu` says."""
+@dataclass(frozen=True)
+class TaskTable:
+    """Tasks of equally many rows, as `numba_arguments.ATTENTION` says."""
 
     tasks: NDArray[np.int64]  # [num_tasks, 5]
     row_ids: NDArray[np.int32]  # [num_tasks, rows]
@@ -56,6 +58,17 @@ class TaskTable(NamedTuple):
     def rows(self) -> int:
         """Query rows of a task."""
         return int(self.row_ids.shape[1])
+
+    @cached_property  # layers share a table
+    def fields(self) -> dict[str, int]:
+        """Its size and the addresses of its arrays, as `numba_arguments.ATTENTION` names them."""
+        return {
+            "num_tasks": len(self.tasks),
+            "tasks": self.tasks.ctypes.data,
+            "row_ids": self.row_ids.ctypes.data,
+            "row_starts": self.row_starts.ctypes.data,
+            "row_ends": self.row_ends.ctypes.data,
+        }
 
 
 class Work(NamedTuple):

@@ -6,13 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from radixkv.kernels import numba_ir, numba_linear, openmp
+from radixkv.kernels import numba_arguments, numba_linear, openmp
 from radixkv.kernels.compiling import log_if_slow
+from radixkv.kernels.numba_modes import mode_for
 
 STEP_BYTES = 64
 MAX_TOKENS = {"f32": 64, "bf16dot": 32, "bf16": 4, "f16": 64}  # more are faster in torch's dense products, as measured
 MIN_BYTES_PER_THREAD = 1 << 16  # below it waking a thread costs more than it reads
 WARM_UP_TOKENS = (1, 2, 4, 8)  # one for each tile
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 class SkinnyLinear(nn.Linear):
@@ -59,11 +62,8 @@ def _mode(weight: Tensor) -> str | None:
     )
     if not fits:
         return None
-    if weight.dtype == torch.float32:
-        return "f32"
-    if weight.dtype == torch.bfloat16:
-        return numba_ir.best_bf16_mode()
-    return "f16" if weight.dtype == torch.float16 and numba_ir.can_widen_f16() else None
+    name = _DTYPES.get(weight.dtype)
+    return None if name is None else mode_for(name)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str, num_tokens: int) -> Tensor:
@@ -71,18 +71,15 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str, num_tok
     out = x.new_empty(*x.shape[:-1], out_features)
     wide_bias = None if bias is None else bias.float().contiguous()
     counter = np.zeros(1, np.int64)
-    arguments = np.array(
-        [
-            counter.ctypes.data,
-            weight.data_ptr(),
-            x.data_ptr(),
-            0 if wide_bias is None else wide_bias.data_ptr(),
-            out.data_ptr(),
-            num_tokens,
-            out_features,
-            in_features * weight.element_size(),
-        ],
-        np.int64,
+    arguments = numba_arguments.LINEAR.fill(
+        counter=counter.ctypes.data,
+        weight=weight.data_ptr(),
+        input=x.data_ptr(),
+        bias=0 if wide_bias is None else wide_bias.data_ptr(),
+        output=out.data_ptr(),
+        num_tokens=num_tokens,
+        out_features=out_features,
+        row_bytes=in_features * weight.element_size(),
     )
     num_threads = min(torch.get_num_threads(), 1 + weight.nbytes // MIN_BYTES_PER_THREAD)
     openmp.run(numba_linear.linear_worker(mode, num_tokens), arguments.ctypes.data, num_threads)

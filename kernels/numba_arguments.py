@@ -1,0 +1,108 @@
+"""The arguments of the compiled CPU workers: records whose fields kernels read, and callers fill, by name.
+
+A worker gets the address of its record. Fields that are not said to be numbers are addresses of arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import itemgetter
+from struct import Struct
+
+import numpy as np
+from numpy.typing import NDArray
+
+STRUCT_CODES = {"i8": "q", "f4": "f"}
+
+
+class Arguments:
+    """A kind of record.
+
+    Attributes:
+        dtype: what compiled code reads, by name.
+    """
+
+    def __init__(self, fields: Sequence[tuple[str, str]]) -> None:
+        self.dtype = np.dtype(list(fields), align=True)
+        self._num_fields = len(fields)
+        self._in_order = itemgetter(*(name for name, _ in fields))
+        self._struct = Struct("@" + "".join(STRUCT_CODES[code] for _, code in fields))  # packs faster than NumPy does
+        assert self._struct.size == self.dtype.itemsize, fields
+
+    def fill(self, **values: float) -> NDArray[np.void]:
+        """Make one record, shape (1,), read-only, of all its fields by name. O(fields).
+
+        >>> record = LINEAR.fill(
+        ...     counter=0, weight=0, input=0, bias=0, output=0, num_tokens=3, out_features=6, row_bytes=64
+        ... )
+        >>> int(record["num_tokens"][0])
+        3
+        """
+        assert len(values) == self._num_fields, values.keys()
+        return np.frombuffer(self._struct.pack(*self._in_order(values)), self.dtype)
+
+
+ATTENTION = Arguments(
+    [
+        ("counter", "i8"),  # int64 [1], where the next task is
+        ("num_tasks", "i8"),  # a number
+        ("tasks", "i8"),  # int64 [num_tasks, 5]: KV head, first entry of its page list, first token, end, partial row
+        ("row_ids", "i8"),  # int32 [num_tasks, ROWS]: token * num_q_heads + head, or -1
+        ("row_starts", "i8"),  # int32 [num_tasks, ROWS]: of its task's tokens a row sees [start, end)
+        ("row_ends", "i8"),
+        ("pages", "i8"),  # int32, the page lists
+        ("q", "i8"),  # float32 [num_rows, k_dim]
+        ("k", "i8"),  # as `LaneKVPool` lays them out, or `KVPool`; after V's last value up to 15 may be read
+        ("v", "i8"),
+        ("k_scales", "i8"),  # bfloat16 [pages, heads, scale (and zero), page_size], where the mode has scales
+        ("v_scales", "i8"),
+        ("out", "i8"),  # float32 [num_rows, v_dim]
+        ("lse", "i8"),  # float32 [num_rows]
+        ("partial_out", "i8"),  # the same of partial rows
+        ("partial_lse", "i8"),
+        # numbers from here on
+        ("k_dim", "i8"),
+        ("v_dim", "i8"),
+        ("num_kv_heads", "i8"),
+        ("page_size", "i8"),
+        ("in_lanes", "i8"),  # 1 or 0; always 1 where K and V are codes
+        ("k_head_bytes", "i8"),  # from one head of a page to the next, in lanes
+        ("v_head_bytes", "i8"),
+        ("score_factor", "f4"),  # scale * log2(e); or scale, where there is a soft cap
+        ("softcap", "f4"),  # the cap * log2(e), or 0
+        ("inverse_softcap", "f4"),  # 1 / the cap, or 0
+        ("v_unit", "f4"),  # what V is read as is 1 / `v_unit` of its values
+    ]
+)
+"""Of `numba_cpu.attention_worker`. A task's partial row is the first of those it writes; -1 if it writes results."""
+
+MERGE = Arguments(
+    [
+        ("counter", "i8"),  # int64 [1], where the next rows are
+        ("num_rows", "i8"),  # a number
+        ("rows", "i8"),  # int32 [num_rows]
+        ("indptr", "i8"),  # int32 [num_rows + 1]
+        ("partials", "i8"),  # int32; row i is made of partials [indptr[i], indptr[i + 1])
+        ("sinks", "i8"),  # float32 [num_q_heads] logits that join the denominator alone; 0 for none
+        ("out", "i8"),  # as in `ATTENTION`
+        ("partial_out", "i8"),
+        ("partial_lse", "i8"),
+        ("num_q_heads", "i8"),  # numbers
+        ("v_dim", "i8"),
+    ]
+)
+"""Of `numba_merge.merge_worker`."""
+
+LINEAR = Arguments(
+    [
+        ("counter", "i8"),  # int64 [1], where the next rows are
+        ("weight", "i8"),  # [out_features, in_features]
+        ("input", "i8"),  # [num_tokens, in_features], in the weight's dtype
+        ("bias", "i8"),  # float32 [out_features], or 0
+        ("output", "i8"),  # [num_tokens, out_features], in the weight's dtype
+        ("num_tokens", "i8"),  # numbers
+        ("out_features", "i8"),  # at least `numba_linear.MIN_ROWS`
+        ("row_bytes", "i8"),  # a multiple of 64
+    ]
+)
+"""Of `numba_linear.linear_worker`."""

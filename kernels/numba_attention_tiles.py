@@ -1,0 +1,259 @@
+"""The inner loops of attention on the CPU, as Numba intrinsics that say which sums stay in registers.
+
+All addresses are int64. "Groups" are 16 tokens of a page, as `LaneKVPool` lays them out; `ROWS` are query rows. A
+`shape` is that of a `Tile`, whose mode says what is in the 4 bytes of a lane.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from radixkv.kernels.numba_emitter import F32, I32, I64, LANES, VEC, Emitter
+from radixkv.kernels.numba_modes import Tile
+
+NO_SCORE = np.float32(-1e30)  # of a token that a row does not see
+
+
+@intrinsic
+def score_tile(  # type: ignore[no-untyped-def]
+    typing, k, k_next, k_step, v, v_lines, q, scores, scores_stride, num_steps, shape
+):
+    """scores[r, 16 * p + lane] = <q_r, k of that token>, for the tile's groups p of 16 tokens.
+
+    k, k_next, v: addresses of the groups' K, and of K that comes next and of V, to be prefetched, int64 [GROUPS]
+    v_lines: lines of 64 bytes of V to be prefetched with each step
+    k_step: bytes from one step to the next of K; a step is 4 bytes of each of 16 tokens
+    q: the rows' queries [num_steps, values, ROWS], 4 bytes each: a float32, or a pair where pairs are multiplied
+    """
+    tile = Tile.of_type(shape)
+    num_rows, num_groups, mode = tile.rows, tile.groups, tile.mode
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emitter(builder)
+        k_array, k_next_array, step, v_array, lines, q_address, out, out_stride, steps = args[:9]
+        k_at = [e.load(k_array, e.const(8 * p), I64, 8) for p in range(num_groups)]
+        next_at = [e.load(k_next_array, e.const(8 * p), I64, 8) for p in range(num_groups)]
+        v_at = [e.load(v_array, e.const(8 * p), I64, 8) for p in range(num_groups)]
+        acc = e.variables(num_rows * num_groups, lambda i: e.vec(0.0))
+        with e.loop(steps) as d:
+            at = builder.mul(d, step)
+            q_at = builder.mul(d, e.const(4 * num_rows * mode.values))
+            raw = []
+            first_line = builder.mul(d, lines)
+            with e.loop(lines) as line:
+                v_offset = builder.mul(builder.add(first_line, line), e.const(64))
+                for p in range(num_groups):
+                    e.prefetch(v_at[p], v_offset, 2)
+            for p in range(num_groups):
+                e.prefetch(next_at[p], at, 3)
+                raw.append(e.load(k_at[p], at, mode.lanes))
+            for i in range(mode.values):
+                keys = [mode.read(e, lanes, i) for lanes in raw]
+                for r in range(num_rows):
+                    offset = builder.add(q_at, e.const(4 * (i * num_rows + r)))
+                    query = e.splat(e.load(q_address, offset, mode.factor))
+                    for p in range(num_groups):
+                        mode.add_product(e, acc[r * num_groups + p], keys[p], query)
+        for r in range(num_rows):
+            row = builder.mul(out_stride, e.const(r))
+            for p in range(num_groups):
+                e.store(builder.load(acc[r * num_groups + p]), out, builder.add(row, e.const(64 * p)))
+        return context.get_dummy_value()
+
+    return types.void(k, k_next, k_step, v, v_lines, q, scores, scores_stride, num_steps, shape), codegen
+
+
+@intrinsic
+def value_tile(  # type: ignore[no-untyped-def]
+    typing, v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, shape
+):
+    """acc[r, :] = acc[r, :] * rescale[r] + sum over tokens t of p[r, t] * v[t, :], for 16 * VECTORS components.
+
+    v: addresses of the groups' V at the first component, int64 [ceil(num_tokens / 16)]
+    v_step: bytes from the tokens that share 4 bytes to the next
+    p: float32 [ROWS, ...], or bfloat16 where pairs are multiplied, rows `p_stride` bytes apart
+    acc: float32 [ROWS, parts, ...], rows `acc_stride` bytes apart; the components of all parts are added to
+    rescale: float32 [ROWS]
+    """
+    tile = Tile.of_type(shape)
+    mode, per_row = tile.mode, tile.vectors * tile.mode.parts
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e, width = Emitter(builder), mode.in_4_bytes
+        v_array, step, tokens, p_address, p_row, acc_address, acc_row, rescale_address = args[:8]
+
+        def accumulator(i: int) -> tuple[Any, Any]:
+            (r, c), part_bytes = divmod(i, per_row), builder.sdiv(acc_row, e.const(mode.parts))
+            part, c = divmod(c, tile.vectors)
+            at_part = builder.add(builder.mul(acc_row, e.const(r)), builder.mul(part_bytes, e.const(part)))
+            return acc_address, builder.add(at_part, e.const(64 * c))
+
+        def start(i: int) -> Any:
+            factor = e.splat(e.load(rescale_address, e.const(4 * (i // per_row)), F32))
+            return builder.fmul(e.load(*accumulator(i), VEC), factor)
+
+        sums = e.variables(tile.rows * per_row, start)
+
+        def add(v_at: Any, word: Any, first_token: Any, keep: Any | None = None) -> None:
+            """Add the tokens of one word of V, from `first_token` on; of them, those whose bits `keep` has."""
+            offset, p_offset = builder.mul(word, step), builder.mul(first_token, e.const(mode.bytes_of_weight))
+            raw = [e.load(v_at, builder.add(offset, e.const(64 * c)), mode.lanes) for c in range(tile.vectors)]
+            raw = raw if keep is None else [builder.and_(lanes, keep) for lanes in raw]
+            _add_weighted(e, tile, sums, raw, (p_address, p_row, p_offset))
+
+        with e.loop(builder.sdiv(builder.add(tokens, e.const(LANES - 1)), e.const(LANES))) as group:
+            v_at = e.load(v_array, builder.mul(group, e.const(8)), I64, 8)
+            first = builder.mul(group, e.const(LANES))
+            left = builder.sub(tokens, first)
+            is_last = builder.icmp_signed("<", left, e.const(LANES))
+            with e.loop(builder.sdiv(builder.select(is_last, left, e.const(LANES)), e.const(width))) as word:
+                add(v_at, word, builder.add(first, builder.mul(word, e.const(width))))
+        if width > 1:
+            rest = builder.srem(tokens, e.const(width))
+            with builder.if_then(builder.icmp_signed("!=", rest, e.const(0)), likely=False):  # a word that is not full
+                first = builder.sub(tokens, rest)
+                v_at = e.load(v_array, builder.mul(builder.sdiv(first, e.const(LANES)), e.const(8)), I64, 8)
+                word = builder.sdiv(builder.srem(first, e.const(LANES)), e.const(width))
+                bits = builder.mul(builder.trunc(rest, I32), ir.Constant(I32, 32 // width))
+                keep = builder.sub(builder.shl(ir.Constant(I32, 1), bits), ir.Constant(I32, 1))
+                add(v_at, word, first, e.splat(keep))
+        for i, slot in enumerate(sums):
+            e.store(builder.load(slot), *accumulator(i))
+        return context.get_dummy_value()
+
+    return types.void(v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, shape), codegen
+
+
+def _add_weighted(e: Emitter, tile: Tile, sums: list[Any], raw: list[Any], weights: tuple[Any, Any, Any]) -> None:
+    """Add V of the tokens of one word, in `raw` vectors, to each row's sums.
+
+    weights: the address of all weights, bytes from one row to the next, and from a row's first to that of the word
+    """
+    b, mode, (address, row_bytes, offset) = e.b, tile.mode, weights
+    for i in range(mode.values):
+        part, token = divmod(i, mode.in_4_bytes)
+        values = [mode.read(e, lanes, i) for lanes in raw]
+        for r in range(tile.rows):
+            at = b.add(b.add(b.mul(row_bytes, e.const(r)), offset), e.const(4 * token))
+            weight = e.splat(e.load(address, at, mode.factor))
+            for c, vector in enumerate(values):
+                mode.add_product(e, sums[(r * mode.parts + part) * tile.vectors + c], vector, weight)
+
+
+@intrinsic
+def limit_row(typing, scores, num_vectors, low, high, factor, softcap, inverse_softcap):  # type: ignore[no-untyped-def]
+    """Scale (and cap) a row of scores in place, -1e30 outside [low, high); returns the largest.
+
+    score * factor, or softcap * tanh(score * factor * inverse_softcap) where softcap > 0
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emitter(builder)
+        address, count, first, last, scale, cap, inverse_cap = args
+        (largest,) = e.variables(1, lambda i: e.vec(float(NO_SCORE)))
+        factor_vec, cap_vec = e.splat(scale), e.splat(cap)
+        inverse_vec = e.splat(inverse_cap)
+        has_cap = builder.fcmp_ordered(">", cap, ir.Constant(F32, 0.0))
+
+        def finish(offset: Any, token: Any, value: Any) -> None:
+            value = builder.select(e.inside(token, first, last), value, e.vec(float(NO_SCORE)))
+            old = builder.load(largest)
+            builder.store(builder.select(builder.fcmp_ordered(">", value, old), value, old), largest)
+            e.store(value, address, offset)
+
+        with builder.if_else(has_cap) as (capped, plain):
+            with capped, e.loop(count) as i:
+                offset = builder.mul(i, e.const(64))
+                value = builder.fmul(e.load(address, offset, VEC), factor_vec)
+                value = builder.fmul(cap_vec, e.tanh(builder.fmul(value, inverse_vec)))
+                finish(offset, builder.mul(i, e.const(LANES)), value)
+            with plain, e.loop(count) as i:
+                offset = builder.mul(i, e.const(64))
+                value = builder.fmul(e.load(address, offset, VEC), factor_vec)
+                finish(offset, builder.mul(i, e.const(LANES)), value)
+        return e.call("llvm.vector.reduce.fmax.v16f32", F32, builder.load(largest))
+
+    signature = types.float32(scores, num_vectors, low, high, factor, softcap, inverse_softcap)
+    return signature, codegen
+
+
+@intrinsic
+def exp2_row(typing, scores, weights, num_vectors, largest, shape):  # type: ignore[no-untyped-def]
+    """weights = 2**(scores - largest), in bfloat16 where pairs are multiplied; returns their sum. May be in place."""
+    multiplies_pairs = Tile.of_type(shape).mode.multiplies_pairs
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emitter(builder)
+        source, target, count, maximum = args[:4]
+        maximum_vec = e.splat(maximum)
+        (total,) = e.variables(1, lambda i: e.vec(0.0))
+        with e.loop(count) as i:
+            value = e.exp2(builder.fsub(e.load(source, builder.mul(i, e.const(64)), VEC), maximum_vec))
+            if multiplies_pairs:
+                bits = e.round_to_bf16(value)
+                short = builder.trunc(builder.lshr(bits, e.ivec(16)), ir.VectorType(ir.IntType(16), LANES))
+                e.store(short, target, builder.mul(i, e.const(32)), 2)
+                value = builder.bitcast(builder.and_(bits, e.ivec(-65536)), VEC)  # the sum is of what is multiplied
+            else:
+                e.store(value, target, builder.mul(i, e.const(64)))
+            builder.store(builder.fadd(builder.load(total), value), total)
+        return e.sum_lanes(builder.load(total))
+
+    return types.float32(scores, weights, num_vectors, largest, shape), codegen
+
+
+@intrinsic
+def scale_scores(typing, scores, scales, to_zeros, query_sum, num_vectors, shape):  # type: ignore[no-untyped-def]
+    """scores = scores * scale, + zero * query_sum where the mode has zeros, for a row of scores of codes.
+
+    scales: addresses of the scales of each group of 16 tokens, bfloat16 [16], int64 [num_vectors]
+    to_zeros: bytes from scales to zeros
+    """
+    has_zeros = Tile.of_type(shape).mode.num_scales == 2
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emitter(builder)
+        address, scales_array, zeros_offset, of_query, count = args[:5]
+        with e.loop(count) as i:
+            at = e.load(scales_array, builder.mul(i, e.const(8)), I64, 8)
+            offset = builder.mul(i, e.const(64))
+            value = builder.fmul(e.load(address, offset, VEC), e.load_bf16(at, e.const(0)))
+            if has_zeros:
+                value = e.fma(e.load_bf16(at, zeros_offset), e.splat(of_query), value)
+            e.store(value, address, offset)
+        return context.get_dummy_value()
+
+    return types.void(scores, scales, to_zeros, query_sum, num_vectors, shape), codegen
+
+
+@intrinsic
+def scale_weights(typing, weights, scales, to_zeros, low, high, num_vectors, shape):  # type: ignore[no-untyped-def]
+    """weights = weights * scale within [low, high), 0 outside; returns the sum of weight * zero, 0 without zeros.
+
+    Arguments as of `scale_scores`. The scales of tokens outside may be anything.
+    """
+    has_zeros = Tile.of_type(shape).mode.num_scales == 2
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emitter(builder)
+        address, scales_array, zeros_offset, first, last, count = args[:6]
+        (total,) = e.variables(1, lambda i: e.vec(0.0))
+        with e.loop(count) as i:
+            at = e.load(scales_array, builder.mul(i, e.const(8)), I64, 8)
+            offset = builder.mul(i, e.const(64))
+            weight = e.load(address, offset, VEC)
+            inside = e.inside(builder.mul(i, e.const(LANES)), first, last)
+            scaled = builder.fmul(weight, e.load_bf16(at, e.const(0)))
+            e.store(builder.select(inside, scaled, e.vec(0.0)), address, offset)
+            if has_zeros:
+                product = builder.fmul(weight, e.load_bf16(at, zeros_offset))
+                product = builder.select(inside, product, e.vec(0.0))
+                builder.store(builder.fadd(builder.load(total), product), total)
+        return e.sum_lanes(builder.load(total))
+
+    return types.float32(weights, scales, to_zeros, low, high, num_vectors, shape), codegen
