@@ -246,49 +246,47 @@ class PrefixCache:
         if max_cached_tokens is not None and max_cached_tokens < 0:
             raise InvalidRequestError(f"max_cached_tokens must be at least 0, not {max_cached_tokens}")
         priority, keep_for_s = checked_priority(priority), checked_keep_for_s(keep_for_s)
+        num_pages = self.pages_for(len(tokens))
+        own_row = np.empty(num_pages, np.int32) if row is None else row
+        if len(own_row) < num_pages:
+            raise InvalidRequestError(f"{len(tokens)} tokens need a row of {num_pages} pages, not {len(own_row)}")
         self._reap()
         wanted = tokens if max_cached_tokens is None else tokens[:max_cached_tokens]
         match = self.tree.match_tokens(wanted, namespace)
         held_tokens = match.length
         match = self._usable(match, wanted, namespace)
-        num_pages = self.pages_for(len(tokens))
         num_own_pages = num_pages - len(match.pages)
-        owns_row = row is None
-        row = np.empty(num_pages, np.int32) if row is None else row
-        if len(row) < num_pages:
-            raise InvalidRequestError(f"{len(tokens)} tokens need a row of {num_pages} pages, not {len(row)}")
-        with ExitStack() as undo:
+        with ExitStack() as undo, ExitStack() as copied:
             self.tree.inc_lock_ref(match.node)
             undo.callback(self.tree.dec_lock_ref, match.node)
             partial = None
             if match.length == held_tokens:
                 partial = self._find_partial(match.node, wanted[match.length :], num_own_pages)
-            with ExitStack() as copying:
-                if partial is not None:  # stays until it is copied
-                    self.tree.touch(partial.node)
-                    self.tree.inc_lock_ref(partial.node)
-                    copying.callback(self.tree.dec_lock_ref, partial.node)
-                own_pages = self._take(num_own_pages)
-                undo.callback(self.give_back, own_pages)
-                pages = row[:num_pages]
-                pages[: len(match.pages)], pages[len(match.pages) :] = match.pages, own_pages
-                cached_tokens = match.length + (0 if partial is None else partial.num_tokens)
-                source = None if partial is None else partial.page
-                claim = self.residency.claim(pages, cached_tokens, held_tokens, source)
-                undo.callback(claim.release, pages)
-                if partial is not None:
-                    self._copy(partial, int(own_pages[0]))
+            if partial is not None:  # stays until it is copied
+                self.tree.touch(partial.node)
+                self.tree.inc_lock_ref(partial.node)
+                copied.callback(self.tree.dec_lock_ref, partial.node)
+            own_pages = self._take(num_own_pages)
+            undo.callback(self.give_back, own_pages)
+            pages = own_row[:num_pages]
+            pages[: len(match.pages)], pages[len(match.pages) :] = match.pages, own_pages
+            cached_tokens = match.length + (0 if partial is None else partial.num_tokens)
+            source = None if partial is None else partial.page
+            claim = self.residency.claim(pages, cached_tokens, held_tokens, source)
+            undo.callback(claim.release, pages)
+            if partial is not None:
+                self._copy(partial, int(own_pages[0]))
             undo.pop_all()
         self.allocator.retain(match.pages)
         lease = Lease(
             self,
             len(tokens),
             tokens[:cached_tokens].tobytes(),
-            row,
+            own_row,
             num_pages,
             match.node,
             namespace,
-            owns_row=owns_row,
+            owns_row=row is None,
             claim=claim,
             source=partial,
             priority=priority,
