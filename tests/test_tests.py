@@ -22,7 +22,6 @@ PRIVATE_NAMES = {
     "test_models.py": 2,
     "test_radix_tree.py": 1,
     "test_scheduler.py": 1,
-    "test_skinny_linear.py": 1,
     "test_windows.py": 2,
 }
 
