@@ -5,15 +5,15 @@ A block is up to 256 tokens of one list of pages. `a` is a record of `numba_argu
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 
+from radixkv.kernels.compiling import inner
 from radixkv.kernels.numba_emitter import LANES
 from radixkv.kernels.numba_modes import in_4_bytes_of, num_scales_of, parts_of
 from radixkv.kernels.numba_words import copy_words, interleave_halves, load_i32, transpose_words
 
 
-@nb.njit
+@inner
 def locate(a, kv_head, page_list, first_token, size, k_at, v_at, scales_at, shape):
     """Addresses of the K and V of a block's groups, and of their scales, where pages hold them in lanes."""
     page_groups = a.page_size // LANES
@@ -30,7 +30,7 @@ def locate(a, kv_head, page_list, first_token, size, k_at, v_at, scales_at, shap
             scales_at[0, i], scales_at[1, i] = a.k_scales + scale, a.v_scales + scale
 
 
-@nb.njit
+@inner
 def locate_staged(a, size, k_lanes, v_lanes, k_at, v_at, width):
     """The same of a block that was copied into lanes."""
     for i in range((size + LANES - 1) // LANES):
@@ -38,14 +38,14 @@ def locate_staged(a, size, k_lanes, v_lanes, k_at, v_at, width):
         v_at[i] = v_lanes.ctypes.data + i * a.v_dim * LANES * 4 // width
 
 
-@nb.njit
+@inner
 def row_of(a, kv_head, page_list, position):
     """Number of the row that holds a token's K or V, where pages hold rows."""
     page = np.int64(load_i32(a.pages, page_list + position // a.page_size))
     return (page * a.page_size + position % a.page_size) * a.num_kv_heads + kv_head
 
 
-@nb.njit
+@inner
 def stage_keys(a, kv_head, page_list, first_token, size, words, k_lanes):
     """Copy a block's K into lanes, `words` of 4 bytes a token."""
     rows = np.empty(LANES, np.int64)
@@ -62,7 +62,7 @@ def stage_keys(a, kv_head, page_list, first_token, size, words, k_lanes):
                 k_lanes[out + c * LANES + i] = load_i32(rows[i], c)
 
 
-@nb.njit
+@inner
 def stage_values(a, kv_head, page_list, first_token, size, v_lanes):
     """Copy a block's V of 4-byte values, token after token."""
     v_dim = a.v_dim
@@ -75,7 +75,7 @@ def stage_values(a, kv_head, page_list, first_token, size, v_lanes):
             v_lanes[t * v_dim + d] = load_i32(row, d)
 
 
-@nb.njit
+@inner
 def stage_pairs_of_values(a, kv_head, page_list, first_token, size, v_lanes):
     """Copy a block's V of 2-byte values, two tokens interleaved; a last one without a neighbour comes twice."""
     words = a.v_dim // 2

@@ -11,7 +11,7 @@ import math
 import numba as nb
 import numpy as np
 
-from radixkv.kernels.compiling import can_cache
+from radixkv.kernels.compiling import can_cache, inner
 
 LARGEST_INT8, LARGEST_INT4 = np.float32(127), np.float32(15)
 NAN = np.uint16(0x7FC0)
@@ -54,7 +54,7 @@ def write_int4(slots, page_size, k, v, k_pages, v_pages, k_scales, v_scales):
                 v_pages[page, h, word, d, byte] = two_codes(v[i, h], d, scale, zero)
 
 
-@nb.njit
+@inner
 def scale_of_int8(values):
     """That of a vector; NaN if something in it is not finite."""
     largest, spoiled = np.float32(0), np.float32(0)
@@ -64,7 +64,7 @@ def scale_of_int8(values):
     return rounded_up(largest / LARGEST_INT8 + spoiled)
 
 
-@nb.njit
+@inner
 def scale_of_int4(values):
     """That of a vector, and its zero."""
     low, high, spoiled = values[0], values[0], np.float32(0)
@@ -75,7 +75,7 @@ def scale_of_int4(values):
     return rounded_up((high - zero) / LARGEST_INT4 + spoiled), zero
 
 
-@nb.njit
+@inner
 def two_codes(values, d, scale, zero):
     """Those of component d and of its partner half the vector further."""
     low = max(min(nearest(values[d] - zero, scale), LARGEST_INT4), np.float32(0))
@@ -83,13 +83,13 @@ def two_codes(values, d, scale, zero):
     return np.uint8(low) | np.uint8(np.uint8(high) << np.uint8(4))
 
 
-@nb.njit
+@inner
 def nearest(value, scale):
     """value / scale as a whole number; 0 where the scale is 0 or NaN."""
     return np.rint(value / scale) if scale > 0 else np.float32(0)
 
 
-@nb.njit
+@inner
 def rounded_up(value):
     """The next bfloat16 towards infinity, as float32; NaN of what is not finite."""
     if not math.isfinite(value):
@@ -101,7 +101,7 @@ def rounded_up(value):
     return rounded if math.isfinite(rounded) else np.float32(np.nan)
 
 
-@nb.njit
+@inner
 def upper_half(value):
     """The bits of a bfloat16 that is held in a float32."""
     if math.isnan(value):

@@ -28,7 +28,7 @@ from radixkv.kernels import (
     numba_words,
     numba_writers,
 )
-from radixkv.kernels.compiling import cache_depends_on, can_cache
+from radixkv.kernels.compiling import cache_depends_on, can_cache, inner
 from radixkv.kernels.numba_attention_tiles import (
     NO_SCORE,
     exp2_row,
@@ -95,7 +95,7 @@ def attention_worker(mode: str, rows: int) -> Any:
     return attention
 
 
-@nb.njit
+@inner
 def run_attention(a, shape):
     rows, groups = len(shape[0]), len(shape[1])
     width, parts = in_4_bytes_of(shape), parts_of(shape)
@@ -147,12 +147,12 @@ def run_attention(a, shape):
         finish(a, first_row, load_i64(a.tasks, task * 5 + 4), acc, maximum, total, zeros, shape)
 
 
-@nb.njit
+@inner
 def padded(v_dim):
     return (v_dim + LANES - 1) // LANES * LANES
 
 
-@nb.njit
+@inner
 def pack_queries(a, first_row, queries, query_sums, shape):
     """The task's queries by component, so that a tile reads them in order, and their sums over the components."""
     rows, k_dim, parts = len(shape[0]), a.k_dim, parts_of(shape)
@@ -176,7 +176,7 @@ def pack_queries(a, first_row, queries, query_sums, shape):
                 queries[d * rows + r] = np.uint32(load_i32(a.q, q + d))
 
 
-@nb.njit
+@inner
 def score(a, size, located, k_at, v_at, queries, scores, shape):
     """scores = <queries, K> of a block, tile by tile; past the tokens that were located stand scores of the last group.
 
@@ -198,7 +198,7 @@ def score(a, size, located, k_at, v_at, queries, scores, shape):
         )
 
 
-@nb.njit
+@inner
 def scale_keys(a, size, scales_at, scores, query_sums, shape):
     """Make the scores of codes those of keys."""
     if num_scales_of(shape):
@@ -208,7 +208,7 @@ def scale_keys(a, size, scales_at, scores, query_sums, shape):
             scale_scores(row_scores, at, to_zeros, query_sums[r], num_vectors, shape)
 
 
-@nb.njit
+@inner
 def scale_values(a, first_row, first_token, size, scales_at, weights, rescale, zeros, shape):
     """Make the weights of values those of their codes, and renew the rows' sums of weighted zeros."""
     if num_scales_of(shape):
@@ -222,14 +222,14 @@ def scale_values(a, first_row, first_token, size, scales_at, weights, rescale, z
                 zeros[r] += scale_weights(row_weights, at, to_zeros, low, high, num_vectors, shape)
 
 
-@nb.njit
+@inner
 def seen(a, row, first_token, size):
     """Which tokens of a block a row sees, [low, high)."""
     low = max(np.int64(load_i32(a.row_starts, row)) - first_token, 0)
     return low, min(np.int64(load_i32(a.row_ends, row)) - first_token, size)
 
 
-@nb.njit
+@inner
 def weigh(a, first_row, first_token, size, scores, weights, maximum, total, rescale, shape):
     """Turn the scores of a block into weights, and renew each row's maximum and denominator."""
     num_vectors = (size + LANES - 1) // LANES
@@ -249,7 +249,7 @@ def weigh(a, first_row, first_token, size, scores, weights, maximum, total, resc
         total[r] = total[r] * rescale[r] + exp2_row(row_scores, row_weights, num_vectors, largest, shape)
 
 
-@nb.njit
+@inner
 def add_values(a, size, v_at, weights, acc, rescale, shape):
     """acc = acc * rescale + weights @ V of a block; moves `v_at` on."""
     vectors = len(shape[2])
@@ -269,7 +269,7 @@ def add_values(a, size, v_at, weights, acc, rescale, shape):
             v_at[i] += taken * LANES * 4
 
 
-@nb.njit
+@inner
 def finish(a, first_row, partial, acc, maximum, total, zeros, shape):
     """Write the rows' outputs and log-sum-exps, as results or as parts of them."""
     parts = parts_of(shape)

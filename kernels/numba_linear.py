@@ -22,7 +22,7 @@ from radixkv.kernels import (
     numba_words,
     numba_writers,
 )
-from radixkv.kernels.compiling import cache_depends_on, can_cache
+from radixkv.kernels.compiling import cache_depends_on, can_cache, inner
 from radixkv.kernels.numba_emitter import LANES
 from radixkv.kernels.numba_linear_tiles import product_tile
 from radixkv.kernels.numba_modes import MODES, Tile
@@ -71,7 +71,7 @@ def _worker(tile: Tile) -> Any:
     return linear
 
 
-@nb.njit
+@inner
 def run_linear(a, shape):
     rows, columns = len(shape[0]), len(shape[1])
     products = np.empty((rows * columns + LANES - 1) // LANES * LANES, np.float32)
@@ -86,7 +86,7 @@ def run_linear(a, shape):
                 multiply(a, min(r, a.out_features - rows), min(c, a.num_tokens - columns), products, shape)
 
 
-@nb.njit
+@inner
 def multiply(a, first_row, first_token, products, shape):
     rows, columns = len(shape[0]), len(shape[1])
     row_bytes, out_features = a.row_bytes, a.out_features
