@@ -55,10 +55,10 @@ def cache_depends_on(*modules: ModuleType) -> int:
 
 @contextmanager
 def log_if_slow(what: str) -> Iterator[None]:
-    """Log that `what` is being compiled if the body takes long."""
-    message = "compiling %s for this processor, which takes some seconds"
+    """Log that `what` is being prepared if the body takes long."""
+    message = "preparing %s for this processor; compiling them takes some seconds"
     if can_cache():
-        message += "; later starts load them"
+        message += ", and later starts load them"
     timer = threading.Timer(NOTICE_AFTER_S, logger.warning, args=(message, what))
     timer.daemon = True
     timer.start()

@@ -67,7 +67,7 @@ def test_difference_inside_an_edge() -> None:
     assert (found.cached_tokens, found.reason) == (3, "never seen")
     assert found.near_miss == NearMiss(3, [4, 5, 6], [9, 8, 7])
     assert str(found) == (
-        "3 of 6 tokens are cached; never seen from there on: 9 8 7 is asked for where 4 5 6 is cached"
+        "3 of 6 tokens are cached; never seen from there on: the prompt goes on with 9 8 7, the cache with 4 5 6"
     )
 
 

@@ -164,7 +164,7 @@ class Chat:
         """Begin this branch anew."""
         self.session.close()
         self._branches[self._current] = self._engine.session(system=self._system)
-        typer.echo(f"branch {self._current} begins anew")
+        typer.echo(f"branch {self._current} starts over")
 
     def stats(self, _: str) -> None:
         """Show what this context holds in the KV pool, and the hit rate and pages of the cache."""

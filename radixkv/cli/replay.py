@@ -77,9 +77,9 @@ def replay(
         Path, typer.Argument(metavar="TRACE", help="A file of JSON lines; see below.", show_default=False)
     ],
     capacity_tokens: Annotated[
-        str, typer.Option(help="Sizes of the cache in tokens, parted by commas.", show_default=False)
+        str, typer.Option(help="Sizes of the cache in tokens, separated by commas.", show_default=False)
     ],
-    policy: Annotated[str, typer.Option(help="Eviction policies, parted by commas.")] = "lru",
+    policy: Annotated[str, typer.Option(help="Eviction policies, separated by commas.")] = "lru",
     page_size: Annotated[
         int, setting_option(CacheConfig, "page_size", more="Blocks that are keys are pages themselves.")
     ] = 16,

@@ -95,7 +95,7 @@ class Explanation(NamedTuple):
         if not self.near_miss.cached_ids:
             return "it goes on where the cached sequence ends"
         asked, cached = map(_first_ids, (self.near_miss.asked_ids, self.near_miss.cached_ids))
-        return f"never seen from there on: {asked} is asked for where {cached} is cached"
+        return f"never seen from there on: the prompt goes on with {asked}, the cache with {cached}"
 
     def _why_evicted(self) -> str:
         assert self.eviction is not None, self
