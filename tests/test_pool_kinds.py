@@ -55,6 +55,8 @@ def make_engine(kind: str, *, around: Around | None = None, **settings: Any) -> 
     model = tiny_model(family)
     engine = Engine(model, config=config) if around is None else tampered_engine(model, around, config)
     assert isinstance(engine.pool, pool)
+    if not isinstance(engine.pool, SplitKVPool):
+        assert engine.stats().kv_bytes_per_token == engine.pool.bytes_per_token
     return engine
 
 

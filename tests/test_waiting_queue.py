@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from prompts import random_ids
-from radixkv import PrefixCache, SamplingParams
+from radixkv import EngineConfig, PrefixCache, SamplingParams
 from radixkv.cache.watch import PrefixWatch
 from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.request import Request
@@ -37,29 +37,16 @@ def make_request(request_id: int, prompt: list[int], retractions: int = 0) -> Re
 
 
 def make_config(**settings: object) -> ResolvedConfig:
-    return ResolvedConfig(
-        **{
-            "dtype": "float32",
-            "device": "cpu",
-            "page_size": PAGE,
-            "kv_cache_tokens": 4096 * PAGE,
-            "window_cache_tokens": None,
-            "window": None,
-            "sinks": 0,
-            "kv_cache_dtype": "auto",
-            "attention_backend": "torch",
-            "eviction_policy": "lru",
-            "schedule_policy": "lpm",
-            "max_batch_tokens": 64,
-            "max_running_requests": 4,
-            "max_context_tokens": 256,
-            "max_skips": 3,
-            "cuda_graphs": None,
-            "prefix_cache": True,
-            "seed": 0,
-            **settings,
-        }
+    config = EngineConfig(
+        dtype="float32",
+        device="cpu",
+        page_size=PAGE,
+        kv_cache_tokens=4096 * PAGE,
+        max_batch_tokens=64,
+        max_running_requests=4,
+        max_context_tokens=256,
     )
+    return ResolvedConfig.of(config, **{"attention_backend": "torch", "max_skips": 3, **settings})
 
 
 def share(cache: PrefixCache, ids: list[int]) -> None:
@@ -195,3 +182,8 @@ def test_prompts_in_progress_hold_back_only_their_own_namespace() -> None:
     for request in list(scheduler.running):
         request.finish("abort")
         scheduler.release(request)
+
+
+def test_a_setting_that_was_not_resolved_is_found() -> None:
+    with pytest.raises(AssertionError, match="max_running_requests was not resolved"):
+        ResolvedConfig.of(EngineConfig(), max_context_tokens=16, kv_cache_tokens=16)

@@ -65,6 +65,8 @@ class NumbaBackend:
             return f"runs on the CPU, and the model is on {needs.device}"
         if is_quantized(needs.kv_dtype):
             return _why_not_codes(needs)
+        if needs.kv_dtype != "auto":
+            return f"cannot read {needs.kv_dtype} KV"
         if needs.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"reads float32, bfloat16 and float16 KV, and the model's is {needs.dtype}"
         if needs.dtype == torch.float16 and mode_for("float16") is None:

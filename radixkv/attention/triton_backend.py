@@ -17,6 +17,7 @@ from radixkv.attention.triton_stream import StreamStep
 from radixkv.kernels import triton_paged
 from radixkv.kernels.triton_device import E4M3, E5M2
 from radixkv.kernels.triton_paged import Decodes, PagedKV, Rule
+from radixkv.memory.kv_codes import CODE_FORMS
 from radixkv.memory.kv_pool import KVLayout, KVPool
 
 BREAK_EVEN = BreakEven(min_sequences=2, min_tokens=256, min_saved_tokens=4096)  # a guess, to be measured on a GPU
@@ -57,9 +58,11 @@ class TritonBackend:
         if needs.device.type != "cuda" and not (needs.device.type == "cpu" and interpreted):
             return f"runs on CUDA devices, and the model is on {needs.device}"
         if needs.device.type == "cuda" and torch.cuda.get_device_capability(needs.device) < (8, 0):
-            return f"needs a GPU of compute capability 8.0, which {needs.device} has not"
+            return f"needs compute capability 8.0 or newer; {needs.device} is older"
+        if needs.kv_dtype not in ("auto", *CODE_FORMS):
+            return f"cannot read {needs.kv_dtype} KV"
         if needs.kv_dtype == "fp8_e4m3" and not _knows_e4m3(needs.device):
-            return f"reads fp8_e4m3 KV on GPUs of compute capability 8.9, which {needs.device} has not; take fp8_e5m2"
+            return f"needs compute capability 8.9 or newer to read fp8_e4m3 KV; use fp8_e5m2 on {needs.device}"
         if needs.dtype not in KV_DTYPES:
             return f"reads float32, float16 and bfloat16 KV, and the model's is {needs.dtype}"
         largest = MAX_HEAD_BYTES // needs.dtype.itemsize

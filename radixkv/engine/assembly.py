@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -124,14 +124,13 @@ def _context_limit(context_tokens: int | None, config: EngineConfig, memory: KVM
 
 def _resolve(config: EngineConfig, model: PreTrainedModel, memory: KVMemory, limit: ContextLimit) -> ResolvedConfig:
     num_pages, num_window_pages = memory.sizes
-    asked = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "mem_fraction"}
-    found = {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "kv_cache_tokens": num_pages * config.page_size,
-        "window_cache_tokens": None if num_window_pages is None else num_window_pages * config.page_size,
-        "attention_backend": memory.backend.name,
-        "max_running_requests": config.max_running_requests or min(256, config.max_batch_tokens),
-        "max_context_tokens": limit.tokens,
-    }
-    return ResolvedConfig(**{**asked, **found})
+    return ResolvedConfig.of(
+        config,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        kv_cache_tokens=num_pages * config.page_size,
+        window_cache_tokens=None if num_window_pages is None else num_window_pages * config.page_size,
+        attention_backend=memory.backend.name,
+        max_running_requests=config.max_running_requests or min(256, config.max_batch_tokens),
+        max_context_tokens=limit.tokens,
+    )

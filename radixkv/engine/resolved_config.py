@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from types import NoneType
+from typing import get_args, get_type_hints
 
 from radixkv.config import EngineConfig, SchedulePolicy
 
@@ -33,6 +35,15 @@ class ResolvedConfig:
     cuda_graphs: bool | None
     prefix_cache: bool
     seed: int
+
+    @classmethod
+    def of(cls, config: EngineConfig, **found: object) -> ResolvedConfig:
+        """The settings of `config`, with what was found for those that were "auto" or None."""
+        asked = {field.name: getattr(config, field.name) for field in fields(cls)}
+        resolved = cls(**{**asked, **found})
+        for name, kind in get_type_hints(cls).items():
+            assert getattr(resolved, name) is not None or NoneType in get_args(kind), f"{name} was not resolved"
+        return resolved
 
     def as_engine_config(self) -> EngineConfig:
         """The settings that make such an engine again on such a machine."""

@@ -12,7 +12,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv import Lease, PrefixCache, SamplingParams
+from radixkv import EngineConfig, Lease, PrefixCache, SamplingParams
 from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.request import Request
 from radixkv.engine.resolved_config import ResolvedConfig
@@ -175,23 +175,13 @@ def _prompts(num_tokens: int, rng: np.random.Generator) -> Iterator[NDArray[np.i
 
 
 def _config(load: Load, rows: int, num_pages: int) -> ResolvedConfig:
-    return ResolvedConfig(
+    config = EngineConfig(
         dtype="float32",
         device="cpu",
         page_size=PAGE_SIZE,
         kv_cache_tokens=num_pages * PAGE_SIZE,
-        window_cache_tokens=None,
-        window=None,
-        sinks=0,
-        kv_cache_dtype="auto",
-        attention_backend="none",
-        eviction_policy="lru",
-        schedule_policy="lpm",
         max_batch_tokens=load.prompt_tokens + rows,
         max_running_requests=rows,
         max_context_tokens=load.prompt_tokens + OUTPUT_TOKENS,
-        max_skips=64,
-        cuda_graphs=None,
-        prefix_cache=True,
-        seed=0,
     )
+    return ResolvedConfig.of(config, attention_backend="none")
