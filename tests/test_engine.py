@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -655,3 +656,11 @@ def test_text_with_a_token_beyond_the_embeddings_is_refused_at_once(demo_engine:
         with pytest.raises(InvalidTokenIdsError, match=f"token id {highest} at position . is not in the vocabulary"):
             call("ROMEO:", GREEDY_8)
     assert engine.stats().waiting == 0
+
+
+def test_a_name_in_place_of_a_model_is_told_the_way() -> None:
+    name: Any = "demo"
+    with pytest.raises(
+        ConfigError, match=r"model must be a loaded model, not 'demo'; .* use from_pretrained\('demo'\)"
+    ):
+        Engine(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from radixkv.engine.kv_memory import KVMemory, Pool, make_kv_memory
 from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.engine.runner import ModelRunner, Runner
 from radixkv.engine.sampling import Sampler
+from radixkv.errors import ConfigError
 from radixkv.models.loader import eos_token_ids, max_context_tokens
 from radixkv.models.probe import plug_in_paged_attention
 from radixkv.models.skinny_linear import speed_up_linears
@@ -70,6 +72,8 @@ def assemble(model: PreTrainedModel, tokenizer: Any | None = None, config: Engin
 
     Raises: UnsupportedModelError, UnsupportedBackendError, ConfigError.
     """
+    if isinstance(model, str | PathLike):
+        raise ConfigError(f"model must be a loaded model, not {model!r}; to load one, use from_pretrained({model!r})")
     config = config or EngineConfig()
     layers = plug_in_paged_attention(model.eval())
     speed_up_linears(model)
