@@ -18,7 +18,7 @@ NOTICE_AFTER_S = 1.0  # loading from disk takes less
 logger = logging.getLogger(__name__)
 
 inner = nb.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
-"""Decorator of functions that only compiled code calls: without wrappers for Python they compile in 3/4 of the time."""
+"""Decorator of functions that only compiled code calls: without wrappers for Python there is less to compile."""
 
 
 @cache

@@ -47,10 +47,7 @@ class Lease:
         keep_for_s: float | None,
     ) -> None:
         self.cached_tokens = len(known) // TOKEN_BYTES
-        self._row, self._num_pages = (
-            row,
-            num_pages,
-        )  # pages [0, num_pages) of the row; what lies after them means nothing
+        self._row, self._num_pages = row, num_pages  # what lies after the first `num_pages` means nothing
         self._cache = cache
         self._announced_tokens = num_tokens  # of those it asked for, or committed since
         self._known = known  # tokens whose KV is in `pages` for certain

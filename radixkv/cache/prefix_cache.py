@@ -7,7 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -254,30 +254,36 @@ class PrefixCache:
         wanted = tokens if max_cached_tokens is None else tokens[:max_cached_tokens]
         match = self.tree.match_tokens(wanted, namespace)
         held_tokens = match.length
-        match = self._usable(match, wanted, namespace)
-        num_own_pages = num_pages - len(match.pages)
-        with ExitStack() as undo, ExitStack() as copied:
+        match, found_pages = self._usable(match, wanted, namespace)
+        num_found = len(found_pages)
+        num_own_pages = num_pages - num_found
+        undo: list[tuple[Callable[[Any], object], Any]] = []
+        try:
             self.tree.inc_lock_ref(match.node)
-            undo.callback(self.tree.dec_lock_ref, match.node)
+            undo.append((self.tree.dec_lock_ref, match.node))
             partial = None
             if match.length == held_tokens:
                 partial = self._find_partial(match.node, wanted[match.length :], num_own_pages)
             if partial is not None:  # stays until it is copied
                 self.tree.touch(partial.node)
                 self.tree.inc_lock_ref(partial.node)
-                copied.callback(self.tree.dec_lock_ref, partial.node)
+                undo.append((self.tree.dec_lock_ref, partial.node))
             own_pages = self._take(num_own_pages)
-            undo.callback(self.give_back, own_pages)
+            undo.append((self.give_back, own_pages))
             pages = own_row[:num_pages]
-            pages[: len(match.pages)], pages[len(match.pages) :] = match.pages, own_pages
+            pages[:num_found], pages[num_found:] = found_pages, own_pages
             cached_tokens = match.length + (0 if partial is None else partial.num_tokens)
             source = None if partial is None else partial.page
             claim = self.residency.claim(pages, cached_tokens, held_tokens, source)
-            undo.callback(claim.release, pages)
+            undo.append((claim.release, pages))
             if partial is not None:
                 self._copy(partial, int(own_pages[0]))
-            undo.pop_all()
-        self.allocator.retain(match.pages)
+        except BaseException:
+            _roll_back(undo)
+            raise
+        if partial is not None:
+            self.tree.dec_lock_ref(partial.node)
+        self.allocator.retain(found_pages)
         lease = Lease(
             self,
             len(tokens),
@@ -426,12 +432,16 @@ class PrefixCache:
         curve = self._diagnostics.curve
         return tuple(SizeEstimate(factor, size, curve.hit_rate(size)) for factor, size in sizes.items())
 
-    def _usable(self, match: MatchResult, wanted: NDArray[np.int32], namespace: Namespace) -> MatchResult:
-        """`match`, or the longest part of it after which a request can go on in all layers."""
-        usable = self.residency.usable_pages(match.pages)
-        if usable == len(match.pages):
-            return match
-        return self.tree.match_tokens(wanted[: usable * self.page_size], namespace)
+    def _usable(
+        self, match: MatchResult, wanted: NDArray[np.int32], namespace: Namespace
+    ) -> tuple[MatchResult, NDArray[np.int32]]:
+        """`match`, or the longest part of it after which a request can go on in all layers; and its pages."""
+        pages = match.pages
+        usable = self.residency.usable_pages(pages)
+        if usable < len(pages):
+            match = self.tree.match_tokens(wanted[: usable * self.page_size], namespace)
+            pages = match.pages
+        return match, pages
 
     def _find_partial(self, node: TreeNode, rest: NDArray[np.int32], num_pages: int) -> PartialPage | None:
         """What can be copied of the page after `node`; None where its source is needed to make room."""
@@ -516,3 +526,13 @@ class PrefixCache:
         Raises: InvalidRequestError if a key is neither text nor None; TokenIdsTypeError, InvalidTokenIdsError.
         """
         return held_prefix(self.tree, token_array(ids), Namespace.of(extra_key, cache_salt))
+
+
+def _roll_back(undo: Sequence[tuple[Callable[[Any], object], Any]]) -> None:
+    """Call each function with its argument, the last one first, and the rest even if one fails.
+
+    A stack that is made when it is needed: filling one in each `acquire` would slow it down.
+    """
+    with ExitStack() as stack:
+        for call, argument in undo:
+            stack.callback(call, argument)

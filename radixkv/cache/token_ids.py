@@ -118,7 +118,14 @@ def _out_of_range(value: object, position: int) -> InvalidTokenIdsError:
 
 
 def common_tokens(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
-    """How many leading tokens `a` and `b` have in common. O(tokens)."""
+    """How many leading tokens `a` and `b` have in common. O(tokens).
+
+    >>> common_tokens(np.array([1, 2, 3], np.int32), np.array([1, 2, 4, 5], np.int32))
+    2
+    """
     size = min(len(a), len(b))
-    differs = np.flatnonzero(a[:size] != b[:size])
-    return int(differs[0]) if len(differs) else size
+    if size == 0:
+        return 0
+    differs = a[:size] != b[:size]
+    first = int(differs.argmax())
+    return first if differs[first] else size

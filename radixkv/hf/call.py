@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from radixkv.cache.token_ids import common_tokens
 from radixkv.hf.page_store import Tokens
 from radixkv.hf.support import left_padding
 
@@ -83,12 +84,7 @@ class Call:
     def common_prefix(self) -> Tokens:
         """The tokens that all rows begin with."""
         first, *others = self.row_tokens()
-        length = len(first)
-        for row in others:
-            length = min(length, len(row))
-            differ = np.flatnonzero(row[:length] != first[:length])
-            length = int(differ[0]) if len(differ) else length
-        return first[:length]
+        return first[: min((common_tokens(first, row) for row in others), default=len(first))]
 
     def end_of_output(self, tokens: Tokens, padding: int) -> int:
         """How many of a row's `tokens` come before the padding that follows its end-of-sequence token."""

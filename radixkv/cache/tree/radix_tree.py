@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from radixkv.cache.events import Cleared, RemovalCause
 from radixkv.cache.keeping import checked_keep_for_s, checked_priority
 from radixkv.cache.namespace import Namespace
-from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, check_tokens, int32_array, token_array
+from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, check_tokens, common_tokens, int32_array, token_array
 from radixkv.cache.tree.first_pages import common_prefix_tokens, likest_children
 from radixkv.cache.tree.node import InsertResult, MatchResult, PartialPage, TreeNode, new_root
 from radixkv.cache.tree.page_ids import PageBytes, page_array, page_bytes
@@ -145,7 +145,7 @@ class RadixTree(TreeShape):
         node, partial = self._descend(root, tokens, [])
         length = node.end
         if partial is not None:
-            return length + _common_tokens(tokens[length:], partial.token_ids), partial.path()
+            return length + common_tokens(tokens[length:], partial.token_ids), partial.path()
         found = self.find_partial(node, tokens[length:])
         return (length, node.path()) if found is None else (length + found.num_tokens, found.node.path())
 
@@ -426,18 +426,10 @@ class RadixTree(TreeShape):
 
     def _common_pages(self, tokens: Tokens, position: int, key: bytes) -> int:
         """Tokens, in whole pages, that `tokens` from `position` on and `key` have in common, but not all of `key`."""
-        return _common_tokens(tokens[position:], np.frombuffer(key, np.int32)) // self.page_size * self.page_size
+        return common_tokens(tokens[position:], np.frombuffer(key, np.int32)) // self.page_size * self.page_size
 
     def __repr__(self) -> str:
         return (
             f"RadixTree(page_size={self.page_size}, policy={self.policy.name!r}, total_size={self.total_size}, "
             f"evictable_size={self.evictable_size}, leaves_unpinned={len(self._queue)})"
         )
-
-
-def _common_tokens(a: Tokens, b: Tokens) -> int:
-    """How many leading tokens of `a` and `b`, neither of them empty, are the same."""
-    size = min(len(a), len(b))
-    differs = a[:size] != b[:size]
-    first = int(differs.argmax())
-    return first if differs[first] else size
