@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from interrupting import interrupt_each_line
 from radixkv.engine.prompt_encoder import MEMORY_BYTES, PromptEncoder
 
 
@@ -67,3 +69,12 @@ def test_a_text_larger_than_the_bound_is_not_remembered_and_displaces_nothing() 
     assert encode.remembered_bytes == before
     encode.encode_after("", "small")
     assert engine.asked == ["small", "x" * 2_000, "x" * 2_000]
+
+
+def test_an_interrupt_at_each_line_leaves_the_memory_as_it_should_be() -> None:
+    encode, _ = encoder(memory_bytes=2000)
+    texts = count()
+    interrupt_each_line(lambda: encode.encode_after("", f"text {next(texts)}"), "engine/prompt_encoder")
+    for _ in range(40):  # what is forgotten is counted as it was
+        encode.encode_after("", f"text {next(texts)}")
+    assert 1500 < encode.remembered_bytes <= 2000

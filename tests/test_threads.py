@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import random
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from types import FrameType
-from typing import Any
+from contextlib import closing
 
+import numpy as np
 import pytest
 import torch
 
+from interrupting import interrupt_each_line, interrupted_after, num_lines_of
 from oracles import GreedyOracle
 from prompts import random_ids
 from radixkv import Engine, Progress, SamplingParams
+from radixkv.engine.arguments import CacheOptions
+from radixkv.engine.intake import ContextLimit, Intake
 from radixkv.engine.step_input import StepInput
 from radixkv.errors import ClosedError
 
 MakeEngine = Callable[..., Engine]
 GREEDY_8 = SamplingParams(max_tokens=8, ignore_eos=True)
-TRACED = "radixkv/engine"  # interrupts come between any two lines of these modules
 
 
 def in_threads(*uses: Callable[[], object]) -> None:
@@ -172,31 +172,6 @@ def test_use_after_close_is_refused_and_waiters_get_what_there_is(make_engine: M
 # -- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def interrupted_after(num_lines: int) -> Iterator[None]:
-    """Ctrl-C after `num_lines` lines of the engine's modules."""
-    left = num_lines
-
-    def count(frame: FrameType, event: str, argument: object) -> Any:
-        nonlocal left
-        if event == "line":
-            left -= 1
-            if left == 0:
-                sys.settrace(None)
-                signal.raise_signal(signal.SIGINT)
-        return count
-
-    def enter(frame: FrameType, event: str, argument: object) -> Any:
-        return count if left > 0 and TRACED in frame.f_code.co_filename else None
-
-    before = sys.gettrace()
-    sys.settrace(enter)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
-
-
 VERBS: dict[str, Callable[[Engine], object]] = {
     "generate": lambda engine: engine.generate([random_ids(i, 5 + i) for i in range(12)], GREEDY_8),
     "stream": lambda engine: list(engine.stream(random_ids(1, 9), GREEDY_8)),
@@ -243,29 +218,17 @@ def interrupt(verb: str, engine: Engine, oracle: GreedyOracle, times: int) -> No
     assert (stats.running, stats.waiting, stats.cache.num_leases) == (0, 0, 0)
 
 
-def num_lines_of(use: Callable[[], object]) -> int:
-    """How many lines of the engine's modules `use` runs."""
-    lines = 0
-
-    def count(frame: FrameType, event: str, argument: object) -> Any:
-        nonlocal lines
-        lines += event == "line"
-        return count
-
-    before = sys.gettrace()
-    sys.settrace(lambda frame, event, argument: count if TRACED in frame.f_code.co_filename else None)
-    try:
-        use()
-    finally:
-        sys.settrace(before)
-    return lines
-
-
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_interrupt_at_any_line_leaves_nothing_behind(
     verb: str, make_engine: MakeEngine, oracle: GreedyOracle
 ) -> None:
     interrupt(verb, make_engine(), oracle, times=12)
+
+
+def test_an_interrupt_at_each_line_leaves_the_intake_open() -> None:
+    intake = Intake(None, vocab_size=256, eos_ids=frozenset(), limit=ContextLimit(64, "", ""), seed=0)
+    ids = np.array(random_ids(1, 5), np.int32)
+    interrupt_each_line(lambda: intake.make(ids, GREEDY_8, CacheOptions(), streams=True), "engine/intake")
 
 
 @pytest.mark.stress

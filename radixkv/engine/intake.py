@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.engine.arguments import CacheOptions, Prompt
 from radixkv.engine.detokenizer import Detokenizer
+from radixkv.engine.interrupts import DeferredInterrupt
 from radixkv.engine.request import Request
 from radixkv.engine.sampling import SamplingParams
 from radixkv.errors import (
@@ -72,7 +73,7 @@ class Intake:
             raise InvalidRequestError(
                 f"text must be valid Unicode; got a character that is not, at {error.start}: {error.reason}"
             ) from error
-        with self._lock:
+        with DeferredInterrupt(), self._lock:
             ids = tokenizer(text, add_special_tokens=add_special_tokens).input_ids
         return self.known_ids(ids)
 
@@ -124,7 +125,7 @@ class Intake:
         """A request for checked `ids`; `streams` if its text is wanted piece by piece."""
         eos_ids = frozenset() if params.ignore_eos else self._eos_ids
         needs_text = self._tokenizer is not None and (streams or params.stops)
-        with self._lock:
+        with DeferredInterrupt(), self._lock:
             request_id, generator = next(self._ids), self._generator(params)
         return Request(
             id=request_id,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from radixkv.engine.interrupts import DeferredInterrupt
 from radixkv.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class _Memory:
 
     def get(self, key: _Key) -> NDArray[np.int32] | None:
         """The ids of `key`, which count as used now; None if they are not here. O(key)."""
-        with self._lock:
+        with DeferredInterrupt(), self._lock:
             ids = self._entries.get(key)
             if ids is not None:
                 self._entries.move_to_end(key)
@@ -48,7 +49,7 @@ class _Memory:
     def put(self, key: _Key, ids: NDArray[np.int32]) -> None:
         """Remember `ids`, unless they alone exceed `max_bytes`. O(1), and O(1) for each entry that goes."""
         size = _size(key, ids)
-        with self._lock:
+        with DeferredInterrupt(), self._lock:
             if size > self._max_bytes or key in self._entries:
                 return
             self._entries[key] = ids
