@@ -6,6 +6,7 @@ All addresses are int64. "Groups" are 16 tokens of a page, as `LaneKVPool` lays 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from radixkv.kernels.numba_emitter import F32, I32, I64, LANES, VEC, Emitter
 from radixkv.kernels.numba_modes import Tile
 
 NO_SCORE = np.float32(-1e30)  # of a token that a row does not see
+
+CodeGenerator = Callable[[Any, Any, Any, Any], Any]  # what an intrinsic is emitted by
 
 
 @intrinsic
@@ -183,10 +186,18 @@ def limit_row(typing, scores, num_vectors, low, high, factor, softcap, inverse_s
 
 
 @intrinsic
-def exp2_row(typing, scores, weights, num_vectors, largest, shape):  # type: ignore[no-untyped-def]
-    """weights = 2**(scores - largest), in bfloat16 where pairs are multiplied; returns their sum. May be in place."""
-    multiplies_pairs = Tile.of_type(shape).mode.multiplies_pairs
+def exp2_row(typing, scores, weights, num_vectors, largest):  # type: ignore[no-untyped-def]
+    """weights = 2**(scores - largest); returns their sum. May be in place."""
+    return types.float32(scores, weights, num_vectors, largest), _emit_exp2_row(to_bf16=False)
 
+
+@intrinsic
+def exp2_row_to_bf16(typing, scores, weights, num_vectors, largest):  # type: ignore[no-untyped-def]
+    """The same, with weights in bfloat16, for pairs that are multiplied."""
+    return types.float32(scores, weights, num_vectors, largest), _emit_exp2_row(to_bf16=True)
+
+
+def _emit_exp2_row(*, to_bf16: bool) -> CodeGenerator:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e = Emitter(builder)
         source, target, count, maximum = args[:4]
@@ -194,7 +205,7 @@ def exp2_row(typing, scores, weights, num_vectors, largest, shape):  # type: ign
         (total,) = e.variables(1, lambda i: e.vec(0.0))
         with e.loop(count) as i:
             value = e.exp2(builder.fsub(e.load(source, builder.mul(i, e.const(64)), VEC), maximum_vec))
-            if multiplies_pairs:
+            if to_bf16:
                 bits = e.round_to_bf16(value)
                 short = builder.trunc(builder.lshr(bits, e.ivec(16)), ir.VectorType(ir.IntType(16), LANES))
                 e.store(short, target, builder.mul(i, e.const(32)), 2)
@@ -204,44 +215,60 @@ def exp2_row(typing, scores, weights, num_vectors, largest, shape):  # type: ign
             builder.store(builder.fadd(builder.load(total), value), total)
         return e.sum_lanes(builder.load(total))
 
-    return types.float32(scores, weights, num_vectors, largest, shape), codegen
+    return codegen
 
 
 @intrinsic
-def scale_scores(typing, scores, scales, to_zeros, query_sum, num_vectors, shape):  # type: ignore[no-untyped-def]
-    """scores = scores * scale, + zero * query_sum where the mode has zeros, for a row of scores of codes.
+def scale_scores(typing, scores, scales, num_vectors):  # type: ignore[no-untyped-def]
+    """scores = scores * scale, for a row of scores of codes.
 
     scales: addresses of the scales of each group of 16 tokens, bfloat16 [16], int64 [num_vectors]
-    to_zeros: bytes from scales to zeros
     """
-    has_zeros = Tile.of_type(shape).mode.num_scales == 2
+    return types.void(scores, scales, num_vectors), _emit_scale_scores(has_zeros=False)
 
+
+@intrinsic
+def scale_scores_and_zeros(typing, scores, scales, num_vectors, to_zeros, query_sum):  # type: ignore[no-untyped-def]
+    """scores = scores * scale + zero * query_sum; the zeros are `to_zeros` bytes after the scales."""
+    return types.void(scores, scales, num_vectors, to_zeros, query_sum), _emit_scale_scores(has_zeros=True)
+
+
+def _emit_scale_scores(*, has_zeros: bool) -> CodeGenerator:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e = Emitter(builder)
-        address, scales_array, zeros_offset, of_query, count = args[:5]
+        address, scales_array, count, *zeros = args
         with e.loop(count) as i:
             at = e.load(scales_array, builder.mul(i, e.const(8)), I64, 8)
             offset = builder.mul(i, e.const(64))
             value = builder.fmul(e.load(address, offset, VEC), e.load_bf16(at, e.const(0)))
             if has_zeros:
-                value = e.fma(e.load_bf16(at, zeros_offset), e.splat(of_query), value)
+                zeros_offset, query_sum = zeros
+                value = e.fma(e.load_bf16(at, zeros_offset), e.splat(query_sum), value)
             e.store(value, address, offset)
         return context.get_dummy_value()
 
-    return types.void(scores, scales, to_zeros, query_sum, num_vectors, shape), codegen
+    return codegen
 
 
 @intrinsic
-def scale_weights(typing, weights, scales, to_zeros, low, high, num_vectors, shape):  # type: ignore[no-untyped-def]
-    """weights = weights * scale within [low, high), 0 outside; returns the sum of weight * zero, 0 without zeros.
+def scale_weights(typing, weights, scales, low, high, num_vectors):  # type: ignore[no-untyped-def]
+    """weights = weights * scale within [low, high), 0 outside.
 
     Arguments as of `scale_scores`. The scales of tokens outside may be anything.
     """
-    has_zeros = Tile.of_type(shape).mode.num_scales == 2
+    return types.void(weights, scales, low, high, num_vectors), _emit_scale_weights(has_zeros=False)
 
+
+@intrinsic
+def scale_weights_and_zeros(typing, weights, scales, low, high, num_vectors, to_zeros):  # type: ignore[no-untyped-def]
+    """The same; returns the sum of weight * zero within [low, high)."""
+    return types.float32(weights, scales, low, high, num_vectors, to_zeros), _emit_scale_weights(has_zeros=True)
+
+
+def _emit_scale_weights(*, has_zeros: bool) -> CodeGenerator:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e = Emitter(builder)
-        address, scales_array, zeros_offset, first, last, count = args[:6]
+        address, scales_array, first, last, count, *to_zeros = args
         (total,) = e.variables(1, lambda i: e.vec(0.0))
         with e.loop(count) as i:
             at = e.load(scales_array, builder.mul(i, e.const(8)), I64, 8)
@@ -251,9 +278,9 @@ def scale_weights(typing, weights, scales, to_zeros, low, high, num_vectors, sha
             scaled = builder.fmul(weight, e.load_bf16(at, e.const(0)))
             e.store(builder.select(inside, scaled, e.vec(0.0)), address, offset)
             if has_zeros:
-                product = builder.fmul(weight, e.load_bf16(at, zeros_offset))
+                product = builder.fmul(weight, e.load_bf16(at, *to_zeros))
                 product = builder.select(inside, product, e.vec(0.0))
                 builder.store(builder.fadd(builder.load(total), product), total)
-        return e.sum_lanes(builder.load(total))
+        return e.sum_lanes(builder.load(total)) if has_zeros else context.get_dummy_value()
 
-    return types.float32(weights, scales, to_zeros, low, high, num_vectors, shape), codegen
+    return codegen

@@ -9,16 +9,15 @@ import numpy as np
 
 from radixkv.kernels.compiling import inner
 from radixkv.kernels.numba_emitter import LANES
-from radixkv.kernels.numba_modes import in_4_bytes_of, num_scales_of, parts_of
 from radixkv.kernels.numba_words import copy_words, interleave_halves, load_i32, transpose_words
 
 
 @inner
-def locate(a, kv_head, page_list, first_token, size, k_at, v_at, scales_at, shape):
+def locate(a, kv_head, page_list, first_token, size, k_at, v_at, scales_at):
     """Addresses of the K and V of a block's groups, and of their scales, where pages hold them in lanes."""
     page_groups = a.page_size // LANES
-    width, parts, scales = in_4_bytes_of(shape), parts_of(shape), num_scales_of(shape)
-    v_bytes = a.v_dim // parts * 4 // width  # of a token
+    scales = a.num_scales
+    v_bytes = a.v_dim // a.parts * 4 // a.in_4_bytes  # of a token
     for i in range((size + LANES - 1) // LANES):
         at = first_token // LANES + i
         head = np.int64(load_i32(a.pages, page_list + at // page_groups)) * a.num_kv_heads + kv_head
@@ -31,8 +30,9 @@ def locate(a, kv_head, page_list, first_token, size, k_at, v_at, scales_at, shap
 
 
 @inner
-def locate_staged(a, size, k_lanes, v_lanes, k_at, v_at, width):
+def locate_staged(a, size, k_lanes, v_lanes, k_at, v_at):
     """The same of a block that was copied into lanes."""
+    width = a.in_4_bytes
     for i in range((size + LANES - 1) // LANES):
         k_at[i] = k_lanes.ctypes.data + i * a.k_dim * LANES * 4 // width
         v_at[i] = v_lanes.ctypes.data + i * a.v_dim * LANES * 4 // width

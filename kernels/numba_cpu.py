@@ -11,8 +11,10 @@ Inside, logarithms are of base 2: the scores are multiplied by log2(e) when they
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numba as nb
 import numpy as np
@@ -32,24 +34,19 @@ from radixkv.kernels.compiling import cache_depends_on, can_cache, inner
 from radixkv.kernels.numba_attention_tiles import (
     NO_SCORE,
     exp2_row,
+    exp2_row_to_bf16,
     limit_row,
     scale_scores,
+    scale_scores_and_zeros,
     scale_weights,
+    scale_weights_and_zeros,
     score_tile,
     value_tile,
 )
 from radixkv.kernels.numba_blocks import locate, locate_staged, stage_keys, stage_pairs_of_values, stage_values
 from radixkv.kernels.numba_emitter import LANES
-from radixkv.kernels.numba_modes import (
-    MODES,
-    Tile,
-    bytes_of_weight_of,
-    in_4_bytes_of,
-    multiplies_pairs_of,
-    num_scales_of,
-    parts_of,
-)
-from radixkv.kernels.numba_words import load_f32, load_i32, load_i64, next_number, store_f32
+from radixkv.kernels.numba_modes import MODES, Tile
+from radixkv.kernels.numba_words import call, load_f32, load_i32, load_i64, next_number, store_f32
 
 BLOCK_TOKENS = 256  # between two rescalings; the scores of one block stay in the first-level cache
 MAX_ROWS = 8
@@ -76,34 +73,90 @@ def tile_of(mode: str, rows: int) -> Tile:
     return Tile(rows, groups, vectors // MODES[mode].parts, MODES[mode])
 
 
+class AttentionTiles(NamedTuple):
+    """The compiled inner loops of one mode for so many query rows, and what the worker must know of them.
+
+    Attributes:
+        fields: those of `numba_arguments.ATTENTION` that tell of tiles and mode.
+        functions: what the addresses among them belong to.
+    """
+
+    fields: Mapping[str, int]
+    functions: tuple[Any, ...]
+
+
 @cache
-def attention_worker(mode: str, rows: int) -> Any:
-    """The compiled worker for tasks of `rows` query rows over KV of that mode (see `numba_modes`).
+def attention_tiles(mode: str, rows: int) -> AttentionTiles:
+    """Compile the tiles for tasks of `rows` query rows over KV of that mode (see `numba_modes`), or load them.
+
+    The first call for a mode and a number of rows takes about a second; later processes load them from Numba's cache on
+    disk.
+    """
+    tile = tile_of(mode, rows)
+    functions = {
+        "score_tile": _score_tile(tile.shape),
+        "value_tile": _value_tile(tile.shape),
+        "value_tile_of_one": _value_tile(tile._replace(vectors=1).shape),
+    }
+    fields = {name: function.address for name, function in functions.items()} | {
+        "rows": tile.rows,
+        "groups": tile.groups,
+        "vectors": tile.vectors,
+        "in_4_bytes": tile.mode.in_4_bytes,
+        "parts": tile.mode.parts,
+        "num_scales": tile.mode.num_scales,
+        "multiplies_pairs": tile.mode.multiplies_pairs,
+    }
+    return AttentionTiles(MappingProxyType(fields), tuple(functions.values()))
+
+
+def _score_tile(shape: tuple[tuple[int, ...], ...]) -> Any:
+    sources = cache_depends_on(*PARTS)
+
+    @nb.cfunc(types.void(*[types.int64] * 9), cache=can_cache())
+    def compiled_score_tile(k, k_next, k_step, v, v_lines, q, scores, scores_stride, num_steps):
+        _ = sources
+        score_tile(k, k_next, k_step, v, v_lines, q, scores, scores_stride, num_steps, shape)
+
+    return compiled_score_tile
+
+
+def _value_tile(shape: tuple[tuple[int, ...], ...]) -> Any:
+    sources = cache_depends_on(*PARTS)
+
+    @nb.cfunc(types.void(*[types.int64] * 8), cache=can_cache())
+    def compiled_value_tile(v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale):
+        _ = sources
+        value_tile(v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, shape)
+
+    return compiled_value_tile
+
+
+@cache
+def attention_worker() -> Any:
+    """The compiled worker, for all modes and tiles.
 
     It takes the address of a record of `numba_arguments.ATTENTION`, and works until the counter has passed all tasks.
-    The first call for a mode and a number of rows compiles, in a few seconds, and later processes load it from Numba's
-    cache on disk.
+    The first call compiles, in a few seconds, and later processes load it from Numba's cache on disk.
     """
-    shape = tile_of(mode, rows).shape
     sources = cache_depends_on(*PARTS)
 
     @nb.cfunc(types.void(types.voidptr), cache=can_cache())
     def attention(data):
         _ = sources
-        run_attention(nb.carray(data, 1, dtype=ARGUMENTS)[0], shape)
+        run_attention(nb.carray(data, 1, dtype=ARGUMENTS)[0])
 
     return attention
 
 
 @inner
-def run_attention(a, shape):
-    rows, groups = len(shape[0]), len(shape[1])
-    width, parts = in_4_bytes_of(shape), parts_of(shape)
+def run_attention(a):
+    rows, groups, width, parts = a.rows, a.groups, a.in_4_bytes, a.parts
     k_dim, v_dim = a.k_dim, a.v_dim
     queries = np.empty(k_dim * rows, np.uint32)
     row_tokens = BLOCK_TOKENS + groups * LANES
     scores = np.empty((rows, row_tokens), np.float32)
-    weights = np.empty((rows, row_tokens * bytes_of_weight_of(shape)), np.uint8)
+    weights = np.empty((rows, row_tokens * (2 if a.multiplies_pairs else 4)), np.uint8)
     # a vector may reach beyond V's last component: what it finds there stays in lanes that are never written out
     acc = np.empty((rows, parts * padded(v_dim // parts)), np.float32)
     maximum, total, rescale = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(rows, np.float32)
@@ -121,7 +174,7 @@ def run_attention(a, shape):
         kv_head, page_list = load_i64(a.tasks, task * 5), load_i64(a.tasks, task * 5 + 1)
         start, end = load_i64(a.tasks, task * 5 + 2), load_i64(a.tasks, task * 5 + 3)
         first_row = task * rows
-        pack_queries(a, first_row, queries, query_sums, shape)
+        pack_queries(a, first_row, queries, query_sums)
         acc[:] = 0
         zeros[:] = 0
         maximum[:] = NO_SCORE
@@ -130,21 +183,20 @@ def run_attention(a, shape):
             size = located = min(BLOCK_TOKENS, end - first_token)
             if a.in_lanes:
                 located = min(end - first_token, size + groups * LANES)
-                locate(a, kv_head, page_list, first_token, located, k_at, v_at, scales_at, shape)
+                locate(a, kv_head, page_list, first_token, located, k_at, v_at, scales_at)
             else:
                 stage_keys(a, kv_head, page_list, first_token, size, k_dim // width, k_lanes)
-            if not a.in_lanes and width == 1:
-                stage_values(a, kv_head, page_list, first_token, size, v_lanes)
-            elif not a.in_lanes:
-                stage_pairs_of_values(a, kv_head, page_list, first_token, size, v_lanes)
-            if not a.in_lanes:
-                locate_staged(a, size, k_lanes, v_lanes, k_at, v_at, width)
-            score(a, size, located, k_at, v_at, queries, scores, shape)
-            scale_keys(a, size, scales_at, scores, query_sums, shape)
-            weigh(a, first_row, first_token, size, scores, weights, maximum, total, rescale, shape)
-            scale_values(a, first_row, first_token, size, scales_at, weights, rescale, zeros, shape)
-            add_values(a, size, v_at, weights, acc, rescale, shape)
-        finish(a, first_row, load_i64(a.tasks, task * 5 + 4), acc, maximum, total, zeros, shape)
+                if width == 1:
+                    stage_values(a, kv_head, page_list, first_token, size, v_lanes)
+                else:
+                    stage_pairs_of_values(a, kv_head, page_list, first_token, size, v_lanes)
+                locate_staged(a, size, k_lanes, v_lanes, k_at, v_at)
+            score(a, size, located, k_at, v_at, queries, scores)
+            scale_keys(a, size, scales_at, scores, query_sums)
+            weigh(a, first_row, first_token, size, scores, weights, maximum, total, rescale)
+            scale_values(a, first_row, first_token, size, scales_at, weights, rescale, zeros)
+            add_values(a, size, v_at, weights, acc, rescale)
+        finish(a, first_row, load_i64(a.tasks, task * 5 + 4), acc, maximum, total, zeros)
 
 
 @inner
@@ -153,12 +205,12 @@ def padded(v_dim):
 
 
 @inner
-def pack_queries(a, first_row, queries, query_sums, shape):
+def pack_queries(a, first_row, queries, query_sums):
     """The task's queries by component, so that a tile reads them in order, and their sums over the components."""
-    rows, k_dim, parts = len(shape[0]), a.k_dim, parts_of(shape)
+    rows, k_dim, parts = a.rows, a.k_dim, a.parts
     for r in range(rows):
         q = max(np.int64(load_i32(a.row_ids, first_row + r)), 0) * k_dim
-        if multiplies_pairs_of(shape):
+        if a.multiplies_pairs:
             for d in range(k_dim // 2):
                 low = np.uint32(load_i32(a.q, q + 2 * d)) >> np.uint32(16)  # what bfloat16 keeps of a float32
                 high = np.uint32(load_i32(a.q, q + 2 * d + 1)) & np.uint32(0xFFFF0000)
@@ -177,15 +229,15 @@ def pack_queries(a, first_row, queries, query_sums, shape):
 
 
 @inner
-def score(a, size, located, k_at, v_at, queries, scores, shape):
+def score(a, size, located, k_at, v_at, queries, scores):
     """scores = <queries, K> of a block, tile by tile; past the tokens that were located stand scores of the last group.
 
     While a tile is computed, its V and the next tile's K are fetched.
     """
-    groups = len(shape[1])
+    groups = a.groups
     num_groups = (size + LANES - 1) // LANES
     k_step = a.page_size * 4 if a.in_lanes else LANES * 4
-    num_steps = a.k_dim // (in_4_bytes_of(shape) * parts_of(shape))
+    num_steps = a.k_dim // (a.in_4_bytes * a.parts)
     for i in range((located + LANES - 1) // LANES, num_groups + groups):
         k_at[i], v_at[i] = k_at[i - 1], v_at[i - 1]
     v_lines = a.v_dim // a.k_dim if a.in_lanes else 0  # as many of V as of K
@@ -193,33 +245,39 @@ def score(a, size, located, k_at, v_at, queries, scores, shape):
         now, following = k_at.ctypes.data + i * 8, k_at.ctypes.data + min(i + groups, num_groups) * 8
         out = scores.ctypes.data + i * LANES * 4
         v_now = v_at.ctypes.data + i * 8
-        score_tile(
-            now, following, k_step, v_now, v_lines, queries.ctypes.data, out, scores.strides[0], num_steps, shape
+        call(
+            a.score_tile,
+            (now, following, k_step, v_now, v_lines, queries.ctypes.data, out, scores.strides[0], num_steps),
         )
 
 
 @inner
-def scale_keys(a, size, scales_at, scores, query_sums, shape):
+def scale_keys(a, size, scales_at, scores, query_sums):
     """Make the scores of codes those of keys."""
-    if num_scales_of(shape):
+    if a.num_scales:
         at, to_zeros, num_vectors = scales_at.ctypes.data, a.page_size * 2, (size + LANES - 1) // LANES
-        for r in range(len(shape[0])):
+        for r in range(a.rows):
             row_scores = scores.ctypes.data + r * scores.strides[0]
-            scale_scores(row_scores, at, to_zeros, query_sums[r], num_vectors, shape)
+            if a.num_scales == 2:
+                scale_scores_and_zeros(row_scores, at, num_vectors, to_zeros, query_sums[r])
+            else:
+                scale_scores(row_scores, at, num_vectors)
 
 
 @inner
-def scale_values(a, first_row, first_token, size, scales_at, weights, rescale, zeros, shape):
+def scale_values(a, first_row, first_token, size, scales_at, weights, rescale, zeros):
     """Make the weights of values those of their codes, and renew the rows' sums of weighted zeros."""
-    if num_scales_of(shape):
+    if a.num_scales:
         num_vectors = (size + LANES - 1) // LANES
         at, to_zeros = scales_at.ctypes.data + scales_at.strides[0], a.page_size * 2
-        for r in range(len(shape[0])):
+        for r in range(a.rows):
             row_weights = weights.ctypes.data + r * weights.strides[0]
             low, high = seen(a, first_row + r, first_token, size)
             zeros[r] *= rescale[r]
-            if high > low:
-                zeros[r] += scale_weights(row_weights, at, to_zeros, low, high, num_vectors, shape)
+            if high > low and a.num_scales == 2:
+                zeros[r] += scale_weights_and_zeros(row_weights, at, low, high, num_vectors, to_zeros)
+            elif high > low:
+                scale_weights(row_weights, at, low, high, num_vectors)
 
 
 @inner
@@ -230,11 +288,11 @@ def seen(a, row, first_token, size):
 
 
 @inner
-def weigh(a, first_row, first_token, size, scores, weights, maximum, total, rescale, shape):
+def weigh(a, first_row, first_token, size, scores, weights, maximum, total, rescale):
     """Turn the scores of a block into weights, and renew each row's maximum and denominator."""
     num_vectors = (size + LANES - 1) // LANES
     factor, cap, inverse_cap = a.score_factor, a.softcap, a.inverse_softcap
-    for r in range(len(shape[0])):
+    for r in range(a.rows):
         row_scores = scores.ctypes.data + r * scores.strides[0]
         row_weights = weights.ctypes.data + r * weights.strides[0]
         low, high = seen(a, first_row + r, first_token, size)
@@ -246,33 +304,34 @@ def weigh(a, first_row, first_token, size, scores, weights, maximum, total, resc
         largest = max(largest, maximum[r])
         rescale[r] = np.float32(2.0 ** max(maximum[r] - largest, np.float32(-126)))
         maximum[r] = largest
-        total[r] = total[r] * rescale[r] + exp2_row(row_scores, row_weights, num_vectors, largest, shape)
+        total[r] *= rescale[r]
+        if a.multiplies_pairs:
+            total[r] += exp2_row_to_bf16(row_scores, row_weights, num_vectors, largest)
+        else:
+            total[r] += exp2_row(row_scores, row_weights, num_vectors, largest)
 
 
 @inner
-def add_values(a, size, v_at, weights, acc, rescale, shape):
+def add_values(a, size, v_at, weights, acc, rescale):
     """acc = acc * rescale + weights @ V of a block; moves `v_at` on."""
-    vectors = len(shape[2])
-    v_lanes, acc_lanes = a.v_dim // parts_of(shape), acc.shape[1] // parts_of(shape)
+    vectors = a.vectors
+    v_lanes, acc_lanes = a.v_dim // a.parts, acc.shape[1] // a.parts
     p, p_row = weights.ctypes.data, weights.strides[0]
     at, factors, acc_at = v_at.ctypes.data, rescale.ctypes.data, acc.ctypes.data
-    single = (shape[0], shape[1], (0,), shape[3])
     c = 0
     while c < v_lanes:
         taken = vectors if c + vectors * LANES <= acc_lanes else 1
-        if taken == vectors:
-            value_tile(at, v_lanes * 4, size, p, p_row, acc_at + c * 4, acc.strides[0], factors, shape)
-        else:
-            value_tile(at, v_lanes * 4, size, p, p_row, acc_at + c * 4, acc.strides[0], factors, single)
+        tile = a.value_tile if taken == vectors else a.value_tile_of_one
+        call(tile, (at, v_lanes * 4, size, p, p_row, acc_at + c * 4, acc.strides[0], factors))
         c += taken * LANES
         for i in range((size + LANES - 1) // LANES):
             v_at[i] += taken * LANES * 4
 
 
 @inner
-def finish(a, first_row, partial, acc, maximum, total, zeros, shape):
+def finish(a, first_row, partial, acc, maximum, total, zeros):
     """Write the rows' outputs and log-sum-exps, as results or as parts of them."""
-    parts = parts_of(shape)
+    parts = a.parts
     v_part, acc_part, unit = a.v_dim // parts, acc.shape[1] // parts, a.v_unit
     for r in range(len(acc)):
         row = np.int64(load_i32(a.row_ids, first_row + r))

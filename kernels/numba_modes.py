@@ -13,11 +13,9 @@ from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from radixkv.kernels import numba_codes, numba_writers
-from radixkv.kernels.numba_emitter import I32, I64, IVEC, LANES, VEC, Emitter
+from radixkv.kernels.numba_emitter import I32, IVEC, LANES, VEC, Emitter
 
 WIDENS_F16 = ("f16c", "neon", "fullfp16")  # the names of it on x86 and Arm
 
@@ -203,25 +201,3 @@ class Tile(NamedTuple):
         """From the Numba type of a shape."""
         rows, groups, vectors, mode = (kind.count for kind in shape)
         return cls(rows, groups, vectors, _ROWS[mode - 1])
-
-
-def _number_of(ask: Callable[[Mode], int]) -> Any:
-    """An intrinsic that takes a shape, and is a number of its mode: a constant of the compiled code."""
-
-    @intrinsic
-    def number(typing, shape):  # type: ignore[no-untyped-def]
-        value = ask(Tile.of_type(shape).mode)
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return ir.Constant(I64, value)
-
-        return types.int64(shape), codegen
-
-    return number
-
-
-in_4_bytes_of = _number_of(lambda mode: mode.in_4_bytes)
-parts_of = _number_of(lambda mode: mode.parts)
-num_scales_of = _number_of(lambda mode: mode.num_scales)
-bytes_of_weight_of = _number_of(lambda mode: mode.bytes_of_weight)
-multiplies_pairs_of = _number_of(lambda mode: int(mode.multiplies_pairs))

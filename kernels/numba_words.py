@@ -7,6 +7,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from radixkv.kernels.numba_emitter import F32, I32, I64, IVEC, LANES, Emitter
@@ -22,6 +23,19 @@ def next_number(typing, address):  # type: ignore[no-untyped-def]
         return builder.atomic_rmw("add", pointer, ir.Constant(I64, 1), "monotonic")
 
     return types.int64(address), codegen
+
+
+@intrinsic
+def call(typing, function, numbers):  # type: ignore[no-untyped-def]
+    """Call the compiled function at an address with a tuple of integers of 8 bytes; it returns nothing."""
+    assert all(number.bitwidth == 64 for number in numbers), numbers
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [I64] * len(numbers))
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), cgutils.unpack_tuple(builder, args[1]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, numbers), codegen
 
 
 @intrinsic

@@ -111,7 +111,8 @@ class NumbaBackend:
         groups = {layer.num_q_heads // layer.kv.num_kv_heads for layer in needs.layers}
         with log_if_slow("the attention kernels"):
             for rows in sorted({min(group, numba_cpu.MAX_ROWS) for group in groups} | {numba_cpu.MAX_ROWS}):
-                numba_cpu.attention_worker(self.mode.name, rows)
+                numba_cpu.attention_tiles(self.mode.name, rows)
+            numba_cpu.attention_worker()
             numba_merge.merge_worker()
             kv = self.pool.layers[0]
             nothing = [_float32(0, kv.num_kv_heads, dim) for dim in (kv.k_head_dim, kv.v_head_dim)]
@@ -214,9 +215,9 @@ class NumbaPlan:
         num_threads = min(self._num_threads, 1 + work.num_tokens // MIN_TOKENS_PER_THREAD)
         for table in work.tables:
             counter[0] = 0
-            arguments = numba_arguments.ATTENTION.fill(**fields, **table.fields)
-            worker = numba_cpu.attention_worker(self._mode.name, table.rows)
-            openmp.run(worker, arguments.ctypes.data, min(num_threads, len(table.tasks)))
+            tiles = numba_cpu.attention_tiles(self._mode.name, table.rows)
+            arguments = numba_arguments.ATTENTION.fill(**fields, **table.fields, **tiles.fields)
+            openmp.run(numba_cpu.attention_worker(), arguments.ctypes.data, min(num_threads, len(table.tasks)))
         if len(work.merged_rows):
             self._merge(work, out, partial_out, lse[num_rows:], params, q.shape[1], num_threads)
 
