@@ -6,6 +6,7 @@ All addresses are int64. "Groups" are 16 tokens of a page, as `LaneKVPool` lays 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from radixkv.kernels.numba_emitter import F32, I32, I64, LANES, VEC, Emitter
-from radixkv.kernels.numba_modes import Tile
+from radixkv.kernels.numba_modes import Mode, Tile
 
 NO_SCORE = np.float32(-1e30)  # of a token that a row does not see
 
@@ -42,11 +43,8 @@ def score_tile(  # type: ignore[no-untyped-def]
         k_at = [e.load(k_array, e.const(8 * p), I64, 8) for p in range(num_groups)]
         next_at = [e.load(k_next_array, e.const(8 * p), I64, 8) for p in range(num_groups)]
         v_at = [e.load(v_array, e.const(8 * p), I64, 8) for p in range(num_groups)]
-        acc = e.variables(num_rows * num_groups, lambda i: e.vec(0.0))
-        with e.loop(steps) as d:
-            at = builder.mul(d, step)
-            q_at = builder.mul(d, e.const(4 * num_rows * mode.values))
-            raw = []
+
+        def prefetch(d: Any, at: Any) -> None:
             first_line = builder.mul(d, lines)
             with e.loop(lines) as line:
                 v_offset = builder.mul(builder.add(first_line, line), e.const(64))
@@ -54,18 +52,25 @@ def score_tile(  # type: ignore[no-untyped-def]
                     e.prefetch(v_at[p], v_offset, 2)
             for p in range(num_groups):
                 e.prefetch(next_at[p], at, 3)
-                raw.append(e.load(k_at[p], at, mode.lanes))
-            for i in range(mode.values):
-                keys = [mode.read(e, lanes, i) for lanes in raw]
-                for r in range(num_rows):
-                    offset = builder.add(q_at, e.const(4 * (i * num_rows + r)))
-                    query = e.splat(e.load(q_address, offset, mode.factor))
-                    for p in range(num_groups):
-                        mode.add_product(e, acc[r * num_groups + p], keys[p], query)
-        for r in range(num_rows):
-            row = builder.mul(out_stride, e.const(r))
-            for p in range(num_groups):
-                e.store(builder.load(acc[r * num_groups + p]), out, builder.add(row, e.const(64 * p)))
+
+        for rows in tile.turns(num_groups):
+            acc = {(r, p): e.variable(e.vec(0.0)) for r in rows for p in range(num_groups)}
+            with e.loop(steps) as d:
+                at = builder.mul(d, step)
+                q_at = builder.mul(d, e.const(4 * num_rows * mode.values))
+                if rows.start == 0:
+                    prefetch(d, at)
+                raw = [e.load(address, at, mode.lanes) for address in k_at]
+                for i in range(mode.values):
+                    keys = [mode.read(e, lanes, i) for lanes in raw]
+                    for r in rows:
+                        offset = builder.add(q_at, e.const(4 * (i * num_rows + r)))
+                        query = e.splat(e.load(q_address, offset, mode.factor))
+                        for p in range(num_groups):
+                            mode.add_product(e, acc[r, p], keys[p], query)
+            for (r, p), total in acc.items():
+                row = builder.mul(out_stride, e.const(r))
+                e.store(builder.load(total), out, builder.add(row, e.const(64 * p)))
         return context.get_dummy_value()
 
     return types.void(k, k_next, k_step, v, v_lines, q, scores, scores_stride, num_steps, shape), codegen
@@ -84,68 +89,80 @@ def value_tile(  # type: ignore[no-untyped-def]
     rescale: float32 [ROWS]
     """
     tile = Tile.of_type(shape)
-    mode, per_row = tile.mode, tile.vectors * tile.mode.parts
+    mode = tile.mode
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e, width = Emitter(builder), mode.in_4_bytes
-        v_array, step, tokens, p_address, p_row, acc_address, acc_row, rescale_address = args[:8]
+        e = Emitter(builder)
+        *_, acc_address, acc_row, rescale_address = args[:8]
 
-        def accumulator(i: int) -> tuple[Any, Any]:
-            (r, c), part_bytes = divmod(i, per_row), builder.sdiv(acc_row, e.const(mode.parts))
-            part, c = divmod(c, tile.vectors)
+        def accumulator(r: int, part: int, c: int) -> tuple[Any, Any]:
+            part_bytes = builder.sdiv(acc_row, e.const(mode.parts))
             at_part = builder.add(builder.mul(acc_row, e.const(r)), builder.mul(part_bytes, e.const(part)))
             return acc_address, builder.add(at_part, e.const(64 * c))
 
-        def start(i: int) -> Any:
-            factor = e.splat(e.load(rescale_address, e.const(4 * (i // per_row)), F32))
-            return builder.fmul(e.load(*accumulator(i), VEC), factor)
+        def start(place: tuple[int, int, int]) -> Any:
+            factor = e.splat(e.load(rescale_address, e.const(4 * place[0]), F32))
+            return builder.fmul(e.load(*accumulator(*place), VEC), factor)
 
-        sums = e.variables(tile.rows * per_row, start)
-
-        def add(v_at: Any, word: Any, first_token: Any, keep: Any | None = None) -> None:
-            """Add the tokens of one word of V, from `first_token` on; of them, those whose bits `keep` has."""
-            offset, p_offset = builder.mul(word, step), builder.mul(first_token, e.const(mode.bytes_of_weight))
-            raw = [e.load(v_at, builder.add(offset, e.const(64 * c)), mode.lanes) for c in range(tile.vectors)]
-            raw = raw if keep is None else [builder.and_(lanes, keep) for lanes in raw]
-            _add_weighted(e, tile, sums, raw, (p_address, p_row, p_offset))
-
-        with e.loop(builder.sdiv(builder.add(tokens, e.const(LANES - 1)), e.const(LANES))) as group:
-            v_at = e.load(v_array, builder.mul(group, e.const(8)), I64, 8)
-            first = builder.mul(group, e.const(LANES))
-            left = builder.sub(tokens, first)
-            is_last = builder.icmp_signed("<", left, e.const(LANES))
-            with e.loop(builder.sdiv(builder.select(is_last, left, e.const(LANES)), e.const(width))) as word:
-                add(v_at, word, builder.add(first, builder.mul(word, e.const(width))))
-        if width > 1:
-            rest = builder.srem(tokens, e.const(width))
-            with builder.if_then(builder.icmp_signed("!=", rest, e.const(0)), likely=False):  # a word that is not full
-                first = builder.sub(tokens, rest)
-                v_at = e.load(v_array, builder.mul(builder.sdiv(first, e.const(LANES)), e.const(8)), I64, 8)
-                word = builder.sdiv(builder.srem(first, e.const(LANES)), e.const(width))
-                bits = builder.mul(builder.trunc(rest, I32), ir.Constant(I32, 32 // width))
-                keep = builder.sub(builder.shl(ir.Constant(I32, 1), bits), ir.Constant(I32, 1))
-                add(v_at, word, first, e.splat(keep))
-        for i, slot in enumerate(sums):
-            e.store(builder.load(slot), *accumulator(i))
+        for rows in tile.turns(tile.vectors * mode.parts):
+            places = itertools.product(rows, range(mode.parts), range(tile.vectors))
+            sums = {place: e.variable(start(place)) for place in places}
+            _add_tokens(e, tile, sums, args[:5])
+            for place, total in sums.items():
+                e.store(builder.load(total), *accumulator(*place))
         return context.get_dummy_value()
 
     return types.void(v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, shape), codegen
 
 
-def _add_weighted(e: Emitter, tile: Tile, sums: list[Any], raw: list[Any], weights: tuple[Any, Any, Any]) -> None:
+Sums = dict[tuple[int, int, int], Any]  # of a row, a part of the components and a vector of the tile
+
+
+def _add_tokens(e: Emitter, tile: Tile, sums: Sums, args: Any) -> None:
+    """Add all tokens to `sums`, which are of some rows; `args` as `value_tile` has them, up to `p_stride`."""
+    builder, mode, width = e.b, tile.mode, tile.mode.in_4_bytes
+    v_array, step, tokens, p_address, p_row = args
+
+    def add(v_at: Any, word: Any, first_token: Any, keep: Any | None = None) -> None:
+        """Add the tokens of one word of V, from `first_token` on; of them, those whose bits `keep` has."""
+        offset, p_offset = builder.mul(word, step), builder.mul(first_token, e.const(mode.bytes_of_weight))
+        raw = [e.load(v_at, builder.add(offset, e.const(64 * c)), mode.lanes) for c in range(tile.vectors)]
+        raw = raw if keep is None else [builder.and_(lanes, keep) for lanes in raw]
+        _add_weighted(e, mode, sums, raw, (p_address, p_row, p_offset))
+
+    with e.loop(builder.sdiv(builder.add(tokens, e.const(LANES - 1)), e.const(LANES))) as group:
+        v_at = e.load(v_array, builder.mul(group, e.const(8)), I64, 8)
+        first = builder.mul(group, e.const(LANES))
+        left = builder.sub(tokens, first)
+        is_last = builder.icmp_signed("<", left, e.const(LANES))
+        with e.loop(builder.sdiv(builder.select(is_last, left, e.const(LANES)), e.const(width))) as word:
+            add(v_at, word, builder.add(first, builder.mul(word, e.const(width))))
+    if width > 1:
+        rest = builder.srem(tokens, e.const(width))
+        with builder.if_then(builder.icmp_signed("!=", rest, e.const(0)), likely=False):  # a word that is not full
+            first = builder.sub(tokens, rest)
+            v_at = e.load(v_array, builder.mul(builder.sdiv(first, e.const(LANES)), e.const(8)), I64, 8)
+            word = builder.sdiv(builder.srem(first, e.const(LANES)), e.const(width))
+            bits = builder.mul(builder.trunc(rest, I32), ir.Constant(I32, 32 // width))
+            keep = builder.sub(builder.shl(ir.Constant(I32, 1), bits), ir.Constant(I32, 1))
+            add(v_at, word, first, e.splat(keep))
+
+
+def _add_weighted(e: Emitter, mode: Mode, sums: Sums, raw: list[Any], weights: tuple[Any, Any, Any]) -> None:
     """Add V of the tokens of one word, in `raw` vectors, to each row's sums.
 
     weights: the address of all weights, bytes from one row to the next, and from a row's first to that of the word
     """
-    b, mode, (address, row_bytes, offset) = e.b, tile.mode, weights
+    b, (address, row_bytes, offset) = e.b, weights
+    rows = sorted({r for r, _, _ in sums})
     for i in range(mode.values):
         part, token = divmod(i, mode.in_4_bytes)
         values = [mode.read(e, lanes, i) for lanes in raw]
-        for r in range(tile.rows):
+        for r in rows:
             at = b.add(b.add(b.mul(row_bytes, e.const(r)), offset), e.const(4 * token))
             weight = e.splat(e.load(address, at, mode.factor))
             for c, vector in enumerate(values):
-                mode.add_product(e, sums[(r * mode.parts + part) * tile.vectors + c], vector, weight)
+                mode.add_product(e, sums[r, part, c], vector, weight)
 
 
 @intrinsic
@@ -158,7 +175,7 @@ def limit_row(typing, scores, num_vectors, low, high, factor, softcap, inverse_s
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e = Emitter(builder)
         address, count, first, last, scale, cap, inverse_cap = args
-        (largest,) = e.variables(1, lambda i: e.vec(float(NO_SCORE)))
+        largest = e.variable(e.vec(float(NO_SCORE)))
         factor_vec, cap_vec = e.splat(scale), e.splat(cap)
         inverse_vec = e.splat(inverse_cap)
         has_cap = builder.fcmp_ordered(">", cap, ir.Constant(F32, 0.0))
@@ -202,7 +219,7 @@ def _emit_exp2_row(*, to_bf16: bool) -> CodeGenerator:
         e = Emitter(builder)
         source, target, count, maximum = args[:4]
         maximum_vec = e.splat(maximum)
-        (total,) = e.variables(1, lambda i: e.vec(0.0))
+        total = e.variable(e.vec(0.0))
         with e.loop(count) as i:
             value = e.exp2(builder.fsub(e.load(source, builder.mul(i, e.const(64)), VEC), maximum_vec))
             if to_bf16:
@@ -269,7 +286,7 @@ def _emit_scale_weights(*, has_zeros: bool) -> CodeGenerator:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e = Emitter(builder)
         address, scales_array, first, last, count, *to_zeros = args
-        (total,) = e.variables(1, lambda i: e.vec(0.0))
+        total = e.variable(e.vec(0.0))
         with e.loop(count) as i:
             at = e.load(scales_array, builder.mul(i, e.const(8)), I64, 8)
             offset = builder.mul(i, e.const(64))

@@ -47,6 +47,7 @@ from radixkv.kernels.numba_blocks import locate, locate_staged, stage_keys, stag
 from radixkv.kernels.numba_emitter import LANES
 from radixkv.kernels.numba_modes import MODES, Tile
 from radixkv.kernels.numba_words import call, load_f32, load_i32, load_i64, next_number, store_f32
+from radixkv.kernels.processor import Processor, this_processor
 
 BLOCK_TOKENS = 256  # between two rescalings; the scores of one block stay in the first-level cache
 MAX_ROWS = 8
@@ -66,11 +67,31 @@ PARTS = (  # what a worker is made of, besides this module
 )
 
 
-def tile_of(mode: str, rows: int) -> Tile:
-    """The tile for `rows` query rows: sums enough to hide the multiplier's latency, not more than registers."""
-    groups = 8 if rows <= 2 else 4 if rows <= 5 else 2
-    vectors = 4 if rows <= 6 else 2
-    return Tile(rows, groups, vectors // MODES[mode].parts, MODES[mode])
+def tile_of(mode: str, rows: int, processor: Processor | None = None) -> Tile:
+    """The tile for `rows` query rows: sums enough to hide the multiplier's latency, not more than registers.
+
+    processor: what it is for; this one, if it is None
+    """
+    vectors_in_registers = (processor or this_processor()).vectors
+    kept = MODES[mode]
+    sums = vectors_in_registers * 3 // 4  # the rest is for what is multiplied
+    if vectors_in_registers >= 32:
+        groups = 8 if rows <= 2 else 4 if rows <= 5 else 2
+        vectors = 4 if rows <= 6 else 2
+    else:
+        if kept.values > 1 and kept.parts == 1:  # several values of what was loaded need registers, too
+            sums = vectors_in_registers // 2
+        groups = vectors = max(n for n in (1, 2, 4) if n == 1 or n * rows <= sums)
+    return Tile(rows, groups, max(vectors // kept.parts, 1), kept, sums)
+
+
+def rows_of_extends(mode: str, processor: Processor | None = None) -> int:
+    """Query rows of a task that could have any number: the most, but no more than are taken in one turn.
+
+    Where several values are made of what is loaded, two turns over it cost less than loading it for fewer rows.
+    """
+    sums = (processor or this_processor()).vectors * 3 // 4
+    return min(MAX_ROWS, sums) if MODES[mode].values == 1 else MAX_ROWS
 
 
 class AttentionTiles(NamedTuple):
@@ -94,9 +115,9 @@ def attention_tiles(mode: str, rows: int) -> AttentionTiles:
     """
     tile = tile_of(mode, rows)
     functions = {
-        "score_tile": _score_tile(tile.shape),
-        "value_tile": _value_tile(tile.shape),
-        "value_tile_of_one": _value_tile(tile._replace(vectors=1).shape),
+        "score_tile": compile_tile("score_tile", tile),
+        "value_tile": compile_tile("value_tile", tile),
+        "value_tile_of_one": compile_tile("value_tile", tile._replace(vectors=1)),
     }
     fields = {name: function.address for name, function in functions.items()} | {
         "rows": tile.rows,
@@ -110,26 +131,21 @@ def attention_tiles(mode: str, rows: int) -> AttentionTiles:
     return AttentionTiles(MappingProxyType(fields), tuple(functions.values()))
 
 
-def _score_tile(shape: tuple[tuple[int, ...], ...]) -> Any:
-    sources = cache_depends_on(*PARTS)
+def compile_tile(kind: str, tile: Tile) -> Any:
+    """The compiled function `kind` of `numba_attention_tiles`, for that tile; it takes int64 numbers alone."""
+    sources, shape = cache_depends_on(*PARTS), tile.shape
 
-    @nb.cfunc(types.void(*[types.int64] * 9), cache=can_cache())
     def compiled_score_tile(k, k_next, k_step, v, v_lines, q, scores, scores_stride, num_steps):
         _ = sources
         score_tile(k, k_next, k_step, v, v_lines, q, scores, scores_stride, num_steps, shape)
 
-    return compiled_score_tile
-
-
-def _value_tile(shape: tuple[tuple[int, ...], ...]) -> Any:
-    sources = cache_depends_on(*PARTS)
-
-    @nb.cfunc(types.void(*[types.int64] * 8), cache=can_cache())
     def compiled_value_tile(v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale):
         _ = sources
         value_tile(v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, shape)
 
-    return compiled_value_tile
+    function = {"score_tile": compiled_score_tile, "value_tile": compiled_value_tile}[kind]
+    num_arguments = function.__code__.co_argcount
+    return nb.cfunc(types.void(*[types.int64] * num_arguments), cache=can_cache())(function)
 
 
 @cache

@@ -9,7 +9,7 @@ All addresses are int64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -182,9 +182,8 @@ class Emitter:
         with cgutils.for_range(self.b, count) as at:
             yield at.index
 
-    def variables(self, count: int, start: Callable[[int], Any]) -> list[Any]:
-        """`count` slots for vectors that change in loops; slot i holds start(i). LLVM keeps them in registers."""
-        slots = [cgutils.alloca_once(self.b, VEC) for _ in range(count)]
-        for i, slot in enumerate(slots):
-            self.b.store(start(i), slot)
-        return slots
+    def variable(self, start: Any) -> Any:
+        """A slot for a vector that changes in loops, and holds `start`. LLVM keeps it in registers."""
+        slot = cgutils.alloca_once(self.b, VEC)
+        self.b.store(start, slot)
+        return slot

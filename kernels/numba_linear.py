@@ -46,7 +46,8 @@ PARTS = (  # what a worker is made of, besides this module
 def tile_of(mode: str, num_tokens: int) -> Tile:
     """The tile for `num_tokens` tokens, as measured: few streams of weights, and no more sums than registers."""
     columns = 8 if num_tokens >= 8 else 4 if num_tokens >= 4 else 2 if num_tokens >= 2 else 1
-    return Tile({1: 1, 2: 4, 4: 6, 8: 3}[columns], columns, 1, MODES[mode])
+    rows = {1: 1, 2: 4, 4: 6, 8: 3}[columns]
+    return Tile(rows, columns, 1, MODES[mode], sums=rows * columns)
 
 
 def linear_worker(mode: str, num_tokens: int) -> Any:

@@ -25,7 +25,7 @@ def product_tile(typing, w, w_stride, x, x_stride, num_steps, out, shape):  # ty
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e = Emitter(builder)
         w_address, w_row, x_address, x_row, steps, out_address = args[:6]
-        acc = e.variables(num_rows * num_columns, lambda i: e.vec(0.0))
+        acc = [e.variable(e.vec(0.0)) for _ in range(num_rows * num_columns)]
 
         def load_values(address: Any, stride: Any, row: int, at: Any) -> list[Any]:
             raw = e.load(address, builder.add(builder.mul(stride, e.const(row)), at), mode.lanes)

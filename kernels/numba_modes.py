@@ -11,13 +11,23 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 
 from radixkv.kernels import numba_codes, numba_writers
 from radixkv.kernels.numba_emitter import I32, IVEC, LANES, VEC, Emitter
+from radixkv.kernels.processor import Processor, this_processor
 
-WIDENS_F16 = ("f16c", "neon", "fullfp16")  # the names of it on x86 and Arm
+
+def _anywhere(processor: Processor) -> bool:
+    return True
+
+
+def _where_f16_is_widened(processor: Processor) -> bool:
+    return processor.widens_f16
+
+
+def _where_pairs_are_multiplied(processor: Processor) -> bool:
+    return processor.multiplies_bf16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,7 +46,7 @@ class Mode:
         unit: what is read is 1 / `unit` of the value.
         multiplies_pairs: whether the processor multiplies two values of a lane itself, and adds both products.
         narrow: makes a value to keep of a float32; None where the kernels only read.
-        needs: features of processors, of which it needs one; none if it runs anywhere.
+        runs_on: whether a processor has what it needs.
     """
 
     name: str
@@ -50,7 +60,7 @@ class Mode:
     unit: float = 1.0
     multiplies_pairs: bool = False
     narrow: Callable[[Emitter, Any], Any] | None = None
-    needs: tuple[str, ...] = ()
+    runs_on: Callable[[Processor], bool] = _anywhere
 
     @property
     def values(self) -> int:
@@ -143,17 +153,33 @@ _ROWS = (
         numba_writers.write_lanes_16,
         multiplies_pairs=True,
         narrow=_narrow_to_bf16,
-        needs=("avx512bf16",),
+        runs_on=_where_pairs_are_multiplied,
     ),
-    Mode("f16", "float16", 2, _read_f16, numba_writers.write_lanes_16, narrow=_narrow_to_f16, needs=WIDENS_F16),
+    Mode(
+        "f16",
+        "float16",
+        2,
+        _read_f16,
+        numba_writers.write_lanes_16,
+        narrow=_narrow_to_f16,
+        runs_on=_where_f16_is_widened,
+    ),
     # whole numbers in [-128, 127]
     Mode("int8", "int8", 4, _read_int8, numba_codes.write_int8, encodes=True, num_scales=1),
     # two whole numbers in [0, 15] a byte, of component j and of j + half of all
     Mode("int4", "int4", 4, _read_int4, numba_codes.write_int4, encodes=True, parts=2, num_scales=2),
     # a sign, 4 bits of exponent and 3 of fraction
-    Mode("fp8_e4m3", "fp8_e4m3", 4, _read_e4m3, numba_writers.write_lanes_8, unit=256.0, needs=WIDENS_F16),
+    Mode(
+        "fp8_e4m3",
+        "fp8_e4m3",
+        4,
+        _read_e4m3,
+        numba_writers.write_lanes_8,
+        unit=256.0,
+        runs_on=_where_f16_is_widened,
+    ),
     # the upper half of a float16
-    Mode("fp8_e5m2", "fp8_e5m2", 4, _read_e5m2, numba_writers.write_lanes_8, needs=WIDENS_F16),
+    Mode("fp8_e5m2", "fp8_e5m2", 4, _read_e5m2, numba_writers.write_lanes_8, runs_on=_where_f16_is_widened),
 )
 
 MODES: Mapping[str, Mode] = MappingProxyType({mode.name: mode for mode in _ROWS})
@@ -163,12 +189,7 @@ MODES: Mapping[str, Mode] = MappingProxyType({mode.name: mode for mode in _ROWS}
 @cache
 def mode_for(dtype: str) -> str | None:
     """The fastest mode for what is kept as `dtype`; None if this processor has none."""
-    features = llvm.get_host_cpu_features()
-    able = [
-        mode
-        for mode in _ROWS
-        if mode.dtype == dtype and (not mode.needs or any(features.get(name, False) for name in mode.needs))
-    ]
+    able = [mode for mode in _ROWS if mode.dtype == dtype and mode.runs_on(this_processor())]
     return max(able, key=lambda mode: mode.multiplies_pairs).name if able else None
 
 
@@ -183,21 +204,33 @@ class Tile(NamedTuple):
         groups: groups of 16 tokens, or tokens of a linear layer.
         vectors: vectors of V's components.
         mode: how K and V, or weights, are kept.
+        sums: vectors of sums that stay in registers at once; rows that have more are taken in turns.
     """
 
     rows: int
     groups: int
     vectors: int
     mode: Mode
+    sums: int
 
     @property
     def shape(self) -> tuple[tuple[int, ...], ...]:
         """As compiled code gets it."""
-        numbers = (self.rows, self.groups, self.vectors, 1 + _ROWS.index(self.mode))
+        numbers = (self.rows, self.groups, self.vectors, 1 + _ROWS.index(self.mode), self.sums)
         return tuple((0,) * number for number in numbers)
 
     @classmethod
     def of_type(cls, shape: Any) -> Tile:
         """From the Numba type of a shape."""
-        rows, groups, vectors, mode = (kind.count for kind in shape)
-        return cls(rows, groups, vectors, _ROWS[mode - 1])
+        rows, groups, vectors, mode, sums = (kind.count for kind in shape)
+        return cls(rows, groups, vectors, _ROWS[mode - 1], sums)
+
+    def turns(self, sums_of_row: int) -> list[range]:
+        """The rows in turns, as even as can be, whose sums stay in registers, where each has so many.
+
+        >>> Tile(8, 1, 1, MODES["f32"], sums=6).turns(1)
+        [range(0, 4), range(4, 8)]
+        """
+        num_turns = -(-self.rows // max(self.sums // sums_of_row, 1))
+        size = -(-self.rows // num_turns)
+        return [range(first, min(first + size, self.rows)) for first in range(0, self.rows, size)]

@@ -51,6 +51,7 @@ class NumbaBackend:
         mode = mode_for(pool.kv_dtype)
         assert mode is not None, pool.kv_dtype
         self.mode = MODES[mode]
+        self.rows_of_extends = numba_cpu.rows_of_extends(self.mode.name)
         self.num_threads = torch.get_num_threads()
         self._word = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[pool.k[0].itemsize]
         self._k_words = [pages.view(self._word).numpy() for pages in pool.k]  # the same memory
@@ -110,7 +111,8 @@ class NumbaBackend:
         """Compile what the model needs, or load it from disk, so that no request waits for it."""
         groups = {layer.num_q_heads // layer.kv.num_kv_heads for layer in needs.layers}
         with log_if_slow("the attention kernels"):
-            for rows in sorted({min(group, numba_cpu.MAX_ROWS) for group in groups} | {numba_cpu.MAX_ROWS}):
+            of_decodes = {min(group, numba_cpu.MAX_ROWS) for group in groups}
+            for rows in sorted(of_decodes | {self.rows_of_extends}):
                 numba_cpu.attention_tiles(self.mode.name, rows)
             numba_cpu.attention_worker()
             numba_merge.merge_worker()
@@ -179,6 +181,7 @@ class NumbaPlan:
             num_tokens=metadata.num_tokens,
             num_threads=self._num_threads,
             merge_all=key.has_sinks,
+            rows_of_extends=self._backend.rows_of_extends,
         )
 
     # -- running -----------------------------------------------------------------------------------------------------

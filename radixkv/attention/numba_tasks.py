@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,15 +83,25 @@ class Work(NamedTuple):
     num_tokens: int  # that all tasks read, to judge how many threads pay
 
 
-def plan_work(reads: Sequence[Read], heads: Heads, *, num_tokens: int, num_threads: int, merge_all: bool) -> Work:
+def plan_work(
+    reads: Sequence[Read],
+    heads: Heads,
+    *,
+    num_tokens: int,
+    num_threads: int,
+    merge_all: bool,
+    rows_of_extends: int = MAX_ROWS,
+) -> Work:
     """Cut `reads` of a batch of `num_tokens` into tasks. O(rows of all tasks).
 
     Every token's positions are covered once; where several reads or splits cover them, its rows are merged. `merge_all`
-    merges every row, which is where sinks join.
+    merges every row, which is where sinks join. Tasks have the rows of one token, or `rows_of_extends` where there are
+    more.
     """
-    small = [read for read in reads if len(read.tokens) * heads.group < MAX_ROWS]
-    large = [read for read in reads if len(read.tokens) * heads.group >= MAX_ROWS]
-    kinds = [(min(heads.group, MAX_ROWS), small), (MAX_ROWS, large)]
+    is_large = [len(read.tokens) > 1 and len(read.tokens) * heads.group >= rows_of_extends for read in reads]
+    small = [read for read, large in zip(reads, is_large, strict=True) if not large]
+    large = list(itertools.compress(reads, is_large))
+    kinds = [(min(heads.group, MAX_ROWS), small), (rows_of_extends, large)]
     tiles = [_tiles(chosen, rows, heads) for rows, chosen in kinds if chosen]
     num_read = sum(int(tile.lengths.sum()) for tile in tiles) * heads.num_kv_heads
     split_tokens = max(MIN_SPLIT_TOKENS, -(-num_read // (num_threads * TASKS_PER_THREAD) // LANES) * LANES)
