@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -14,7 +16,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 import radixkv
-from radixkv.cli.app import OneLineErrors, app
+from radixkv.cli.app import COMMANDS, Commands, app
 from radixkv.cli.size_report import readable_bytes
 from radixkv.errors import ConfigError
 
@@ -307,10 +309,18 @@ def test_version() -> None:
 
 
 def test_the_application_alone_imports_nothing_heavy() -> None:
-    heavy = "{'torch', 'transformers', 'numba', 'huggingface_hub'}"
-    code = f"import sys, radixkv.cli.app; print(sorted({heavy} & set(sys.modules)))"
+    heavy = "{'torch', 'transformers', 'numba', 'huggingface_hub', 'numpy', 'jinja2', 'radixkv.cache'}"
+    show_help = "from radixkv.cli.app import app; app(['--help'], standalone_mode=False)"
+    code = f"import sys; {show_help}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    assert done.stdout.endswith("\n[]\n")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_listed_with_what_its_docstring_says_first(name: str) -> None:
+    command = getattr(importlib.import_module(f"radixkv.cli.{name}"), name)
+    first_paragraph = inspect.getdoc(command).split("\n\n")[0]
+    assert COMMANDS[name] == " ".join(first_paragraph.split())
 
 
 def test_wrong_command_lines() -> None:
@@ -319,7 +329,7 @@ def test_wrong_command_lines() -> None:
 
 
 def failing_app(error: BaseException) -> typer.Typer:
-    failing = typer.Typer(cls=OneLineErrors)
+    failing = typer.Typer(cls=Commands)
 
     @failing.callback()
     def root() -> None: ...

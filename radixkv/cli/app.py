@@ -1,7 +1,8 @@
 """The `radixkv` application: its commands, and how their errors reach the user.
 
-A command is a function in a module of its own, registered here. Modules of commands import nothing heavy at the top:
-torch and transformers are imported inside the functions, so that `radixkv --help` answers at once.
+A command is a function in a module of its own, listed here. The module is imported when the command is run or
+explained, so that `radixkv --help` answers at once; and it imports nothing heavy at the top: torch and transformers are
+imported inside the functions.
 """
 
 from __future__ import annotations
@@ -14,19 +15,23 @@ from functools import partial
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from radixkv.cli.chat import CHAT_EPILOG, chat
-from radixkv.cli.explain import EXPLAIN_EPILOG, explain
-from radixkv.cli.generate import GENERATE_EPILOG, generate
-from radixkv.cli.replay import REPLAY_EPILOG, replay
-from radixkv.cli.size import SIZE_EPILOG, size
 from radixkv.cli.standard_streams import OUTPUT_ERRNOS, abandon_stdout, flush_stdout
-from radixkv.cli.tree import TREE_EPILOG, tree
 from radixkv.errors import RadixKVError
 
+COMMANDS = {  # each is a function of the module of its name; what it does is the first paragraph of its docstring
+    "generate": "Continue prompts with a model. Several run as one batch, and what they share is computed once.",
+    "chat": "Chat with a model; answers appear as they are written. Each turn computes only what is new in it.",
+    "tree": "Run prompts, then draw the radix tree: which beginnings they share, and what is kept of them.",
+    "size": "Tell what a model's KV cache costs, per token, sequence and batch, and the largest batch a memory holds.",
+    "replay": "Replay a trace of requests through the radix tree, and tell what each policy hits at each size.",
+    "explain": "Cache the prompts of one file; then explain how far each of another is found, and why not further.",
+}
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+_STYLE: dict[str, Any] = {"rich_markup_mode": "markdown", "add_completion": False, "pretty_exceptions_enable": False}
 
 # What a wrong command line raises; before typer brought its own, it was click's.
 _CommandLineError: type[Exception] = (
@@ -34,8 +39,30 @@ _CommandLineError: type[Exception] = (
 )
 
 
-class OneLineErrors(TyperGroup):
-    """A group of commands whose errors are one line on stderr and exit code 2, never a traceback."""
+class Commands(TyperGroup):
+    """The commands, each imported when it is asked for. Errors are one line on stderr and exit code 2, no traceback."""
+
+    _lists = False  # while help lists the commands, what they do is enough
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*COMMANDS, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        if self._lists:
+            return TyperCommand(cmd_name, help=COMMANDS[cmd_name])
+        module = importlib.import_module(f"radixkv.cli.{cmd_name}")
+        single = typer.Typer(**_STYLE)
+        single.command(cmd_name, epilog=getattr(module, f"{cmd_name.upper()}_EPILOG"))(getattr(module, cmd_name))
+        return typer.main.get_command(single)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self._lists = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self._lists = False
 
     def main(
         self,
@@ -86,12 +113,10 @@ def _report(message: str) -> int:
 
 app = typer.Typer(
     name="radixkv",
-    cls=OneLineErrors,
+    cls=Commands,
     help="Serve language models from a radix-tree KV cache: prompts that share a beginning share its computation.",
     epilog="`radixkv COMMAND --help` explains a command and shows examples.",
-    rich_markup_mode="markdown",
-    add_completion=False,
-    pretty_exceptions_enable=False,
+    **_STYLE,
 )
 
 
@@ -113,11 +138,3 @@ def _root(
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-app.command("generate", epilog=GENERATE_EPILOG)(generate)
-app.command("chat", epilog=CHAT_EPILOG)(chat)
-app.command("tree", epilog=TREE_EPILOG)(tree)
-app.command("size", epilog=SIZE_EPILOG)(size)
-app.command("replay", epilog=REPLAY_EPILOG)(replay)
-app.command("explain", epilog=EXPLAIN_EPILOG)(explain)

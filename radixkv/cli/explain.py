@@ -89,7 +89,7 @@ def explain(
     ] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt, each on a line.")] = False,
 ) -> None:
-    """Cache the prompts of one file; then explain how far each prompt of another is found, and why not further.
+    """Cache the prompts of one file; then explain how far each of another is found, and why not further.
 
     Shown is the text around the first difference. Each prompt of the second file is looked up in what the first file
     has left; looking changes nothing.
