@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import zlib
 from collections.abc import Iterator
@@ -38,6 +39,20 @@ def can_cache() -> bool:
         )
         return False
     return True
+
+
+def kept_folder() -> Path | None:
+    """Where what was measured on this machine can be kept: where Numba keeps compiled code. None if nowhere."""
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    folders = [Path(chosen)] if chosen else [Path(__file__).parent / "__pycache__", Path.home() / ".cache" / "radixkv"]
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    return None
 
 
 def cache_depends_on(*modules: ModuleType) -> int:

@@ -78,9 +78,9 @@ class Case:
         sink_queries = self.sink_queries if options.get("sink_tokens") else None
         return AttentionParams(scale=self.q.shape[-1] ** -0.5, sinks=sinks, sink_queries=sink_queries, **options)
 
-    def needs(self, params: AttentionParams) -> AttentionNeeds:
+    def needs(self, params: AttentionParams, long_extends: str | None = None) -> AttentionNeeds:
         layer = LayerAttention(self.layer, self.num_q_heads, params)
-        return AttentionNeeds((layer,), self.page_size, self.dtype, self.device, self.kv_dtype)
+        return AttentionNeeds((layer,), self.page_size, self.dtype, self.device, self.kv_dtype, long_extends)
 
     def pool(self, layout: Any) -> KVPool:
         """A pool of that layout that holds the sequences, and NaN wherever nothing was written."""
@@ -98,9 +98,9 @@ class Case:
         pool.write(0, slots, self.k[slots.cpu()].to(self.device), self.v[slots.cpu()].to(self.device))
         return pool
 
-    def plan(self, name: str, params: AttentionParams) -> AttentionPlan:
+    def plan(self, name: str, params: AttentionParams, long_extends: str | None = None) -> AttentionPlan:
         """The backend's plan for the batch. Raises: UnsupportedBackendError."""
-        needs = self.needs(params)
+        needs = self.needs(params, long_extends)
         backend_class = choose_backend(name, needs)
         return backend_class(self.pool(backend_class.layout(needs)), needs).plan(self.metadata)
 
@@ -130,9 +130,11 @@ class Case:
             sink_queries=None if params.sink_queries is None else params.sink_queries.double().cpu(),
         )
 
-    def check(self, name: str, params: AttentionParams, tolerance: float | None = None) -> None:
+    def check(
+        self, name: str, params: AttentionParams, tolerance: float | None = None, long_extends: str | None = None
+    ) -> None:
         """The backend's output is the reference's."""
-        found = self.plan(name, params).attend(0, self.q, params)
+        found = self.plan(name, params, long_extends).attend(0, self.q, params)
         tolerance = tolerance or TOLERANCE[self.dtype]
         torch.testing.assert_close(found.double().cpu(), self.expected(params), rtol=0, atol=tolerance)
 

@@ -64,6 +64,7 @@ class AttentionNeeds:
         dtype: of queries, keys and values.
         device: where the model runs.
         kv_dtype: what the pool keeps KV as: "auto" (`dtype`), or one of `memory.kv_codes.CODE_FORMS`.
+        long_extends: how a backend that can choose computes them: "kernel", "dense"; None lets it choose.
     """
 
     layers: tuple[LayerAttention, ...]
@@ -71,6 +72,7 @@ class AttentionNeeds:
     dtype: torch.dtype
     device: torch.device
     kv_dtype: str = "auto"
+    long_extends: str | None = None
 
 
 class AttentionPlan(Protocol):
@@ -122,6 +124,16 @@ class GraphPlan(AttentionPlan, Protocol):
 
         Each sequence computes one token. The slots of `metadata` are not read: those are the plan's own.
         """
+        ...
+
+
+@runtime_checkable
+class ChoosesExtends(Protocol):
+    """A backend that computes long extends in one of two ways."""
+
+    @property
+    def long_extends(self) -> str:
+        """The one that it took: "kernel" or "dense"."""
         ...
 
 

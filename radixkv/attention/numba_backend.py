@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
+import llvmlite.binding as llvm
 import numpy as np
 import torch
 from torch import Tensor
 
 from radixkv.attention.backend import AttentionNeeds, AttentionParams, why_not_keys_and_values
-from radixkv.attention.dense_extends import first_visible
-from radixkv.attention.metadata import AttentionMetadata
+from radixkv.attention.dense_extends import DenseExtends, first_visible
+from radixkv.attention.extend_choice import LongExtends, faster_of, is_known, remembered
+from radixkv.attention.metadata import AttentionMetadata, SequenceSpan, build_metadata
 from radixkv.attention.numba_tasks import Heads, Read, Work, plan_work
 from radixkv.attention.shared_prefix import NEVER, NO_CASCADE, BreakEven, plan_cascade
 from radixkv.kernels import numba_arguments, numba_cpu, numba_merge, openmp
 from radixkv.kernels.compiling import log_if_slow
 from radixkv.kernels.numba_emitter import LANES
 from radixkv.kernels.numba_modes import MODES, mode_for
+from radixkv.kernels.processor import this_processor
 from radixkv.memory.kv_codes import code_form, is_quantized
 from radixkv.memory.kv_pool import KVLayout, KVPool
+from radixkv.memory.quantized_pool import make_kv_pool
 
+MIN_DENSE_TOKENS = 256  # of an extend, from where on it is long; shorter ones are our kernel's
 MIN_TOKENS_PER_THREAD = 128  # below it waking a thread costs more than it computes
 
 LARGEST_GROUP_TO_SHARE = 4
@@ -51,12 +58,15 @@ class NumbaBackend:
         mode = mode_for(pool.kv_dtype)
         assert mode is not None, pool.kv_dtype
         self.mode = MODES[mode]
+        self.long_extends = needs.long_extends or "kernel"
         self.rows_of_extends = numba_cpu.rows_of_extends(self.mode.name)
         self.num_threads = torch.get_num_threads()
         self._word = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[pool.k[0].itemsize]
         self._k_words = [pages.view(self._word).numpy() for pages in pool.k]  # the same memory
         self._v_words = [pages.view(self._word).numpy() for pages in pool.v]
         self._compile(needs)
+        if needs.long_extends is None and not is_known(this_processor(), needs.dtype):
+            self.long_extends = self._choose(needs)
 
     @staticmethod
     def why_not(needs: AttentionNeeds) -> str | None:
@@ -120,6 +130,13 @@ class NumbaBackend:
             nothing = [_float32(0, kv.num_kv_heads, dim) for dim in (kv.k_head_dim, kv.v_head_dim)]
             self.write(0, torch.empty(0, dtype=torch.int64, device=self.pool.device), *nothing)
 
+    def _choose(self, needs: AttentionNeeds) -> LongExtends:
+        """The faster way for extends of the first layer, timed on KV of its own, once on this machine."""
+        layer = next(layer for layer in needs.layers if layer.kv.holds_kv)
+        shape = (layer.num_q_heads, layer.kv, needs.dtype, needs.kv_dtype, needs.page_size, self.num_threads)
+        key = ", ".join(map(str, (llvm.get_host_cpu_name(), f"torch {torch.__version__}", *shape)))
+        return remembered(key, lambda: _measure(replace(needs, layers=(layer,))))
+
 
 class NumbaPlan:
     """The attention of one batch. See `AttentionPlan`."""
@@ -130,6 +147,8 @@ class NumbaPlan:
         self._num_threads = backend.num_threads
         self._work: dict[_Visible, Work] = {}  # planned when the first layer of its kind comes
         self._pages = np.ascontiguousarray(metadata.kv_indices, np.int32)
+        self._is_dense = (metadata.qo_lens >= MIN_DENSE_TOKENS) & (backend.long_extends == "dense")
+        self._dense = DenseExtends(self.pool, metadata, np.flatnonzero(self._is_dense))
 
     def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
         self._backend.write(layer, self._metadata.slots, k, v)
@@ -139,12 +158,16 @@ class NumbaPlan:
         out = _float32(q.shape[0], q.shape[1], kv.v_head_dim)
         heads = Heads(q.shape[1], kv.num_kv_heads)
         key = _Visible(heads, params.sliding_window, params.chunk_size, params.sink_tokens, params.sinks is not None)
-        if key not in self._work:
-            self._work[key] = self._plan_work(key)
-        if params.sink_tokens:
-            q = torch.cat([q, q if params.sink_queries is None else params.sink_queries])
-        self._attend(layer, self._work[key], self.pool.queries(q).float().contiguous(), params, out)
-        return out.to(q.dtype)
+        if not self._is_dense.all():
+            if key not in self._work:
+                self._work[key] = self._plan_work(key)
+            rows = q
+            if params.sink_tokens:
+                rows = torch.cat([q, q if params.sink_queries is None else params.sink_queries])
+            self._attend(layer, self._work[key], self.pool.queries(rows).float().contiguous(), params, out)
+        out = out.to(q.dtype)
+        self._dense.attend(layer, q, params, out)
+        return out
 
     # -- planning ----------------------------------------------------------------------------------------------------
 
@@ -156,7 +179,7 @@ class NumbaPlan:
         if key.sliding_window is None and key.chunk_size is None:
             cascade = plan_cascade(metadata, break_even(key.heads.group))
         reads = []
-        for i in range(metadata.num_sequences):
+        for i in np.flatnonzero(~self._is_dense):
             tokens = np.arange(metadata.qo_indptr[i], metadata.qo_indptr[i + 1])
             ends = np.arange(len(tokens)) + metadata.kv_lens[i] - len(tokens) + 1
             starts = first_visible(ends - 1, limits)
@@ -267,6 +290,36 @@ def break_even(group: int) -> BreakEven:
 def _float32(*shape: int) -> Tensor:
     """What the kernel writes to: it takes addresses alone, so the application's default dtype must not decide."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _measure(needs: AttentionNeeds) -> LongExtends:
+    """Time an extend by `MIN_DENSE_TOKENS` on four times as many tokens."""
+    last = 5 * MIN_DENSE_TOKENS
+    pages = np.arange(-(-last // needs.page_size), dtype=np.int32)
+    metadata, everything = (
+        build_metadata([SequenceSpan(first, last, pages)], page_size=needs.page_size, device=needs.device)
+        for first in (last - MIN_DENSE_TOKENS, 0)
+    )
+    layer = needs.layers[0]
+    pool = make_kv_pool(
+        NumbaBackend.layout(needs),
+        [layer.kv],
+        kv_dtype=needs.kv_dtype,
+        num_pages=len(pages),
+        page_size=needs.page_size,
+        dtype=needs.dtype,
+        device=needs.device,
+    )
+    k, v = (_ones(needs, last, layer.kv.num_kv_heads, dim) for dim in (layer.kv.k_head_dim, layer.kv.v_head_dim))
+    pool.write(0, everything.slots, k, v)
+    q = _ones(needs, MIN_DENSE_TOKENS, layer.num_q_heads, layer.kv.k_head_dim)
+    plain = AttentionParams(layer.params.scale)
+    plans = [NumbaBackend(pool, replace(needs, long_extends=way)).plan(metadata) for way in ("kernel", "dense")]
+    return faster_of(*(partial(plan.attend, 0, q, plain) for plan in plans))
+
+
+def _ones(needs: AttentionNeeds, *shape: int) -> Tensor:
+    return torch.ones(shape, dtype=needs.dtype, device=needs.device)
 
 
 def _why_not_codes(needs: AttentionNeeds) -> str | None:

@@ -15,6 +15,7 @@ from radixkv.attention.backend import (
     AttentionNeeds,
     AttentionParams,
     AttentionPlan,
+    ChoosesExtends,
     GraphableBackend,
     GraphPlan,
     LayerAttention,
@@ -54,6 +55,8 @@ class SplitBackend:
         self.name = window.name
         self.num_layers = len(layers)
         self._full, self._window, self._of_page = full, window, of_page
+        if isinstance(window, ChoosesExtends):
+            self.long_extends = window.long_extends
         self._in_window = [sees_window(layer.params) for layer in layers]
 
     def plan(self, metadata: AttentionMetadata) -> SplitPlan:

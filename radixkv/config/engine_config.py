@@ -93,6 +93,15 @@ class EngineConfig:
             "name under which you registered a backend."
         ),
     ] = "auto"
+    long_extends: Annotated[
+        str | None,
+        Setting(
+            "How the numba backend computes prompts from 256 new tokens on: kernel (ours, on the pages in place) or "
+            "dense (torch's product, on KV that is gathered first).",
+            choices=("kernel", "dense"),
+            unset="the faster one; where it is not known, both are timed once on this machine",
+        ),
+    ] = None
     eviction_policy: Annotated[
         str,
         Setting("Which unused prefixes go first: lru, lfu, slru, fifo, priority, ttl, cost or adaptive."),

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from radixkv.attention.backend import AttentionNeeds, choose_backend
+from radixkv.attention.backend import AttentionNeeds, ChoosesExtends, choose_backend
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.config import EngineConfig
 from radixkv.engine.gpu_sampling import DeviceSampler, sampling_kernels
@@ -84,7 +84,9 @@ def assemble(model: PreTrainedModel, tokenizer: Any | None = None, config: Engin
         layers = streaming.layers
         if not any(layer.params.sliding_window is None for layer in layers):
             context_tokens = MAX_CONTEXT_TOKENS
-    needs = AttentionNeeds(layers, config.page_size, model.dtype, model.device, config.kv_cache_dtype)
+    needs = AttentionNeeds(
+        layers, config.page_size, model.dtype, model.device, config.kv_cache_dtype, config.long_extends
+    )
     on_gpu = model.device.type == "cuda"
     memory = make_kv_memory(
         choose_backend(config.attention_backend, needs),
@@ -135,6 +137,7 @@ def _resolve(config: EngineConfig, model: PreTrainedModel, memory: KVMemory, lim
         kv_cache_tokens=num_pages * config.page_size,
         window_cache_tokens=None if num_window_pages is None else num_window_pages * config.page_size,
         attention_backend=memory.backend.name,
+        long_extends=memory.backend.long_extends if isinstance(memory.backend, ChoosesExtends) else None,
         max_running_requests=config.max_running_requests or min(256, config.max_batch_tokens),
         max_context_tokens=limit.tokens,
     )

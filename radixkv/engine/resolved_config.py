@@ -14,7 +14,7 @@ class ResolvedConfig:
     """As `EngineConfig`, with a value for each setting that was "auto" or None.
 
     What may still be None says that there is no such thing: `window_cache_tokens` if every layer keeps every page,
-    `window` without StreamingLLM.
+    `window` without StreamingLLM, `long_extends` where the backend has one way.
     """
 
     dtype: str
@@ -26,6 +26,7 @@ class ResolvedConfig:
     sinks: int
     kv_cache_dtype: str
     attention_backend: str
+    long_extends: str | None
     eviction_policy: str
     schedule_policy: SchedulePolicy
     max_batch_tokens: int
