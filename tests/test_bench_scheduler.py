@@ -27,7 +27,7 @@ def test_those_that_wait_lack_what_the_load_says(short: Short) -> None:
 def test_an_admission_takes_the_place_of_one_that_ended() -> None:
     with closing(LoadedScheduler(Load(running=2, waiting=4, prompt_tokens=64, short=Short.ROWS), seed=0)) as loaded:
         before = {request.id for request in loaded.scheduler.running}
-        assert loaded.timed_admission() > 0
+        assert min(loaded.timed_admission()) > 0
         assert len(before & {request.id for request in loaded.scheduler.running}) == 1
         loaded.settle()
         assert (len(loaded.scheduler.running), len(loaded.scheduler.waiting)) == (2, 4)

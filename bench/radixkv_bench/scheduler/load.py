@@ -22,6 +22,7 @@ from radixkv.memory.req_to_token import ReqToTokenPool
 PAGE_SIZE = 16
 SHARED_SHARE = 0.75  # of each prompt, which it shares with others
 PROMPTS_A_HEAD = 8
+UNTIMED_ADMISSIONS = 10
 OUTPUT_TOKENS = 2048  # of a request at most, so --steps and --admissions together, too
 VOCABULARY = 32_000
 
@@ -47,13 +48,15 @@ class Load:
 class Costs:
     """Processor time, in µs.
 
-    `steps`: of each step that gives every running request its next token. `admissions`: of each step in which one of
-    them has ended and another takes its place, less the median of `steps`. `matches`: of `cache.acquire` and `release`
-    for such a prompt alone.
+    `steps`: of each step that gives every running request its next token. When one of them has ended and another takes
+    its place, `admissions`: of choosing that step, less the median of choosing `steps`; `shares`: of sharing what the
+    ended one computed and what the step did, and of giving back. `matches`: of `cache.acquire` and `release` for such a
+    prompt alone.
     """
 
     steps: list[float]
     admissions: list[float]
+    shares: list[float]
     matches: list[float]
 
 
@@ -100,22 +103,32 @@ class LoadedScheduler:
     def step(self) -> list[Span]:
         """Choose a step's tokens, and compute them in no time."""
         batch = self.scheduler.next_batch()
+        self._compute(batch)
+        return batch
+
+    def _compute(self, batch: list[Span]) -> None:
         for span in batch:
             self.scheduler.computed(span)
             if span.samples:
                 span.request.append(1)
-        return batch
 
-    def timed_step(self) -> float:
-        """Processor time of one step, in µs."""
+    def timed_step(self) -> tuple[float, float]:
+        """Processor time of choosing one step and of all else in it, in µs."""
         started = time.process_time_ns()
-        self.step()
-        return (time.process_time_ns() - started) / 1e3
+        batch = self.scheduler.next_batch()
+        chosen = time.process_time_ns()
+        self._compute(batch)
+        return (chosen - started) / 1e3, (time.process_time_ns() - chosen) / 1e3
 
-    def timed_admission(self) -> float:
-        """Processor time of a step in which the oldest running request has ended, in µs; its followers end, too."""
-        self.scheduler.running[0].finish("stop")
-        return self.timed_step()
+    def timed_admission(self) -> tuple[float, float]:
+        """The same where the oldest running request has ended; all else is also to share it and give it back."""
+        request = self.scheduler.running[0]
+        request.finish("stop")
+        started = time.process_time_ns()
+        self.scheduler.release(request)
+        released_us = (time.process_time_ns() - started) / 1e3
+        choosing_us, computing_us = self.timed_step()
+        return choosing_us, released_us + computing_us
 
     def settle(self) -> None:
         """Compute what was admitted, and let another wait in its place."""
@@ -151,16 +164,20 @@ def measure(load: Load, *, steps: int, admissions: int, seed: int) -> Costs:
     try:
         loaded = LoadedScheduler(load, seed)
         times = [loaded.timed_step() for _ in range(steps)]
-        added: list[float] = []
-        matches: list[float] = []
+        costs = Costs([choosing + computing for choosing, computing in times], [], [], [])
         if load.waiting and load.short is Short.ROWS:
-            usual = float(np.median(times))
-            for _ in range(admissions):
-                added.append(loaded.timed_admission() - usual)
+            usual = float(np.median([choosing for choosing, _ in times]))
+            for _ in range(UNTIMED_ADMISSIONS):  # until each of those that compete was looked up, once in its life
+                loaded.timed_admission()
                 loaded.settle()
-                matches.append(loaded.timed_match())
+            for _ in range(admissions):
+                choosing, sharing = loaded.timed_admission()
+                costs.admissions.append(choosing - usual)
+                costs.shares.append(sharing)
+                loaded.settle()
+                costs.matches.append(loaded.timed_match())
         loaded.close()
-        return Costs(times, added, matches)
+        return costs
     finally:
         gc.enable()
 

@@ -30,6 +30,7 @@ def _cell(load: Load, costs: Costs) -> dict[str, Any]:
         "short_of": load.short.value,
         "step_us": _spread(costs.steps),
         "admission_us": _spread(costs.admissions),
+        "share_us": _spread(costs.shares),
         "match_us": _spread(costs.matches),
     }
 
@@ -48,18 +49,18 @@ def print_table(report: Report, console: Console) -> None:
         style="bold",
         highlight=False,
     )
-    headings = ("running", "waiting", "step\nmedian", "step\np99", "admission\nmedian", "of that\nmatch")
+    headings = ("running", "waiting", "step\nmedian", "step\np99", "admission\nmedian", "of that\nmatch", "sharing")
     table = number_table(("short of",), headings)
     for cell in loads:
-        step, admission, match = cell["step_us"], cell["admission_us"], cell["match_us"]
+        step = cell["step_us"]
+        of_admissions = [cell[name] for name in ("admission_us", "match_us", "share_us")]
         table.add_row(
             cell["short_of"],
             f"{cell['running']:,}",
             f"{cell['waiting']:,}",
             f"{step['median']:,.0f}",
             f"{step['p99']:,.0f}",
-            f"{admission['median']:,.0f}" if admission else "-",
-            f"{match['median']:,.0f}" if match else "-",
+            *(f"{spread['median']:,.0f}" if spread else "-" for spread in of_admissions),
         )
     console.print(table)
 
