@@ -1,4 +1,4 @@
-"""What `SamplingParams` asks of an engine: penalties, transforms, ends, log probabilities; alone, batched, retracted."""
+"""What `SamplingParams` asks of an engine: penalties, transforms, ends, log probabilities; alone and in batches."""
 
 from __future__ import annotations
 
