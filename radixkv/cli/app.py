@@ -20,6 +20,7 @@ from radixkv.cli.chat import CHAT_EPILOG, chat
 from radixkv.cli.explain import EXPLAIN_EPILOG, explain
 from radixkv.cli.generate import GENERATE_EPILOG, generate
 from radixkv.cli.replay import REPLAY_EPILOG, replay
+from radixkv.cli.serve import SERVE_EPILOG, serve
 from radixkv.cli.size import SIZE_EPILOG, size
 from radixkv.cli.standard_streams import OUTPUT_ERRNOS, abandon_stdout, flush_stdout
 from radixkv.cli.tree import TREE_EPILOG, tree
@@ -117,6 +118,7 @@ def _root(
 
 app.command("generate", epilog=GENERATE_EPILOG)(generate)
 app.command("chat", epilog=CHAT_EPILOG)(chat)
+app.command("serve", epilog=SERVE_EPILOG)(serve)
 app.command("tree", epilog=TREE_EPILOG)(tree)
 app.command("size", epilog=SIZE_EPILOG)(size)
 app.command("replay", epilog=REPLAY_EPILOG)(replay)

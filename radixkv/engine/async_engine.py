@@ -9,8 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from radixkv.cache.token_ids import TokenIds
 from radixkv.config import EngineConfig
 from radixkv.config.checks import checked_int
 from radixkv.engine.arguments import CacheOptions, Prompt, as_list_of_params, as_list_of_prompts, checked_cache_options
@@ -98,6 +101,18 @@ class AsyncEngine:
     def tokenizer(self) -> Any | None:
         """The tokenizer as it was given."""
         return self._parts.tokenizer
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.int32]:
+        """Ids of `text`, by default as a prompt; as `Engine.encode`."""
+        return await asyncio.to_thread(self._intake.encode, text, add_special_tokens=add_special_tokens)
+
+    def known_ids(self, ids: TokenIds) -> NDArray[np.int32]:
+        """`ids` as int32, all of them in the model's vocabulary. Raises: InvalidTokenIdsError, TokenIdsTypeError."""
+        return self._intake.known_ids(ids)
+
+    def require_tokenizer(self, what_for: str) -> Any:
+        """The tokenizer. Raises: MissingTokenizerError if the model came without one."""
+        return self._intake.require_tokenizer(what_for)
 
     async def generate(
         self,

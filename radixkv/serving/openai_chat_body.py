@@ -1,0 +1,183 @@
+"""The body of a request for a chat completion, and its messages as a chat template takes them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import Field
+
+from radixkv.serving.bodies import Body, GenerationBody
+from radixkv.serving.chat_prompts import Chat, Message
+from radixkv.serving.errors import bad_request
+
+TEXT_TYPES = ("text", "input_text", "output_text", "refusal")
+
+
+class CacheBreakpoint(Body):
+    """The end of a prefix that is to be kept."""
+
+    mode: Literal["explicit"] = "explicit"
+    ttl: Literal["30m", "12h"] | None = None
+
+
+class ContentPart(Body):
+    """A part of a message. Parts other than texts are refused."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+    prompt_cache_breakpoint: CacheBreakpoint | None = None
+
+
+class FunctionCall(Body):
+    """What a model called a function with."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    """A call of a tool."""
+
+    id: str | None = None
+    type: str = "function"
+    function: FunctionCall
+
+
+class ChatMessage(Body):
+    """A turn."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+
+
+class FunctionDefinition(Body):
+    """A function that the model may call."""
+
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class JsonSchema(Body):
+    """A schema that the answer must fit."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """What form the answer must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class ChatBody(GenerationBody):
+    """A request for a chat completion."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    # accepted, and without meaning here
+    metadata: dict[str, Any] | None = None
+    modalities: list[str] | None = None
+    prompt_cache_key: str | None = None
+    reasoning_effort: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    verbosity: str | None = None
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """New tokens at most, under either name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def asked_tokens_field(self) -> str:
+        """Under which name."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    def chat(self) -> Chat:
+        """The conversation, as a chat template takes it. Raises: ApiError."""
+        offered = [] if self.tool_choice == "none" else self.tools or []
+        return Chat(
+            messages=[_message(message, f"messages[{i}]") for i, message in enumerate(self.messages)],
+            tools=[tool.model_dump(exclude_none=True) for tool in offered],
+            kwargs=_kwargs(self.chat_template_kwargs or {}),
+            continues=bool(self.continue_final_message),
+        )
+
+
+_OURS = ("tokenize", "add_generation_prompt", "continue_final_message", "messages", "conversation", "tools")
+
+
+def _kwargs(given: dict[str, Any]) -> dict[str, Any]:
+    for name in given:
+        if name in _OURS or name.startswith("return_"):
+            raise bad_request(f"chat_template_kwargs must not set {name[:100]!r}", "chat_template_kwargs")
+    return given
+
+
+def _message(message: ChatMessage, place: str) -> Message:
+    turn: Message = {"role": "system" if message.role == "developer" else message.role}
+    turn["content"] = content_text(message.content, f"{place}.content")
+    if message.tool_calls:
+        turn["tool_calls"] = [_tool_call(call, f"{place}.tool_calls[{i}]") for i, call in enumerate(message.tool_calls)]
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if (value := getattr(message, name)) is not None:
+            turn[name] = value
+    return turn
+
+
+def content_text(content: str | list[ContentPart] | None, place: str) -> str:
+    """The text of a message. Raises: ApiError if a part is no text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for number, part in enumerate(content):
+        text = part.refusal if part.type == "refusal" else part.text
+        if part.type not in TEXT_TYPES or text is None:
+            raise bad_request(
+                f"{place}[{number}]: parts must be texts, {{'type': 'text', 'text': …}}; got type {part.type[:40]!r}",
+                f"{place}[{number}]",
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _tool_call(call: ToolCall, place: str) -> Message:
+    """A call as templates take it: with its arguments as an object."""
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except ValueError as error:
+        raise bad_request(f"{place}.function.arguments must be JSON", f"{place}.function.arguments") from error
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.function.name, "arguments": arguments},
+    }
