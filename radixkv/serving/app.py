@@ -12,7 +12,8 @@ from starlette.responses import JSONResponse, Response
 from radixkv.serving import openai_chat, openai_completions, openai_tokens
 from radixkv.serving.errors import as_api_error
 from radixkv.serving.gatekeeper import Gatekeeper
-from radixkv.serving.service import Service
+from radixkv.serving.metrics import CONTENT_TYPE
+from radixkv.serving.service import Service, require_admin
 
 
 def make_app(service: Service) -> FastAPI:
@@ -43,6 +44,12 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         """Whether the engine lives and steps."""
         await service.check_health()
         return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        """What Prometheus collects."""
+        require_admin(request)
+        return Response(service.metrics.render(await service.engine.stats()), media_type=CONTENT_TYPE)
 
     @app.get("/ready")
     async def ready() -> Response:

@@ -11,6 +11,7 @@ from radixkv.serving.errors import ApiError, as_api_error
 from radixkv.serving.service import Service
 from radixkv.serving.streaming import ClientGoneError
 
+CLIENT_GONE = 499  # nginx's number for it; nobody receives it
 OPEN_PATHS = frozenset({"/health", "/ready"})
 ADMITTED_PATHS = frozenset(
     {
@@ -43,11 +44,13 @@ class Gatekeeper:
         try:
             await self._serve(scope, receive, answer)
         except ClientGoneError:
-            pass
+            answer.status = CLIENT_GONE
         except Exception as error:
             api_error = as_api_error(error)
-            if not answer.has_begun:
-                await api_error.response(_path(scope))(scope, receive, send)
+            if answer.status is None:
+                await api_error.response(_path(scope))(scope, receive, answer)
+        finally:
+            self._service.metrics.count_answer(_path(scope), answer.status or CLIENT_GONE)
 
     async def _serve(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         path, headers = _path(scope), Headers(scope=scope)
@@ -63,14 +66,15 @@ class Gatekeeper:
 
 
 class _Answer:
-    """Sends, and knows whether the answer has begun."""
+    """Sends, and knows the status of the answer; None before it has begun."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self.has_begun = False
+        self.status: int | None = None
 
     async def __call__(self, message: Message) -> None:
-        self.has_begun = True
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
         await self._send(message)
 
 
@@ -107,6 +111,5 @@ def _path(scope: Scope) -> str:
 def _key(headers: Headers) -> str | None:
     """The key that a request carries: as OpenAI's clients send it, or as Anthropic's do."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and token:
-        return token.strip()
-    return headers.get("x-api-key")
+    key = token.strip() if scheme.lower() == "bearer" and token else headers.get("x-api-key")
+    return None if key is None else key.encode("latin-1").decode("utf-8", "surrogateescape")  # headers are bytes

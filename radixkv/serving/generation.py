@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -67,7 +67,10 @@ class Generation:
         cache_use: CacheUse,
         *,
         num_choices: int = 1,
+        on_output: Callable[[RequestOutput], object] = lambda output: None,
     ) -> None:
+        """on_output: called with the output of each choice that came to its end."""
+        self._on_output = on_output
         self._engine = engine
         self._cache_use = cache_use
         self.num_choices = num_choices
@@ -78,7 +81,7 @@ class Generation:
         """The output of each choice. Raises: as `AsyncEngine.generate`; ApiError if one failed."""
         arguments = self._cache_use.as_arguments()
         outputs = await self._engine.generate(self.prompts, self.params, **arguments)  # type: ignore[arg-type]
-        return [checked(output) for output in outputs]
+        return [self._checked(output) for output in outputs]
 
     async def pieces(self) -> AsyncGenerator[Piece]:
         """What each choice gains, as it comes; the last one of each carries its output. Raises: as `outputs`."""
@@ -90,8 +93,17 @@ class Generation:
         async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as pieces:
             async for piece in pieces:
                 if piece.progress.output is not None:
-                    checked(piece.progress.output)
+                    self._checked(piece.progress.output)
                 yield piece
+
+    def _checked(self, output: RequestOutput) -> RequestOutput:
+        """`output`, which came to its own end. Raises: ApiError if it failed, or the server was shut down."""
+        self._on_output(output)
+        if output.error is not None:
+            raise as_api_error(output.error)
+        if output.finish_reason == "abort":
+            raise shutting_down()
+        return output
 
     def usage(self, outputs: Sequence[RequestOutput]) -> Usage:
         """What `outputs`, one for each choice, used."""
@@ -103,15 +115,6 @@ class Generation:
             ),
             completion_tokens=sum(len(output.token_ids) for output in outputs),
         )
-
-
-def checked(output: RequestOutput) -> RequestOutput:
-    """`output`, which came to its own end. Raises: ApiError if it failed, or the server was shut down."""
-    if output.error is not None:
-        raise as_api_error(output.error)
-    if output.finish_reason == "abort":
-        raise shutting_down()
-    return output
 
 
 def _of_choice(params: SamplingParams, number: int) -> SamplingParams:

@@ -12,7 +12,6 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from radixkv.engine.request import RequestOutput
-from radixkv.serving.cache_use import cache_use
 from radixkv.serving.generation import Generation
 from radixkv.serving.openai_chat_body import ChatBody
 from radixkv.serving.openai_usage import usage_object
@@ -59,8 +58,7 @@ class _ChatCall:
             max_tokens_field=body.asked_tokens_field,
         )
         prompt = await service.chat_prompts.encode(body.chat())
-        use = cache_use(body, tenant_of(request))
-        return cls(service, body, Generation(service.engine, [prompt], params, use, num_choices=body.n or 1))
+        return cls(service, body, service.generation([prompt], params, body, tenant_of(request), body.n or 1))
 
     def answer(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The completion as a whole."""

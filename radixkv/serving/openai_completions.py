@@ -15,7 +15,6 @@ from starlette.responses import JSONResponse, Response
 from radixkv.engine.async_engine import AsyncEngine
 from radixkv.engine.request import RequestOutput
 from radixkv.serving.bodies import GenerationBody
-from radixkv.serving.cache_use import cache_use
 from radixkv.serving.chat_prompts import Ids
 from radixkv.serving.errors import bad_request
 from radixkv.serving.generation import Generation
@@ -78,8 +77,7 @@ class _CompletionCall:
             raise bad_request(f"best_of must be n, or left out; got {body.best_of}", "best_of")
         params = sampling_params(body, max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens)
         prompts = await _encode_all(service.engine, body.prompt)
-        use = cache_use(body, tenant_of(request))
-        return cls(service, body, Generation(service.engine, prompts, params, use, num_choices=body.n or 1))
+        return cls(service, body, service.generation(prompts, params, body, tenant_of(request), body.n or 1))
 
     def answer(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The completion as a whole."""

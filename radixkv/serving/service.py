@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from radixkv.config import ServerConfig
+from radixkv.config import SamplingParams, ServerConfig
 from radixkv.engine.async_engine import AsyncEngine
 from radixkv.errors import RadixKVError
 from radixkv.serving.admission import Admission
-from radixkv.serving.bodies import Body, UnknownFields
-from radixkv.serving.chat_prompts import ChatPrompts
+from radixkv.serving.bodies import Body, GenerationBody, UnknownFields
+from radixkv.serving.cache_use import cache_use
+from radixkv.serving.chat_prompts import ChatPrompts, Ids
 from radixkv.serving.errors import ApiError, as_api_error
+from radixkv.serving.generation import Generation
+from radixkv.serving.metrics import Metrics
 from radixkv.serving.streaming import EventStream, event
 from radixkv.serving.tenants import KeyRing, Tenant
 
@@ -36,6 +39,7 @@ class Service:
         self.keys = _key_ring(self.config)
         self.admission = Admission()
         self.chat_prompts = ChatPrompts(engine)
+        self.metrics = Metrics(self.model_name)
         self.unknown_fields = UnknownFields(strict=self.config.strict)
 
     def check_model(self, name: str | None) -> None:
@@ -48,6 +52,19 @@ class Service:
     def check_fields(self, body: Body) -> None:
         """Raises: ApiError if `body` has unknown fields and the server is strict."""
         self.unknown_fields.check(body)
+
+    def generation(
+        self, prompts: Sequence[Ids], params: SamplingParams, body: GenerationBody, tenant: Tenant, num_choices: int
+    ) -> Generation:
+        """The requests that answer `tenant`'s call for `num_choices` of each prompt."""
+        return Generation(
+            self.engine,
+            prompts,
+            params,
+            cache_use(body, tenant),
+            num_choices=num_choices,
+            on_output=lambda output: self.metrics.observe(output, tenant.name),
+        )
 
     async def check_health(self) -> None:
         """Raises: ApiError if the engine does not live, or no step of it ends in time."""
@@ -65,6 +82,12 @@ class Service:
         return EventStream(
             events, keep_alive_s=self.config.keep_alive_s, on_error=lambda error: make(as_api_error(error))
         )
+
+
+def require_admin(request: Request) -> None:
+    """Raises: ApiError unless the one who asks may see and change what belongs to others."""
+    if not tenant_of(request).admin:
+        raise ApiError(403, "this needs the key of an administrator", code="admin_key_required")
 
 
 def tenant_of(request: Request) -> Tenant:
