@@ -18,7 +18,6 @@ from radixkv.errors import InvalidSamplingParamsError
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_tokens", 0),
         ("max_tokens", -1),
         ("max_tokens", 1.5),
         ("max_tokens", True),
@@ -46,6 +45,20 @@ from radixkv.errors import InvalidSamplingParamsError
         ("stop_token_ids", "12"),
         ("logprobs", -1),
         ("logprobs", 101),
+        ("prompt_logprobs", 101),
+        ("n", 0),
+        ("n", 129),
+        ("min_tokens", -1),
+        ("min_tokens", 129),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("repetition_penalty", 0),
+        ("logit_bias", {1: 101}),
+        ("logit_bias", {-1: 1}),
+        ("logit_bias", {"1": 1}),
+        ("logit_bias", {1: math.nan}),
+        ("logit_bias", [1]),
+        ("logits_transform", 5),
     ],
 )
 def test_errors_name_the_field(field: str, value: object) -> None:

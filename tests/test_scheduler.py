@@ -39,7 +39,7 @@ def make_core(**settings: object) -> tuple[EngineCore, Callable[[list[int], Samp
     core, intake = EngineCore(parts), parts.new_intake()
 
     def submit(prompt: list[int], params: SamplingParams) -> int:
-        request = intake.make(intake.check(prompt, params), params, CacheOptions(), streams=False)
+        (request,) = intake.make(intake.check(prompt, params), params, CacheOptions(), streams=False)
         core.add(request)
         return request.id
 
@@ -188,12 +188,11 @@ def test_abort_while_waiting_and_while_running() -> None:
     assert (progress.request_id, len(progress.token_ids), progress.output) == (ids[0], 1, None)
     assert (core.stats().running, core.stats().waiting) == (1, 1)
     for request_id, num_tokens in zip(ids, (1, 0), strict=True):
-        last = core.abort(request_id)
-        assert last is not None
+        (last,) = core.abort(request_id)
         assert last.output is not None
         assert (last.token_ids, last.output.finish_reason) == ([], "abort")
         assert len(last.output.token_ids) == num_tokens
-        assert core.abort(request_id) is None, "it has ended"
+        assert core.abort(request_id) == [], "it has ended"
         core.check_invariants()
     assert (core.stats().running, core.stats().waiting) == (0, 0)
     assert core.step() == []

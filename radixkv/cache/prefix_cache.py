@@ -520,6 +520,46 @@ class PrefixCache:
         finally:
             self.tree.dec_lock_ref(node)
 
+    def keep(
+        self,
+        ids: TokenIds,
+        *,
+        extra_key: str | None = None,
+        cache_salt: str | None = None,
+        priority: int = 0,
+        keep_for_s: float | None = None,
+    ) -> int:
+        """Let what is cached of `ids`, and nothing after it, outlive others, as `keep_for_s` of `acquire` does.
+
+        It is a use of the prefix, and counts as no request. The last page is kept whole, also if `ids` end in it.
+        O(tokens + depth).
+
+        Returns: how many leading tokens of `ids` are cached, and kept now.
+        Raises: InvalidRequestError for a key that is no text, a `keep_for_s` outside 0 to ten years, a `priority` that
+            is no integer of 64 bits; TokenIdsTypeError, InvalidTokenIdsError.
+
+        >>> cache = PrefixCache(num_pages=4, page_size=2)
+        >>> with cache.acquire([1, 2, 3, 4]) as lease:
+        ...     _ = lease.commit([1, 2, 3, 4])
+        >>> cache.keep([1, 2, 9], keep_for_s=60)
+        2
+        """
+        tokens, namespace = token_array(ids), Namespace.of(extra_key, cache_salt)
+        priority, keep_for_s = checked_priority(priority), checked_keep_for_s(keep_for_s)
+        self._reap()
+        match = self.tree.match_tokens(tokens, namespace)
+        rest = tokens[match.length :]
+        partial = self.tree.find_partial(match.node, rest) if self.shares_partial_pages else None
+        node = match.node
+        if partial is not None:  # cut after its first page, so that nothing after that is kept
+            ids_of_page = np.concatenate([tokens[: match.length], partial.node.token_ids[: self.page_size]])
+            node = partial.node
+            if node.num_tokens > self.page_size:
+                node = self.tree.match_tokens(ids_of_page, namespace).node
+        if node.parent is not None:
+            self.tree.retain(node, priority=priority, keep_for_s=keep_for_s)
+        return match.length + (0 if partial is None else partial.num_tokens)
+
     def held(self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None) -> HeldPrefix:
         """How many leading tokens of `ids` are cached now, in which pages. Changes nothing. O(tokens + depth).
 

@@ -85,7 +85,7 @@ def _metavar(field: SettingField) -> str | None:
     setting = field.setting
     if field.type not in (int, float):
         return None
-    if field.type is int or setting.maximum is None:
+    if field.type is int or (setting.maximum is None and setting.minimum is not None):
         return f"<{field.type.__name__} >= {setting.minimum}>"
     return f"<float{setting.bounds}>"
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from radixkv.config.setting import Setting, check_settings, described
 from radixkv.errors import InvalidSamplingParamsError
 
 MAX_LOGPROBS = 100
 MAX_SEED = 2**63 - 1
+MAX_CHOICES = 128
+MAX_LOGIT_BIAS = 100
 
 
 @described
@@ -21,9 +23,30 @@ class SamplingParams:
     max_tokens: Annotated[
         int,
         Setting(
-            "New tokens at most. Generation also ends at the context's or the pool's limit.", unit="tokens", minimum=1
+            "New tokens at most. Generation also ends at the context's or the pool's limit. 0 computes the prompt "
+            "alone, so that later requests find it cached.",
+            unit="tokens",
+            minimum=0,
         ),
     ] = 128
+    min_tokens: Annotated[
+        int,
+        Setting(
+            "New tokens before one that ends the output: until then no stop id and no `stop` text ends it.",
+            unit="tokens",
+            minimum=0,
+        ),
+    ] = 0
+    n: Annotated[
+        int,
+        Setting(
+            "Choices: outputs for one prompt, which is computed once. Each draws by a seed of its own, the first by "
+            "`seed`.",
+            unit="choices",
+            minimum=1,
+            maximum=MAX_CHOICES,
+        ),
+    ] = 1
     temperature: Annotated[
         float, Setting("0 takes the likeliest token (greedy); above 0, logits are divided by it.", minimum=0)
     ] = 0.0
@@ -47,6 +70,40 @@ class SamplingParams:
             maximum=1,
         ),
     ] = 0.0
+    presence_penalty: Annotated[
+        float,
+        Setting("Subtracted from the logit of each token that the output holds already.", minimum=-2, maximum=2),
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float,
+        Setting("Subtracted from the logit of each token, times how often the output holds it.", minimum=-2, maximum=2),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        Setting(
+            "Divides positive logits of tokens that prompt or output hold, and multiplies negative ones (Keskar et al. "
+            "2019).",
+            minimum=0.01,
+            maximum=100,
+        ),
+    ] = 1.0
+    logit_bias: Annotated[
+        Mapping[int, float] | None,
+        Setting(
+            "Added to the logits of these tokens, after the penalties.",
+            minimum=-MAX_LOGIT_BIAS,
+            maximum=MAX_LOGIT_BIAS,
+            unset="no bias",
+        ),
+    ] = None
+    logits_transform: Annotated[
+        Callable[[], Any] | None,
+        Setting(
+            "Called for each output; returns a LogitsTransform, which may change the logits before a token is chosen, "
+            "for instance by a grammar.",
+            unset="no transform",
+        ),
+    ] = None
     seed: Annotated[
         int | None,
         Setting(
@@ -73,14 +130,33 @@ class SamplingParams:
             unset="no report",
         ),
     ] = None
+    prompt_logprobs: Annotated[
+        int | None,
+        Setting(
+            "Report the same for each prompt token. The prompt is computed from its start, whatever is cached of it.",
+            unit="tokens",
+            minimum=0,
+            maximum=MAX_LOGPROBS,
+            unset="no report",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         check_settings(self, InvalidSamplingParamsError)
+        if self.min_tokens > self.max_tokens:
+            raise InvalidSamplingParamsError(
+                f"min_tokens must be at most max_tokens ({self.max_tokens}), not {self.min_tokens}"
+            )
 
     @property
     def stops(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens that were there before have other logits."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
     @property
     def is_greedy(self) -> bool:

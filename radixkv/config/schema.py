@@ -17,14 +17,14 @@ TEXT: Schema = {"type": "string", "minLength": 1}
 
 
 def schema_of(settings: type) -> Schema:
-    """The JSON schema of `settings`, a class such as `SamplingParams`. Units are in "x-unit".
+    """The JSON schema of `settings`, a class such as `SamplingParams`. Units are in "x-unit"; functions are left out.
 
     >>> from radixkv import SamplingParams
     >>> schema = schema_of(SamplingParams)["properties"]["top_p"]
     >>> schema["type"], schema["exclusiveMinimum"], schema["maximum"], schema["default"]
     ('number', 0, 1, 1.0)
     """
-    fields = setting_fields(settings)
+    fields = [field for field in setting_fields(settings) if field.is_data]
     return {
         "title": settings.__name__,
         "type": "object",
@@ -57,4 +57,7 @@ def _values(field: SettingField) -> Schema:
         return {"type": "array", "items": {"type": "integer", **stated}}
     if field.type == list[str]:
         return {"anyOf": [dict(TEXT), {"type": "array", "items": dict(TEXT)}]}
+    if field.type == dict[int, float]:
+        numbers = {"type": "number", **stated}
+        return {"type": "object", "propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": numbers}
     return {**TYPES[field.type], **stated}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -59,7 +59,8 @@ class SettingField(NamedTuple):
     """A field of a class of settings.
 
     Attributes:
-        type: of values that are not None: int, float, bool, str, `list[int]` or `list[str]`.
+        type: of values that are not None: int, float, bool, str, `list[int]`, `list[str]`, `dict[int, float]` (whose
+            numbers the bounds are for) or Callable.
         optional: whether None is allowed.
         default: `dataclasses.MISSING` if the setting must be given.
     """
@@ -76,6 +77,11 @@ class SettingField(NamedTuple):
         return self.default is MISSING
 
     @property
+    def is_data(self) -> bool:
+        """Whether values can be written down, in JSON for instance."""
+        return self.type is not Callable
+
+    @property
     def allowed(self) -> str:
         """The allowed values in words."""
         setting = self.setting
@@ -89,6 +95,8 @@ class SettingField(NamedTuple):
                 str: "text",
                 list[int]: f"a list of integers{setting.bounds}",
                 list[str]: "text, or a list of texts, none of them empty",
+                dict[int, float]: f"a mapping of token ids to numbers{setting.bounds}",
+                Callable: "a function",
             }[self.type]
         return f"{words}, or None" if self.optional else words
 
@@ -121,6 +129,10 @@ def _field(field: dataclasses.Field[Any], hint: Any) -> SettingField:
     elif get_origin(kinds[-1]) is Sequence:  # `Sequence[int]`, or `str | Sequence[str]`
         (item,) = get_args(kinds[-1])
         kinds = [{int: list[int], str: list[str]}[item]]
+    elif get_origin(kinds[0]) is Mapping:
+        kinds = [dict[int, float]]
+    elif get_origin(kinds[0]) is Callable:
+        kinds = [Callable]
     (kind,) = kinds
     return SettingField(field.name, kind, NoneType in options, field.default, setting)
 
@@ -177,6 +189,8 @@ def _check_of_value(field: SettingField) -> Check:
         str: checked_text,
         list[int]: lambda name, value: _ids(name, value, bounds),
         list[str]: _texts,
+        dict[int, float]: lambda name, value: _numbers_of_ids(name, value, bounds),
+        Callable: _function,
     }
     return checks[field.type]
 
@@ -202,6 +216,18 @@ def _texts(name: str, value: object) -> object:
     for text in (value,) if isinstance(value, str) else value:
         if not checked_text(name, text):
             raise ConfigError(f"{name} holds an empty text")
+    return value
+
+
+def _numbers_of_ids(name: str, value: object, bounds: Bounds) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} is no mapping")
+    return {checked_int(name, key, 0): checked_number(name, number, bounds) for key, number in value.items()}
+
+
+def _function(name: str, value: object) -> object:
+    if not callable(value):
+        raise ConfigError(f"{name} is no function")
     return value
 
 

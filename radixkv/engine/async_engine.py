@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from radixkv.cache.insight.explanation import Explanation
+from radixkv.cache.namespace import Namespace
 from radixkv.cache.token_ids import TokenIds
 from radixkv.config import EngineConfig
 from radixkv.config.checks import checked_int
@@ -22,7 +24,7 @@ from radixkv.engine.core import EngineCore
 from radixkv.engine.core_thread import CoreThread, Reader
 from radixkv.engine.request import Progress, RequestOutput
 from radixkv.engine.resolved_config import ResolvedConfig
-from radixkv.engine.results import EngineStats, FinishedOutbox, Outbox
+from radixkv.engine.results import EngineStats, FinishedOutbox, GatheredOutputs, Outbox, ResetCache
 from radixkv.engine.sampling import SamplingParams
 from radixkv.models.loader import load
 
@@ -102,9 +104,10 @@ class AsyncEngine:
         """The tokenizer as it was given."""
         return self._parts.tokenizer
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.int32]:
-        """Ids of `text`, by default as a prompt; as `Engine.encode`."""
-        return await asyncio.to_thread(self._intake.encode, text, add_special_tokens=add_special_tokens)
+    @property
+    def max_context_tokens(self) -> int:
+        """The most tokens that prompt and output of one request may have."""
+        return self._parts.limit.tokens
 
     def known_ids(self, ids: TokenIds) -> NDArray[np.int32]:
         """`ids` as int32, all of them in the model's vocabulary. Raises: InvalidTokenIdsError, TokenIdsTypeError."""
@@ -125,7 +128,7 @@ class AsyncEngine:
         keep_for_s: float | None = None,
         on_finish: Callable[[RequestOutput], object] | None = None,
     ) -> list[RequestOutput]:
-        """Continue each prompt; returns the outputs in the order of the prompts.
+        """Continue each prompt; returns one output for each, in the order of the prompts.
 
         Arguments and errors as `Engine.generate`; also QueueFullError, EngineFailedError, ClosedError. If the task is
         cancelled, the requests are aborted and hold nothing.
@@ -134,22 +137,21 @@ class AsyncEngine:
         params_list = as_list_of_params(params, len(prompt_list))
         options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s)
         all_ids = await asyncio.to_thread(self._intake.check_all, prompt_list, params_list)
-        requests = [
+        by_prompt = [
             self._intake.make(ids, p, options, streams=False) for ids, p in zip(all_ids, params_list, strict=True)
         ]
-        request_ids = [request.id for request in requests]
-        outputs: dict[int, RequestOutput] = {}
-        reader = Reader(FinishedOutbox())
+        requests = [request for choices in by_prompt for request in choices]
+        gathered, reader = GatheredOutputs(by_prompt), Reader(FinishedOutbox())
         try:
             self._thread.submit(requests, reader)
-            while len(outputs) < len(requests):
+            while (outputs := gathered.take()) is None:
                 for output in await reader.take_outputs():
-                    outputs[output.request_id] = output
-                    if on_finish is not None:
-                        on_finish(output)
+                    whole = gathered.add(output)
+                    if whole is not None and on_finish is not None:
+                        on_finish(whole)
         finally:
-            self._thread.abandon(request_ids)
-        return [outputs[request_id] for request_id in request_ids]
+            self._thread.abandon([request.id for request in requests])
+        return outputs
 
     def stream(
         self,
@@ -163,6 +165,9 @@ class AsyncEngine:
     ) -> AsyncGenerator[Progress]:
         """Continue one prompt, piece by piece; the last piece carries the `RequestOutput`.
 
+        With `n` above 1 the pieces of all choices come as they are made, each with its `choice_index`, and the
+        last one of each choice carries its output.
+
         The request starts with the first `anext`. A slow reader holds nobody up: what it has not taken is joined.
         Closing the iterator aborts the request.
 
@@ -172,7 +177,7 @@ class AsyncEngine:
         return self._stream(prompt, params or SamplingParams(), options)
 
     async def abort(self, request_id: int) -> bool:
-        """End a waiting or running request now; its reader gets what it has, with the reason "abort".
+        """End a waiting or running request now, with all its choices; its reader gets what it has, and "abort".
 
         Returns: True if the request was waiting or running.
         """
@@ -183,9 +188,36 @@ class AsyncEngine:
         stats: EngineStats = await self._call(EngineCore.stats)
         return stats
 
-    async def reset_cache(self) -> None:
-        """Forget every prefix that no running request reads."""
-        await self._call(EngineCore.reset_cache)
+    async def reset_cache(self) -> ResetCache:
+        """Forget every prefix that no running request reads. O(nodes)."""
+        reset: ResetCache = await self._call(EngineCore.reset_cache)
+        return reset
+
+    async def explain(
+        self, prompt: Prompt, *, extra_key: str | None = None, cache_salt: str | None = None, as_admin: bool = False
+    ) -> Explanation:
+        """How far `prompt` is cached now, and why not further; as `Engine.explain`."""
+        namespace, ids = Namespace.of(extra_key, cache_salt), await asyncio.to_thread(self._intake.ids_of, prompt)
+        found: Explanation = await self._call(lambda core: core.explain(ids, namespace, as_admin=as_admin))
+        return found
+
+    async def keep(
+        self,
+        prefix: Prompt,
+        keep_for_s: float,
+        *,
+        extra_key: str | None = None,
+        cache_salt: str | None = None,
+        priority: int = 0,
+    ) -> int:
+        """Evict what is cached of `prefix` only if nothing else can be, for a time; as `Engine.keep`."""
+        options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s)
+        ids = await asyncio.to_thread(self._intake.ids_of, prefix)
+        return int(await self._call(lambda core: core.keep(ids, options)))
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.int32]:
+        """Ids of `text`, by default as a prompt; as `Engine.encode`."""
+        return await asyncio.to_thread(self._intake.encode, text, add_special_tokens=add_special_tokens)
 
     async def check_invariants(self) -> None:
         """Prove the invariants of the cache and the scheduler. For tests. Raises: InvariantError."""
@@ -206,25 +238,26 @@ class AsyncEngine:
 
     async def _stream(self, prompt: Prompt, params: SamplingParams, options: CacheOptions) -> AsyncGenerator[Progress]:
         ids = await asyncio.to_thread(self._intake.check, prompt, params)
-        request = self._intake.make(ids, params, options, streams=True)
+        requests = self._intake.make(ids, params, options, streams=True)
         reader = Reader(Outbox())
         try:
-            self._thread.submit([request], reader)
-            output: RequestOutput | None = None
-            while output is None:
+            self._thread.submit(requests, reader)
+            num_running = len(requests)
+            while num_running:
                 progress = await reader.take_progress()
                 output = progress.output
-                if output is not None and output.error is not None:
-                    raise output.error
+                if output is not None:
+                    num_running -= 1
+                    if output.error is not None:
+                        raise output.error
                 yield progress
         finally:
-            self._thread.abandon([request.id])
+            self._thread.abandon([request.id for request in requests])
 
     async def _call(self, function: Callable[[EngineCore], object]) -> Any:
         return await asyncio.wrap_future(self._thread.call(function))
 
     def _abort_in(self, core: EngineCore, request_id: int) -> bool:
         progress = core.abort(request_id)
-        if progress is not None:
-            self._thread.deliver([progress])
-        return progress is not None
+        self._thread.deliver(progress)
+        return bool(progress)

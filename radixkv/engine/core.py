@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from radixkv.cache.insight.explanation import Explanation
+from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
+from radixkv.cache.token_ids import TokenIds
+from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.assembly import EngineParts
 from radixkv.engine.executor import Executor
 from radixkv.engine.request import Progress, Request
-from radixkv.engine.results import EngineStats
+from radixkv.engine.results import EngineStats, ResetCache
 from radixkv.engine.scheduler import Scheduler
 from radixkv.errors import ClosedError
 from radixkv.memory.req_to_token import ReqToTokenPool
@@ -55,14 +59,18 @@ class EngineCore:
         self._check_open()
         self._scheduler.add(request)
 
-    def abort(self, request_id: int) -> Progress | None:
-        """End a waiting or running request now; its pages are free or evictable after this.
+    def abort(self, request_id: int) -> list[Progress]:
+        """End a waiting or running request now, with all its choices; its pages are free or evictable after this.
 
-        Returns: its last progress, whose output has the reason "abort"; None if no such request waits or runs.
+        Args:
+            request_id: of any of its choices.
+
+        Returns: the last progress of each choice that waited or ran, whose output has the reason "abort".
         Raises: ClosedError.
         """
         self._check_open()
-        return self._abort(request_id)
+        progress = [self._abort(request) for request in self._scheduler.find_choices(request_id)]
+        return [piece for piece in progress if piece is not None]
 
     def step(self) -> list[Progress]:
         """Run one batch: schedule, compute, choose tokens, and end what is done.
@@ -98,10 +106,26 @@ class EngineCore:
             pool_bytes=self._parts.pool.num_bytes,
         )
 
-    def reset_cache(self) -> None:
-        """Forget every prefix that no running request reads. Raises: ClosedError."""
+    def reset_cache(self) -> ResetCache:
+        """Forget every prefix that no running request reads. O(nodes). Raises: ClosedError."""
         self._check_open()
-        self._parts.cache.reset()
+        cache = self._parts.cache
+        held = _tokens_in(cache)
+        cache.reset()
+        kept = _tokens_in(cache)
+        return ResetCache(held - kept, kept)
+
+    def explain(self, ids: TokenIds, namespace: Namespace, *, as_admin: bool = False) -> Explanation:
+        """As `PrefixCache.explain`, or `explain_as_admin`. Raises: as these; ClosedError."""
+        self._check_open()
+        cache = self._parts.cache
+        explain = cache.explain_as_admin if as_admin else cache.explain
+        return explain(ids, extra_key=namespace.extra_key, cache_salt=namespace.cache_salt)
+
+    def keep(self, ids: TokenIds, options: CacheOptions) -> int:
+        """As `PrefixCache.keep`. Raises: ClosedError."""
+        self._check_open()
+        return self._parts.cache.keep(ids, **options._asdict())
 
     def close(self) -> list[Progress]:
         """Abort all requests and forget the cache. Idempotent.
@@ -110,8 +134,8 @@ class EngineCore:
         """
         if self._closed:
             return []
-        ids = [request.id for request in (*self._scheduler.running, *self._scheduler.waiting)]
-        progress = [self._abort(request_id) for request_id in ids]
+        requests = (*self._scheduler.running, *self._scheduler.waiting)
+        progress = [self._abort(request) for request in requests]
         self._parts.cache.reset()
         self._closed = True
         return [piece for piece in progress if piece is not None]
@@ -121,10 +145,7 @@ class EngineCore:
         self._parts.cache.check_invariants()
         self._scheduler.check_invariants()
 
-    def _abort(self, request_id: int) -> Progress | None:
-        request = self._scheduler.find(request_id)
-        if request is None:
-            return None
+    def _abort(self, request: Request) -> Progress | None:
         request.finish("abort")
         self._scheduler.release(request)
         return request.take_progress()
@@ -132,3 +153,8 @@ class EngineCore:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the engine was closed; make a new one")
+
+
+def _tokens_in(cache: PrefixCache) -> int:
+    """Tokens that are cached, to the token."""
+    return sum(node.num_tokens for _, node in cache.nodes())

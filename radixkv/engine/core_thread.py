@@ -166,6 +166,7 @@ class CoreThread:
                 core.add(request)
 
     def deliver(self, progress: Sequence[Progress]) -> None:
+        """Hand each piece to its reader, if it has one."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Reader, Progress]]] = {}
         with self._wake:
             for piece in progress:

@@ -21,8 +21,11 @@ class Detokenizer:
     not in the text, but a stop string may hold them.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
+        """Args: min_tokens: ids that come before a stop string may be complete."""
         self._tokenizer = tokenizer
+        self._min_tokens, self._num_pushed = min_tokens, 0
+        self._given_stops = tuple(stops)
         self._marks = _special_tokens_in(tokenizer, stops)
         self._stops = tuple(self._marked(stop) for stop in stops)
         self._ids: list[int] = []
@@ -30,7 +33,12 @@ class Detokenizer:
         self._settled = 0  # ids before it are in `_text`
         self._text = ""  # with a mark for each special token that a stop string holds
         self._sent = 0  # characters of `_text` given out
-        self.stopped = False
+        self.stopped_by: str | None = None  # the stop string that was met
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met."""
+        return self.stopped_by is not None
 
     @property
     def text(self) -> str:
@@ -39,6 +47,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Take one id; returns the text that is certain now and was not returned before."""
+        self._num_pushed += 1
         if token_id in self._marks:
             self._append(self._pending() + self._marks[token_id][0])
             self._window_start, self._settled = self._settled, len(self._ids)
@@ -71,12 +80,14 @@ class Detokenizer:
 
     def _stop_within(self, piece: str) -> bool:
         """End the text if a stop string is complete with `piece`, which may still change if more ids come."""
+        if self._num_pushed <= self._min_tokens:
+            return False
         search_from = max(0, len(self._text) - max(map(len, self._stops), default=0) + 1)
         text = self._text + piece
-        found = [at for stop in self._stops if (at := text.find(stop, search_from)) >= 0]
+        found = [(at, i) for i, stop in enumerate(self._stops) if (at := text.find(stop, search_from)) >= 0]
         if found:
-            self._text = text[: min(found)]
-            self.stopped = True
+            at, number = min(found)
+            self._text, self.stopped_by = text[:at], self._given_stops[number]
         return bool(found)
 
     def _is_byte(self, token_id: int) -> bool:

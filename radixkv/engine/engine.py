@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from radixkv.cache.insight.explanation import Explanation
+from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import TokenIds
 from radixkv.config import EngineConfig
@@ -24,7 +26,7 @@ from radixkv.engine.gate import Gate
 from radixkv.engine.kv_memory import Pool
 from radixkv.engine.request import Progress, Request, RequestOutput
 from radixkv.engine.resolved_config import ResolvedConfig
-from radixkv.engine.results import EngineStats, FinishedOutbox, Outbox
+from radixkv.engine.results import EngineStats, FinishedOutbox, GatheredOutputs, Outbox, ResetCache
 from radixkv.engine.sampling import SamplingParams
 from radixkv.engine.session import Session, UserSpecialTokens
 from radixkv.models.loader import load
@@ -131,7 +133,9 @@ class Engine:
         keep_for_s: float | None = None,
         on_finish: Callable[[RequestOutput], object] | None = None,
     ) -> list[RequestOutput]:
-        """Continue each prompt; returns the outputs in the order of the prompts.
+        """Continue each prompt; returns one output for each, in the order of the prompts.
+
+        With `n` above 1 an output is that of the first choice, and its `choices` are all of them.
 
         All prompts are checked before any runs. If a request fails while it runs, its output has the reason "error"
         and the others go on. If this call is interrupted, its requests are aborted and hold nothing.
@@ -143,7 +147,7 @@ class Engine:
             priority: what the "priority" eviction policy orders by; tokens keep the highest they were given.
             keep_for_s: for so many seconds after its end, what a request leaves in the cache is evicted only if nothing
                 else can be.
-            on_finish: called with each output as it finishes (for progress bars).
+            on_finish: called with the output of each prompt as it finishes (for progress bars).
 
         Raises: InvalidRequestError, InvalidTokenIdsError, TokenIdsTypeError.
         """
@@ -151,22 +155,22 @@ class Engine:
         params_list = as_list_of_params(params, len(prompt_list))
         options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s)
         all_ids = self._intake.check_all(prompt_list, params_list)
-        requests = [
+        by_prompt = [
             self._intake.make(ids, p, options, streams=False) for ids, p in zip(all_ids, params_list, strict=True)
         ]
-        outputs: dict[int, RequestOutput] = {}
-        outbox = FinishedOutbox()
+        requests = [request for choices in by_prompt for request in choices]
+        gathered, outbox = GatheredOutputs(by_prompt), FinishedOutbox()
         try:
             self._submit(requests, outbox)
-            while len(outputs) < len(requests):
+            while (outputs := gathered.take()) is None:
                 for output in self._wait_for(outbox):
-                    outputs[output.request_id] = output
-                    if on_finish is not None:
-                        on_finish(output)
+                    whole = gathered.add(output)
+                    if whole is not None and on_finish is not None:
+                        on_finish(whole)
         finally:
             with self.exclusive():
                 self._abort_all(requests)
-        return [outputs[request.id] for request in requests]
+        return outputs
 
     def stream(
         self,
@@ -180,6 +184,9 @@ class Engine:
     ) -> Generator[Progress]:
         """Continue one prompt, piece by piece; the last piece carries the `RequestOutput`.
 
+        With `n` above 1 the pieces of all choices come as they are made, each with its `choice_index`, and the
+        last one of each choice carries its output.
+
         The request starts with the first `next`. Several streams may be open at once: each step serves them all.
         Closing the iterator aborts the request.
 
@@ -191,7 +198,7 @@ class Engine:
         return self._stream(ids, params, options)
 
     def abort(self, request_id: int) -> bool:
-        """End a waiting or running request now; its caller gets what it has, with the reason "abort".
+        """End a waiting or running request now, with all its choices; its caller gets what it has, and "abort".
 
         Safe to call from another thread, or from `on_finish`.
 
@@ -199,8 +206,8 @@ class Engine:
         """
         with self.exclusive():
             progress = self._core.abort(request_id)
-            self._deliver([] if progress is None else [progress])
-        return progress is not None
+            self._deliver(progress)
+        return bool(progress)
 
     def session(
         self,
@@ -235,10 +242,39 @@ class Engine:
         with self.exclusive():
             return self._core.stats()
 
-    def reset_cache(self) -> None:
-        """Forget every prefix that no running request reads. Raises: ClosedError."""
+    def reset_cache(self) -> ResetCache:
+        """Forget every prefix that no running request reads. O(nodes). Raises: ClosedError."""
         with self.exclusive():
-            self._core.reset_cache()
+            return self._core.reset_cache()
+
+    def explain(
+        self, prompt: Prompt, *, extra_key: str | None = None, cache_salt: str | None = None, as_admin: bool = False
+    ) -> Explanation:
+        """How far `prompt` is cached now, and why not further: `PrefixCache.explain`, or `explain_as_admin`.
+
+        Raises: as these; MissingTokenizerError, InvalidTokenIdsError; ClosedError.
+        """
+        namespace, ids = Namespace.of(extra_key, cache_salt), self._intake.ids_of(prompt)
+        with self.exclusive():
+            return self._core.explain(ids, namespace, as_admin=as_admin)
+
+    def keep(
+        self,
+        prefix: Prompt,
+        keep_for_s: float,
+        *,
+        extra_key: str | None = None,
+        cache_salt: str | None = None,
+        priority: int = 0,
+    ) -> int:
+        """Evict what is cached of `prefix` only if nothing else can be, for the next `keep_for_s` seconds.
+
+        Returns: how many of its leading tokens are cached, and kept now.
+        Raises: InvalidRequestError, MissingTokenizerError, InvalidTokenIdsError; ClosedError.
+        """
+        options, ids = checked_cache_options(extra_key, cache_salt, priority, keep_for_s), self._intake.ids_of(prefix)
+        with self.exclusive():
+            return self._core.keep(ids, options)
 
     def close(self) -> None:
         """Abort all requests and forget the cache; callers that wait get what there is. Idempotent."""
@@ -317,16 +353,18 @@ class Engine:
                 self._core.abort(request.id)
 
     def _stream(self, ids: NDArray[np.int32], params: SamplingParams, options: CacheOptions) -> Generator[Progress]:
-        request = self._intake.make(ids, params, options, streams=True)
+        requests = self._intake.make(ids, params, options, streams=True)
         outbox = Outbox()
         try:
-            self._submit([request], outbox)
-            output: RequestOutput | None = None
-            while output is None:
+            self._submit(requests, outbox)
+            num_running = len(requests)
+            while num_running:
                 progress = self._wait_for(outbox)
                 output = progress.output
-                if output is not None and output.error is not None:
-                    raise output.error
+                if output is not None:
+                    num_running -= 1
+                    if output.error is not None:
+                        raise output.error
                 yield progress
         finally:  # also called by the garbage collector, in the middle of any operation
-            self._gate.do_soon(partial(self._abort_all, [request]))
+            self._gate.do_soon(partial(self._abort_all, requests))

@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from radixkv.engine.gpu_sampling import DeviceSampler, PendingTokens, RowSampling
+from radixkv.engine.logit_edits import LogitEdits, RowEdits, edit_logits
 from radixkv.engine.request import Request
 from radixkv.engine.runner import Runner
 from radixkv.engine.sampling import Sampler
 from radixkv.engine.scheduler import Scheduler, Span
 from radixkv.engine.step_input import make_step_input
-from radixkv.errors import NonFiniteLogitsError
+from radixkv.errors import InvalidRequestError, NonFiniteLogitsError
 
 
 class _Launched(NamedTuple):
     """A batch whose forward pass is under way, or done."""
 
     batch: list[Span]
-    logits: Tensor  # [spans, vocab_size]
+    logits: Tensor  # [spans, vocab_size], after the edits that requests ask for
+    own_logits: dict[int, Tensor]  # the model's, of the rows with edits whose log probabilities are wanted
+    prompt_logits: Tensor  # [rows that `prompt_logprobs` needs besides, vocab_size]
     pending: PendingTokens | None  # None where tokens are chosen on the CPU
 
 
@@ -73,11 +77,26 @@ class Executor:
         return launched.batch
 
     def _launch(self, batch: list[Span], input_ids: Tensor | None = None) -> _Launched:
+        edited = [RowEdits(row, edits) for row, span in enumerate(batch) if (edits := _edits(span)) is not None]
+        for row, edits in edited:
+            request = batch[row].request
+            try:
+                edits.start(request.output_ids)
+            except Exception as error:  # of the request's own transform: what is computed for it is ignored
+                request.finish("error", error)
         step = make_step_input(batch, self._scheduler.req_to_token, known_tokens=input_ids is None)
         logits = self._runner.run(step, input_ids)
-        if self._device_sampler is None:
-            return _Launched(batch, logits, None)
-        return _Launched(batch, logits, self._device_sampler.start(logits, [_row(span) for span in batch]))
+        logits, prompt_logits = logits[: len(batch)], logits[len(batch) :]
+        own_logits: dict[int, Tensor] = {}
+        if edited:
+            edited = [edit for edit in edited if not batch[edit.row].request.is_finished]
+            own_logits = {row: logits[row].clone() for row, edits in edited if edits.params.logprobs is not None}
+            for row, failure in edit_logits(logits, edited).items():
+                batch[row].request.finish("error", failure)
+        pending = None
+        if self._device_sampler is not None:
+            pending = self._device_sampler.start(logits, [_row(span) for span in batch])
+        return _Launched(batch, logits, own_logits, prompt_logits, pending)
 
     def _look_ahead(self, launched: _Launched) -> _Launched | None:
         """Launch the next step of the same requests, if it is certain that they are the next step."""
@@ -100,6 +119,7 @@ class Executor:
             and span.samples
             and len(request.output_ids) + 1 < request.max_new_tokens
             and request.params.logprobs is None
+            and request.edits is None
             and chosen_on_device
         )
 
@@ -124,13 +144,18 @@ class Executor:
 
     def _hand_out(self, launched: _Launched, token_ids: list[int], finite: list[bool]) -> None:
         live = [(row, span) for row, span in enumerate(launched.batch) if not span.request.is_finished]
+        prompt_logits = _prompt_logits(launched)
         self.computed_tokens += sum(span.last - span.first for _, span in live)
         for row, span in live:
             try:
                 if not finite[row]:
-                    raise NonFiniteLogitsError(f"the model gave NaN or infinite logits for request {span.request.id}")
-                if span.samples:
-                    self._accept(span, token_ids[row], launched.logits[row])
+                    raise _not_finite(span.request, launched.logits[row])
+                if row in prompt_logits:
+                    self._report_prompt(span, prompt_logits[row])
+                if span.samples and span.request.max_new_tokens == 0:
+                    span.request.finish_without_tokens()
+                elif span.samples:
+                    self._accept(span, token_ids[row], launched.logits[row], launched.own_logits.get(row))
             except Exception as error:  # of this request's logits or tokenizer: the others go on
                 span.request.finish("error", error)
         # After the tokens, not before: whoever interrupts in between leaves requests that compute a token once more,
@@ -142,15 +167,57 @@ class Executor:
             except Exception as error:  # of sharing what this request computed
                 span.request.finish("error", error)
 
-    def _accept(self, span: Span, token_id: int, logits: Tensor) -> None:
+    def _report_prompt(self, span: Span, logits: Tensor) -> None:
+        """Note the log probabilities of the tokens after `span.prompt_positions`, whose logits are given."""
+        request, positions = span.request, span.prompt_positions
+        assert request.prompt_logprobs is not None, request
+        assert request.params.prompt_logprobs is not None, request
+        if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
+            raise _not_finite(request, logits)
+        token_ids = request.prompt_ids[positions.start + 1 : positions.stop + 1].tolist()
+        request.prompt_logprobs += self._sampler.logprobs_of_rows(logits, token_ids, request.params.prompt_logprobs)
+
+    def _accept(self, span: Span, token_id: int, logits: Tensor, own_logits: Tensor | None) -> None:
+        """Take a token for the request, drawn from `logits`; `own_logits` are the model's, if they were edited."""
         request = span.request
         is_drawn = self._device_sampler is not None and self._device_sampler.draws(_row(span))
         if request.generator is not None and not is_drawn:
             token_id = self._sampler.draw(logits, request.params, request.generator)
         if request.params.logprobs is not None:
-            request.logprobs.append(self._sampler.logprobs(logits, token_id, request.params.logprobs))
+            reported = logits if own_logits is None else own_logits
+            request.logprobs.append(self._sampler.logprobs(reported, token_id, request.params.logprobs))
         request.append(token_id)
         self.generated_tokens += 1
+
+
+def _edits(span: Span) -> LogitEdits | None:
+    """The edits of the logits from which the span's token is chosen; None if there are none, or no token is."""
+    request = span.request
+    return request.edits if span.samples and request.max_new_tokens and not request.is_finished else None
+
+
+def _prompt_logits(launched: _Launched) -> dict[int, Tensor]:
+    """The logits of `prompt_positions` of each row of the batch that has some, [positions, vocab_size]."""
+    found: dict[int, Tensor] = {}
+    taken = 0
+    for row, span in enumerate(launched.batch):
+        if span.request.prompt_logprobs is None:
+            continue
+        inner, positions = len(span.inner_prompt_positions), len(span.prompt_positions)
+        if positions:
+            last = launched.logits[row : row + positions - inner]
+            found[row] = torch.cat([launched.prompt_logits[taken : taken + inner], last])
+        taken += inner
+    return found
+
+
+def _not_finite(request: Request, logits: Tensor) -> Exception:
+    """Why no token can be chosen from `logits`."""
+    if request.edits is not None and bool((logits == -torch.inf).all()):
+        return InvalidRequestError(
+            f"logits_transform and min_tokens must leave a token to choose; request {request.id} has none left"
+        )
+    return NonFiniteLogitsError(f"the model gave NaN or infinite logits for request {request.id}")
 
 
 def _row(span: Span) -> RowSampling:

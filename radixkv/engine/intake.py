@@ -12,9 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from radixkv.cache.token_ids import TokenIds, token_array
+from radixkv.config.checks import shown
 from radixkv.engine.arguments import CacheOptions, Prompt
 from radixkv.engine.detokenizer import Detokenizer
 from radixkv.engine.interrupts import DeferredInterrupt
+from radixkv.engine.logit_edits import LogitEdits, LogitsTransform
 from radixkv.engine.request import Request
 from radixkv.engine.sampling import SamplingParams
 from radixkv.errors import (
@@ -87,6 +89,10 @@ class Intake:
             )
         return array
 
+    def ids_of(self, prompt: Prompt) -> NDArray[np.int32]:
+        """The ids of text, or a copy of ids. Raises: as `encode` and `known_ids`."""
+        return self.encode(prompt) if isinstance(prompt, str) else self.known_ids(prompt).copy()
+
     def check_all(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[NDArray[np.int32]]:
         """The ids of all prompts; an error says which of several it was. Raises as `check`."""
         all_ids = []
@@ -104,43 +110,78 @@ class Intake:
 
         Raises: InvalidRequestError, InvalidTokenIdsError, TokenIdsTypeError.
         """
-        ids = self.encode(prompt) if isinstance(prompt, str) else self.known_ids(prompt).copy()
+        ids = self.ids_of(prompt)
         if len(ids) == 0:
             raise InvalidRequestError("the prompt is empty; give at least one token")
-        if len(ids) >= self._limit.tokens:
+        if len(ids) + (params.max_tokens > 0) > self._limit.tokens:
             raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens, and prompt and output together may have {self._limit.tokens}, "
                 f"{self._limit.reason}; shorten it{self._limit.hint}"
             )
-        for token_id in params.stop_token_ids:
-            if token_id >= self._vocab_size:
-                raise InvalidSamplingParamsError(
-                    f"stop_token_ids holds {token_id}, which is outside the model's vocabulary of {self._vocab_size}"
-                )
+        for name, token_ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
+            for token_id in token_ids:
+                if token_id >= self._vocab_size:
+                    raise InvalidSamplingParamsError(
+                        f"{name} holds {token_id}, which is outside the model's vocabulary of {self._vocab_size}"
+                    )
         if params.stops:
             self.require_tokenizer(params.stops[0])
         return ids
 
-    def make(self, ids: NDArray[np.int32], params: SamplingParams, options: CacheOptions, *, streams: bool) -> Request:
-        """A request for checked `ids`; `streams` if its text is wanted piece by piece."""
-        eos_ids = frozenset() if params.ignore_eos else self._eos_ids
-        needs_text = self._tokenizer is not None and (streams or params.stops)
-        with DeferredInterrupt(), self._lock:
-            request_id, generator = next(self._ids), self._generator(params)
-        return Request(
-            id=request_id,
-            prompt_ids=ids,
-            params=params,
-            cache_options=options,
-            max_new_tokens=min(params.max_tokens, self._limit.tokens - len(ids)),
-            stop_ids=eos_ids | frozenset(params.stop_token_ids),
-            generator=generator,
-            tokenizer=self._tokenizer,
-            detokenizer=Detokenizer(self._tokenizer, params.stops) if needs_text else None,
-        )
+    def make(
+        self, ids: NDArray[np.int32], params: SamplingParams, options: CacheOptions, *, streams: bool
+    ) -> list[Request]:
+        """A request for each choice of checked `ids`; `streams` if their text is wanted piece by piece.
 
-    def _generator(self, params: SamplingParams) -> torch.Generator | None:
+        Raises: InvalidSamplingParamsError if `logits_transform` returns something else than a LogitsTransform; what it
+            raises itself.
+        """
+        transforms = [_new_transform(params) for _ in range(params.n)]
+        with DeferredInterrupt(), self._lock:
+            request_ids = [next(self._ids) for _ in transforms]
+            generators = [self._generator(params, index) for index in range(params.n)]
+        eos_ids = frozenset() if params.ignore_eos else self._eos_ids
+        stop_ids = eos_ids | frozenset(params.stop_token_ids)
+        end_ids = [token_id for token_id in stop_ids if token_id < self._vocab_size]
+        needs_text = self._tokenizer is not None and (streams or params.stops)
+        return [
+            Request(
+                id=request_ids[index],
+                choice_index=index,
+                choice_ids=range(request_ids[0], request_ids[-1] + 1),
+                prompt_ids=ids,
+                params=params,
+                cache_options=options,
+                max_new_tokens=min(params.max_tokens, self._limit.tokens - len(ids)),
+                stop_ids=stop_ids,
+                generator=generators[index],
+                edits=LogitEdits.of(params, ids, end_ids, transform),
+                tokenizer=self._tokenizer,
+                detokenizer=Detokenizer(self._tokenizer, params.stops, params.min_tokens) if needs_text else None,
+            )
+            for index, transform in enumerate(transforms)
+        ]
+
+    def _generator(self, params: SamplingParams, index: int) -> torch.Generator | None:
+        """What choice `index` draws from."""
         if params.is_greedy:
             return None
-        seed = params.seed if params.seed is not None else int(self._seeds.integers(2**63))
+        if params.seed is None:
+            seed = int(self._seeds.integers(2**63))
+        elif index == 0:
+            seed = params.seed
+        else:
+            seed = int(np.random.SeedSequence([params.seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
         return torch.Generator(device="cpu").manual_seed(seed)
+
+
+def _new_transform(params: SamplingParams) -> LogitsTransform | None:
+    if params.logits_transform is None:
+        return None
+    transform = params.logits_transform()
+    if not callable(getattr(transform, "start", None)) or not callable(getattr(transform, "apply", None)):
+        raise InvalidSamplingParamsError(
+            f"logits_transform must return an object with the methods start and apply, not {shown(transform)}"
+        )
+    made: LogitsTransform = transform
+    return made

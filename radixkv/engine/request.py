@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from radixkv.cache.lease import Lease
 from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.detokenizer import Detokenizer, decode
+from radixkv.engine.logit_edits import LogitEdits
 from radixkv.engine.sampling import SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -34,20 +36,52 @@ class RequestMetrics(NamedTuple):
     retractions: int
 
 
+class Usage(NamedTuple):
+    """How many tokens a request took, all its choices together.
+
+    `cached_tokens` of the `prompt_tokens` were found in the cache when the request came; `cache_write_tokens` others
+    were stored there by it. Choices that find what the first one computed count neither.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    cache_write_tokens: int
+    output_tokens: int
+
+    @classmethod
+    def of(cls, choices: Sequence[RequestOutput]) -> Usage:
+        """The usage of a request, from the outputs of its choices in any order; also if some were not finished."""
+        first = min(choices, key=lambda output: output.choice_index)
+        written = sum(output.cache_write_tokens for output in choices)
+        return cls(
+            first.prompt_tokens,
+            first.cached_tokens,
+            min(written, first.prompt_tokens - first.cached_tokens),
+            sum(len(output.token_ids) for output in choices),
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """What a finished request gave.
+    """What a finished request gave; of several choices, what one of them gave.
 
     Attributes:
-        request_id: the engine's number for it.
+        request_id: the engine's number for it; each choice has one of its own.
         text: the new text, without special tokens and without the stop string; None if there is no tokenizer.
         token_ids: the new ids, with the one that ended it.
         prompt_token_ids: the ids of the prompt.
-        cached_tokens: leading prompt tokens whose KV was found, not computed.
+        cached_tokens: leading prompt tokens whose KV was found, not computed. Choices after the first find what it
+            computed; `usage` counts the prompt once.
+        cache_write_tokens: prompt tokens that this output stored in the cache, and that were not there before.
         finish_reason: "stop" (end of sequence, stop id or stop string), "length" (max_tokens, context or pool),
             "abort" or "error".
         error: what went wrong, if the reason is "error".
+        stopped_by: the stop text, or the id of `stop_token_ids`, that ended it; None if something else did.
         logprobs: one entry an output token, if they were asked for.
+        prompt_logprobs: one entry a prompt token, if they were asked for; None for the first token, which nothing
+            precedes. Of several choices the first has them.
+        choice_index: number of the choice, from 0.
+        others: the choices after this one, if it is the first and `generate` returns it.
     """
 
     request_id: int
@@ -59,6 +93,21 @@ class RequestOutput:
     metrics: RequestMetrics
     error: Exception | None = None
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    stopped_by: str | int | None = None
+    cache_write_tokens: int = 0
+    choice_index: int = 0
+    others: tuple[RequestOutput, ...] = ()
+
+    @property
+    def choices(self) -> tuple[RequestOutput, ...]:
+        """The output of each choice in order, this one first."""
+        return (self, *self.others)
+
+    @property
+    def usage(self) -> Usage:
+        """The tokens of all choices."""
+        return Usage.of(self.choices)
 
     @property
     def prompt_tokens(self) -> int:
@@ -67,12 +116,19 @@ class RequestOutput:
 
 
 class Progress(NamedTuple):
-    """What a request gained: new tokens, new text that is certain by now, and its output in the last one."""
+    """What a request gained: new tokens, new text that is certain by now, and its output in the last one.
+
+    `choice_index` is the number of the choice. `logprobs` has an entry for each of `token_ids`, if they were asked for;
+    `prompt_logprobs` come with the first progress of the first choice.
+    """
 
     request_id: int
     token_ids: list[int]
     text: str
     output: RequestOutput | None
+    choice_index: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -91,11 +147,16 @@ class Request:
     generator: torch.Generator | None
     tokenizer: Any | None
     detokenizer: Detokenizer | None  # only where text is needed before the end: streams and stop strings
+    choice_index: int = 0  # of the choice
+    choice_ids: range = range(0)  # of all choices of the request, this one's among them
+    edits: LogitEdits | None = None
     arrived_at: float = field(default_factory=time.perf_counter)
     lease: Lease | None = None
     row: int | None = None
     num_computed: int = 0
     cached_tokens: int | None = None  # of the first admission
+    cache_write_tokens: int = 0
+    num_accounted: int = 0  # prompt tokens that are counted as cached, as written, or as stored by others
     awaited: tuple[Request, int] | None = None  # one that computes what both begin with, and how many tokens that is
     retractions: int = 0
     started_at: float | None = None
@@ -105,9 +166,11 @@ class Request:
     error: Exception | None = None
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # of the first prompt tokens, if they are asked for
     text: str | None = None  # once it has ended
     pieces: list[str] = field(default_factory=list)  # text that is certain and not reported yet
     num_reported: int = 0  # of `output_ids`
+    has_reported_prompt: bool = False
     has_reported_end: bool = False
     _tokens: NDArray[np.int32] = field(init=False)
     num_tokens: int = field(init=False)
@@ -116,6 +179,9 @@ class Request:
         self.num_tokens = len(self.prompt_ids)
         self._tokens = np.empty(self.num_tokens + self.max_new_tokens, np.int32)
         self._tokens[: self.num_tokens] = self.prompt_ids
+        self.choice_ids = self.choice_ids or range(self.id, self.id + 1)
+        if self.params.prompt_logprobs is not None and self.choice_index == 0:
+            self.prompt_logprobs = [None]
 
     @property
     def token_ids(self) -> NDArray[np.int32]:
@@ -131,6 +197,33 @@ class Request:
     def num_pending(self) -> int:
         """Tokens known and not yet computed: 1 while decoding, more during prefill."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def findable_ids(self) -> NDArray[np.int32]:
+        """The leading tokens whose KV it may find cached; a view. It computes the rest, for their logits.
+
+        The last token's logits choose the next one; with `prompt_logprobs` those of a prompt token give the next one's.
+        """
+        num_findable = self.num_tokens - 1
+        if self.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_ids):
+            num_findable = len(self.prompt_logprobs) - 1
+        return self._tokens[:num_findable]
+
+    def positions_for_prompt(self, first: int, last: int) -> range:
+        """Which of the tokens `[first, last)` have logits that `prompt_logprobs` still lacks."""
+        if self.prompt_logprobs is None:
+            return range(0)
+        return range(max(first, len(self.prompt_logprobs) - 1), min(last, len(self.prompt_ids) - 1))
+
+    def wrote(self, held_tokens: int, shared_tokens: int) -> None:
+        """Count prompt tokens as written, of which the cache held `held_tokens` before, and holds `shared_tokens` now.
+
+        No token counts twice: what was stored, evicted and stored again was written once.
+        """
+        last = min(shared_tokens, len(self.prompt_ids))
+        first = max(held_tokens, self.num_accounted)
+        self.cache_write_tokens += max(0, last - first)
+        self.num_accounted = max(self.num_accounted, last)
 
     def running(self) -> tuple[Lease, int]:
         """Its lease and its row in the table of pages; only for a running request."""
@@ -149,12 +242,20 @@ class Request:
         self._tokens[self.num_tokens] = token_id
         self.num_tokens += 1
         self.output_ids.append(token_id)
+        if self.edits is not None:
+            self.edits.append(token_id)
         if self.detokenizer is not None and (piece := self.detokenizer.push(token_id)):
             self.pieces.append(piece)
         stopped = token_id in self.stop_ids or (self.detokenizer is not None and self.detokenizer.stopped)
         if stopped or len(self.output_ids) == self.max_new_tokens:
             self._settle()  # before it counts as finished: decoding may fail
             self.finish("stop" if stopped else "length")
+
+    def finish_without_tokens(self) -> None:
+        """Finish a request that asks for none, now that its prompt is computed."""
+        assert self.max_new_tokens == 0, self
+        self._settle()
+        self.finish("length")
 
     def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
         """End it, for `reason`. What comes second changes nothing."""
@@ -170,9 +271,12 @@ class Request:
         token_ids, text = self.output_ids[self.num_reported :], "".join(self.pieces)
         if not token_ids and not text and output is None:
             return None
+        logprobs = self.logprobs[self.num_reported :] if self.params.logprobs is not None else None
+        prompt_logprobs = None if self.has_reported_prompt else self.prompt_logprobs
         self.num_reported, self.has_reported_end = len(self.output_ids), output is not None
+        self.has_reported_prompt = True
         self.pieces.clear()
-        return Progress(self.id, token_ids, text, output)
+        return Progress(self.id, token_ids, text, output, self.choice_index, logprobs, prompt_logprobs)
 
     def metrics(self) -> RequestMetrics:
         """Timings of the finished request."""
@@ -205,7 +309,19 @@ class Request:
             metrics=self.metrics(),
             error=self.error,
             logprobs=list(self.logprobs) if self.params.logprobs is not None else None,
+            prompt_logprobs=self.prompt_logprobs,
+            stopped_by=self._stopped_by(),
+            cache_write_tokens=self.cache_write_tokens,
+            choice_index=self.choice_index,
         )
+
+    def _stopped_by(self) -> str | int | None:
+        if self.finish_reason != "stop":
+            return None
+        if self.detokenizer is not None and self.detokenizer.stopped:
+            return self.detokenizer.stopped_by
+        last = self.output_ids[-1]
+        return last if last in self.params.stop_token_ids else None
 
     def _settle(self) -> None:
         """Decode the whole output, and give out the text that was held back."""

@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 from radixkv.cache.cache_stats import CacheStats, SizeEstimate
-from radixkv.engine.request import Progress, RequestOutput
+from radixkv.engine.request import Progress, Request, RequestOutput
 
 
 class Outbox:
-    """Collects the progress of one request until its reader takes it.
+    """Collects the progress of one request, or of its choices, until its reader takes it.
 
-    What was not taken yet is joined, so a slow reader costs no more memory than the output itself. Not thread-safe.
+    What was not taken yet is joined, choice by choice, so a slow reader costs no more memory than the output itself.
+    Not thread-safe.
 
     >>> outbox = Outbox()
     >>> outbox.put(Progress(3, [7], "to", None)), outbox.put(Progress(3, [8], " be", None))
     (None, None)
-    >>> outbox.take()
-    Progress(request_id=3, token_ids=[7, 8], text='to be', output=None)
+    >>> outbox.take()[:4]
+    (3, [7, 8], 'to be', None)
     >>> outbox.take() is None
     True
     """
 
     def __init__(self) -> None:
-        self._pending: list[Progress] = []
+        self._pending: dict[int, list[Progress]] = {}  # by choice, the one that waits longest first
 
     def put(self, progress: Progress) -> None:
         """Add what a step brought. O(1)."""
-        self._pending.append(progress)
+        self._pending.setdefault(progress.choice_index, []).append(progress)
 
     def take(self) -> Progress | None:
-        """All progress since the last call, joined; None if there is none. O(tokens)."""
-        pending, self._pending = self._pending, []
-        if len(pending) <= 1:
-            return pending[0] if pending else None
-        return Progress(
-            pending[0].request_id,
-            [token_id for progress in pending for token_id in progress.token_ids],
-            "".join(progress.text for progress in pending),
-            pending[-1].output,
-        )
+        """All progress of one choice since it was last taken, joined; None if there is none. O(tokens)."""
+        if not self._pending:
+            return None
+        pending = self._pending.pop(next(iter(self._pending)))
+        return pending[0] if len(pending) == 1 else _joined(pending)
+
+
+def _joined(pending: Sequence[Progress]) -> Progress:
+    logprobs = [progress.logprobs for progress in pending if progress.logprobs is not None]
+    return Progress(
+        pending[0].request_id,
+        [token_id for progress in pending for token_id in progress.token_ids],
+        "".join(progress.text for progress in pending),
+        pending[-1].output,
+        pending[0].choice_index,
+        list(chain.from_iterable(logprobs)) if logprobs else None,
+        pending[0].prompt_logprobs,
+    )
 
 
 class FinishedOutbox:
@@ -57,6 +69,43 @@ class FinishedOutbox:
         """The outputs that came since the last call."""
         outputs, self._outputs = self._outputs, []
         return outputs
+
+
+class GatheredOutputs:
+    """Puts the outputs of choices together to one for each prompt.
+
+    Args:
+        requests: the choices of each prompt, in order.
+    """
+
+    def __init__(self, requests: Sequence[Sequence[Request]]) -> None:
+        self._place = {choice.id: place for place, choices in enumerate(requests) for choice in choices}
+        self._missing = [len(choices) for choices in requests]
+        self._choices: list[list[RequestOutput]] = [[] for _ in requests]
+        self._whole: list[RequestOutput | None] = [None for _ in requests]
+
+    def add(self, output: RequestOutput) -> RequestOutput | None:
+        """Take the output of a choice; returns that of its prompt if it was the last one missing."""
+        place = self._place[output.request_id]
+        self._choices[place].append(output)
+        self._missing[place] -= 1
+        if self._missing[place]:
+            return None
+        first, *others = sorted(self._choices[place], key=lambda choice: choice.choice_index)
+        self._whole[place] = whole = replace(first, others=tuple(others)) if others else first
+        return whole
+
+    def take(self) -> list[RequestOutput] | None:
+        """The output of each prompt in order; None while some are missing."""
+        whole = [output for output in self._whole if output is not None]
+        return whole if len(whole) == len(self._whole) else None
+
+
+class ResetCache(NamedTuple):
+    """What emptying the cache brought: the tokens forgotten, and those kept because running requests read them."""
+
+    freed_tokens: int
+    kept_by_running_tokens: int
 
 
 class EngineStats(NamedTuple):

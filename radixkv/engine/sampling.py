@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,11 +40,18 @@ class Sampler:
 
     def logprobs(self, logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
         """Log probabilities of one row [vocab_size] of logits."""
+        (entry,) = self.logprobs_of_rows(logits[None], [token_id], num_top)
+        return entry
+
+    def logprobs_of_rows(self, logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+        """Log probabilities of each row of `logits` [rows, vocab_size], and of its token in `token_ids`."""
         values = torch.log_softmax(logits.float(), dim=-1)
-        top = values.topk(min(num_top, len(values)))
-        return TokenLogprobs(
-            token_id, float(values[token_id]), list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        )
+        own = values.gather(1, torch.tensor(token_ids, device=values.device)[:, None])[:, 0]
+        top = values.topk(min(num_top, values.shape[1]))
+        rows = zip(token_ids, own.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+        return [
+            TokenLogprobs(token_id, logprob, list(zip(ids, best, strict=True))) for token_id, logprob, ids, best in rows
+        ]
 
 
 def filtered_probabilities(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from radixkv.engine.waiting_queue import WaitingQueue
 from radixkv.errors import OutOfPagesError
 from radixkv.memory.req_to_token import ReqToTokenPool
 
+MAX_PROMPT_LOGITS = 512  # rows of logits in a step for `prompt_logprobs`: each has the size of the vocabulary
 WORTH_WAITING_TOKENS = 16  # a prompt waits for another one's prefix if that spares at least so many
 
 Head: TypeAlias = tuple[Namespace, bytes]
@@ -37,6 +38,17 @@ class Span(NamedTuple):
     def samples(self) -> bool:
         """Whether the step ends at the request's last known token, so that its next one can be chosen."""
         return self.last == self.request.num_tokens
+
+    @property
+    def prompt_positions(self) -> range:
+        """Tokens whose logits give `prompt_logprobs` of the token after each."""
+        return self.request.positions_for_prompt(self.first, self.last)
+
+    @property
+    def inner_prompt_positions(self) -> range:
+        """`prompt_positions` but for the span's last token, whose logits are wanted in any case."""
+        positions = self.prompt_positions
+        return range(positions.start, min(positions.stop, self.last - 1))
 
 
 class Scheduler:
@@ -75,6 +87,13 @@ class Scheduler:
     def find(self, request_id: int) -> Request | None:
         """The waiting or running request of that id; None if there is none. O(running)."""
         return self.waiting.find(request_id) or next((r for r in self.running if r.id == request_id), None)
+
+    def find_choices(self, request_id: int) -> list[Request]:
+        """The waiting and running choices of the request to which that choice belongs, also if it has ended itself.
+
+        O(waiting + running).
+        """
+        return [request for request in (*self.running, *self.waiting) if request_id in request.choice_ids]
 
     def take_ended(self) -> list[Request]:
         """The requests that ended since the last call."""
@@ -218,6 +237,9 @@ class Scheduler:
         assert lease is not None, request
         lease.cover(first, first)  # what it has passed makes room
         last = min(request.num_tokens, first + budget, lease.coverable_tokens())
+        if request.positions_for_prompt(first, last):
+            taken = sum(len(span.prompt_positions) for span in batch)
+            last = min(last, first + max(0, MAX_PROMPT_LOGITS - taken))
         if last <= first:
             return budget
         lease.cover(first, last)
@@ -252,18 +274,19 @@ class Scheduler:
         self, request: Request, cached_tokens: int, in_progress: Mapping[Head, Sequence[Request]]
     ) -> bool:
         """Whether a prompt in progress is about to share a good deal more with `request` than is cached now."""
-        worth_it = cached_tokens + WORTH_WAITING_TOKENS
-        if not in_progress or request.num_tokens - 1 < worth_it:
+        is_choice = len(request.choice_ids) > 1
+        if not in_progress or len(request.findable_ids) < cached_tokens + (1 if is_choice else WORTH_WAITING_TOKENS):
             return False
         if request.awaited is not None:  # what two prompts have in common stays so
             other, common = request.awaited
+            worth_it = cached_tokens + _worth_waiting_tokens(request, other)
             if other.lease is not None and other.num_pending > 1 and common >= worth_it:
                 return True
             request.awaited = None
         for other in in_progress.get(_head(request), ()):
             if other.num_pending > 1:
-                common = common_tokens(other.token_ids, request.token_ids[:-1])
-                if common >= worth_it:
+                common = common_tokens(other.token_ids, request.findable_ids)
+                if common >= cached_tokens + _worth_waiting_tokens(request, other):
                     request.awaited = other, common
                     return True
         return False
@@ -281,7 +304,7 @@ class Scheduler:
 
     def _start(self, request: Request) -> bool:
         """Move a waiting request to the running ones; False if its pages cannot be had."""
-        limit = request.num_tokens - 1 if self._config.prefix_cache else 0
+        limit = len(request.findable_ids) if self._config.prefix_cache else 0
         acquire = self._cache.acquire if request.cached_tokens is None else self._cache.resume  # counted once
         row = self._req_to_token.alloc()
         options = request.cache_options._asdict()
@@ -300,7 +323,7 @@ class Scheduler:
         request.row = row
         request.num_computed = lease.cached_tokens
         if request.cached_tokens is None:
-            request.cached_tokens = lease.cached_tokens
+            request.cached_tokens = request.num_accounted = lease.cached_tokens
         request.awaited = None
         self.waiting.admitted(request)
         self.running.append(request)
@@ -311,8 +334,16 @@ class Scheduler:
     def _share(self, request: Request) -> None:
         """Commit what was computed, so that others can hit it."""
         assert request.lease is not None, request
-        if self._config.prefix_cache and request.num_computed > request.lease.committed_tokens:
+        if not self._config.prefix_cache or request.num_computed <= request.lease.committed_tokens:
+            return
+        num_prompt = min(request.num_computed, len(request.prompt_ids))
+        if request.num_accounted >= num_prompt:
             request.lease.commit(request.computed_ids)
+            return
+        extra_key, cache_salt = request.cache_options.namespace
+        prompt_ids = request.prompt_ids[:num_prompt]
+        held_tokens, _ = self._cache.cached_path(prompt_ids, extra_key=extra_key, cache_salt=cache_salt)
+        request.wrote(held_tokens, request.lease.commit(request.computed_ids))
 
     def _give_back(self, request: Request) -> None:
         assert request.lease is not None, request
@@ -325,6 +356,11 @@ class Scheduler:
     def _found(request: Request) -> int:
         assert request.lease is not None, request
         return request.lease.cached_tokens
+
+
+def _worth_waiting_tokens(request: Request, other: Request) -> int:
+    """How many tokens `other` must spare `request` for it to wait. The prompt of choices is computed once."""
+    return 1 if other.id in request.choice_ids else WORTH_WAITING_TOKENS
 
 
 def _head(request: Request) -> Head:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,8 +23,9 @@ class StepInput(NamedTuple):
         request_ids: [sequences]
         token_ids: int64 [tokens], those of one request after those of another. Empty if the device knows them already.
         layout: where each sequence begins, and the pages of its KV.
-        logits_of: int64 [sequences], the last row of each sequence. Those that do not sample have logits too: logits
-            that are not finite betray KV that must not be shared.
+        logits_of: int64 [sequences + …], the last row of each sequence. Those that do not sample have logits too:
+            logits that are not finite betray KV that must not be shared. Then, sequence by sequence, the other rows
+            that `prompt_logprobs` needs.
     """
 
     request_ids: tuple[int, ...]
@@ -46,8 +47,15 @@ def make_step_input(spans: Sequence[Span], table: ReqToTokenPool, *, known_token
         tuple(span.request.id for span in spans),
         np.concatenate([np.empty(0, np.int64), *tokens]),
         layout,
-        layout.qo_indptr[1:].astype(np.int64) - 1,
+        np.concatenate([layout.qo_indptr[1:].astype(np.int64) - 1, *_prompt_rows(spans, layout)]),
     )
+
+
+def _prompt_rows(spans: Sequence[Span], layout: BatchLayout) -> Iterator[NDArray[np.int64]]:
+    for span, row in zip(spans, layout.qo_indptr.tolist(), strict=False):
+        positions = span.inner_prompt_positions
+        if positions:
+            yield np.arange(positions.start, positions.stop) - span.first + row
 
 
 def _sequence(span: Span, table: ReqToTokenPool) -> SequenceSpan:

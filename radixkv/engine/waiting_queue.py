@@ -95,13 +95,13 @@ class WaitingQueue:
         return 0 if watch is None else watch.cached_tokens
 
     def cached_tokens(self, request: Request) -> int:
-        """How many leading tokens of `request` are cached now, but for its last. O(1) if nothing has changed there."""
+        """How many leading tokens `request` would find cached now. O(1) if nothing has changed there."""
         if not self._prefix_cache:
             return 0
         watch = self._watches.get(request.id)
         if watch is None:
             extra_key, cache_salt = request.cache_options.namespace
-            watch = self._cache.watch(request.token_ids[:-1], extra_key=extra_key, cache_salt=cache_salt)
+            watch = self._cache.watch(request.findable_ids, extra_key=extra_key, cache_salt=cache_salt)
             self._watches[request.id] = watch
         elif not watch.is_current():
             watch.refresh()

@@ -56,6 +56,7 @@ class GenerationBody(Body):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    min_tokens: int | None = None
     seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -7,13 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
-
 from radixkv.engine.async_engine import AsyncEngine
 from radixkv.serving.errors import ApiError, bad_request
+from radixkv.serving.generation import Ids
 
-Ids: TypeAlias = "NDArray[np.int32]"
 Message: TypeAlias = "dict[str, Any]"
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.config import SamplingParams
 from radixkv.engine.async_engine import AsyncEngine
-from radixkv.engine.request import Progress, RequestOutput
+from radixkv.engine.request import Progress, RequestOutput, Usage
 from radixkv.serving.errors import as_api_error, shutting_down
 
-MAX_SEED = 2**63 - 1
+Ids: TypeAlias = "NDArray[np.int32]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,24 +26,17 @@ class CacheUse:
     extra_key: str | None = None
     cache_salt: str | None = None
     priority: int = 0
-    keep_for_s: float | None = None
 
-    def as_arguments(self) -> dict[str, object]:
+    def as_arguments(self) -> dict[str, Any]:
         """By name."""
-        return {
-            "extra_key": self.extra_key,
-            "cache_salt": self.cache_salt,
-            "priority": self.priority,
-            "keep_for_s": self.keep_for_s,
-        }
+        return {"extra_key": self.extra_key, "cache_salt": self.cache_salt, "priority": self.priority}
 
 
-class Usage(NamedTuple):
-    """What a call used: `cached_tokens` of its `prompt_tokens` were found. A prompt of several choices counts once."""
+class Keep(NamedTuple):
+    """A prefix that is to be kept for a time once it is in the cache."""
 
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
+    prefix: Ids
+    keep_for_s: float
 
 
 class Piece(NamedTuple):
@@ -54,7 +47,7 @@ class Piece(NamedTuple):
 
 
 class Generation:
-    """The choices of one call, `num_choices` of each prompt in a row.
+    """The choices of one call, those of each prompt in a row.
 
     Invariant: once its `outputs` or `pieces` are over or were cancelled, none of its requests waits or runs.
     """
@@ -62,39 +55,72 @@ class Generation:
     def __init__(
         self,
         engine: AsyncEngine,
-        prompts: Sequence[NDArray[np.int32]],
+        prompts: Sequence[Ids],
         params: SamplingParams,
         cache_use: CacheUse,
         *,
-        num_choices: int = 1,
+        keeps: Sequence[Keep] = (),
         on_output: Callable[[RequestOutput], object] = lambda output: None,
     ) -> None:
-        """on_output: called with the output of each choice that came to its end."""
-        self._on_output = on_output
+        """A generation that has not begun.
+
+        Args:
+            keeps: prefixes of the prompts that are to be kept.
+            on_output: called with the output of each choice that came to its end.
+        """
         self._engine = engine
+        self._params = params
         self._cache_use = cache_use
-        self.num_choices = num_choices
-        self.prompts = [prompt for prompt in prompts for _ in range(num_choices)]
-        self.params = [_of_choice(params, number) for _ in prompts for number in range(num_choices)]
+        self._keeps = keeps
+        self._on_output = on_output
+        self.prompts = prompts
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of each prompt."""
+        return self._params.n
+
+    def prompt_of(self, index: int) -> Ids:
+        """The prompt of a choice."""
+        return self.prompts[index // self.num_choices]
 
     async def outputs(self) -> list[RequestOutput]:
         """The output of each choice. Raises: as `AsyncEngine.generate`; ApiError if one failed."""
-        arguments = self._cache_use.as_arguments()
-        outputs = await self._engine.generate(self.prompts, self.params, **arguments)  # type: ignore[arg-type]
-        return [self._checked(output) for output in outputs]
+        if self._keeps:  # a prefix is to be kept while its request still holds it
+            pieces = [piece async for piece in self.pieces() if piece.progress.output is not None]
+            ordered = sorted(pieces, key=lambda piece: piece.index)
+            return [piece.progress.output for piece in ordered if piece.progress.output is not None]
+        outputs = await self._engine.generate(list(self.prompts), self._params, **self._cache_use.as_arguments())
+        return [self._checked(choice) for output in outputs for choice in output.choices]
 
     async def pieces(self) -> AsyncGenerator[Piece]:
         """What each choice gains, as it comes; the last one of each carries its output. Raises: as `outputs`."""
-        arguments = self._cache_use.as_arguments()
         streams = [
-            self._engine.stream(prompt, params, **arguments)  # type: ignore[arg-type]
-            for prompt, params in zip(self.prompts, self.params, strict=True)
+            self._engine.stream(prompt, self._params, **self._cache_use.as_arguments()) for prompt in self.prompts
         ]
+        unkept = set(range(len(streams))) if self._keeps else set()
         async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as pieces:
-            async for piece in pieces:
-                if piece.progress.output is not None:
-                    self._checked(piece.progress.output)
-                yield piece
+            async for number, progress in pieces:
+                if progress.output is not None:
+                    self._checked(progress.output)
+                unkept.discard(number)
+                if self._keeps and not unkept:
+                    await self._keep()
+                yield Piece(number * self.num_choices + progress.choice_index, progress)
+
+    def usage(self, outputs: Sequence[RequestOutput]) -> Usage:
+        """What `outputs`, one for each choice, used. The prompt of several choices counts once."""
+        firsts = range(0, len(outputs), self.num_choices)
+        usages = [Usage.of(outputs[first : first + self.num_choices]) for first in firsts]
+        return Usage(*(sum(numbers) for numbers in zip(*usages, strict=True)))
+
+    async def _keep(self) -> None:
+        keeps, self._keeps = self._keeps, ()
+        use = self._cache_use
+        for prefix, keep_for_s in keeps:
+            await self._engine.keep(
+                prefix, keep_for_s, extra_key=use.extra_key, cache_salt=use.cache_salt, priority=use.priority
+            )
 
     def _checked(self, output: RequestOutput) -> RequestOutput:
         """`output`, which came to its own end. Raises: ApiError if it failed, or the server was shut down."""
@@ -104,24 +130,6 @@ class Generation:
         if output.finish_reason == "abort":
             raise shutting_down()
         return output
-
-    def usage(self, outputs: Sequence[RequestOutput]) -> Usage:
-        """What `outputs`, one for each choice, used."""
-        firsts = range(0, len(outputs), self.num_choices)
-        return Usage(
-            prompt_tokens=sum(outputs[first].prompt_tokens for first in firsts),
-            cached_tokens=sum(
-                min(output.cached_tokens for output in outputs[first : first + self.num_choices]) for first in firsts
-            ),
-            completion_tokens=sum(len(output.token_ids) for output in outputs),
-        )
-
-
-def _of_choice(params: SamplingParams, number: int) -> SamplingParams:
-    """The parameters of one of several choices: a seed is for the first, the next ones count on from there."""
-    if number == 0 or params.seed is None:
-        return params
-    return replace(params, seed=(params.seed + number) % (MAX_SEED + 1))
 
 
 async def _numbered(stream: AsyncGenerator[Progress]) -> AsyncGenerator[Piece]:

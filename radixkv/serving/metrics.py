@@ -55,17 +55,19 @@ class Metrics:
         self._output_size = self._histogram("vllm:request_generation_tokens", "Tokens of an output.", TOKENS)
 
     def observe(self, output: RequestOutput, tenant: str) -> None:
-        """Count a request that ended."""
+        """Count a choice that ended. The prompt counts with the first one."""
         self._requests.labels(tenant, output.finish_reason).inc()
-        num_cached, num_generated = min(output.cached_tokens, output.prompt_tokens), len(output.token_ids)
+        is_first = output.choice_index == 0
+        num_prompt, num_cached = (output.prompt_tokens, output.cached_tokens) if is_first else (0, 0)
+        num_generated = len(output.token_ids)
         for kind, num_tokens in (
             ("cached", num_cached),
-            ("computed", output.prompt_tokens - num_cached),
+            ("computed", num_prompt - num_cached),
             ("generated", num_generated),
         ):
             self._tenant_tokens.labels(tenant, kind).inc(num_tokens)
         labels = tuple(self._labels.values())
-        self._prompt_tokens.labels(*labels).inc(output.prompt_tokens)
+        self._prompt_tokens.labels(*labels).inc(num_prompt)
         self._cached_tokens.labels(*labels).inc(num_cached)
         self._generated_tokens.labels(*labels).inc(num_generated)
         if output.finish_reason not in ("stop", "length"):

@@ -54,11 +54,11 @@ class _ChatCall:
         """The call that `body` asks for. Raises: ApiError, RadixKVError."""
         params = sampling_params(
             body,
-            max_tokens=service.engine.config.max_context_tokens if body.asked_tokens is None else body.asked_tokens,
+            max_tokens=service.engine.max_context_tokens if body.asked_tokens is None else body.asked_tokens,
             max_tokens_field=body.asked_tokens_field,
         )
         prompt = await service.chat_prompts.encode(body.chat())
-        return cls(service, body, service.generation([prompt], params, body, tenant_of(request), body.n or 1))
+        return cls(service, body, service.generation([prompt], params, body, tenant_of(request)))
 
     def answer(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The completion as a whole."""

@@ -15,9 +15,8 @@ from starlette.responses import JSONResponse, Response
 from radixkv.engine.async_engine import AsyncEngine
 from radixkv.engine.request import RequestOutput
 from radixkv.serving.bodies import GenerationBody
-from radixkv.serving.chat_prompts import Ids
 from radixkv.serving.errors import bad_request
-from radixkv.serving.generation import Generation
+from radixkv.serving.generation import Generation, Ids
 from radixkv.serving.openai_usage import usage_object
 from radixkv.serving.sampling_fields import sampling_params
 from radixkv.serving.service import Service, tenant_of
@@ -77,7 +76,7 @@ class _CompletionCall:
             raise bad_request(f"best_of must be n, or left out; got {body.best_of}", "best_of")
         params = sampling_params(body, max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens)
         prompts = await _encode_all(service.engine, body.prompt)
-        return cls(service, body, service.generation(prompts, params, body, tenant_of(request), body.n or 1))
+        return cls(service, body, service.generation(prompts, params, body, tenant_of(request)))
 
     def answer(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The completion as a whole."""
@@ -117,7 +116,7 @@ class _CompletionCall:
         if isinstance(prompt, str):
             return prompt
         tokenizer = self._service.engine.require_tokenizer("echo")
-        text: str = tokenizer.decode(self.generation.prompts[index].tolist(), skip_special_tokens=True)
+        text: str = tokenizer.decode(self.generation.prompt_of(index).tolist(), skip_special_tokens=True)
         return text
 
 

@@ -8,8 +8,8 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from radixkv.serving.bodies import Body
-from radixkv.serving.chat_prompts import Ids
 from radixkv.serving.errors import bad_request
+from radixkv.serving.generation import Ids
 from radixkv.serving.openai_chat_body import ChatBody, ChatMessage, Tool
 from radixkv.serving.service import Service, in_thread
 

@@ -16,9 +16,9 @@ from radixkv.errors import RadixKVError
 from radixkv.serving.admission import Admission
 from radixkv.serving.bodies import Body, GenerationBody, UnknownFields
 from radixkv.serving.cache_use import cache_use
-from radixkv.serving.chat_prompts import ChatPrompts, Ids
+from radixkv.serving.chat_prompts import ChatPrompts
 from radixkv.serving.errors import ApiError, as_api_error
-from radixkv.serving.generation import Generation
+from radixkv.serving.generation import Generation, Ids, Keep
 from radixkv.serving.metrics import Metrics
 from radixkv.serving.streaming import EventStream, event
 from radixkv.serving.tenants import KeyRing, Tenant
@@ -54,15 +54,20 @@ class Service:
         self.unknown_fields.check(body)
 
     def generation(
-        self, prompts: Sequence[Ids], params: SamplingParams, body: GenerationBody, tenant: Tenant, num_choices: int
+        self,
+        prompts: Sequence[Ids],
+        params: SamplingParams,
+        body: GenerationBody,
+        tenant: Tenant,
+        keeps: Sequence[Keep] = (),
     ) -> Generation:
-        """The requests that answer `tenant`'s call for `num_choices` of each prompt."""
+        """The requests that answer `tenant`'s call."""
         return Generation(
             self.engine,
             prompts,
             params,
             cache_use(body, tenant),
-            num_choices=num_choices,
+            keeps=keeps,
             on_output=lambda output: self.metrics.observe(output, tenant.name),
         )
 

@@ -182,23 +182,29 @@ class TreeShape:
             self._merge(node)
 
     def _merge(self, upper: TreeNode) -> None:
-        """Undo a cut, unless exactly that prefix is pinned."""
+        """Undo a cut, unless exactly that prefix is pinned or kept."""
         if not upper.children:  # the lower part was evicted: what is left is a leaf like any other
             upper.cut = False
             if upper.lock_ref == 0 and upper.entry is None:
                 self._queue.add(upper)
             return
         (lower,) = upper.children.values()
-        if lower.lock_ref == upper.lock_ref:
+        if lower.lock_ref == upper.lock_ref and not self._is_kept_apart(upper, lower):
             self._absorb([upper], lower)
 
+    def _is_kept_apart(self, upper: TreeNode, lower: TreeNode) -> bool:
+        """Whether `upper` outlives what comes after it, which a merge would then keep as well."""
+        if upper.priority > lower.priority:
+            return True
+        return upper.keep_until > lower.keep_until and upper.keep_until > self.clock()
+
     def _shorten(self, path: list[TreeNode]) -> None:
-        """Merge the forks on `path` that have one child left, and no pin of their own."""
+        """Merge the forks on `path` that have one child left, and are neither pinned nor kept apart from it."""
         start = 0
         while start < len(path):
             end = start
             while path[end].fork and len(path[end].children) == 1 and end + 1 < len(path):
-                if path[end].lock_ref != path[end + 1].lock_ref:
+                if path[end].lock_ref != path[end + 1].lock_ref or self._is_kept_apart(path[end], path[end + 1]):
                     break
                 end += 1
             if end > start:

@@ -1,0 +1,213 @@
+"""What requests change in their logits before a token is chosen: penalties, bias, forbidden ends, transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from radixkv.engine.sampling import SamplingParams
+
+FIRST_ROOM = 64  # output tokens, before the arrays of counts grow
+
+
+class LogitsTransform(Protocol):
+    """Changes the logits of one output before each of its tokens is chosen, for instance by a grammar.
+
+    `start` is called when the output's tokens are known, before the model computes the logits of the next one; `apply`
+    after that. So `start` can begin work in a thread of its own, which runs while the model does, and `apply` waits for
+    it. Both are called by the thread that runs the engine. What they raise fails this request alone.
+    """
+
+    def start(self, token_ids: Sequence[int]) -> None:
+        """Get ready for the token after `token_ids`, the output so far. Once for each length, 0 first.
+
+        The list is the engine's own: do not change it. It stays as it is until `apply` returns.
+        """
+        ...
+
+    def apply(self, logits: Tensor) -> None:
+        """Change `logits` in place: float32 [vocab_size], on the model's device, after penalties and bias.
+
+        Minus infinity forbids a token. It may be called again for the same token if a step has to be repeated.
+        """
+        ...
+
+
+class TokenCounts:
+    """How often an output holds each token. Tokens of the prompt are listed, too, and count 0.
+
+    >>> counts = TokenCounts(np.array([5, 9]))
+    >>> counts.add(7), counts.add(9), counts.add(7)
+    (None, None, None)
+    >>> counts.ids.tolist(), counts.counts.tolist()
+    ([5, 9, 7], [0.0, 1.0, 2.0])
+    """
+
+    def __init__(self, listed_ids: NDArray[Any]) -> None:
+        """Begin with `listed_ids`, all different, none of which the output holds."""
+        self._size = len(listed_ids)
+        self._ids = np.empty(self._size + FIRST_ROOM, np.int64)
+        self._ids[: self._size] = listed_ids
+        self._counts = np.zeros(len(self._ids), np.float32)
+        self._place = {token_id: place for place, token_id in enumerate(listed_ids.tolist())}
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """The tokens listed, each once; a view."""
+        return self._ids[: self._size]
+
+    @property
+    def counts(self) -> NDArray[np.float32]:
+        """How often the output holds each of `ids`; a view."""
+        return self._counts[: self._size]
+
+    def add(self, token_id: int) -> None:
+        """Count a new token of the output. O(1)."""
+        place = self._place.setdefault(token_id, self._size)
+        if place == self._size:
+            if place == len(self._ids):
+                self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
+                self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+            self._ids[place] = token_id
+            self._size += 1
+        self._counts[place] += 1
+
+
+class LogitEdits:
+    """What one request changes in its logits, and what this depends on: its output so far.
+
+    Attributes:
+        params: which penalties and which bias.
+        counts: the tokens that penalties apply to; None without penalties.
+        bias_ids, bias: int64 and float32, of the same length.
+        transform: the request's own; None if it has none.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: NDArray[np.int32],
+        end_ids: Sequence[int],
+        transform: LogitsTransform | None,
+    ) -> None:
+        self.params = params
+        self.counts: TokenCounts | None = None
+        if params.has_penalties:
+            repeats = params.repetition_penalty != 1
+            self.counts = TokenCounts(np.unique(prompt_ids) if repeats else np.empty(0, np.int64))
+        bias = params.logit_bias or {}
+        self.bias_ids = np.fromiter(bias.keys(), np.int64, len(bias))
+        self.bias = np.fromiter(bias.values(), np.float32, len(bias))
+        self.transform = transform
+        self._end_ids = np.array(sorted(end_ids), np.int64)
+        self._num_tokens = 0  # of the output
+        self._num_started = -1  # as `_num_tokens` was when the transform started last
+
+    @classmethod
+    def of(
+        cls,
+        params: SamplingParams,
+        prompt_ids: NDArray[np.int32],
+        end_ids: Sequence[int],
+        transform: LogitsTransform | None,
+    ) -> LogitEdits | None:
+        """The edits of a request; None if it asks for none.
+
+        Args:
+            end_ids: tokens that may not come before `min_tokens` others.
+        """
+        asks = params.has_penalties or params.logit_bias or params.min_tokens or transform is not None
+        return cls(params, prompt_ids, end_ids, transform) if asks else None
+
+    @property
+    def forbidden_ids(self) -> NDArray[np.int64]:
+        """Tokens that may not come next, because they end the output."""
+        return self._end_ids if self._num_tokens < self.params.min_tokens else self._end_ids[:0]
+
+    @property
+    def hides_logits(self) -> bool:
+        """Whether something may become minus infinity, which could hide that the model gave NaN."""
+        return self.transform is not None or len(self.forbidden_ids) > 0
+
+    def append(self, token_id: int) -> None:
+        """Take note of a new token of the output. O(1)."""
+        self._num_tokens += 1
+        if self.counts is not None:
+            self.counts.add(token_id)
+
+    def start(self, output_ids: Sequence[int]) -> None:
+        """Start the transform for the next token, unless it was started for it before."""
+        if self.transform is not None and self._num_started != len(output_ids):
+            self.transform.start(output_ids)
+            self._num_started = len(output_ids)
+
+
+class RowEdits(NamedTuple):
+    """The edits of one row of logits."""
+
+    row: int
+    edits: LogitEdits
+
+
+@torch.inference_mode()
+def edit_logits(logits: Tensor, rows: Sequence[RowEdits]) -> dict[int, Exception]:
+    """Change the logits of `rows` in place: repetition, frequency and presence penalty, bias, ends, transforms.
+
+    All but the transforms in one pass for all rows, which reads and writes the logits of the tokens concerned alone. A
+    row of the model's that cannot be sampled from still holds NaN in the end.
+
+    Args:
+        logits: float32 [rows, vocab_size]
+
+    Returns: what transforms raised, by row.
+    """
+    hiding = [row for row, edits in rows if edits.hides_logits]
+    were_finite = torch.isfinite(logits[hiding].amax(dim=-1)) if hiding else None
+    _penalise(logits, [(row, edits.params, edits.counts) for row, edits in rows if edits.counts is not None])
+    biased = [(row, edits.bias_ids, edits.bias) for row, edits in rows if len(edits.bias_ids)]
+    if biased:
+        places = _places(logits, [(row, ids) for row, ids, _ in biased])
+        added = _on_device(np.concatenate([bias for *_, bias in biased]), logits)
+        logits.index_put_(places, logits[places] + added)
+    forbidden = [(row, edits.forbidden_ids) for row, edits in rows if len(edits.forbidden_ids)]
+    if forbidden:
+        logits.index_put_(_places(logits, forbidden), torch.full((), -torch.inf, device=logits.device))
+    errors: dict[int, Exception] = {}
+    for row, edits in rows:
+        try:
+            if edits.transform is not None:
+                edits.transform.apply(logits[row])
+        except Exception as error:
+            errors[row] = error
+    if were_finite is not None:
+        logits[hiding, 0] = torch.where(were_finite, logits[hiding, 0], torch.nan)
+    return errors
+
+
+def _penalise(logits: Tensor, rows: Sequence[tuple[int, SamplingParams, TokenCounts]]) -> None:
+    """Apply the penalties. Repetition: Keskar et al. 2019, section 4.1; the others: OpenAI's API."""
+    if not rows:
+        return
+    places = _places(logits, [(row, counts.ids) for row, _, counts in rows])
+    sizes = [len(counts.ids) for *_, counts in rows]
+    asked = [(params.repetition_penalty, params.frequency_penalty, params.presence_penalty) for _, params, _ in rows]
+    repetition, frequency, presence = _on_device(np.repeat(np.array(asked, np.float32).T, sizes, axis=1), logits)
+    counted = _on_device(np.concatenate([counts.counts for *_, counts in rows]), logits)
+    values = logits[places]
+    values = torch.where(values < 0, values * repetition, values / repetition)
+    logits.index_put_(places, values - frequency * counted - presence * (counted > 0))
+
+
+def _places(logits: Tensor, ids_of_rows: Sequence[tuple[int, NDArray[np.int64]]]) -> tuple[Tensor, Tensor]:
+    """Indices (row, token id) of all tokens of all rows."""
+    rows = np.repeat(np.array([row for row, _ in ids_of_rows]), [len(ids) for _, ids in ids_of_rows])
+    return _on_device(rows, logits), _on_device(np.concatenate([ids for _, ids in ids_of_rows]), logits)
+
+
+def _on_device(values: NDArray[Any], logits: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(logits.device, non_blocking=True)
