@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -200,6 +200,16 @@ class AsyncEngine:
         namespace, ids = Namespace.of(extra_key, cache_salt), await asyncio.to_thread(self._intake.ids_of, prompt)
         found: Explanation = await self._call(lambda core: core.explain(ids, namespace, as_admin=as_admin))
         return found
+
+    def explain_before(
+        self, ids: NDArray[np.int32], *, extra_key: str | None = None, cache_salt: str | None = None
+    ) -> Awaitable[Explanation]:
+        """As `explain`, of what is cached before any request that is submitted after this call can change it.
+
+        Raises: ClosedError, EngineFailedError.
+        """
+        namespace = Namespace.of(extra_key, cache_salt)
+        return asyncio.wrap_future(self._thread.call(lambda core: core.explain(ids, namespace)))
 
     async def keep(
         self,

@@ -60,18 +60,21 @@ class Generation:
         cache_use: CacheUse,
         *,
         keeps: Sequence[Keep] = (),
+        on_prompt: Callable[[Ids, CacheUse], object] = lambda prompt, use: None,
         on_output: Callable[[RequestOutput], object] = lambda output: None,
     ) -> None:
         """A generation that has not begun.
 
         Args:
             keeps: prefixes of the prompts that are to be kept.
+            on_prompt: called with each prompt before it is submitted.
             on_output: called with the output of each choice that came to its end.
         """
         self._engine = engine
         self._params = params
         self._cache_use = cache_use
         self._keeps = keeps
+        self._on_prompt = on_prompt
         self._on_output = on_output
         self.prompts = prompts
 
@@ -90,21 +93,24 @@ class Generation:
             pieces = [piece async for piece in self.pieces() if piece.progress.output is not None]
             ordered = sorted(pieces, key=lambda piece: piece.index)
             return [piece.progress.output for piece in ordered if piece.progress.output is not None]
+        self._announce()
         outputs = await self._engine.generate(list(self.prompts), self._params, **self._cache_use.as_arguments())
         return [self._checked(choice) for output in outputs for choice in output.choices]
 
     async def pieces(self) -> AsyncGenerator[Piece]:
         """What each choice gains, as it comes; the last one of each carries its output. Raises: as `outputs`."""
+        self._announce()
         streams = [
             self._engine.stream(prompt, self._params, **self._cache_use.as_arguments()) for prompt in self.prompts
         ]
-        unkept = set(range(len(streams))) if self._keeps else set()
+        unkept = set(range(len(streams)))
         async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as pieces:
             async for number, progress in pieces:
                 if progress.output is not None:
                     self._checked(progress.output)
-                unkept.discard(number)
-                if self._keeps and not unkept:
+                    await self._keep()
+                elif number in unkept:
+                    unkept.discard(number)
                     await self._keep()
                 yield Piece(number * self.num_choices + progress.choice_index, progress)
 
@@ -114,10 +120,14 @@ class Generation:
         usages = [Usage.of(outputs[first : first + self.num_choices]) for first in firsts]
         return Usage(*(sum(numbers) for numbers in zip(*usages, strict=True)))
 
+    def _announce(self) -> None:
+        for prompt in self.prompts:
+            self._on_prompt(prompt, self._cache_use)
+
     async def _keep(self) -> None:
-        keeps, self._keeps = self._keeps, ()
+        """Keep what is to be kept: from the first token on, and anew when the output has been added to the prefix."""
         use = self._cache_use
-        for prefix, keep_for_s in keeps:
+        for prefix, keep_for_s in self._keeps:
             await self._engine.keep(
                 prefix, keep_for_s, extra_key=use.extra_key, cache_salt=use.cache_salt, priority=use.priority
             )

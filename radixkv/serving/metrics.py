@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 from prometheus_client.registry import Collector
 
+from radixkv.cache.insight.explanation import Explanation
 from radixkv.engine.request import RequestOutput
 from radixkv.engine.results import EngineStats
 
@@ -40,6 +41,27 @@ class Metrics:
         )
         self._tenant_tokens = Counter(
             "radixkv_tokens", "Tokens by tenant: cached, computed or generated.", ["tenant", "kind"], registry=registry
+        )
+        self._misses = Counter(
+            "radixkv_prompts", "Prompts by why they were not cached further.", ["reason"], registry=registry
+        )
+        self._missed_tokens = Counter(
+            "radixkv_missed_tokens", "Tokens of prompts that were not cached, by reason.", ["reason"], registry=registry
+        )
+        self._wanted_again = Counter(
+            "radixkv_evicted_tokens_wanted_again", "Tokens of prompts that were evicted before.", registry=registry
+        )
+        self._wanted_after = Histogram(
+            "radixkv_evicted_wanted_after_seconds",
+            "Time from an eviction to a prompt that wanted its tokens.",
+            registry=registry,
+            buckets=SECONDS,
+        )
+        self._evicted_age = Histogram(
+            "radixkv_evicted_unused_seconds",
+            "Time from last use to eviction, of evicted tokens that were wanted again.",
+            registry=registry,
+            buckets=SECONDS,
         )
         self._success = self._counter("vllm:request_success", "Requests that ended well.", ["finished_reason"])
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Tokens of prompts.")
@@ -83,6 +105,16 @@ class Metrics:
             (self._output_size, num_generated),
         ):
             histogram.labels(*labels).observe(value)
+
+    def count_miss(self, explanation: Explanation) -> None:
+        """Count how far a prompt was cached, and why not further."""
+        self._misses.labels(explanation.reason).inc()
+        self._missed_tokens.labels(explanation.reason).inc(explanation.num_tokens - explanation.cached_tokens)
+        if explanation.eviction is not None and explanation.evicted_ago_s is not None:
+            self._wanted_again.inc(explanation.evicted_tokens)
+            self._wanted_after.observe(explanation.evicted_ago_s)
+            if (unused_s := explanation.eviction.unused_s) is not None:
+                self._evicted_age.observe(unused_s)
 
     def count_answer(self, path: str, status: int) -> None:
         """Count an answer. Paths that nobody serves count as one."""

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from radixkv.engine.request import RequestOutput
+from radixkv.serving.cache_use import MAX_BREAKPOINTS, implicit_keep
 from radixkv.serving.generation import Generation
 from radixkv.serving.openai_chat_body import ChatBody
 from radixkv.serving.openai_usage import usage_object
@@ -57,8 +58,11 @@ class _ChatCall:
             max_tokens=service.engine.max_context_tokens if body.asked_tokens is None else body.asked_tokens,
             max_tokens_field=body.asked_tokens_field,
         )
-        prompt = await service.chat_prompts.encode(body.chat())
-        return cls(service, body, service.generation([prompt], params, body, tenant_of(request)))
+        chat = body.chat()
+        prompt = await service.chat_prompts.encode(chat)
+        keeps = await service.chat_prompts.keeps(chat, prompt)
+        keeps = [*keeps, *implicit_keep(body.prompt_cache_options, prompt)][-MAX_BREAKPOINTS:]
+        return cls(service, body, service.generation([prompt], params, body, tenant_of(request), keeps))
 
     def answer(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The completion as a whole."""

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from radixkv.serving.bodies import Body, GenerationBody
-from radixkv.serving.chat_prompts import Chat, Message
+from radixkv.serving.cache_use import MAX_BREAKPOINTS, TTL_S, default_ttl_s
+from radixkv.serving.chat_prompts import Breakpoint, Chat, Message
 from radixkv.serving.errors import bad_request
 
 TEXT_TYPES = ("text", "input_text", "output_text", "refusal")
@@ -128,9 +129,21 @@ class ChatBody(GenerationBody):
         return Chat(
             messages=[_message(message, f"messages[{i}]") for i, message in enumerate(self.messages)],
             tools=[tool.model_dump(exclude_none=True) for tool in offered],
+            breakpoints=self._breakpoints()[-MAX_BREAKPOINTS:],
             kwargs=_kwargs(self.chat_template_kwargs or {}),
             continues=bool(self.continue_final_message),
         )
+
+    def _breakpoints(self) -> list[Breakpoint]:
+        """Where parts end that are marked so."""
+        found = []
+        for number, message in enumerate(self.messages):
+            for count, part in enumerate(message.content if isinstance(message.content, list) else (), start=1):
+                if (mark := part.prompt_cache_breakpoint) is not None:
+                    ttl_s = default_ttl_s(self.prompt_cache_options) if mark.ttl is None else TTL_S[mark.ttl]
+                    before = content_text(list(message.content or ())[:count], f"messages[{number}].content")  # type: ignore[arg-type]
+                    found.append(Breakpoint(number, len(before), ttl_s))
+        return found
 
 
 _OURS = ("tokenize", "add_generation_prompt", "continue_final_message", "messages", "conversation", "tools")

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from radixkv.engine.async_engine import AsyncEngine
 from radixkv.engine.request import RequestOutput
 from radixkv.serving.bodies import GenerationBody
+from radixkv.serving.cache_use import implicit_keep
 from radixkv.serving.errors import bad_request
 from radixkv.serving.generation import Generation, Ids
 from radixkv.serving.openai_usage import usage_object
@@ -76,7 +77,8 @@ class _CompletionCall:
             raise bad_request(f"best_of must be n, or left out; got {body.best_of}", "best_of")
         params = sampling_params(body, max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens)
         prompts = await _encode_all(service.engine, body.prompt)
-        return cls(service, body, service.generation(prompts, params, body, tenant_of(request)))
+        keeps = [keep for prompt in prompts for keep in implicit_keep(body.prompt_cache_options, prompt)]
+        return cls(service, body, service.generation(prompts, params, body, tenant_of(request), keeps))
 
     def answer(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The completion as a whole."""

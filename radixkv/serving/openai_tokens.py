@@ -8,21 +8,13 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from radixkv.serving.bodies import Body
-from radixkv.serving.errors import bad_request
-from radixkv.serving.generation import Ids
-from radixkv.serving.openai_chat_body import ChatBody, ChatMessage, Tool
+from radixkv.serving.prompt_body import PromptBody, ids_of
 from radixkv.serving.service import Service, in_thread
 
 
-class TokenizeBody(Body):
+class TokenizeBody(PromptBody):
     """A text or a chat whose tokens are wanted."""
 
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    tools: list[Tool] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    continue_final_message: bool | None = None
     add_special_tokens: bool = True
 
 
@@ -53,8 +45,8 @@ def router(service: Service) -> APIRouter:
         """The token ids of a text, or of a chat."""
         service.check_fields(body)
         service.check_model(body.model)
-        ids = (await _tokenize(service, body)).tolist()
-        limit = service.engine.config.max_context_tokens
+        ids = (await ids_of(service, body, add_special_tokens=body.add_special_tokens)).tolist()
+        limit = service.engine.max_context_tokens
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": limit})
 
     @routes.post("/detokenize", response_model=None)
@@ -75,19 +67,5 @@ def _model(service: Service) -> dict[str, Any]:
         "object": "model",
         "created": service.created_at,
         "owned_by": "radixkv",
-        "max_model_len": service.engine.config.max_context_tokens,
+        "max_model_len": service.engine.max_context_tokens,
     }
-
-
-async def _tokenize(service: Service, body: TokenizeBody) -> Ids:
-    if (body.prompt is None) == (body.messages is None):
-        raise bad_request("give either prompt or messages", "prompt")
-    if body.prompt is not None:
-        return await service.engine.encode(body.prompt, add_special_tokens=body.add_special_tokens)
-    chat = ChatBody(
-        messages=body.messages or [],
-        tools=body.tools,
-        chat_template_kwargs=body.chat_template_kwargs,
-        continue_final_message=body.continue_final_message,
-    )
-    return await service.chat_prompts.encode(chat.chat())

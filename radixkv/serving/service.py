@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from radixkv.cache.insight.explanation import Explanation
 from radixkv.config import SamplingParams, ServerConfig
 from radixkv.engine.async_engine import AsyncEngine
 from radixkv.errors import RadixKVError
@@ -18,7 +19,7 @@ from radixkv.serving.bodies import Body, GenerationBody, UnknownFields
 from radixkv.serving.cache_use import cache_use
 from radixkv.serving.chat_prompts import ChatPrompts
 from radixkv.serving.errors import ApiError, as_api_error
-from radixkv.serving.generation import Generation, Ids, Keep
+from radixkv.serving.generation import CacheUse, Generation, Ids, Keep
 from radixkv.serving.metrics import Metrics
 from radixkv.serving.streaming import EventStream, event
 from radixkv.serving.tenants import KeyRing, Tenant
@@ -68,8 +69,18 @@ class Service:
             params,
             cache_use(body, tenant),
             keeps=keeps,
+            on_prompt=self._look_up,
             on_output=lambda output: self.metrics.observe(output, tenant.name),
         )
+
+    def _look_up(self, prompt: Ids, use: CacheUse) -> None:
+        """Count why a prompt misses the cache, as soon as the engine knows."""
+        found = self.engine.explain_before(prompt, extra_key=use.extra_key, cache_salt=use.cache_salt)
+        asyncio.ensure_future(found).add_done_callback(self._count_miss)
+
+    def _count_miss(self, done: asyncio.Future[Explanation]) -> None:
+        if not done.cancelled() and done.exception() is None:  # else the request itself fails, and says so
+            self.metrics.count_miss(done.result())
 
     async def check_health(self) -> None:
         """Raises: ApiError if the engine does not live, or no step of it ends in time."""
