@@ -137,6 +137,7 @@ class Session:
         """
         self._check_open()
         _check_text("text", text)
+        _check_params(params)
         seen = self._now
         prompt = self._composer.compose(seen, text)
         chunks = self._engine.stream(prompt.ids, params, **self._options._asdict())  # checks, and starts nothing yet
@@ -170,6 +171,7 @@ class Session:
         Raises: InvalidRequestError if the context is empty, PromptTooLongError, SessionBusyError, ClosedError.
         """
         self._check_open()
+        _check_params(params)
         with self._turns.turn():
             self._check_open()
             with closing(self._engine.stream(self._now.ids, params, **self._options._asdict())) as chunks:
@@ -295,6 +297,14 @@ class Session:
 def _counts(output: RequestOutput) -> bool:
     """Whether the turn came to its end and counts; an aborted or failed one does not."""
     return output.finish_reason in ("stop", "length")
+
+
+def _check_params(params: SamplingParams | None) -> None:
+    """Raises: InvalidRequestError unless `params` asks for one answer."""
+    if params is not None and (params.n != 1 or params.max_tokens == 0):
+        raise InvalidRequestError(
+            f"a session's turn has one answer of at least a token; got n={params.n}, max_tokens={params.max_tokens}"
+        )
 
 
 def _check_text(name: str, text: object) -> None:
