@@ -112,7 +112,8 @@ def test_flush_is_defined_while_requests_run(server: Running) -> None:
     assert held["kept_by_running_tokens"] == 0
     body = {"prompt": PROMPT, "max_tokens": 800, "ignore_eos": True, "stream": True}
     with server.http().stream("POST", "/v1/completions", json=body) as stream:
-        assert next(stream.iter_lines())
+        lines = stream.iter_lines()  # dropping it would close the stream
+        assert next(lines)
         kept = post(server, "/v1/cache/flush", {})
         assert kept["kept_by_running_tokens"] > 0
     server.wait_until(lambda stats: stats.running == 0)
