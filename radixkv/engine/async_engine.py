@@ -109,6 +109,16 @@ class AsyncEngine:
         """The most tokens that prompt and output of one request may have."""
         return self._parts.limit.tokens
 
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the model has embeddings for."""
+        return self._parts.vocab_size
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end an output."""
+        return self._parts.eos_ids
+
     def known_ids(self, ids: TokenIds) -> NDArray[np.int32]:
         """`ids` as int32, all of them in the model's vocabulary. Raises: InvalidTokenIdsError, TokenIdsTypeError."""
         return self._intake.known_ids(ids)

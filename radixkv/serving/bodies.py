@@ -60,6 +60,8 @@ class GenerationBody(Body):
     seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    regex: str | None = None
+    grammar: str | None = None
     priority: int | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=SALT_CHARACTERS)
     prompt_cache_options: PromptCacheOptions | None = None

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from radixkv.serving.answer_form import ToolUse
 from radixkv.serving.bodies import Body, GenerationBody
 from radixkv.serving.cache_use import MAX_BREAKPOINTS, TTL_S, default_ttl_s
 from radixkv.serving.chat_prompts import Breakpoint, Chat, Message
@@ -130,9 +131,28 @@ class ChatBody(GenerationBody):
             messages=[_message(message, f"messages[{i}]") for i, message in enumerate(self.messages)],
             tools=[tool.model_dump(exclude_none=True) for tool in offered],
             breakpoints=self._breakpoints()[-MAX_BREAKPOINTS:],
-            kwargs=_kwargs(self.chat_template_kwargs or {}),
+            kwargs=template_kwargs(self.chat_template_kwargs or {}),
             continues=bool(self.continue_final_message),
         )
+
+    def tool_use(self) -> ToolUse:
+        """Which tools may be called, and which must. Raises: ApiError."""
+        schemas = {tool.function.name: tool.function.parameters or {} for tool in self.tools or ()}
+        parallel = self.parallel_tool_calls is not False
+        choice = self.tool_choice
+        if isinstance(choice, dict):
+            function = choice.get("function")
+            name = function.get("name") if isinstance(function, dict) else None
+            if choice.get("type") != "function" or name not in schemas:
+                raise bad_request("tool_choice must name one of the functions in tools", "tool_choice")
+            return ToolUse(schemas, (str(name),), parallel)
+        if choice not in (None, "none", "auto", "required"):
+            raise bad_request(
+                f"tool_choice must be none, auto, required or a function; got {choice[:40]!r}", "tool_choice"
+            )
+        if choice == "required" and not schemas:
+            raise bad_request("tool_choice is required, but there are no tools", "tool_choice")
+        return ToolUse({} if choice == "none" else schemas, tuple(schemas) if choice == "required" else (), parallel)
 
     def _breakpoints(self) -> list[Breakpoint]:
         """Where parts end that are marked so."""
@@ -149,7 +169,8 @@ class ChatBody(GenerationBody):
 _OURS = ("tokenize", "add_generation_prompt", "continue_final_message", "messages", "conversation", "tools")
 
 
-def _kwargs(given: dict[str, Any]) -> dict[str, Any]:
+def template_kwargs(given: dict[str, Any]) -> dict[str, Any]:
+    """`given`, which is for the chat template alone. Raises: ApiError if it would change how the template is used."""
     for name in given:
         if name in _OURS or name.startswith("return_"):
             raise bad_request(f"chat_template_kwargs must not set {name[:100]!r}", "chat_template_kwargs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -14,10 +14,13 @@ from starlette.responses import JSONResponse, Response
 
 from radixkv.engine.async_engine import AsyncEngine
 from radixkv.engine.request import RequestOutput
+from radixkv.engine.sampling import TokenLogprobs
+from radixkv.serving.answer_form import ToolUse, grammar_of
 from radixkv.serving.bodies import GenerationBody
 from radixkv.serving.cache_use import implicit_keep
 from radixkv.serving.errors import bad_request
 from radixkv.serving.generation import Generation, Ids
+from radixkv.serving.openai_logprobs import of_completion
 from radixkv.serving.openai_usage import usage_object
 from radixkv.serving.sampling_fields import sampling_params
 from radixkv.serving.service import Service, tenant_of
@@ -61,6 +64,7 @@ class _CompletionCall:
         self.generation = generation
         self._service = service
         self._body = body
+        self._offsets: dict[int, int] = {}  # characters of each choice whose tokens were told
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -75,7 +79,13 @@ class _CompletionCall:
             raise bad_request("suffix must be empty: text is continued, not filled in", "suffix")
         if body.best_of not in (None, body.n or 1):
             raise bad_request(f"best_of must be n, or left out; got {body.best_of}", "best_of")
-        params = sampling_params(body, max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens)
+        params = sampling_params(
+            body,
+            max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+        )
+        params = await service.fitting(params, grammar_of(body, None, ToolUse({})))
         prompts = await _encode_all(service.engine, body.prompt)
         keeps = [keep for prompt in prompts for keep in implicit_keep(body.prompt_cache_options, prompt)]
         return cls(service, body, service.generation(prompts, params, body, tenant_of(request), keeps))
@@ -83,7 +93,12 @@ class _CompletionCall:
     def answer(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The completion as a whole."""
         choices = [
-            self._choice(index, self._echo(index) + (output.text or ""), output.finish_reason)
+            self._choice(
+                index,
+                self._echo(index) + (output.text or ""),
+                self._logprobs(index, output.logprobs, self._prompt_logprobs(outputs, index)),
+                output.finish_reason,
+            )
             for index, output in enumerate(outputs)
         ]
         return {**self._head, "choices": choices, "usage": usage_object(self.generation.usage(outputs))}
@@ -95,19 +110,37 @@ class _CompletionCall:
         async with aclosing(self.generation.pieces()) as pieces:
             async for index, progress in pieces:
                 text = progress.text if index in begun else self._echo(index) + progress.text
+                logprobs = self._logprobs(index, progress.logprobs, progress.prompt_logprobs or ())
                 begun.add(index)
                 reason = None
                 if progress.output is not None:
                     outputs[index], reason = progress.output, progress.output.finish_reason
-                if text or reason is not None:
-                    yield event({**self._head, "choices": [self._choice(index, text, reason)]})
+                if text or reason is not None or logprobs is not None:
+                    yield event({**self._head, "choices": [self._choice(index, text, logprobs, reason)]})
         if self._body.stream_options is not None and self._body.stream_options.include_usage:
             usage = usage_object(self.generation.usage([outputs[index] for index in sorted(outputs)]))
             yield event({**self._head, "choices": [], "usage": usage})
         yield DONE
 
-    def _choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    def _choice(
+        self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None
+    ) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def _prompt_logprobs(self, outputs: list[RequestOutput], index: int) -> Sequence[TokenLogprobs | None]:
+        """Those of the prompt of a choice, which the first choice of the prompt has."""
+        return outputs[index - index % self.generation.num_choices].prompt_logprobs or ()
+
+    def _logprobs(
+        self, index: int, of_output: Sequence[TokenLogprobs] | None, of_prompt: Sequence[TokenLogprobs | None]
+    ) -> dict[str, Any] | None:
+        if of_output is None:
+            return None
+        first_id = int(self.generation.prompt_of(index)[0])
+        offset = self._offsets.get(index, 0)
+        found = of_completion([*of_prompt, *of_output], self._service.token_texts, first_id=first_id, offset=offset)
+        self._offsets[index] = offset + sum(map(len, found["tokens"]))
+        return found
 
     def _echo(self, index: int) -> str:
         """What comes before the text of a choice: the prompt, if it is to be echoed."""

@@ -68,7 +68,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         """Abort what runs still, and close."""
         self._service.admission.drain()
-        await self._service.engine.close()
+        await self._service.close()
         self.force_exit = self.was_forced
         await super().shutdown(sockets)
 
@@ -82,7 +82,7 @@ def serve(service: Service, *, on_start: Callable[[str], object] = lambda addres
         config = service.config
         raise ConfigError(f"cannot listen on {config.host}, port {config.port}; is another server there?") from error
     finally:
-        asyncio.run(service.engine.close())
+        asyncio.run(service.close())
     return not server.was_forced
 
 

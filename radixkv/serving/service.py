@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,9 @@ from radixkv.serving.cache_use import cache_use
 from radixkv.serving.chat_prompts import ChatPrompts
 from radixkv.serving.errors import ApiError, as_api_error
 from radixkv.serving.generation import CacheUse, Generation, Ids, Keep
+from radixkv.serving.grammars import Grammar, Grammars
 from radixkv.serving.metrics import Metrics
+from radixkv.serving.openai_logprobs import TokenTexts
 from radixkv.serving.streaming import EventStream, event
 from radixkv.serving.tenants import KeyRing, Tenant
 
@@ -40,6 +43,8 @@ class Service:
         self.keys = _key_ring(self.config)
         self.admission = Admission()
         self.chat_prompts = ChatPrompts(engine)
+        self.grammars = Grammars(engine)
+        self.token_texts = TokenTexts(engine.tokenizer)
         self.metrics = Metrics(self.model_name)
         self.unknown_fields = UnknownFields(strict=self.config.strict)
 
@@ -53,6 +58,13 @@ class Service:
     def check_fields(self, body: Body) -> None:
         """Raises: ApiError if `body` has unknown fields and the server is strict."""
         self.unknown_fields.check(body)
+
+    async def fitting(self, params: SamplingParams, grammar: Grammar | None) -> SamplingParams:
+        """`params` for outputs that fit `grammar`, which is compiled if that is needed. Raises: ApiError."""
+        if grammar is None:
+            return params
+        transform = await in_thread(self.grammars.transform, grammar)
+        return replace(params, logits_transform=transform)
 
     def generation(
         self,
@@ -81,6 +93,11 @@ class Service:
     def _count_miss(self, done: asyncio.Future[Explanation]) -> None:
         if not done.cancelled() and done.exception() is None:  # else the request itself fails, and says so
             self.metrics.count_miss(done.result())
+
+    async def close(self) -> None:
+        """End the engine and all threads. Idempotent."""
+        await self.engine.close()
+        self.grammars.close()
 
     async def check_health(self) -> None:
         """Raises: ApiError if the engine does not live, or no step of it ends in time."""
