@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from radixkv.config import CacheConfig, EngineConfig, SamplingParams
     from radixkv.engine.async_engine import AsyncEngine
     from radixkv.engine.engine import Engine
-    from radixkv.engine.request import Progress, RequestMetrics, RequestOutput
-    from radixkv.engine.results import EngineStats
+    from radixkv.engine.logit_edits import LogitsTransform
+    from radixkv.engine.request import Progress, RequestMetrics, RequestOutput, Usage
+    from radixkv.engine.results import EngineStats, ResetCache
     from radixkv.engine.sampling import TokenLogprobs
     from radixkv.engine.session import KVUsage, Session
     from radixkv.replay.simulation import ReplayResult, replay_trace
@@ -48,6 +49,7 @@ __all__ = [
     "InsertResult",
     "KVUsage",
     "Lease",
+    "LogitsTransform",
     "MatchResult",
     "Observer",
     "PageRun",
@@ -58,12 +60,14 @@ __all__ = [
     "ReplayResult",
     "RequestMetrics",
     "RequestOutput",
+    "ResetCache",
     "SamplingParams",
     "Session",
     "SizeEstimate",
     "Stored",
     "TokenLogprobs",
     "TreeNode",
+    "Usage",
     "WindowPages",
     "errors",
     "prompt_keys",
@@ -84,6 +88,7 @@ _LAZY = {  # loaded when asked for: the cache needs no torch, and the command li
     "InsertResult": "radixkv.cache.tree.node",
     "KVUsage": "radixkv.engine.session",
     "Lease": "radixkv.cache.lease",
+    "LogitsTransform": "radixkv.engine.logit_edits",
     "MatchResult": "radixkv.cache.tree.node",
     "Observer": "radixkv.cache.events",
     "PageRun": "radixkv.cache.events",
@@ -94,12 +99,14 @@ _LAZY = {  # loaded when asked for: the cache needs no torch, and the command li
     "ReplayResult": "radixkv.replay.simulation",
     "RequestMetrics": "radixkv.engine.request",
     "RequestOutput": "radixkv.engine.request",
+    "ResetCache": "radixkv.engine.results",
     "SamplingParams": "radixkv.config",
     "Session": "radixkv.engine.session",
     "SizeEstimate": "radixkv.cache.cache_stats",
     "Stored": "radixkv.cache.events",
     "TokenLogprobs": "radixkv.engine.sampling",
     "TreeNode": "radixkv.cache.tree.node",
+    "Usage": "radixkv.engine.request",
     "WindowPages": "radixkv.cache.residency.window_pages",
     "prompt_keys": "radixkv.cache.page_keys",
     "replay_trace": "radixkv.replay.simulation",

@@ -240,7 +240,7 @@ def test_files_that_hold_no_prompts(tmp_path: Path) -> None:
         ([""], "prompt 1: this must be a text that is not empty"),
         (["good", "bad\udcff"], "prompt 2: this is not valid Unicode"),
         (["a", "--stream", "--json"], "give one of them"),
-        (["a", "--max-tokens", 0], "--max-tokens must be an integer of at least 1, not 0"),
+        (["a", "--max-tokens", -1], "--max-tokens must be an integer of at least 0, not -1"),
         (["a", "--temperature", -1], "--temperature must be a number of at least 0, not -1.0"),
         (["a", "--top-p", 0], "--top-p must be a number in (0, 1], not 0.0"),
         (["a", "--stop", ""], "--stop must be text, or a list of texts, none of them empty"),

@@ -99,6 +99,20 @@ def test_edits_agree_with_a_dull_oracle_alone_and_in_a_batch() -> None:
         assert torch.equal(alone[0], together[number])
 
 
+def test_what_an_application_sets_for_torch_changes_nothing() -> None:
+    rows = cases()
+    logits = random_logits(len(rows))
+    expected = edited(logits, *(edits_of(*row) for row in rows))
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        found = edited(logits, *(edits_of(*row, Only(9)) for row in rows))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(found[:, 9], expected[:, 9])
+
+
 def test_edits_are_those_of_transformers() -> None:
     prompt, output = [4, 5, 6, 7, 4], [8, 4, 8]
     bias = {3: 2.5, 8: -1.0}
@@ -180,3 +194,12 @@ def test_what_a_transform_hides_is_still_told(bad: float) -> None:
     logits[0, 5] = bad
     found = edited(logits, *(edits_of(SamplingParams(), [1], [], Only(9)) for _ in range(2)))
     assert found.amax(-1).isfinite().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_end_that_is_forbidden_hides_nothing_either(bad: float) -> None:
+    logits = random_logits(2)
+    logits[0, ENDS[0]] = bad
+    found = edited(logits, *(edits_of(SamplingParams(min_tokens=2), [1], []) for _ in range(2)))
+    assert found.amax(-1).isfinite().tolist() == [False, True]
+    assert found[1, list(ENDS)].tolist() == [-math.inf] * 2

@@ -523,11 +523,10 @@ class PrefixCache:
     def keep(
         self,
         ids: TokenIds,
+        keep_for_s: float,
         *,
         extra_key: str | None = None,
         cache_salt: str | None = None,
-        priority: int = 0,
-        keep_for_s: float | None = None,
     ) -> int:
         """Let what is cached of `ids`, and nothing after it, outlive others, as `keep_for_s` of `acquire` does.
 
@@ -535,8 +534,8 @@ class PrefixCache:
         O(tokens + depth).
 
         Returns: how many leading tokens of `ids` are cached, and kept now.
-        Raises: InvalidRequestError for a key that is no text, a `keep_for_s` outside 0 to ten years, a `priority` that
-            is no integer of 64 bits; TokenIdsTypeError, InvalidTokenIdsError.
+        Raises: InvalidRequestError for a key that is no text, or a `keep_for_s` outside 0 to ten years;
+            TokenIdsTypeError, InvalidTokenIdsError.
 
         >>> cache = PrefixCache(num_pages=4, page_size=2)
         >>> with cache.acquire([1, 2, 3, 4]) as lease:
@@ -545,7 +544,7 @@ class PrefixCache:
         2
         """
         tokens, namespace = token_array(ids), Namespace.of(extra_key, cache_salt)
-        priority, keep_for_s = checked_priority(priority), checked_keep_for_s(keep_for_s)
+        kept_for_s = checked_keep_for_s(keep_for_s)
         self._reap()
         match = self.tree.match_tokens(tokens, namespace)
         rest = tokens[match.length :]
@@ -557,7 +556,7 @@ class PrefixCache:
             if node.num_tokens > self.page_size:
                 node = self.tree.match_tokens(ids_of_page, namespace).node
         if node.parent is not None:
-            self.tree.retain(node, priority=priority, keep_for_s=keep_for_s)
+            self.tree.retain(node, keep_for_s=kept_for_s)
         return match.length + (0 if partial is None else partial.num_tokens)
 
     def held(self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None) -> HeldPrefix:

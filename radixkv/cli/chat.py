@@ -40,7 +40,7 @@ def chat(
     system: Annotated[
         str | None, typer.Option("--system", "-s", help="What the model is told before the first turn.")
     ] = None,
-    max_tokens: Annotated[int, setting_option(SamplingParams, "max_tokens", "--max-tokens", "-n")] = 256,
+    max_tokens: Annotated[int, setting_option(SamplingParams, "max_tokens", "--max-tokens", "-n", minimum=1)] = 256,
     *,
     engine_options: EngineOptions,
     sampling: SamplingOptions,

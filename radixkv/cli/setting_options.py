@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import wraps
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
@@ -41,6 +41,7 @@ def setting_option(
     *flags: str,
     more: str = "",
     unset: str | None = None,
+    minimum: int | None = None,
     offered: Collection[str] = (),
     panel: str | None = None,
 ) -> Any:
@@ -48,10 +49,13 @@ def setting_option(
 
     Args:
         more: sentences for the end of the help.
+        minimum: the least value that makes sense for the command, if that is not the setting's.
         unset: what the command takes without the option; told by the setting unless given here.
         offered: names of settings that have options, too; the help calls them by their flags.
     """
     field = setting_field(settings, name)
+    if minimum is not None:
+        field = field._replace(setting=replace(field.setting, minimum=minimum))
     return typer.Option(
         *flags,
         help=_help(field, more, field.setting.unset if unset is None else unset, offered),

@@ -228,12 +228,10 @@ class AsyncEngine:
         *,
         extra_key: str | None = None,
         cache_salt: str | None = None,
-        priority: int = 0,
     ) -> int:
         """Evict what is cached of `prefix` only if nothing else can be, for a time; as `Engine.keep`."""
-        options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s)
-        ids = await asyncio.to_thread(self._intake.ids_of, prefix)
-        return int(await self._call(lambda core: core.keep(ids, options)))
+        namespace, ids = Namespace.of(extra_key, cache_salt), await asyncio.to_thread(self._intake.ids_of, prefix)
+        return int(await self._call(lambda core: core.keep(ids, keep_for_s, namespace)))
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.int32]:
         """Ids of `text`, by default as a prompt; as `Engine.encode`."""

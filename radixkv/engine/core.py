@@ -6,7 +6,6 @@ from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import TokenIds
-from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.assembly import EngineParts
 from radixkv.engine.executor import Executor
 from radixkv.engine.request import Progress, Request
@@ -122,10 +121,11 @@ class EngineCore:
         explain = cache.explain_as_admin if as_admin else cache.explain
         return explain(ids, extra_key=namespace.extra_key, cache_salt=namespace.cache_salt)
 
-    def keep(self, ids: TokenIds, options: CacheOptions) -> int:
-        """As `PrefixCache.keep`. Raises: ClosedError."""
+    def keep(self, ids: TokenIds, keep_for_s: float, namespace: Namespace) -> int:
+        """As `PrefixCache.keep`. Raises: as this; ClosedError."""
         self._check_open()
-        return self._parts.cache.keep(ids, **options._asdict())
+        cache = self._parts.cache
+        return cache.keep(ids, keep_for_s, extra_key=namespace.extra_key, cache_salt=namespace.cache_salt)
 
     def close(self) -> list[Progress]:
         """Abort all requests and forget the cache. Idempotent.

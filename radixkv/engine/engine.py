@@ -265,16 +265,15 @@ class Engine:
         *,
         extra_key: str | None = None,
         cache_salt: str | None = None,
-        priority: int = 0,
     ) -> int:
         """Evict what is cached of `prefix` only if nothing else can be, for the next `keep_for_s` seconds.
 
         Returns: how many of its leading tokens are cached, and kept now.
         Raises: InvalidRequestError, MissingTokenizerError, InvalidTokenIdsError; ClosedError.
         """
-        options, ids = checked_cache_options(extra_key, cache_salt, priority, keep_for_s), self._intake.ids_of(prefix)
+        namespace, ids = Namespace.of(extra_key, cache_salt), self._intake.ids_of(prefix)
         with self.exclusive():
-            return self._core.keep(ids, options)
+            return self._core.keep(ids, keep_for_s, namespace)
 
     def close(self) -> None:
         """Abort all requests and forget the cache; callers that wait get what there is. Idempotent."""

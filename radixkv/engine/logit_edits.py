@@ -129,11 +129,6 @@ class LogitEdits:
         """Tokens that may not come next, because they end the output."""
         return self._end_ids if self._num_tokens < self.params.min_tokens else self._end_ids[:0]
 
-    @property
-    def hides_logits(self) -> bool:
-        """Whether something may become minus infinity, which could hide that the model gave NaN."""
-        return self.transform is not None or len(self.forbidden_ids) > 0
-
     def append(self, token_id: int) -> None:
         """Take note of a new token of the output. O(1)."""
         self._num_tokens += 1
@@ -166,8 +161,8 @@ def edit_logits(logits: Tensor, rows: Sequence[RowEdits]) -> dict[int, Exception
 
     Returns: what transforms raised, by row.
     """
-    hiding = [row for row, edits in rows if edits.hides_logits]
-    were_finite = torch.isfinite(logits[hiding].amax(dim=-1)) if hiding else None
+    transformed = [row for row, edits in rows if edits.transform is not None]
+    were_finite = _are_finite(logits, transformed) if transformed else None
     _penalise(logits, [(row, edits.params, edits.counts) for row, edits in rows if edits.counts is not None])
     biased = [(row, edits.bias_ids, edits.bias) for row, edits in rows if len(edits.bias_ids)]
     if biased:
@@ -176,7 +171,10 @@ def edit_logits(logits: Tensor, rows: Sequence[RowEdits]) -> dict[int, Exception
         logits.index_put_(places, logits[places] + added)
     forbidden = [(row, edits.forbidden_ids) for row, edits in rows if len(edits.forbidden_ids)]
     if forbidden:
-        logits.index_put_(_places(logits, forbidden), torch.full((), -torch.inf, device=logits.device))
+        places = _places(logits, forbidden)
+        values = logits[places]
+        is_bad = ~(values < torch.inf)  # and stays so
+        logits.index_put_(places, torch.full_like(values, -torch.inf).masked_fill_(is_bad, torch.nan))
     errors: dict[int, Exception] = {}
     for row, edits in rows:
         try:
@@ -185,8 +183,14 @@ def edit_logits(logits: Tensor, rows: Sequence[RowEdits]) -> dict[int, Exception
         except Exception as error:
             errors[row] = error
     if were_finite is not None:
-        logits[hiding, 0] = torch.where(were_finite, logits[hiding, 0], torch.nan)
+        logits[transformed, 0] = torch.where(were_finite, logits[transformed, 0], torch.nan)
     return errors
+
+
+def _are_finite(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    """Whether each of `rows` can be sampled from: what a transform hides must not hide that it cannot."""
+    best = logits.amax(dim=-1) if len(rows) == len(logits) else torch.stack([logits[row].amax() for row in rows])
+    return torch.isfinite(best)
 
 
 def _penalise(logits: Tensor, rows: Sequence[tuple[int, SamplingParams, TokenCounts]]) -> None:

@@ -194,8 +194,6 @@ class TreeShape:
 
     def _is_kept_apart(self, upper: TreeNode, lower: TreeNode) -> bool:
         """Whether `upper` outlives what comes after it, which a merge would then keep as well."""
-        if upper.priority > lower.priority:
-            return True
         return upper.keep_until > lower.keep_until and upper.keep_until > self.clock()
 
     def _shorten(self, path: list[TreeNode]) -> None:
