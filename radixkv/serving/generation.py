@@ -128,9 +128,7 @@ class Generation:
         """Keep what is to be kept: from the first token on, and anew when the output has been added to the prefix."""
         use = self._cache_use
         for prefix, keep_for_s in self._keeps:
-            await self._engine.keep(
-                prefix, keep_for_s, extra_key=use.extra_key, cache_salt=use.cache_salt, priority=use.priority
-            )
+            await self._engine.keep(prefix, keep_for_s, extra_key=use.extra_key, cache_salt=use.cache_salt)
 
     def _checked(self, output: RequestOutput) -> RequestOutput:
         """`output`, which came to its own end. Raises: ApiError if it failed, or the server was shut down."""
