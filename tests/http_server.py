@@ -36,18 +36,18 @@ class Running:
     def engine(self) -> AsyncEngine:
         return self.service.engine
 
-    def openai(self, key: str = "none", **options: Any) -> openai.OpenAI:
+    def openai(self, key: str = "none", **options: Any) -> Any:  # typed, each call would need its own overload
         client = openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, **options)
         return self._clients.enter_context(client)
 
-    def async_openai(self, key: str = "none") -> openai.AsyncOpenAI:
+    def async_openai(self, key: str = "none") -> Any:
         return openai.AsyncOpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0)
 
-    def anthropic(self, key: str = "none") -> anthropic.Anthropic:
+    def anthropic(self, key: str = "none") -> Any:
         client = anthropic.Anthropic(base_url=self.address, api_key=key, max_retries=0)
         return self._clients.enter_context(client)
 
-    def async_anthropic(self, key: str = "none") -> anthropic.AsyncAnthropic:
+    def async_anthropic(self, key: str = "none") -> Any:
         return anthropic.AsyncAnthropic(base_url=self.address, api_key=key, max_retries=0)
 
     def http(self, key: str | None = None) -> httpx.Client:

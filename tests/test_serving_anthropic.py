@@ -204,7 +204,8 @@ def test_what_is_wrong_is_told_in_anthropics_shape(server: Running, fields: Any)
 def test_other_errors_have_anthropics_shape_too(server: Running) -> None:
     with pytest.raises(anthropic.NotFoundError) as caught:
         server.anthropic().messages.create(**{**ASK, "model": "other"})
-    assert caught.value.body["error"]["type"] == "not_found_error"
+    body: Any = caught.value.body
+    assert body["error"]["type"] == "not_found_error"
     with running(AsyncEngine.from_pretrained("demo", **SMALL), api_key="secret") as closed:
         with pytest.raises(anthropic.AuthenticationError):
             closed.anthropic("guess").messages.create(**ASK)

@@ -82,7 +82,8 @@ def test_explain_takes_chats(server: Running) -> None:
     num_tokens, *_ = usage_of(server, {**GREEDY, "messages": messages})
     found = post(server, "/v1/cache/explain", {**GREEDY, "messages": messages})
     assert (found["prompt_tokens"], found["cached_tokens"]) == (num_tokens, num_tokens)
-    for body in ({}, {"prompt": "x", "messages": messages}, {"messages": []}):
+    bodies: list[dict[str, Any]] = [{}, {"prompt": "x", "messages": messages}, {"messages": []}]
+    for body in bodies:
         assert server.http().post("/v1/cache/explain", json=body).status_code == 400
 
 

@@ -67,7 +67,9 @@ def test_echo_with_logprobs_tells_those_of_the_prompt(server: Running) -> None:
     for _ in range(2):
         found = client.completions.create(**settings).choices[0].logprobs
         assert found.token_logprobs[0] is None
-        whole = [entry.logprob for entry in [*expected.prompt_logprobs[1:], *expected.logprobs]]
+        assert expected.prompt_logprobs is not None
+        assert expected.logprobs is not None
+        whole = [entry.logprob for entry in [*expected.prompt_logprobs, *expected.logprobs] if entry is not None]
         assert found.token_logprobs[1:] == pytest.approx(whole, abs=1e-4)
         assert len(found.tokens) == expected.prompt_tokens + 3
     streamed: dict[str, list[Any]] = {"tokens": [], "text_offset": []}

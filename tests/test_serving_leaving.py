@@ -73,7 +73,7 @@ def test_cancelling_a_task_of_the_async_client_aborts_its_request(server: Runnin
         async with server.async_openai() as client:
             body = {name: value for name, value in ENDLESS.items() if name != "ignore_eos"}
             answer = asyncio.create_task(
-                client.completions.create(model="demo", **body, extra_body={"ignore_eos": True})  # type: ignore[call-overload]
+                client.completions.create(model="demo", **body, extra_body={"ignore_eos": True})
             )
             while (await server.engine.stats()).running < 1:
                 pass

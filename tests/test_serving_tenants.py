@@ -61,7 +61,7 @@ def _empty(server: Running) -> Iterator[None]:
 
 
 def cached_tokens(server: Running, key: str, **fields: object) -> int:
-    usage = server.openai(key).completions.create(**ASK, extra_body=fields).usage  # type: ignore[call-overload]
+    usage = server.openai(key).completions.create(**ASK, extra_body=fields).usage
     return int(usage.prompt_tokens_details.cached_tokens)
 
 
@@ -98,17 +98,17 @@ def test_a_salt_narrows_a_namespace_and_leads_into_no_other(server: Running) -> 
 def test_a_tenant_may_have_no_more_than_its_requests_at_once(server: Running) -> None:
     async def ask() -> None:
         async with server.async_openai("key-red") as red, server.async_openai("key-blue") as blue:
-            stream = await red.completions.create(**{**ASK, "max_tokens": 3000}, stream=True)  # type: ignore[call-overload]
+            stream = await red.completions.create(**{**ASK, "max_tokens": 3000}, stream=True)
             await anext(aiter(stream))
             with pytest.raises(openai.RateLimitError) as caught:
-                await red.completions.create(**ASK)  # type: ignore[call-overload]
+                await red.completions.create(**ASK)
             assert caught.value.code == "too_many_requests"
             assert "retry-after" in caught.value.response.headers
-            await blue.completions.create(**ASK)  # type: ignore[call-overload]
+            await blue.completions.create(**ASK)
             await stream.close()
             while server.service.admission.num_inside:
                 await asyncio.sleep(0)
-            await red.completions.create(**ASK)  # type: ignore[call-overload]
+            await red.completions.create(**ASK)
 
     asyncio.run(ask())
 
