@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import random
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from prompts import random_ids
 from radixkv import Engine, RequestOutput, SamplingParams
@@ -32,16 +34,22 @@ ASKED: list[dict[str, Any]] = [
 ]
 
 
+@cache
+def unmodified() -> PreTrainedModel:
+    """The model that the engines are made of, before one of them takes it over."""
+    return tiny_model("llama")
+
+
 @torch.inference_mode()
 def model_logits(ids: Sequence[int]) -> Tensor:
     """The unmodified model's logits of each token, [tokens, vocab_size]."""
-    logits: Tensor = copy.deepcopy(tiny_model("llama"))(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+    logits: Tensor = unmodified()(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
     return logits
 
 
 def theirs(prompt: list[int], num_tokens: int, **options: Any) -> list[int]:
     """What transformers' own `generate` answers, greedily."""
-    ids = copy.deepcopy(tiny_model("llama")).generate(
+    ids = unmodified().generate(
         torch.tensor([prompt]), max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=0, **options
     )
     return ids[0, len(prompt) :].tolist()
@@ -154,6 +162,45 @@ def test_a_step_has_few_logits_of_prompts(make_engine: MakeEngine) -> None:
     outputs = engine.generate(prompts, SamplingParams(max_tokens=0, prompt_logprobs=0))
     assert max(rows) <= MAX_PROMPT_LOGITS + 3
     assert all(len(output.prompt_logprobs or []) == 400 for output in outputs)
+
+
+# -- all together ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page_size", [1, 3])
+def test_a_mixture_in_a_small_pool_gives_what_each_gives_alone(make_engine: MakeEngine, page_size: int) -> None:
+    rng = random.Random(page_size)
+    head = random_ids(0, 30)
+    prompts = [[*head[: rng.randrange(31)], *random_ids(seed, rng.randrange(1, 9))] for seed in range(1, 15)]
+    more: list[dict[str, Any]] = [
+        {},
+        {"n": 3},
+        {"prompt_logprobs": 1},
+        {"n": 2, "prompt_logprobs": 0},
+        {"max_tokens": 0},
+    ]
+    all_params = [
+        SamplingParams(
+            **{"max_tokens": rng.randrange(1, 40), "ignore_eos": True, **rng.choice(ASKED), **rng.choice(more)}
+        )
+        for _ in prompts
+    ]
+    engine = make_engine(page_size=page_size, kv_cache_tokens=128, max_batch_tokens=40)
+    together = engine.generate(prompts, all_params)
+    engine.check_invariants()
+    assert engine.stats().retractions > 0
+    for prompt, params, output in zip(prompts, all_params, together, strict=True):
+        engine.reset_cache()
+        (alone,) = engine.generate(prompt, params)
+        assert [c.token_ids for c in output.choices] == [c.token_ids for c in alone.choices]
+        assert {c.finish_reason for c in output.choices} == {"length"}
+        assert alone.usage == (len(prompt), 0, len(prompt), sum(len(c.token_ids) for c in alone.choices))
+        prompt_tokens, cached, written, _ = output.usage
+        assert 0 <= cached < prompt_tokens
+        assert 0 <= written <= prompt_tokens - cached
+        if params.prompt_logprobs is not None:
+            assert cached == 0
+            check_prompt(output, params.prompt_logprobs)
 
 
 # -- ends --------------------------------------------------------------------------------------------------------------
