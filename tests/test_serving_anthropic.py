@@ -179,6 +179,26 @@ def test_cache_control_keeps_exactly_the_prefix_before_it(server: Running) -> No
     assert prefix - marks <= cached_tokens(server, messages) <= prefix + 16
 
 
+def test_diagnostics_say_why_a_prompt_missed(server: Running) -> None:
+    client = server.anthropic()
+    first = client.messages.create(**GREEDY, diagnostics={"previous_message_id": None})
+    assert first.diagnostics is None
+
+    def reason(before: str, **fields: Any) -> Any:
+        message = client.messages.create(**{**GREEDY, **fields}, diagnostics={"previous_message_id": before})
+        return message.diagnostics and message.diagnostics.cache_miss_reason
+
+    said = {"role": "assistant", "content": first.content[0].text}
+    assert reason(first.id, messages=[*ASK["messages"], said, {"role": "user", "content": "And?"}]) is None
+    assert reason(first.id, system="You are a stranger in Rome.").type == "system_changed"
+    changed = reason(first.id, messages=[{"role": "user", "content": "Who?"}])
+    assert changed.type == "messages_changed"
+    assert changed.cache_missed_input_tokens > 0
+    assert reason("msg_other").type == "previous_message_not_found"
+    asyncio.run(server.engine.reset_cache())
+    assert reason(first.id).type == "unavailable"
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -87,6 +87,38 @@ def test_tenants_share_no_prefix_unless_they_are_to(server: Running) -> None:
     assert cached_tokens(server, "key-azure") > 0, "it shares with blue"
 
 
+def test_explain_tells_a_tenant_of_its_own_namespace_alone(server: Running) -> None:
+    body = {"prompt": PROMPT.replace("yonder", "that")}
+    before = server.http("key-blue").post("/v1/cache/explain", json=body).json()
+    assert cached_tokens(server, "key-red") == 0
+    assert server.http("key-red").post("/v1/cache/explain", json=body).json()["divergence"] is not None
+    assert server.http("key-blue").post("/v1/cache/explain", json=body).json() == before
+    assert server.http("key-boss").post("/v1/cache/explain", json=body).json() == before
+
+
+def test_what_belongs_to_all_needs_an_administrators_key(server: Running) -> None:
+    red, boss = server.http("key-red"), server.http("key-boss")
+    for answer in (red.get("/v1/cache/stats"), red.post("/v1/cache/flush"), red.get("/metrics")):
+        assert answer.status_code == 403
+        assert answer.json()["error"]["code"] == "admin_key_required"
+    for answer in (boss.get("/v1/cache/stats"), boss.post("/v1/cache/flush"), boss.get("/metrics")):
+        assert answer.status_code == 200
+
+
+def test_a_response_belongs_to_its_tenant(server: Running) -> None:
+    response = server.openai("key-red").responses.create(model="demo", input="Who?", max_output_tokens=2)
+    assert server.openai("key-red").responses.retrieve(response.id).id == response.id
+    with pytest.raises(openai.NotFoundError):
+        server.openai("key-blue").responses.retrieve(response.id)
+    with pytest.raises(openai.NotFoundError):
+        server.openai("key-azure").responses.create(model="demo", input="?", previous_response_id=response.id)
+    options = {"comparison_response_id": response.id}
+    answer = server.openai("key-blue").responses.create(
+        model="demo", input="Who?", max_output_tokens=2, prompt_cache_options=options
+    )
+    assert answer.prompt_cache_diagnostics.type == "comparison_response_not_found"
+
+
 def test_a_salt_narrows_a_namespace_and_leads_into_no_other(server: Running) -> None:
     assert cached_tokens(server, "key-red") == 0
     assert cached_tokens(server, "key-red", cache_salt="s") == 0
@@ -117,8 +149,8 @@ def test_one_key_opens_a_server_of_one_tenant() -> None:
     with running(AsyncEngine.from_pretrained("demo", **SMALL), api_key="secret-ü") as server:
         assert server.http("secret").get("/v1/models").status_code == 401
         http = server.http()
-        assert http.get("/v1/models", headers={"Authorization": "Bearer secret-ü".encode()}).status_code == 200
-        assert http.get("/v1/models", headers={"x-api-key": "secret-ü".encode()}).status_code == 200
+        assert http.get("/v1/models", headers={b"Authorization": "Bearer secret-ü".encode()}).status_code == 200
+        assert http.get("/v1/models", headers={b"x-api-key": "secret-ü".encode()}).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ class MessagesBody(CountBody):
     stop_sequences: list[str] | None = None
     stream: bool | None = None
     diagnostics: DiagnosticsAsked | None = None
-    cache_salt: str | None = Field(None, min_length=1, max_length=SALT_CHARACTERS)
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=SALT_CHARACTERS)
     priority: int | None = None
     # accepted, and without meaning here
     metadata: dict[str, Any] | None = None

@@ -6,7 +6,7 @@ import json
 import secrets
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
@@ -19,6 +19,7 @@ from radixkv.serving.cache_use import TTL_S
 from radixkv.serving.errors import MESSAGES_PATH
 from radixkv.serving.generation import Generation, Keep
 from radixkv.serving.grammars import of_json_schema
+from radixkv.serving.history import Asked, BoundedStore, compare
 from radixkv.serving.sampling_fields import sampling_params
 from radixkv.serving.service import Service, in_thread, tenant_of
 from radixkv.serving.streaming import event, unless_gone
@@ -28,13 +29,14 @@ from radixkv.serving.tool_calls import AnswerReader, Call, parse, parse_own
 def router(service: Service) -> APIRouter:
     """The routes."""
     routes = APIRouter(tags=["Anthropic"])
+    history: BoundedStore[Asked] = BoundedStore()
 
     @routes.post(MESSAGES_PATH, response_model=None)
     async def create_message(body: MessagesBody, request: Request) -> Response:
         """Answer a conversation."""
         service.check_fields(body)
         service.check_model(body.model)
-        call = await unless_gone(request, _MessageCall.of(service, body, request))
+        call = await unless_gone(request, _MessageCall.of(service, body, request, history))
         if body.stream:
             return service.stream(call.events(), lambda error: event(error.body(MESSAGES_PATH), "error"))
         (output,) = await unless_gone(request, call.generation.outputs())
@@ -52,13 +54,48 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
+class _Diagnosis(NamedTuple):
+    """Answers why a message's prompt missed the cache, compared with that of an earlier message."""
+
+    asked: Asked
+    previous_message_id: str | None
+    history: BoundedStore[Asked]
+
+    def remember(self, message_id: str) -> None:
+        """Let later messages be compared with this one."""
+        self.history.put(message_id, self.asked, self.asked.prompt.nbytes + 512)
+
+    def of_message(self, message_id: str, cached_tokens: int) -> dict[str, Any] | None:
+        """`diagnostics`, as Anthropic writes it: None if nothing was missed. Remembers the message."""
+        self.remember(message_id)
+        if self.previous_message_id is None:
+            return None
+        before = self.history.get(self.previous_message_id)
+        if before is None or before.tenant != self.asked.tenant:
+            return {"cache_miss_reason": {"type": "previous_message_not_found"}}
+        found = compare(before, self.asked, cached_tokens)
+        if found.difference == "none":
+            return None
+        if found.difference == "evicted":  # Anthropic has no word for it
+            return {"cache_miss_reason": {"type": "unavailable"}}
+        reason = {"type": f"{found.difference}_changed", "cache_missed_input_tokens": found.missed_tokens}
+        return {"cache_miss_reason": reason}
+
+
 class _MessageCall:
     """A message that is being made."""
 
     def __init__(
-        self, service: Service, body: MessagesBody, tools: ToolUse, generation: Generation, keeps: list[Keep]
+        self,
+        service: Service,
+        body: MessagesBody,
+        tools: ToolUse,
+        generation: Generation,
+        keeps: list[Keep],
+        diagnosis: _Diagnosis | None,
     ) -> None:
         self.generation = generation
+        self._diagnosis = diagnosis
         self._service = service
         self._body = body
         self._tools = tools
@@ -66,7 +103,9 @@ class _MessageCall:
         self._id = f"msg_{secrets.token_hex(12)}"
 
     @classmethod
-    async def of(cls, service: Service, body: MessagesBody, request: Request) -> _MessageCall:
+    async def of(
+        cls, service: Service, body: MessagesBody, request: Request, history: BoundedStore[Asked]
+    ) -> _MessageCall:
         """The call that `body` asks for. Raises: ApiError, RadixKVError."""
         tools = body.tool_use()
         use = _as_generation(body)
@@ -78,7 +117,12 @@ class _MessageCall:
         chat = body.chat()
         prompt = await service.chat_prompts.encode(chat)
         keeps = await service.chat_prompts.keeps(chat, prompt)
-        return cls(service, body, tools, service.generation([prompt], params, use, tenant_of(request), keeps), keeps)
+        diagnosis = None
+        if body.diagnostics is not None:
+            asked = Asked.of(tenant_of(request).name, chat, prompt)
+            diagnosis = _Diagnosis(asked, body.diagnostics.previous_message_id, history)
+        generation = service.generation([prompt], params, use, tenant_of(request), keeps)
+        return cls(service, body, tools, generation, keeps, diagnosis)
 
     def answer(self, output: RequestOutput) -> dict[str, Any]:
         """The message as a whole."""
@@ -87,7 +131,10 @@ class _MessageCall:
             content, calls = parse_own(self._service.engine.tokenizer, output.token_ids, names) or parse(content, names)
         blocks: list[dict[str, Any]] = [{"type": "text", "text": content}] if content or not calls else []
         blocks += [_tool_use(call, json.loads(call.arguments)) for call in self._allowed(calls)]
-        return {**self._message(blocks, self._usage(output)), **_stop(output, calls)}
+        message = {**self._message(blocks, self._usage(output)), **_stop(output, calls)}
+        if self._diagnosis is not None:
+            message["diagnostics"] = self._diagnosis.of_message(self._id, output.cached_tokens)
+        return message
 
     async def events(self) -> AsyncGenerator[bytes]:
         """The message, piece by piece."""
@@ -113,7 +160,11 @@ class _MessageCall:
     def _start(self, progress: Progress) -> dict[str, Any]:
         """The message before its first block. What was cached is known at the end alone; a short answer has it here."""
         usage = self._usage(progress.output) if progress.output is not None else self._usage_before()
-        return {**self._message([], {**usage, "output_tokens": 0}), "stop_reason": None, "stop_sequence": None}
+        message = self._message([], {**usage, "output_tokens": 0})
+        if self._diagnosis is not None:
+            self._diagnosis.remember(self._id)
+            message["diagnostics"] = {"cache_miss_reason": None}  # not known yet, and there is no later place for it
+        return {**message, "stop_reason": None, "stop_sequence": None}
 
     def _end(self, output: RequestOutput, calls: list[Call], is_open: bool) -> Iterator[bytes]:
         """The last events."""

@@ -9,7 +9,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from radixkv.serving import anthropic_messages, cache_routes, openai_chat, openai_completions, openai_tokens
+from radixkv.serving import (
+    anthropic_messages,
+    cache_routes,
+    openai_chat,
+    openai_completions,
+    openai_responses,
+    openai_tokens,
+)
 from radixkv.serving.errors import as_api_error
 from radixkv.serving.gatekeeper import Gatekeeper
 from radixkv.serving.metrics import CONTENT_TYPE
@@ -25,10 +32,10 @@ def make_app(service: Service) -> FastAPI:
         docs_url=None,  # its page loads scripts from another host
         redoc_url=None,
     )
-    app.add_middleware(Gatekeeper, service=service)  # type: ignore[arg-type]
+    app.add_middleware(Gatekeeper, service=service)
     for error in (RequestValidationError, HTTPException):
         app.add_exception_handler(error, _answer_error)
-    for module in (openai_chat, openai_completions, openai_tokens, anthropic_messages, cache_routes):
+    for module in (openai_chat, openai_completions, openai_responses, openai_tokens, anthropic_messages, cache_routes):
         app.include_router(module.router(service))
     _add_probes(app, service)
     return app

@@ -43,7 +43,7 @@ class GenerationBody(Body):
     """The fields that chats and completions share."""
 
     model: str | None = None
-    n: int | None = Field(None, ge=1, le=128)
+    n: int | None = Field(default=None, ge=1, le=128)
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -63,7 +63,7 @@ class GenerationBody(Body):
     regex: str | None = None
     grammar: str | None = None
     priority: int | None = None
-    cache_salt: str | None = Field(None, min_length=1, max_length=SALT_CHARACTERS)
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=SALT_CHARACTERS)
     prompt_cache_options: PromptCacheOptions | None = None
     user: str | None = None
 

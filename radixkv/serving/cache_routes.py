@@ -24,14 +24,14 @@ SAME_TOKENS = 32  # of those before a difference that are shown
 class CacheBody(PromptBody):
     """A prompt, and the namespace in which it is wanted. Other fields of a request may be there, and mean nothing."""
 
-    cache_salt: str | None = Field(None, min_length=1, max_length=SALT_CHARACTERS)
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=SALT_CHARACTERS)
 
 
 class PrewarmBody(CacheBody):
     """A prompt that is to be computed, so that later requests find it."""
 
     priority: int | None = None
-    keep_for_s: float | None = Field(None, ge=0, le=MAX_KEEP_FOR_S)
+    keep_for_s: float | None = Field(default=None, ge=0, le=MAX_KEEP_FOR_S)
 
 
 def router(service: Service) -> APIRouter:

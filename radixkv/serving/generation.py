@@ -40,9 +40,9 @@ class Keep(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What a choice gained."""
+    """What a choice gained; within a call, choices are numbered through."""
 
-    index: int
+    number: int
     progress: Progress
 
 
@@ -91,7 +91,7 @@ class Generation:
         """The output of each choice. Raises: as `AsyncEngine.generate`; ApiError if one failed."""
         if self._keeps:  # a prefix is to be kept while its request still holds it
             pieces = [piece async for piece in self.pieces() if piece.progress.output is not None]
-            ordered = sorted(pieces, key=lambda piece: piece.index)
+            ordered = sorted(pieces, key=lambda piece: piece.number)
             return [piece.progress.output for piece in ordered if piece.progress.output is not None]
         self._announce()
         outputs = await self._engine.generate(list(self.prompts), self._params, **self._cache_use.as_arguments())

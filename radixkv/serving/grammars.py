@@ -120,7 +120,8 @@ class GrammarTransform:
         if matcher.is_error():
             raise RuntimeError("the grammar failed on the output")
         matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
-        return np.unpackbits(self._mask.view(np.uint8), bitorder="little") == 0
+        forbidden: NDArray[np.bool_] = np.unpackbits(self._mask.view(np.uint8), bitorder="little") == 0
+        return forbidden
 
 
 def of_json_schema(schema: dict[str, Any], param: str) -> Grammar:

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from radixkv.engine.request import RequestOutput
 from radixkv.serving.answer_form import ToolUse, grammar_of
 from radixkv.serving.cache_use import MAX_BREAKPOINTS, implicit_keep
+from radixkv.serving.chat_prompts import Chat
 from radixkv.serving.errors import bad_request
 from radixkv.serving.generation import Generation
 from radixkv.serving.openai_chat_body import ChatBody
@@ -22,7 +23,7 @@ from radixkv.serving.openai_usage import usage_object
 from radixkv.serving.sampling_fields import sampling_params
 from radixkv.serving.service import Service, tenant_of
 from radixkv.serving.streaming import DONE, event, unless_gone
-from radixkv.serving.tool_calls import AnswerReader, Call, parse, parse_own
+from radixkv.serving.tool_calls import AnswerReader, Call, Parsed, parse, parse_own
 
 
 def router(service: Service) -> APIRouter:
@@ -34,7 +35,7 @@ def router(service: Service) -> APIRouter:
         """Answer a conversation."""
         service.check_fields(body)
         service.check_model(body.model)
-        call = await unless_gone(request, _ChatCall.of(service, body, request))
+        call = await unless_gone(request, ChatCall.of(service, body, request))
         if body.stream:
             return service.stream(call.events())
         return JSONResponse(call.answer(await unless_gone(request, call.generation.outputs())))
@@ -42,14 +43,15 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-class _ChatCall:
-    """A chat completion that is being made."""
+class ChatCall:
+    """A chat completion that is being made: of `chat`, whose answers may call `tools`."""
 
-    def __init__(self, service: Service, body: ChatBody, tools: ToolUse, generation: Generation) -> None:
+    def __init__(self, service: Service, body: ChatBody, chat: Chat, tools: ToolUse, generation: Generation) -> None:
+        self.chat = chat
         self.generation = generation
         self._service = service
         self._body = body
-        self._tools = tools
+        self.tools = tools
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -57,7 +59,7 @@ class _ChatCall:
         }
 
     @classmethod
-    async def of(cls, service: Service, body: ChatBody, request: Request) -> _ChatCall:
+    async def of(cls, service: Service, body: ChatBody, request: Request) -> ChatCall:
         """The call that `body` asks for. Raises: ApiError, RadixKVError."""
         if body.top_logprobs is not None and not body.logprobs:
             raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
@@ -73,7 +75,7 @@ class _ChatCall:
         prompt = await service.chat_prompts.encode(chat)
         keeps = await service.chat_prompts.keeps(chat, prompt)
         keeps = [*keeps, *implicit_keep(body.prompt_cache_options, prompt)][-MAX_BREAKPOINTS:]
-        return cls(service, body, tools, service.generation([prompt], params, body, tenant_of(request), keeps))
+        return cls(service, body, chat, tools, service.generation([prompt], params, body, tenant_of(request), keeps))
 
     def answer(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The completion as a whole."""
@@ -88,7 +90,7 @@ class _ChatCall:
         async with aclosing(self.generation.pieces()) as pieces:
             async for index, progress in pieces:
                 if index not in readers:
-                    readers[index] = AnswerReader(tuple(self._tools.schemas))
+                    readers[index] = AnswerReader(tuple(self.tools.schemas))
                     yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
                 text = readers[index].push(progress.text)
                 logprobs = None if progress.logprobs is None else of_chat(progress.logprobs, self._service.token_texts)
@@ -109,25 +111,31 @@ class _ChatCall:
         if rest:
             yield self._chunk(index, {"content": rest})
         if calls:
-            numbered = [{"index": i, **_call_object(call)} for i, call in enumerate(self._allowed(calls))]
+            numbered = [{"index": i, **_call_object(call)} for i, call in enumerate(self.allowed(calls))]
             yield self._chunk(index, {"tool_calls": numbered})
         yield self._chunk(index, {}, finish_reason=_finish_reason(output, calls))
 
     def _choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
-        content, calls = output.text or "", list[Call]()
-        if names := tuple(self._tools.schemas):
-            own = parse_own(self._service.engine.tokenizer, output.token_ids, names)
-            content, calls = own or parse(content, names)
+        content, calls = self.parsed(output)
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if calls:
             message["content"] = content or None
-            message["tool_calls"] = [_call_object(call) for call in self._allowed(calls)]
+            message["tool_calls"] = [_call_object(call) for call in calls]
         logprobs = None if output.logprobs is None else of_chat(output.logprobs, self._service.token_texts)
         reason = _finish_reason(output, calls)
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
-    def _allowed(self, calls: list[Call]) -> list[Call]:
-        return calls if self._tools.parallel else calls[:1]
+    def parsed(self, output: RequestOutput) -> Parsed:
+        """An answer, taken apart into text and calls of tools."""
+        text, names = output.text or "", tuple(self.tools.schemas)
+        if not names:
+            return Parsed(text, [])
+        found = parse_own(self._service.engine.tokenizer, output.token_ids, names) or parse(text, names)
+        return Parsed(found.content, self.allowed(found.calls))
+
+    def allowed(self, calls: list[Call]) -> list[Call]:
+        """As many calls as the request allows."""
+        return calls if self.tools.parallel else calls[:1]
 
     def _chunk(
         self,

@@ -37,7 +37,7 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
-    logprobs: int | None = Field(None, ge=0, le=20)
+    logprobs: int | None = Field(default=None, ge=0, le=20)
 
 
 def router(service: Service) -> APIRouter:
@@ -165,7 +165,4 @@ async def _encode_all(engine: AsyncEngine, given: str | list[str] | list[int] | 
         return [engine.known_ids(given)]
     if len(given) > MAX_PROMPTS:
         raise bad_request(f"prompt may hold {MAX_PROMPTS} prompts; got {len(given)}", "prompt")
-    return [
-        await engine.encode(prompt) if isinstance(prompt, str) else engine.known_ids(prompt)  # type: ignore[arg-type]
-        for prompt in given
-    ]
+    return [await engine.encode(prompt) if isinstance(prompt, str) else engine.known_ids(prompt) for prompt in given]
