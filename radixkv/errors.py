@@ -13,6 +13,7 @@ would expect, so `except ValueError` works too.
     │   ├── MissingTokenizerError             text was given, but the model came without a tokenizer
     │   └── MissingChatTemplateError          a chat turn was given, but the tokenizer has no chat template
     ├── ConfigError (ValueError)              an engine or cache setting is out of its range
+    ├── MissingPackageError (ImportError)     an optional package is not installed; the message says which
     ├── ModelNotFoundError (OSError)          no model can be loaded from there
     ├── ModelLoadError (OSError)              a model is there, but its files are damaged, incomplete or do not fit
     ├── UnsupportedModelError (ValueError)    the model does not run on paged attention
@@ -67,6 +68,10 @@ class MissingChatTemplateError(InvalidRequestError):
 
 class ConfigError(RadixKVError, ValueError):
     """A setting is out of its range, or two settings contradict each other."""
+
+
+class MissingPackageError(RadixKVError, ImportError):
+    """A part of radixkv needs packages that are not installed; the message says how to install them."""
 
 
 class ModelNotFoundError(RadixKVError, OSError):

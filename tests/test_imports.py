@@ -27,6 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "engine": {"errors", "config", "models", "cache", "memory", "attention", "kernels"},
 }
 ARROWS["hf"] = {"errors", "config", "cache", "memory"}
+ARROWS["serving"] = {"errors", "config", "engine", "cache"}
 ARROWS["radixkv"] = set(ARROWS)
 ARROWS["cli"] = set(ARROWS)
 

@@ -10,6 +10,7 @@ from radixkv.config.engine_config import KV_CACHE_DTYPES, SCHEDULE_POLICIES, Eng
 from radixkv.config.limits import MAX_COUNT
 from radixkv.config.sampling_params import MAX_LOGPROBS, SamplingParams
 from radixkv.config.schema import schema_of
+from radixkv.config.server_config import ServerConfig
 
 __all__ = [
     "KV_CACHE_DTYPES",
@@ -20,5 +21,6 @@ __all__ = [
     "EngineConfig",
     "SamplingParams",
     "SchedulePolicy",
+    "ServerConfig",
     "schema_of",
 ]

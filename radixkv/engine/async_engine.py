@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.namespace import Namespace
+from radixkv.cache.token_ids import TokenIds
 from radixkv.config import EngineConfig
 from radixkv.config.checks import checked_int
 from radixkv.engine.arguments import CacheOptions, Prompt, as_list_of_params, as_list_of_prompts, checked_cache_options
@@ -108,6 +109,24 @@ class AsyncEngine:
         """The most tokens that prompt and output of one request may have."""
         return self._parts.limit.tokens
 
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the model has embeddings for."""
+        return self._parts.vocab_size
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end an output."""
+        return self._parts.eos_ids
+
+    def known_ids(self, ids: TokenIds) -> NDArray[np.int32]:
+        """`ids` as int32, all of them in the model's vocabulary. Raises: InvalidTokenIdsError, TokenIdsTypeError."""
+        return self._intake.known_ids(ids)
+
+    def require_tokenizer(self, what_for: str) -> Any:
+        """The tokenizer. Raises: MissingTokenizerError if the model came without one."""
+        return self._intake.require_tokenizer(what_for)
+
     async def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -191,6 +210,16 @@ class AsyncEngine:
         namespace, ids = Namespace.of(extra_key, cache_salt), await asyncio.to_thread(self._intake.ids_of, prompt)
         found: Explanation = await self._call(lambda core: core.explain(ids, namespace, as_admin=as_admin))
         return found
+
+    def explain_before(
+        self, ids: NDArray[np.int32], *, extra_key: str | None = None, cache_salt: str | None = None
+    ) -> Awaitable[Explanation]:
+        """As `explain`, of what is cached before any request that is submitted after this call can change it.
+
+        Raises: ClosedError, EngineFailedError.
+        """
+        namespace = Namespace.of(extra_key, cache_salt)
+        return asyncio.wrap_future(self._thread.call(lambda core: core.explain(ids, namespace)))
 
     async def keep(
         self,

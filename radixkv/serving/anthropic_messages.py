@@ -1,0 +1,261 @@
+"""`POST /v1/messages` and `POST /v1/messages/count_tokens`, as Anthropic's clients send them."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from typing import Any, NamedTuple
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from radixkv.engine.request import Progress, RequestOutput, Usage
+from radixkv.serving.answer_form import ToolUse, grammar_of
+from radixkv.serving.anthropic_body import CountBody, MessagesBody
+from radixkv.serving.bodies import GenerationBody
+from radixkv.serving.cache_use import TTL_S
+from radixkv.serving.errors import MESSAGES_PATH
+from radixkv.serving.generation import Generation, Keep
+from radixkv.serving.grammars import of_json_schema
+from radixkv.serving.history import Asked, BoundedStore, compare
+from radixkv.serving.sampling_fields import sampling_params
+from radixkv.serving.service import Service, in_thread, tenant_of
+from radixkv.serving.streaming import event, unless_gone
+from radixkv.serving.tool_calls import AnswerReader, Call, parse, parse_own
+
+
+def router(service: Service) -> APIRouter:
+    """The routes."""
+    routes = APIRouter(tags=["Anthropic"])
+    history: BoundedStore[Asked] = BoundedStore()
+
+    @routes.post(MESSAGES_PATH, response_model=None)
+    async def create_message(body: MessagesBody, request: Request) -> Response:
+        """Answer a conversation."""
+        service.check_fields(body)
+        service.check_model(body.model)
+        call = await unless_gone(request, _MessageCall.of(service, body, request, history))
+        if body.stream:
+            return service.stream(call.events(), lambda error: event(error.body(MESSAGES_PATH), "error"))
+        (output,) = await unless_gone(request, call.generation.outputs())
+        return JSONResponse(call.answer(output))
+
+    @routes.post(f"{MESSAGES_PATH}/count_tokens", response_model=None)
+    async def count_tokens(body: CountBody, request: Request) -> Response:
+        """How many tokens a conversation has."""
+        service.check_fields(body)
+        service.check_model(body.model)
+        body.tool_use()
+        prompt = await unless_gone(request, service.chat_prompts.encode(body.chat()))
+        return JSONResponse({"input_tokens": len(prompt)})
+
+    return routes
+
+
+class _Diagnosis(NamedTuple):
+    """Answers why a message's prompt missed the cache, compared with that of an earlier message."""
+
+    asked: Asked
+    previous_message_id: str | None
+    history: BoundedStore[Asked]
+
+    def remember(self, message_id: str) -> None:
+        """Let later messages be compared with this one."""
+        self.history.put(message_id, self.asked, self.asked.prompt.nbytes + 512)
+
+    def of_message(self, message_id: str, cached_tokens: int) -> dict[str, Any] | None:
+        """`diagnostics`, as Anthropic writes it: None if nothing was missed. Remembers the message."""
+        self.remember(message_id)
+        if self.previous_message_id is None:
+            return None
+        before = self.history.get(self.previous_message_id)
+        if before is None or before.tenant != self.asked.tenant:
+            return {"cache_miss_reason": {"type": "previous_message_not_found"}}
+        found = compare(before, self.asked, cached_tokens)
+        if found.difference == "none":
+            return None
+        if found.difference == "evicted":  # Anthropic has no word for it
+            return {"cache_miss_reason": {"type": "unavailable"}}
+        reason = {"type": f"{found.difference}_changed", "cache_missed_input_tokens": found.missed_tokens}
+        return {"cache_miss_reason": reason}
+
+
+class _MessageCall:
+    """A message that is being made."""
+
+    def __init__(
+        self,
+        service: Service,
+        body: MessagesBody,
+        tools: ToolUse,
+        generation: Generation,
+        keeps: list[Keep],
+        diagnosis: _Diagnosis | None,
+    ) -> None:
+        self.generation = generation
+        self._diagnosis = diagnosis
+        self._service = service
+        self._body = body
+        self._tools = tools
+        self._keeps = keeps
+        self._id = f"msg_{secrets.token_hex(12)}"
+
+    @classmethod
+    async def of(
+        cls, service: Service, body: MessagesBody, request: Request, history: BoundedStore[Asked]
+    ) -> _MessageCall:
+        """The call that `body` asks for. Raises: ApiError, RadixKVError."""
+        tools = body.tool_use()
+        use = _as_generation(body)
+        params = sampling_params(use, max_tokens=body.max_tokens)
+        grammar = grammar_of(use, None, tools)
+        if grammar is None and body.output_config is not None and body.output_config.format is not None:
+            grammar = await in_thread(of_json_schema, body.output_config.format.schema_, "output_config")
+        params = await service.fitting(params, grammar)
+        chat = body.chat()
+        prompt = await service.chat_prompts.encode(chat)
+        keeps = await service.chat_prompts.keeps(chat, prompt)
+        diagnosis = None
+        if body.diagnostics is not None:
+            asked = Asked.of(tenant_of(request).name, chat, prompt)
+            diagnosis = _Diagnosis(asked, body.diagnostics.previous_message_id, history)
+        generation = service.generation([prompt], params, use, tenant_of(request), keeps)
+        return cls(service, body, tools, generation, keeps, diagnosis)
+
+    def answer(self, output: RequestOutput) -> dict[str, Any]:
+        """The message as a whole."""
+        content, calls = output.text or "", list[Call]()
+        if names := tuple(self._tools.schemas):
+            content, calls = parse_own(self._service.engine.tokenizer, output.token_ids, names) or parse(content, names)
+        blocks: list[dict[str, Any]] = [{"type": "text", "text": content}] if content or not calls else []
+        blocks += [_tool_use(call, json.loads(call.arguments)) for call in self._allowed(calls)]
+        message = {**self._message(blocks, self._usage(output)), **_stop(output, calls)}
+        if self._diagnosis is not None:
+            message["diagnostics"] = self._diagnosis.of_message(self._id, output.cached_tokens)
+        return message
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """The message, piece by piece."""
+        reader = AnswerReader(tuple(self._tools.schemas))
+        async with aclosing(self.generation.pieces()) as pieces:
+            has_begun = is_open = False
+            async for _, progress in pieces:
+                if not has_begun:
+                    has_begun = True
+                    yield event({"type": "message_start", "message": self._start(progress)}, "message_start")
+                text = reader.push(progress.text)
+                output = progress.output
+                rest, calls = ("", list[Call]()) if output is None else reader.finish()
+                if (text + rest and not is_open) or (output is not None and not calls and not is_open):
+                    is_open = True
+                    yield _block_start(0, {"type": "text", "text": ""})
+                if text + rest:
+                    yield _block_delta(0, {"type": "text_delta", "text": text + rest})
+                if output is not None:
+                    for event_ in self._end(output, calls, is_open):
+                        yield event_
+
+    def _start(self, progress: Progress) -> dict[str, Any]:
+        """The message before its first block. What was cached is known at the end alone; a short answer has it here."""
+        usage = self._usage(progress.output) if progress.output is not None else self._usage_before()
+        message = self._message([], {**usage, "output_tokens": 0})
+        if self._diagnosis is not None:
+            self._diagnosis.remember(self._id)
+            message["diagnostics"] = {"cache_miss_reason": None}  # not known yet, and there is no later place for it
+        return {**message, "stop_reason": None, "stop_sequence": None}
+
+    def _end(self, output: RequestOutput, calls: list[Call], is_open: bool) -> Iterator[bytes]:
+        """The last events."""
+        if is_open:
+            yield event({"type": "content_block_stop", "index": 0}, "content_block_stop")
+        for index, call in enumerate(self._allowed(calls), start=int(is_open)):
+            yield _block_start(index, _tool_use(call, {}))
+            yield _block_delta(index, {"type": "input_json_delta", "partial_json": call.arguments})
+            yield event({"type": "content_block_stop", "index": index}, "content_block_stop")
+        stop = {"type": "message_delta", "delta": _stop(output, calls), "usage": self._usage(output)}
+        yield event(stop, "message_delta")
+        yield event({"type": "message_stop"}, "message_stop")
+
+    def _message(self, blocks: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._service.model_name,
+            "content": blocks,
+            "usage": usage,
+        }
+
+    def _usage(self, output: RequestOutput) -> dict[str, Any]:
+        return usage_object(self.generation.usage([output]), self._keeps)
+
+    def _usage_before(self) -> dict[str, Any]:
+        prompt_tokens = len(self.generation.prompts[0])
+        return usage_object(Usage(prompt_tokens, 0, 0, 0), ())
+
+    def _allowed(self, calls: list[Call]) -> list[Call]:
+        return calls if self._tools.parallel else calls[:1]
+
+
+def usage_object(usage: Usage, keeps: Sequence[Keep]) -> dict[str, Any]:
+    """`usage`, as Anthropic writes it: the three kinds of input tokens add up to the prompt.
+
+    `cache_creation` tells what was written before the breakpoints, by their ttl; what is written after the last one is
+    in the cache, too, but nobody promised to keep it.
+    """
+    written = {TTL_S["5m"]: 0, TTL_S["1h"]: 0}
+    done = usage.cached_tokens
+    for prefix, keep_for_s in sorted(keeps, key=_prefix_length):
+        written[keep_for_s] += max(0, len(prefix) - done)
+        done = max(done, len(prefix))
+    return {
+        "input_tokens": usage.prompt_tokens - usage.cached_tokens - usage.cache_write_tokens,
+        "cache_read_input_tokens": usage.cached_tokens,
+        "cache_creation_input_tokens": usage.cache_write_tokens,
+        "cache_creation": {
+            "ephemeral_5m_input_tokens": written[TTL_S["5m"]],
+            "ephemeral_1h_input_tokens": written[TTL_S["1h"]],
+        },
+        "output_tokens": usage.output_tokens,
+    }
+
+
+def _prefix_length(keep: Keep) -> int:
+    return len(keep.prefix)
+
+
+def _as_generation(body: MessagesBody) -> GenerationBody:
+    """The fields that all interfaces share, under the names of OpenAI's."""
+    return GenerationBody(
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        stop=body.stop_sequences,
+        cache_salt=body.cache_salt,
+        priority=body.priority,
+    )
+
+
+def _stop(output: RequestOutput, calls: list[Call]) -> dict[str, Any]:
+    sequence = output.stopped_by if isinstance(output.stopped_by, str) else None
+    if output.finish_reason == "length":
+        reason = "max_tokens"
+    elif calls:
+        reason = "tool_use"
+    else:
+        reason = "end_turn" if sequence is None else "stop_sequence"
+    return {"stop_reason": reason, "stop_sequence": sequence}
+
+
+def _tool_use(call: Call, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call.id.replace("call_", "toolu_", 1), "name": call.name, "input": arguments}
+
+
+def _block_start(index: int, block: dict[str, Any]) -> bytes:
+    return event({"type": "content_block_start", "index": index, "content_block": block}, "content_block_start")
+
+
+def _block_delta(index: int, delta: dict[str, Any]) -> bytes:
+    return event({"type": "content_block_delta", "index": index, "delta": delta}, "content_block_delta")

@@ -1,0 +1,67 @@
+"""The application: its routes, and what every request passes."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from radixkv.serving import (
+    anthropic_messages,
+    cache_routes,
+    openai_chat,
+    openai_completions,
+    openai_responses,
+    openai_tokens,
+)
+from radixkv.serving.errors import as_api_error
+from radixkv.serving.gatekeeper import Gatekeeper
+from radixkv.serving.metrics import CONTENT_TYPE
+from radixkv.serving.service import Service, require_admin
+
+
+def make_app(service: Service) -> FastAPI:
+    """The ASGI application of a server."""
+    app = FastAPI(
+        title="radixkv",
+        version=version("radixkv"),
+        description="Language models from a radix-tree KV cache.",
+        docs_url=None,  # its page loads scripts from another host
+        redoc_url=None,
+    )
+    app.add_middleware(Gatekeeper, service=service)
+    for error in (RequestValidationError, HTTPException):
+        app.add_exception_handler(error, _answer_error)
+    for module in (openai_chat, openai_completions, openai_responses, openai_tokens, anthropic_messages, cache_routes):
+        app.include_router(module.router(service))
+    _add_probes(app, service)
+    return app
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    return as_api_error(error).response(request.url.path)
+
+
+def _add_probes(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether the engine lives and steps."""
+        await service.check_health()
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        """What Prometheus collects."""
+        require_admin(request)
+        return Response(service.metrics.render(await service.engine.stats()), media_type=CONTENT_TYPE)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Whether requests are taken now."""
+        await service.check_health()
+        if service.admission.is_draining:
+            return JSONResponse({"status": "draining"}, 503)
+        return JSONResponse({"status": "ready"})

@@ -1,0 +1,176 @@
+"""The requests that answer one call: one for each choice of each prompt."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radixkv.config import SamplingParams
+from radixkv.engine.async_engine import AsyncEngine
+from radixkv.engine.request import Progress, RequestOutput, Usage
+from radixkv.serving.errors import as_api_error, shutting_down
+
+Ids: TypeAlias = "NDArray[np.int32]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheUse:
+    """How a call uses the cache: the arguments of `AsyncEngine.generate` of the same names."""
+
+    extra_key: str | None = None
+    cache_salt: str | None = None
+    priority: int = 0
+
+    def as_arguments(self) -> dict[str, Any]:
+        """By name."""
+        return {"extra_key": self.extra_key, "cache_salt": self.cache_salt, "priority": self.priority}
+
+
+class Keep(NamedTuple):
+    """A prefix that is to be kept for a time once it is in the cache."""
+
+    prefix: Ids
+    keep_for_s: float
+
+
+class Piece(NamedTuple):
+    """What a choice gained; within a call, choices are numbered through."""
+
+    number: int
+    progress: Progress
+
+
+class Generation:
+    """The choices of one call, those of each prompt in a row.
+
+    Invariant: once its `outputs` or `pieces` are over or were cancelled, none of its requests waits or runs.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        prompts: Sequence[Ids],
+        params: SamplingParams,
+        cache_use: CacheUse,
+        *,
+        keeps: Sequence[Keep] = (),
+        on_prompt: Callable[[Ids, CacheUse], object] = lambda prompt, use: None,
+        on_output: Callable[[RequestOutput], object] = lambda output: None,
+    ) -> None:
+        """A generation that has not begun.
+
+        Args:
+            keeps: prefixes of the prompts that are to be kept.
+            on_prompt: called with each prompt before it is submitted.
+            on_output: called with the output of each choice that came to its end.
+        """
+        self._engine = engine
+        self._params = params
+        self._cache_use = cache_use
+        self._keeps = keeps
+        self._on_prompt = on_prompt
+        self._on_output = on_output
+        self.prompts = prompts
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of each prompt."""
+        return self._params.n
+
+    def prompt_of(self, index: int) -> Ids:
+        """The prompt of a choice."""
+        return self.prompts[index // self.num_choices]
+
+    async def outputs(self) -> list[RequestOutput]:
+        """The output of each choice. Raises: as `AsyncEngine.generate`; ApiError if one failed."""
+        if self._keeps:  # a prefix is to be kept while its request still holds it
+            pieces = [piece async for piece in self.pieces() if piece.progress.output is not None]
+            ordered = sorted(pieces, key=lambda piece: piece.number)
+            return [piece.progress.output for piece in ordered if piece.progress.output is not None]
+        self._announce()
+        outputs = await self._engine.generate(list(self.prompts), self._params, **self._cache_use.as_arguments())
+        return [self._checked(choice) for output in outputs for choice in output.choices]
+
+    async def pieces(self) -> AsyncGenerator[Piece]:
+        """What each choice gains, as it comes; the last one of each carries its output. Raises: as `outputs`."""
+        self._announce()
+        streams = [
+            self._engine.stream(prompt, self._params, **self._cache_use.as_arguments()) for prompt in self.prompts
+        ]
+        unkept = set(range(len(streams)))
+        async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as pieces:
+            async for number, progress in pieces:
+                if progress.output is not None:
+                    self._checked(progress.output)
+                    await self._keep()
+                elif number in unkept:
+                    unkept.discard(number)
+                    await self._keep()
+                yield Piece(number * self.num_choices + progress.choice_index, progress)
+
+    def usage(self, outputs: Sequence[RequestOutput]) -> Usage:
+        """What `outputs`, one for each choice, used. The prompt of several choices counts once."""
+        firsts = range(0, len(outputs), self.num_choices)
+        usages = [Usage.of(outputs[first : first + self.num_choices]) for first in firsts]
+        return Usage(*(sum(numbers) for numbers in zip(*usages, strict=True)))
+
+    def _announce(self) -> None:
+        for prompt in self.prompts:
+            self._on_prompt(prompt, self._cache_use)
+
+    async def _keep(self) -> None:
+        """Keep what is to be kept: from the first token on, and anew when the output has been added to the prefix."""
+        use = self._cache_use
+        for prefix, keep_for_s in self._keeps:
+            await self._engine.keep(prefix, keep_for_s, extra_key=use.extra_key, cache_salt=use.cache_salt)
+
+    def _checked(self, output: RequestOutput) -> RequestOutput:
+        """`output`, which came to its own end. Raises: ApiError if it failed, or the server was shut down."""
+        self._on_output(output)
+        if output.error is not None:
+            raise as_api_error(output.error)
+        if output.finish_reason == "abort":
+            raise shutting_down()
+        return output
+
+
+async def _numbered(stream: AsyncGenerator[Progress]) -> AsyncGenerator[Piece]:
+    async with aclosing(stream):
+        async for progress in stream:
+            yield Piece(0, progress)
+
+
+async def _merged(streams: Sequence[AsyncGenerator[Progress]]) -> AsyncGenerator[Piece]:
+    """The pieces of all streams, in the order in which they come."""
+    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(maxsize=len(streams))
+
+    async def pump(index: int, stream: AsyncGenerator[Progress]) -> None:
+        try:
+            async with aclosing(stream):
+                async for progress in stream:
+                    await queue.put(Piece(index, progress))
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            piece = await queue.get()
+            if isinstance(piece, Exception):
+                raise piece
+            if piece is None:
+                num_open -= 1
+            else:
+                yield piece
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,157 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from radixkv.engine.request import RequestOutput
+from radixkv.serving.answer_form import ToolUse, grammar_of
+from radixkv.serving.cache_use import MAX_BREAKPOINTS, implicit_keep
+from radixkv.serving.chat_prompts import Chat
+from radixkv.serving.errors import bad_request
+from radixkv.serving.generation import Generation
+from radixkv.serving.openai_chat_body import ChatBody
+from radixkv.serving.openai_logprobs import of_chat
+from radixkv.serving.openai_usage import usage_object
+from radixkv.serving.sampling_fields import sampling_params
+from radixkv.serving.service import Service, tenant_of
+from radixkv.serving.streaming import DONE, event, unless_gone
+from radixkv.serving.tool_calls import AnswerReader, Call, Parsed, parse, parse_own
+
+
+def router(service: Service) -> APIRouter:
+    """The route."""
+    routes = APIRouter(tags=["OpenAI"])
+
+    @routes.post("/v1/chat/completions", response_model=None)
+    async def create_chat_completion(body: ChatBody, request: Request) -> Response:
+        """Answer a conversation."""
+        service.check_fields(body)
+        service.check_model(body.model)
+        call = await unless_gone(request, ChatCall.of(service, body, request))
+        if body.stream:
+            return service.stream(call.events())
+        return JSONResponse(call.answer(await unless_gone(request, call.generation.outputs())))
+
+    return routes
+
+
+class ChatCall:
+    """A chat completion that is being made: of `chat`, whose answers may call `tools`."""
+
+    def __init__(self, service: Service, body: ChatBody, chat: Chat, tools: ToolUse, generation: Generation) -> None:
+        self.chat = chat
+        self.generation = generation
+        self._service = service
+        self._body = body
+        self.tools = tools
+        self._head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": service.model_name,
+        }
+
+    @classmethod
+    async def of(cls, service: Service, body: ChatBody, request: Request) -> ChatCall:
+        """The call that `body` asks for. Raises: ApiError, RadixKVError."""
+        if body.top_logprobs is not None and not body.logprobs:
+            raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+        params = sampling_params(
+            body,
+            max_tokens=service.engine.max_context_tokens if body.asked_tokens is None else body.asked_tokens,
+            max_tokens_field=body.asked_tokens_field,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+        tools = body.tool_use()
+        params = await service.fitting(params, grammar_of(body, body.response_format, tools))
+        chat = body.chat()
+        prompt = await service.chat_prompts.encode(chat)
+        keeps = await service.chat_prompts.keeps(chat, prompt)
+        keeps = [*keeps, *implicit_keep(body.prompt_cache_options, prompt)][-MAX_BREAKPOINTS:]
+        return cls(service, body, chat, tools, service.generation([prompt], params, body, tenant_of(request), keeps))
+
+    def answer(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+        """The completion as a whole."""
+        choices = [self._choice(index, output) for index, output in enumerate(outputs)]
+        usage = usage_object(self.generation.usage(outputs))
+        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """The completion, piece by piece."""
+        outputs: dict[int, RequestOutput] = {}
+        readers: dict[int, AnswerReader] = {}
+        async with aclosing(self.generation.pieces()) as pieces:
+            async for index, progress in pieces:
+                if index not in readers:
+                    readers[index] = AnswerReader(tuple(self.tools.schemas))
+                    yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
+                text = readers[index].push(progress.text)
+                logprobs = None if progress.logprobs is None else of_chat(progress.logprobs, self._service.token_texts)
+                if text or (logprobs is not None and progress.token_ids):
+                    yield self._chunk(index, {"content": text}, logprobs=logprobs)
+                if progress.output is not None:
+                    outputs[index] = progress.output
+                    for event_ in self._end(index, progress.output, readers[index]):
+                        yield event_
+        if self._body.stream_options is not None and self._body.stream_options.include_usage:
+            usage = usage_object(self.generation.usage([outputs[index] for index in sorted(outputs)]))
+            yield event({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
+        yield DONE
+
+    def _end(self, index: int, output: RequestOutput, reader: AnswerReader) -> Iterator[bytes]:
+        """The last chunks of a choice."""
+        rest, calls = reader.finish()
+        if rest:
+            yield self._chunk(index, {"content": rest})
+        if calls:
+            numbered = [{"index": i, **_call_object(call)} for i, call in enumerate(self.allowed(calls))]
+            yield self._chunk(index, {"tool_calls": numbered})
+        yield self._chunk(index, {}, finish_reason=_finish_reason(output, calls))
+
+    def _choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
+        content, calls = self.parsed(output)
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message["content"] = content or None
+            message["tool_calls"] = [_call_object(call) for call in calls]
+        logprobs = None if output.logprobs is None else of_chat(output.logprobs, self._service.token_texts)
+        reason = _finish_reason(output, calls)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def parsed(self, output: RequestOutput) -> Parsed:
+        """An answer, taken apart into text and calls of tools."""
+        text, names = output.text or "", tuple(self.tools.schemas)
+        if not names:
+            return Parsed(text, [])
+        found = parse_own(self._service.engine.tokenizer, output.token_ids, names) or parse(text, names)
+        return Parsed(found.content, self.allowed(found.calls))
+
+    def allowed(self, calls: list[Call]) -> list[Call]:
+        """As many calls as the request allows."""
+        return calls if self.tools.parallel else calls[:1]
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        *,
+        logprobs: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return event({**self._head, "object": "chat.completion.chunk", "choices": [choice]})
+
+
+def _finish_reason(output: RequestOutput, calls: list[Call]) -> str:
+    return "tool_calls" if calls and output.finish_reason == "stop" else output.finish_reason
+
+
+def _call_object(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

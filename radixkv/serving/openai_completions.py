@@ -1,0 +1,168 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import JSONResponse, Response
+
+from radixkv.engine.async_engine import AsyncEngine
+from radixkv.engine.request import RequestOutput
+from radixkv.engine.sampling import TokenLogprobs
+from radixkv.serving.answer_form import ToolUse, grammar_of
+from radixkv.serving.bodies import GenerationBody
+from radixkv.serving.cache_use import implicit_keep
+from radixkv.serving.errors import bad_request
+from radixkv.serving.generation import Generation, Ids
+from radixkv.serving.openai_logprobs import of_completion
+from radixkv.serving.openai_usage import usage_object
+from radixkv.serving.sampling_fields import sampling_params
+from radixkv.serving.service import Service, tenant_of
+from radixkv.serving.streaming import DONE, event, unless_gone
+
+DEFAULT_MAX_TOKENS = 16
+MAX_PROMPTS = 1024
+
+
+class CompletionBody(GenerationBody):
+    """A request for completions of one prompt or several, each a text or token ids."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+
+def router(service: Service) -> APIRouter:
+    """The route."""
+    routes = APIRouter(tags=["OpenAI"])
+
+    @routes.post("/v1/completions", response_model=None)
+    async def create_completion(body: CompletionBody, request: Request) -> Response:
+        """Continue prompts."""
+        service.check_fields(body)
+        service.check_model(body.model)
+        call = await unless_gone(request, _CompletionCall.of(service, body, request))
+        if body.stream:
+            return service.stream(call.events())
+        return JSONResponse(call.answer(await unless_gone(request, call.generation.outputs())))
+
+    return routes
+
+
+class _CompletionCall:
+    """A completion that is being made."""
+
+    def __init__(self, service: Service, body: CompletionBody, generation: Generation) -> None:
+        self.generation = generation
+        self._service = service
+        self._body = body
+        self._offsets: dict[int, int] = {}  # characters of each choice whose tokens were told
+        self._head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.model_name,
+        }
+
+    @classmethod
+    async def of(cls, service: Service, body: CompletionBody, request: Request) -> _CompletionCall:
+        """The call that `body` asks for. Raises: ApiError, RadixKVError."""
+        if body.suffix:
+            raise bad_request("suffix must be empty: text is continued, not filled in", "suffix")
+        if body.best_of not in (None, body.n or 1):
+            raise bad_request(f"best_of must be n, or left out; got {body.best_of}", "best_of")
+        params = sampling_params(
+            body,
+            max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+        )
+        params = await service.fitting(params, grammar_of(body, None, ToolUse({})))
+        prompts = await _encode_all(service.engine, body.prompt)
+        keeps = [keep for prompt in prompts for keep in implicit_keep(body.prompt_cache_options, prompt)]
+        return cls(service, body, service.generation(prompts, params, body, tenant_of(request), keeps))
+
+    def answer(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+        """The completion as a whole."""
+        choices = [
+            self._choice(
+                index,
+                self._echo(index) + (output.text or ""),
+                self._logprobs(index, output.logprobs, self._prompt_logprobs(outputs, index)),
+                output.finish_reason,
+            )
+            for index, output in enumerate(outputs)
+        ]
+        return {**self._head, "choices": choices, "usage": usage_object(self.generation.usage(outputs))}
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """The completion, piece by piece."""
+        outputs: dict[int, RequestOutput] = {}
+        begun: set[int] = set()
+        async with aclosing(self.generation.pieces()) as pieces:
+            async for index, progress in pieces:
+                text = progress.text if index in begun else self._echo(index) + progress.text
+                logprobs = self._logprobs(index, progress.logprobs, progress.prompt_logprobs or ())
+                begun.add(index)
+                reason = None
+                if progress.output is not None:
+                    outputs[index], reason = progress.output, progress.output.finish_reason
+                if text or reason is not None or logprobs is not None:
+                    yield event({**self._head, "choices": [self._choice(index, text, logprobs, reason)]})
+        if self._body.stream_options is not None and self._body.stream_options.include_usage:
+            usage = usage_object(self.generation.usage([outputs[index] for index in sorted(outputs)]))
+            yield event({**self._head, "choices": [], "usage": usage})
+        yield DONE
+
+    def _choice(
+        self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None
+    ) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def _prompt_logprobs(self, outputs: list[RequestOutput], index: int) -> Sequence[TokenLogprobs | None]:
+        """Those of the prompt of a choice, which the first choice of the prompt has."""
+        return outputs[index - index % self.generation.num_choices].prompt_logprobs or ()
+
+    def _logprobs(
+        self, index: int, of_output: Sequence[TokenLogprobs] | None, of_prompt: Sequence[TokenLogprobs | None]
+    ) -> dict[str, Any] | None:
+        if of_output is None:
+            return None
+        first_id = int(self.generation.prompt_of(index)[0])
+        offset = self._offsets.get(index, 0)
+        found = of_completion([*of_prompt, *of_output], self._service.token_texts, first_id=first_id, offset=offset)
+        self._offsets[index] = offset + sum(map(len, found["tokens"]))
+        return found
+
+    def _echo(self, index: int) -> str:
+        """What comes before the text of a choice: the prompt, if it is to be echoed."""
+        if not self._body.echo:
+            return ""
+        given = self._body.prompt
+        prompt = given[index // self.generation.num_choices] if isinstance(given, list) else given
+        if isinstance(prompt, str):
+            return prompt
+        tokenizer = self._service.engine.require_tokenizer("echo")
+        text: str = tokenizer.decode(self.generation.prompt_of(index).tolist(), skip_special_tokens=True)
+        return text
+
+
+async def _encode_all(engine: AsyncEngine, given: str | list[str] | list[int] | list[list[int]]) -> list[Ids]:
+    """The ids of all prompts. Raises: ApiError, RadixKVError."""
+    if isinstance(given, str):
+        return [await engine.encode(given)]
+    if not given:
+        raise bad_request("prompt must not be an empty list", "prompt")
+    if isinstance(given[0], int):
+        return [engine.known_ids(given)]
+    if len(given) > MAX_PROMPTS:
+        raise bad_request(f"prompt may hold {MAX_PROMPTS} prompts; got {len(given)}", "prompt")
+    return [await engine.encode(prompt) if isinstance(prompt, str) else engine.known_ids(prompt) for prompt in given]

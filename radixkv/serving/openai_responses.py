@@ -1,0 +1,293 @@
+"""`POST /v1/responses`, and what was stored of them."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from radixkv.engine.request import RequestOutput, Usage
+from radixkv.serving.errors import ApiError, bad_request
+from radixkv.serving.history import Asked, BoundedStore, compare
+from radixkv.serving.openai_chat import ChatCall
+from radixkv.serving.openai_chat_body import ChatMessage, FunctionCall, ToolCall
+from radixkv.serving.responses_body import ResponsesBody
+from radixkv.serving.service import Service, tenant_of
+from radixkv.serving.streaming import event, unless_gone
+from radixkv.serving.tool_calls import AnswerReader, Call
+
+_REASONS = {"tools": "tools_changed", "system": "input_changed", "messages": "input_changed"}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A response, the conversation up to its end, and what it asked."""
+
+    tenant: str
+    answer: dict[str, Any]
+    messages: list[ChatMessage]
+    asked: Asked
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes."""
+        texts = sum(len(message.model_dump_json()) for message in self.messages)
+        return self.asked.prompt.nbytes + texts + 2048
+
+
+def router(service: Service) -> APIRouter:
+    """The routes."""
+    routes = APIRouter(tags=["OpenAI"])
+    store: BoundedStore[Stored] = BoundedStore()
+
+    @routes.post("/v1/responses", response_model=None)
+    async def create_response(body: ResponsesBody, request: Request) -> Response:
+        """Answer a conversation, which may go on from a stored response."""
+        service.check_fields(body)
+        service.check_model(body.model)
+        call = await unless_gone(request, _ResponseCall.of(service, body, request, store))
+        if body.stream:
+            return service.stream(call.events(), call.error_event)
+        (output,) = await unless_gone(request, call.chat.generation.outputs())
+        return JSONResponse(call.finish(output))
+
+    @routes.get("/v1/responses/{response_id}", response_model=None)
+    async def get_response(response_id: str, request: Request) -> Response:
+        """A stored response."""
+        return JSONResponse(_stored(store, response_id, request).answer)
+
+    @routes.delete("/v1/responses/{response_id}", response_model=None)
+    async def delete_response(response_id: str, request: Request) -> Response:
+        """Forget a stored response."""
+        _stored(store, response_id, request)
+        store.remove(response_id)
+        return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+
+    return routes
+
+
+def _stored(store: BoundedStore[Stored], response_id: str, request: Request, param: str | None = None) -> Stored:
+    """A response of the one who asks. Raises: ApiError."""
+    found = store.get(response_id)
+    if found is None or found.tenant != tenant_of(request).name:
+        raise ApiError(404, "there is no such response here, or not any more", param=param, code="response_not_found")
+    return found
+
+
+@dataclass(slots=True)
+class _Numbers:
+    """Counts the events of a stream."""
+
+    next: int = 0
+
+    def event(self, kind: str, **fields: Any) -> bytes:
+        """The next event."""
+        number, self.next = self.next, self.next + 1
+        return event({"type": kind, "sequence_number": number, **fields}, kind)
+
+
+@dataclass(slots=True)
+class _ResponseCall:
+    """A response that is being made."""
+
+    chat: ChatCall
+    body: ResponsesBody
+    messages: list[ChatMessage]  # without instructions
+    asked: Asked
+    store: BoundedStore[Stored]
+    compared: Stored | None
+    model: str
+    id: str = field(default_factory=lambda: f"resp_{secrets.token_hex(12)}")
+    message_id: str = field(default_factory=lambda: f"msg_{secrets.token_hex(12)}")
+    created_at: int = field(default_factory=lambda: int(time.time()))
+    numbers: _Numbers = field(default_factory=_Numbers)
+
+    @classmethod
+    async def of(
+        cls, service: Service, body: ResponsesBody, request: Request, store: BoundedStore[Stored]
+    ) -> _ResponseCall:
+        """The call that `body` asks for. Raises: ApiError, RadixKVError."""
+        past: list[ChatMessage] = []
+        if body.previous_response_id is not None:
+            past = _stored(store, body.previous_response_id, request, "previous_response_id").messages
+        messages = [*past, *body.new_messages()]
+        try:
+            chat = await ChatCall.of(service, body.as_chat(messages), request)
+        except ApiError as error:
+            raise _renamed(error) from error
+        tenant = tenant_of(request).name
+        asked = Asked.of(tenant, chat.chat, chat.generation.prompts[0])
+        compared_id = body.prompt_cache_options.comparison_response_id if body.prompt_cache_options else None
+        compared = None if compared_id is None else store.get(compared_id)
+        if compared is not None and compared.tenant != tenant:
+            compared = None
+        return cls(chat, body, messages, asked, store, compared, service.model_name)
+
+    def finish(self, output: RequestOutput) -> dict[str, Any]:
+        """The response as a whole, which is stored unless the request says otherwise."""
+        content, calls = self.chat.parsed(output)
+        return self._finish(output, content, calls)
+
+    def _finish(self, output: RequestOutput, content: str, calls: list[Call]) -> dict[str, Any]:
+        items = [self._message(content)] if content or not calls else []
+        items += [_call_item(call) for call in calls]
+        usage = self.chat.generation.usage([output])
+        answer = self._answer(items, "incomplete" if output.finish_reason == "length" else "completed", usage)
+        if self.body.store is not False:
+            tool_calls = [
+                ToolCall(id=call.id, function=FunctionCall(name=call.name, arguments=call.arguments)) for call in calls
+            ]
+            said = ChatMessage(role="assistant", content=content, tool_calls=tool_calls or None)
+            stored = Stored(self.asked.tenant, answer, [*self.messages, said], self.asked)
+            self.store.put(self.id, stored, stored.num_bytes)
+        return answer
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """The response, piece by piece."""
+        reader = AnswerReader(tuple(self.chat.tools.schemas))
+        emit, text, is_open = self.numbers.event, "", False
+        place = {"item_id": self.message_id, "output_index": 0, "content_index": 0}
+        async with aclosing(self.chat.generation.pieces()) as pieces:
+            async for _, progress in pieces:
+                if self.numbers.next == 0:
+                    for kind in ("response.created", "response.in_progress"):
+                        yield emit(kind, response=self._answer([], "in_progress", None))
+                output = progress.output
+                piece = reader.push(progress.text)
+                rest, calls = ("", list[Call]()) if output is None else reader.finish()
+                piece += rest
+                if not is_open and (piece or (output is not None and not calls)):
+                    is_open = True
+                    item = {**self._message(""), "status": "in_progress", "content": []}
+                    yield emit("response.output_item.added", output_index=0, item=item)
+                    yield emit("response.content_part.added", **place, part=_text_part(""))
+                if piece:
+                    text += piece
+                    yield emit("response.output_text.delta", **place, delta=piece, logprobs=[])
+                if output is not None:
+                    if is_open:
+                        yield emit("response.output_text.done", **place, text=text, logprobs=[])
+                        yield emit("response.content_part.done", **place, part=_text_part(text))
+                        yield emit("response.output_item.done", output_index=0, item=self._message(text))
+                    calls = self.chat.allowed(calls)
+                    for index, call in enumerate(calls, start=int(is_open)):
+                        for event_ in self._call_events(index, call):
+                            yield event_
+                    answer = self._finish(output, text, calls)
+                    yield emit(f"response.{answer['status']}", response=answer)
+
+    def error_event(self, error: ApiError) -> bytes:
+        """What ends a stream that fails."""
+        return self.numbers.event("error", code=error.code, message=error.message, param=error.param)
+
+    def _call_events(self, index: int, call: Call) -> Iterator[bytes]:
+        item = _call_item(call)
+        place = {"item_id": item["id"], "output_index": index}
+        emit = self.numbers.event
+        added = {**item, "arguments": "", "status": "in_progress"}
+        yield emit("response.output_item.added", output_index=index, item=added)
+        yield emit("response.function_call_arguments.delta", **place, delta=call.arguments)
+        yield emit("response.function_call_arguments.done", **place, name=call.name, arguments=call.arguments)
+        yield emit("response.output_item.done", output_index=index, item=item)
+
+    def _message(self, text: str) -> dict[str, Any]:
+        return {
+            "type": "message",
+            "id": self.message_id,
+            "role": "assistant",
+            "status": "completed",
+            "content": [_text_part(text)],
+        }
+
+    def _answer(self, items: list[dict[str, Any]], status: str, usage: Usage | None) -> dict[str, Any]:
+        body = self.body
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created_at,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": self.model,
+            "output": items,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": body.previous_response_id,
+            "prompt_cache_diagnostics": None if usage is None else self._diagnostics(usage),
+            "store": body.store is not False,
+            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "text": {"format": {"type": "text"}} if body.text is None else _dumped(body.text),
+            "tool_choice": body.tool_choice or "auto",
+            "tools": [_dumped(tool) for tool in body.tools or ()],
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "usage": None if usage is None else _usage_object(usage),
+        }
+
+    def _diagnostics(self, usage: Usage) -> dict[str, Any] | None:
+        """Why less was cached than the request with which it is to be compared had."""
+        options = self.body.prompt_cache_options
+        if options is None or options.comparison_response_id is None:
+            return None
+        if self.compared is None:
+            return {"type": "comparison_response_not_found"}
+        found = compare(self.compared.asked, self.asked, usage.cached_tokens)
+        if found.difference == "none":
+            return {"type": "cache_hit"}
+        if found.difference == "evicted":  # OpenAI has no word for it
+            return {"type": "unavailable"}
+        return {
+            "type": "cache_miss",
+            "reason": _REASONS[found.difference],
+            "cache_missed_tokens": found.missed_tokens,
+            "comparison_reusable_tokens": found.reusable_tokens,
+        }
+
+
+def _renamed(error: ApiError) -> ApiError:
+    """`error` of a chat completion, with the fields called as a request for a response calls them."""
+    if error.param == "max_completion_tokens":
+        return bad_request(error.message.replace(error.param, "max_output_tokens"), "max_output_tokens", error.code)
+    if error.param is not None and error.param.startswith("messages"):
+        return bad_request(error.message, "input", error.code)
+    return error
+
+
+def _usage_object(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {
+            "cached_tokens": usage.cached_tokens,
+            "cache_write_tokens": usage.cache_write_tokens,
+        },
+        "output_tokens": usage.output_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage.prompt_tokens + usage.output_tokens,
+    }
+
+
+def _text_part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _call_item(call: Call) -> dict[str, Any]:
+    return {
+        "type": "function_call",
+        "id": call.id.replace("call_", "fc_", 1),
+        "call_id": call.id,
+        "name": call.name,
+        "arguments": call.arguments,
+        "status": "completed",
+    }
+
+
+def _dumped(part: Any) -> dict[str, Any]:
+    dumped: dict[str, Any] = part.model_dump(exclude_none=True, by_alias=True)
+    return dumped

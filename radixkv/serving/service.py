@@ -1,0 +1,140 @@
+"""What the routes of one server share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from radixkv.cache.insight.explanation import Explanation
+from radixkv.config import SamplingParams, ServerConfig
+from radixkv.engine.async_engine import AsyncEngine
+from radixkv.errors import RadixKVError
+from radixkv.serving.admission import Admission
+from radixkv.serving.bodies import Body, GenerationBody, UnknownFields
+from radixkv.serving.cache_use import cache_use
+from radixkv.serving.chat_prompts import ChatPrompts
+from radixkv.serving.errors import ApiError, as_api_error
+from radixkv.serving.generation import CacheUse, Generation, Ids, Keep
+from radixkv.serving.grammars import Grammar, Grammars
+from radixkv.serving.metrics import Metrics
+from radixkv.serving.openai_logprobs import TokenTexts
+from radixkv.serving.streaming import EventStream, event
+from radixkv.serving.tenants import KeyRing, Tenant
+
+T = TypeVar("T")
+HEALTH_TIMEOUT_S = 30.0
+
+
+class Service:
+    """An engine, and what a server knows besides: its settings, its tenants, and who is inside."""
+
+    def __init__(self, engine: AsyncEngine, model_name: str, config: ServerConfig | None = None) -> None:
+        """model_name: what the model is called unless the settings say otherwise. Raises: ConfigError."""
+        self.engine = engine
+        self.config = config or ServerConfig()
+        self.model_name = self.config.served_model_name or model_name
+        self.created_at = int(time.time())
+        self.keys = _key_ring(self.config)
+        self.admission = Admission()
+        self.chat_prompts = ChatPrompts(engine)
+        self.grammars = Grammars(engine)
+        self.token_texts = TokenTexts(engine.tokenizer)
+        self.metrics = Metrics(self.model_name)
+        self.unknown_fields = UnknownFields(strict=self.config.strict)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises: ApiError if `name` is not the model's."""
+        if name is not None and name != self.model_name:
+            raise ApiError(
+                404, f"the model is {self.model_name!r}, not {name[:100]!r}", param="model", code="model_not_found"
+            )
+
+    def check_fields(self, body: Body) -> None:
+        """Raises: ApiError if `body` has unknown fields and the server is strict."""
+        self.unknown_fields.check(body)
+
+    async def fitting(self, params: SamplingParams, grammar: Grammar | None) -> SamplingParams:
+        """`params` for outputs that fit `grammar`, which is compiled if that is needed. Raises: ApiError."""
+        if grammar is None:
+            return params
+        transform = await in_thread(self.grammars.transform, grammar)
+        return replace(params, logits_transform=transform)
+
+    def generation(
+        self,
+        prompts: Sequence[Ids],
+        params: SamplingParams,
+        body: GenerationBody,
+        tenant: Tenant,
+        keeps: Sequence[Keep] = (),
+    ) -> Generation:
+        """The requests that answer `tenant`'s call."""
+        return Generation(
+            self.engine,
+            prompts,
+            params,
+            cache_use(body, tenant),
+            keeps=keeps,
+            on_prompt=self._look_up,
+            on_output=lambda output: self.metrics.observe(output, tenant.name),
+        )
+
+    def _look_up(self, prompt: Ids, use: CacheUse) -> None:
+        """Count why a prompt misses the cache, as soon as the engine knows."""
+        found = self.engine.explain_before(prompt, extra_key=use.extra_key, cache_salt=use.cache_salt)
+        asyncio.ensure_future(found).add_done_callback(self._count_miss)
+
+    def _count_miss(self, done: asyncio.Future[Explanation]) -> None:
+        if not done.cancelled() and done.exception() is None:  # else the request itself fails, and says so
+            self.metrics.count_miss(done.result())
+
+    async def close(self) -> None:
+        """End the engine and all threads. Idempotent."""
+        await self.engine.close()
+        self.grammars.close()
+
+    async def check_health(self) -> None:
+        """Raises: ApiError if the engine does not live, or no step of it ends in time."""
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                await self.engine.stats()
+        except TimeoutError as error:
+            raise ApiError(503, f"no step of the engine has ended in {HEALTH_TIMEOUT_S:.0f} s") from error
+        except RadixKVError as error:
+            raise as_api_error(error) from error
+
+    def stream(self, events: AsyncGenerator[bytes], on_error: Callable[[ApiError], bytes] | None = None) -> EventStream:
+        """An answer of server-sent events; `on_error` makes the event of an error, by default OpenAI's."""
+        make = on_error or (lambda error: event(error.body("")))
+        return EventStream(
+            events, keep_alive_s=self.config.keep_alive_s, on_error=lambda error: make(as_api_error(error))
+        )
+
+
+def require_admin(request: Request) -> None:
+    """Raises: ApiError unless the one who asks may see and change what belongs to others."""
+    if not tenant_of(request).admin:
+        raise ApiError(403, "this needs the key of an administrator", code="admin_key_required")
+
+
+def tenant_of(request: Request) -> Tenant:
+    """Who asks."""
+    tenant: Tenant = request.state.tenant
+    return tenant
+
+
+async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
+    """The result of `function`, which would hold up the event loop."""
+    return await asyncio.to_thread(function, *arguments)
+
+
+def _key_ring(config: ServerConfig) -> KeyRing:
+    if config.api_keys is not None:
+        return KeyRing.from_file(Path(config.api_keys))
+    return KeyRing() if config.api_key is None else KeyRing.of_one_key(config.api_key)

@@ -1,0 +1,131 @@
+"""Answers that end as soon as their client leaves, and streams of server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+class ClientGoneError(Exception):
+    """The client has left, and nobody waits for an answer."""
+
+
+def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
+    """A server-sent event.
+
+    >>> event({"a": 1}), event({}, "ping")
+    (b'data: {"a":1}\\n\\n', b'event: ping\\ndata: {}\\n\\n')
+    """
+    head = "" if name is None else f"event: {name}\n"
+    return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled at once if the client leaves. Raises: ClientGoneError."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_wait_until_gone(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        await _end(task, gone)
+
+
+class EventStream(Response):
+    """A stream of server-sent events, which ends as soon as the client leaves.
+
+    An error before the first event is raised, so that it becomes an answer with a status of its own; a later one
+    becomes an event. While there is nothing to say, a comment keeps the connection open. An event is made once the
+    one before it was taken: a slow client holds up nobody, and is owed no more than what fits its connection's buffer.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes],
+        *,
+        keep_alive_s: float,
+        on_error: Callable[[Exception], bytes],
+    ) -> None:
+        """on_error: the event that tells of an error."""
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._keep_alive_s = keep_alive_s
+        self._on_error = on_error
+        self._has_begun = self._has_ended = False
+        self._last_sent_at = 0.0
+        self._sending = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer. Raises: what the events raise before the first one."""
+        sender = asyncio.create_task(self._send_all(send))
+        gone = asyncio.create_task(_wait_until_gone(receive))
+        keeper = asyncio.create_task(self._keep_alive(send))
+        try:
+            await asyncio.wait({sender, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if sender.done():
+                sender.result()
+        finally:
+            await _end(sender, gone, keeper)
+            await self._events.aclose()
+
+    async def _send_all(self, send: Send) -> None:
+        try:
+            async for data in self._events:
+                await self._send(send, data)
+        except Exception as error:
+            if not self._has_begun:
+                raise
+            await self._send(send, self._on_error(error))
+        await self._send(send, b"", more=False)
+
+    async def _send(self, send: Send, data: bytes, *, more: bool = True) -> None:
+        async with self._sending:
+            if self._has_ended:
+                return
+            self._has_ended = not more
+            if not self._has_begun:
+                self._has_begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+        self._last_sent_at = asyncio.get_running_loop().time()
+
+    async def _keep_alive(self, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        self._last_sent_at = loop.time()
+        while True:
+            silent_s = loop.time() - self._last_sent_at
+            if silent_s < self._keep_alive_s:
+                await asyncio.sleep(self._keep_alive_s - silent_s)
+            else:
+                await self._send(send, KEEP_ALIVE)
+
+
+async def _wait_until_gone(receive: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel `tasks` and wait until they have ended, whatever they raise."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # so that nobody is told that it was not asked for

@@ -1,0 +1,170 @@
+"""`radixkv serve`: flags from the settings, a file of settings, and the end by signals."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import get_args
+
+import httpx2 as httpx
+import pytest
+import typer
+
+from cli_runs import SMALL, assert_one_line_error, run
+from radixkv.cli.serve import SERVED_ENGINE_SETTINGS, SERVER_SETTINGS, read_settings, serve
+from radixkv.config import EngineConfig, ServerConfig
+from radixkv.config.setting import setting_fields
+from radixkv.errors import ConfigError, MissingPackageError
+from radixkv.serving.requirements import check_installed
+
+MAIN = "from radixkv.cli import main; main()"
+
+
+@contextmanager
+def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """The process of a server, and what it printed until clients could connect."""
+    command = [sys.executable, "-c", MAIN, "serve", "demo", "--port", "0", *SMALL, *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    assert process.stdout is not None
+    lines: list[str] = []
+    try:
+        while not lines or "curl" not in lines[-1]:
+            line = process.stdout.readline()
+            assert line, f"the server ended: {lines}"
+            lines.append(line)
+        yield process, lines
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def address_in(lines: list[str]) -> str:
+    found = re.search(r"http://\S+", lines[0])
+    assert found is not None
+    return found[0]
+
+
+def test_each_setting_is_a_flag() -> None:
+    parameters = inspect.signature(serve).parameters
+    for group, settings in ((SERVED_ENGINE_SETTINGS, EngineConfig), (SERVER_SETTINGS, ServerConfig)):
+        assert not group.left_out
+        for field in setting_fields(settings):
+            option = get_args(parameters[field.name].annotation)[1]
+            assert isinstance(option, type(typer.Option()))
+            assert parameters[field.name].default == field.default
+
+
+def test_it_says_how_to_reach_it_and_drains_at_a_signal() -> None:
+    with served("--drain-s", "60") as (process, lines):
+        address = address_in(lines)
+        text = "".join(lines)
+        assert "radixkv serves demo at http://127.0.0.1:" in text
+        assert "2,048 tokens in pages of 16" in text
+        curl = text[text.index("curl") :]
+        assert f"{address}/v1/chat/completions" in curl
+        assert '"model": "demo"' in curl
+        body = {"prompt": "ROMEO:", "max_tokens": 400, "ignore_eos": True, "temperature": 0, "stream": True}
+        with httpx.Client(base_url=address, timeout=60) as client:
+            with client.stream("POST", "/v1/completions", json=body) as stream:
+                pieces = stream.iter_lines()
+                assert next(pieces).startswith("data: ")
+                process.send_signal(signal.SIGTERM)
+                while client.get("/ready").status_code == 200:
+                    pass
+                refused = client.post("/v1/completions", json=body)
+                assert refused.status_code == 503
+                assert refused.headers["retry-after"] == "1"
+                assert refused.json()["error"]["code"] == "shutting_down"
+                assert client.get("/health").status_code == 200
+                rest = [piece for piece in pieces if piece]
+            assert rest[-1] == "data: [DONE]", "what ran has finished"
+        assert process.wait(60) == 0
+
+
+def test_a_second_signal_ends_it_at_once() -> None:
+    with served("--drain-s", "600", "--max-context-tokens", "2000") as (process, lines):
+        body = {"prompt": "ROMEO:", "max_tokens": 1900, "ignore_eos": True, "stream": True}
+        with (
+            httpx.Client(base_url=address_in(lines), timeout=60) as client,
+            client.stream("POST", "/v1/completions", json=body) as stream,
+        ):
+            pieces = stream.iter_lines()
+            received = [next(pieces)]
+            process.send_signal(signal.SIGTERM)
+            while client.get("/ready").status_code == 200:
+                pass
+            process.send_signal(signal.SIGTERM)
+            with suppress(httpx.TransportError):
+                received += pieces
+            assert "data: [DONE]" not in received
+        assert process.wait(60) == 130
+
+
+def test_a_file_holds_settings_and_flags_go_before_it(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text('model = "demo"\nport = 8000\npage_size = 4\nserved_model_name = "mine"\nkv_cache_tokens = 2048\n')
+    assert read_settings(file)["page_size"] == 4
+    with served("--config", str(file), "--page-size", "8", "--root-path", "/llm") as (_, lines):
+        text = "".join(lines)
+    assert "serves mine at" in text
+    assert "2,048 tokens in pages of 8" in text
+    assert "/llm/v1/chat/completions" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("page_size = 0", "page_size must be an integer in [1, 2147483647], not 0"),
+        ("page_size = 1.5", "page_size must be an integer in [1, 2147483647], not 1.5"),
+        ("port = 70000", "port must be an integer in [0, 65535], not 70000"),
+        ("prot = 70000", "unknown setting 'prot'; the settings are dtype, "),
+        ("port =", "must be TOML"),
+    ],
+)
+def test_a_file_with_a_mistake_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(content)
+    assert_one_line_error(run("serve", "--config", file), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "70000"], "--port must be an integer in [0, 65535], not 70000"),
+        (["--config", "nowhere.toml"], "nowhere.toml cannot be read: No such file or directory"),
+        (["--api-key", "a", "--api-keys", "b"], "give one of them"),
+        (["--ssl-keyfile", "key.pem"], "need an ssl_certfile"),
+        (["--window", "8", "--cuda-graphs"], "does not run in CUDA graphs"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_is_loaded(arguments: list[str], message: str) -> None:
+    assert_one_line_error(run("serve", "demo", *arguments), message)
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radixkv.serving.requirements.find_spec", lambda name: None if name == "uvicorn" else object())
+    with pytest.raises(MissingPackageError, match=r"needs uvicorn, .* run: pip install 'radixkv\[serve\]'"):
+        check_installed()
+
+
+def test_a_server_can_be_imported_only_by_those_who_serve() -> None:
+    code = (
+        "import sys, radixkv, radixkv.cli.app, radixkv.config, radixkv.serving.requirements\n"
+        "heavy = {'fastapi', 'starlette', 'uvicorn', 'pydantic', 'prometheus_client', 'llguidance', 'torch'}\n"
+        "loaded = heavy & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_wrong_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="api_key must be a text that is not empty"):
+        ServerConfig(api_key="")
