@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -19,6 +20,11 @@ SLOW_FILES = [
     "test_windows.py",
     "test_quantized_pool.py",
     "test_pool_kinds.py",
+    "test_hf_radix_cache.py",
+    "test_engine.py",
+    "test_cli_generate.py",
+    "test_models.py",
+    "test_torch_defaults.py",
 ]
 
 
@@ -26,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Load the fixtures, except where other processes run the tests: the one that hands them out starts at once."""
     hands_out = config.getoption("numprocesses", None) and not config.getoption("collectonly")
     if not hands_out:
+        gc.disable()  # until all is loaded and collected: it stays, so to search it for garbage is in vain
         config.pluginmanager.import_plugin("shared_fixtures")
 
 

@@ -19,7 +19,7 @@ from radixkv.engine.assembly import EngineParts, assemble
 from radixkv.engine.step_input import StepInput
 from radixkv.errors import ClosedError, ConfigError, EngineFailedError, InvalidRequestError, QueueFullError
 from runners import Around, TamperedRunner
-from tiny_models import tiny_model
+from tiny_models import served_model
 
 GREEDY_8 = SamplingParams(max_tokens=8, ignore_eos=True)
 ENDLESS = SamplingParams(max_tokens=800, ignore_eos=True)
@@ -28,7 +28,7 @@ Compute = Callable[[], torch.Tensor]
 
 def make_parts(around: Around | None = None, **settings: object) -> EngineParts:
     config = EngineConfig(**{"page_size": 4, "kv_cache_tokens": 1024, **settings})
-    parts = assemble(tiny_model("llama"), None, config)
+    parts = assemble(served_model("llama"), None, config)
     return parts if around is None else replace(parts, runner=TamperedRunner(parts.runner, around))
 
 

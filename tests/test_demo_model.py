@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -141,7 +141,8 @@ def test_text_survives_the_tokenizer(tokenizer: PreTrainedTokenizerFast, text: s
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@given(text=st.text(max_size=200))
+@settings(max_examples=20)
+@given(text=st.text(max_size=100))
 def test_any_text_survives_the_tokenizer(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -182,11 +183,11 @@ def test_chat_template_refuses_an_unknown_role(tokenizer: PreTrainedTokenizerFas
 # ----------------------------------------------------------------------------------------------- what it writes
 
 
-@pytest.mark.parametrize("seed", [None, 1, 2])
+@pytest.mark.parametrize("seed", [None, 1, pytest.param(2, marks=pytest.mark.stress)])
 def test_writes_english_words(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int | None) -> None:
-    ids = written(model, tokenizer.encode("KING RICHARD:\nMy lord,"), max_new_tokens=120, seed=seed)
+    ids = written(model, tokenizer.encode("KING RICHARD:\nMy lord,"), max_new_tokens=80, seed=seed)
     words = re.findall(r"[a-z]+", tokenizer.decode(ids).lower())
-    assert len(words) >= 40
+    assert len(words) >= 25
     assert sum(word in COMMON_WORDS for word in words) >= 0.3 * len(words)
 
 
@@ -200,7 +201,7 @@ def test_ends_its_turns(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerF
 def test_long_contexts_are_as_good_as_short_ones(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """The same verse is as likely far into the window as at its beginning, given a context of words."""
     seed_ids = tokenizer.encode("ROMEO:\nWhat say you, gentle friend? speak, and be brief.\n\n")
-    filler = written(model, seed_ids, max_new_tokens=192, seed=3)
+    filler = written(model, seed_ids, max_new_tokens=96, seed=3)
     repeats = -(-model.config.max_position_embeddings // len(filler))
     verse = tokenizer.encode("\n\nKING HENRY:\nThe night is dark, my lord, and we must go to the king.\n\n")
     near, far = (

@@ -249,7 +249,7 @@ def test_listening_alone_tells_which_pages_layers_with_a_window_have(exact: bool
     cache = PrefixCache(40, 2, copy_page=copy_page, residency=windows)
     mirror = EventMirror()
     told: set[str] = set()
-    for step in range(400):
+    for step in range(250):
         if step == 100:
             for run in cache.tree.cached_runs():
                 mirror(Stored(run, "pool"))

@@ -538,7 +538,7 @@ def check_explanation(cache: PrefixCache, memory: Memory, namespace: Namespace, 
 
 
 @pytest.mark.parametrize(("page_size", "exact"), [(1, True), (4, True), (4, False)])
-@settings(max_examples=100, derandomize=True, database=None, deadline=None)
+@settings(max_examples=40, derandomize=True, database=None, deadline=None)
 @given(history=st.lists(prompts, min_size=1, max_size=40))
 def test_random_histories(page_size: int, exact: bool, history: list[tuple[Namespace, str, list[int]]]) -> None:
     """12 pages are enough for the 5 of a prompt with those that it copies from, and little else."""

@@ -65,8 +65,18 @@ def generate(model: PreTrainedModel, lengths: list[int], cache: Cache, **kwargs:
 # ------------------------------------------------------------------------------------------- same outputs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("lengths", [[5], [30], [7, 30, 12]], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "family"),
+    [  # a batch of each family, prompts alone of those that differ most, and of the others under `stress`
+        *(([7, 30, 12], family) for family in FAMILIES),
+        *(
+            pytest.param(lengths, family, marks=[] if family in ("llama", "gemma2", "llama4") else [pytest.mark.stress])
+            for lengths in ([5], [30])
+            for family in FAMILIES
+        ),
+    ],
+    ids=str,
+)
 def test_outputs_are_those_of_a_dynamic_cache(family: str, lengths: list[int]) -> None:
     model = tiny_model(family)
     found = generate(model, lengths, ChunkedCache(model.config, chunk_tokens=4))

@@ -170,7 +170,7 @@ def drive(
         nodes.remove(expected)
 
 
-FIXED = settings(derandomize=True, database=None, deadline=None, max_examples=150)
+FIXED = settings(derandomize=True, database=None, deadline=None, max_examples=60)
 
 
 @FIXED

@@ -82,8 +82,14 @@ def chats(seed: int, num_requests: int = 1500, num_chats: int = 100) -> Iterator
 # -- everything sampled: exact ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block_tokens", [1, 4, 5])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("block_tokens", "seed"),
+    [
+        pytest.param(block_tokens, seed, marks=[] if seed == number else [pytest.mark.stress])
+        for number, block_tokens in enumerate([1, 4, 5])
+        for seed in range(3)
+    ],
+)
 def test_without_sampling_it_is_exact_at_every_size(block_tokens: int, seed: int) -> None:
     capacities = list(range(0, 400, 7))
     curve = MissRatioCurve(400, block_tokens=block_tokens, sample_blocks=500)
@@ -203,11 +209,11 @@ def test_samples_err_to_both_sides() -> None:
 
 
 def test_a_prompt_that_everybody_shares_does_no_harm() -> None:
-    """Whether its only block is in the sample or not, its thousand hits are known."""
+    """Whether its only block is in the sample or not, its hits are known."""
     prompt = letters("s", 16)
-    for seed in range(20):
+    for seed in range(12):
         curve = MissRatioCurve(64_000, sample_blocks=1024)
-        for _ in range(1000):
+        for _ in range(500):
             curve.record(prompt, namespace_seed(str(seed), None))
         assert curve.hit_rate(64_000) >= 0.99
 

@@ -302,7 +302,7 @@ class Serving:
 @given(st.data())
 def test_cached_tokens_are_the_same_at_every_page_size(data: st.DataObject) -> None:
     """Requests come, are computed in chunks and go; nothing is evicted. The oracle is a list of what was committed."""
-    worlds = [SimulatedKV(page_size) for page_size in (1, 2, 3, 4, 16)]
+    worlds = [SimulatedKV(page_size) for page_size in (1, 3, 4, 16)]
     committed: list[list[int]] = []
     running: list[Serving] = []
     values: dict[tuple[int, ...], int] = {}
@@ -375,7 +375,7 @@ def test_the_best_page_is_found_among_many(page_size: int, num_children: int) ->
             tree.insert([*stem.token_ids, *tokens, *random_page()], [0, next(new_pages), next(new_pages)])
         elif tree.peek_path([*stem.token_ids, *tokens])[0] < page_size + len(tokens):
             tree.insert_tail(stem, tokens, next(new_pages))
-    for _ in range(200):
+    for _ in range(100):
         verb = rng.choice(["evict", "insert", "match", None, None, None])  # children come, go and part
         if verb == "evict" and len(stem.children) > 2:
             tree.evict(1)

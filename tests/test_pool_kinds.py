@@ -16,9 +16,10 @@ from radixkv.memory.latent_pool import LatentKVPool
 from radixkv.memory.quantized_pool import QuantizedKVPool
 from radixkv.memory.split_pool import SplitKVPool
 from runners import Around, tampered_engine
-from tiny_models import tiny_model
+from tiny_models import served_model, tiny_model
 
-PARAMS = SamplingParams(max_tokens=14, ignore_eos=True)
+NEW_TOKENS = 9
+PARAMS = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
 
 # family, settings and the kind of pool that they make
 KINDS: dict[str, tuple[str, dict[str, Any], type[Any]]] = {
@@ -46,13 +47,21 @@ KINDS: dict[str, tuple[str, dict[str, Any], type[Any]]] = {
     "sinks of codes": ("llama", {"kv_cache_dtype": "int8", "window": 20, "sinks": 4}, SplitKVPool),
 }
 EXACT = [name for name, (_, settings, _) in KINDS.items() if "kv_cache_dtype" not in settings]
-EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+MORE = {
+    "int8 in pages of 4",
+    "int4 in pages of 16",
+    "fp8_e4m3 in pages of 4",
+    "fp8_e5m2 in pages of 16",
+}  # under `stress`
+EVERY_KIND = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.stress] if kind in MORE else []) for kind in KINDS]
+)
 
 
 def make_engine(kind: str, *, around: Around | None = None, **settings: Any) -> Engine:
     family, own, pool = KINDS[kind]
     config = EngineConfig(**{"page_size": 16, "kv_cache_tokens": 112, "max_batch_tokens": 40, **own, **settings})
-    model = tiny_model(family)
+    model = tiny_model(family) if "window" in own else served_model(family)
     engine = Engine(model, config=config) if around is None else tampered_engine(model, around, config)
     assert isinstance(engine.pool, pool)
     if not isinstance(engine.pool, SplitKVPool):
@@ -82,7 +91,7 @@ def test_a_pool_too_small_for_all_serves_all_and_loses_nothing(kind: str) -> Non
     engine.step = checked_step  # type: ignore[method-assign]
     for _ in range(2):
         outputs = engine.generate(prompts, PARAMS)
-        assert [len(output.token_ids) for output in outputs] == [14] * len(prompts)
+        assert [len(output.token_ids) for output in outputs] == [NEW_TOKENS] * len(prompts)
     stats = engine.stats()
     assert stats.cache.hit_tokens > 0
     assert stats.cache.copied_tokens > 0 or engine.config.page_size == 1

@@ -534,10 +534,13 @@ def test_chain_is_what_inserting_every_prefix_gives() -> None:
     assert without_uses(chain(50, page_size=2)) == without_uses(inserted)
 
 
+DEPTHS = pytest.mark.parametrize("depth", [20_000, pytest.param(100_000, marks=pytest.mark.stress)])
+
+
+@DEPTHS
 @pytest.mark.parametrize("policy", ["lru", "cost"])
-def test_a_hundred_thousand_nodes_deep(policy: str) -> None:
+def test_a_tree_deeper_than_the_stack(policy: str, depth: int) -> None:
     limit = sys.getrecursionlimit()
-    depth = 100_000
     tree = chain(depth, 2, policy)
     ids, pages = np.arange(2 * depth), np.arange(depth)
     assert [level for level, _ in tree.nodes()] == list(range(depth + 1))
@@ -574,9 +577,10 @@ def count_nodes() -> int:
     return sum(type(thing) is TreeNode for thing in gc.get_objects())
 
 
-def test_a_deep_tree_is_garbage_collected() -> None:
+@DEPTHS
+def test_a_deep_tree_is_garbage_collected(depth: int) -> None:
     before = count_nodes()
-    tree = chain(100_000)
+    tree = chain(depth)
     gone = weakref.ref(tree)
     del tree
     assert count_nodes() <= before

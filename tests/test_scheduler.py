@@ -15,7 +15,7 @@ from radixkv.engine.assembly import assemble
 from radixkv.engine.core import EngineCore
 from radixkv.engine.request import Request
 from radixkv.engine.scheduler import WORTH_WAITING_TOKENS, Scheduler
-from tiny_models import tiny_model
+from tiny_models import served_model
 
 MakeEngine = Callable[..., Engine]
 
@@ -35,7 +35,7 @@ def checked(engine: Engine) -> Engine:
 def make_core(**settings: object) -> tuple[EngineCore, Callable[[list[int], SamplingParams], int]]:
     """A core of the tiny Llama, and what adds a request to it and returns its id."""
     config = EngineConfig(**{"page_size": 4, "kv_cache_tokens": 1024, **settings})
-    parts = assemble(tiny_model("llama"), None, config)
+    parts = assemble(served_model("llama"), None, config)
     core, intake = EngineCore(parts), parts.new_intake()
 
     def submit(prompt: list[int], params: SamplingParams) -> int:

@@ -67,7 +67,7 @@ def test_eight_threads_do_everything_at_once(make_engine: MakeEngine, oracle: Gr
 
     def prompts(seed: int) -> Iterator[list[int]]:
         rng = random.Random(seed)
-        for turn in range(6):
+        for turn in range(4):
             yield [*rng.choice(heads), *random_ids(1000 * seed + turn, rng.randint(1, 9))]
 
     def generates() -> None:
@@ -222,7 +222,7 @@ def interrupt(verb: str, engine: Engine, oracle: GreedyOracle, times: int) -> No
 def test_an_interrupt_at_any_line_leaves_nothing_behind(
     verb: str, make_engine: MakeEngine, oracle: GreedyOracle
 ) -> None:
-    interrupt(verb, make_engine(), oracle, times=12)
+    interrupt(verb, make_engine(), oracle, times=8)
 
 
 def test_an_interrupt_at_each_line_leaves_the_intake_open() -> None:

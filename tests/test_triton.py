@@ -92,7 +92,8 @@ def test_decodes_and_extends_in_one_batch(option: str, page_size: int) -> None:
     ],
 )
 def test_codes_are_read_in_place(kv_dtype: str, option: str, page_size: int) -> None:
-    check(case(MIXED[1:], page_size=page_size, kv_dtype=kv_dtype), **OPTIONS[option])
+    few = case(MIXED[1:3], page_size=page_size, num_q_heads=2, num_kv_heads=1, kv_dtype=kv_dtype)
+    check(few, **OPTIONS[option])
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "fp8_e5m2"])
@@ -103,20 +104,20 @@ def test_floats_of_8_bits_are_read_in_place(kv_dtype: str) -> None:
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
 def test_codes_of_odd_heads_and_shared_prefixes(kv_dtype: str) -> None:
-    check(case(MIXED[1:4], num_q_heads=6, head_dim=24, v_head_dim=12, kv_dtype=kv_dtype))
+    check(case(MIXED[1:3], num_q_heads=6, head_dim=24, v_head_dim=12, kv_dtype=kv_dtype))
     spans = [(40, 41), (80, 81), (70, 71)]
-    shared = case(spans, num_q_heads=6, shared={(0, 1, 2): 32, (1, 2): 64}, kv_dtype=kv_dtype)
+    shared = case(spans, num_q_heads=3, num_kv_heads=1, shared={(0, 1, 2): 32, (1, 2): 64}, kv_dtype=kv_dtype)
     check(shared, ALWAYS_SHARE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types(dtype: torch.dtype) -> None:
-    check(case(MIXED[1:4], dtype=dtype), softcap=3.0, sinks=True)
+    check(case(MIXED[1:3], dtype=dtype), softcap=3.0, sinks=True)
 
 
 @pytest.mark.parametrize(
     ("group", "head_dim"),
-    [(1, 64), (3, 64), (8, 64), (7, 80), (2, 96), (71, 32), *more((2, 64), (4, 64), (5, 64), (6, 64), (7, 64))],
+    [(1, 64), (3, 64), (8, 64), (7, 80), (71, 32), *more((2, 64), (4, 64), (5, 64), (6, 64), (7, 64), (2, 96))],
 )
 def test_groups_and_head_sizes(group: int, head_dim: int) -> None:
     check(case([(37, 38), (15, 21)], num_q_heads=group, num_kv_heads=1, head_dim=head_dim))
@@ -128,7 +129,7 @@ def test_large_heads(head_dim: int) -> None:
 
 
 def test_values_of_another_size_than_keys() -> None:
-    check(case(MIXED[1:4], page_size=4, num_kv_heads=4, head_dim=24, v_head_dim=16))
+    check(case(MIXED[1:3], page_size=4, num_kv_heads=4, head_dim=24, v_head_dim=16))
 
 
 @pytest.mark.parametrize("last", [15, 16, 17, 33, *more(31, 32, 34)])
@@ -148,7 +149,7 @@ SHARING = ["plain", "chunk", "streaming, softcap and sinks"]
 @pytest.mark.parametrize("option", [*SHARING, *more(*(option for option in OPTIONS if option not in SHARING))])
 def test_prefixes_shared_at_two_levels(option: str) -> None:
     spans = [(40, 41), (80, 81), (70, 71), (20, 41), (33, 34), (5, 6)]
-    nested = case(spans, num_q_heads=6, shared={(0, 1, 2, 4): 32, (1, 2): 64})
+    nested = case(spans, num_q_heads=3, num_kv_heads=1, shared={(0, 1, 2, 4): 32, (1, 2): 64})
     backend = check(nested, ALWAYS_SHARE, **OPTIONS[option])
     assert backend.pays_to_share(nested.metadata)
 
@@ -175,7 +176,7 @@ def test_a_short_prefix_is_read_by_each_for_itself() -> None:
 
 
 def test_layers_that_differ_in_their_heads() -> None:
-    grouped, single = case(MIXED[:4], num_q_heads=4, num_kv_heads=1), case(MIXED[:4], num_q_heads=4, num_kv_heads=4)
+    grouped, single = (case(MIXED[1:3], num_q_heads=3, num_kv_heads=heads) for heads in (1, 3))
     params = grouped.params()
     pool, other_pool = grouped.pool("nhd"), single.pool("nhd")
     pool.layers += other_pool.layers

@@ -341,7 +341,7 @@ class Simulation:
         assert (stats.free_pages, stats.free_window_pages) == (stats.num_pages, stats.window_pages)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.stress)])
 @pytest.mark.parametrize(
     ("page_size", "window", "sinks", "num_window_pages"),
     [(1, 3, 0, 9), (2, 3, 0, 8), (4, 5, 0, 9), (4, 9, 0, 11), (2, 4, 3, 10), (4, 3, 5, 9), (4, 30, 0, 14)],
@@ -350,7 +350,7 @@ def test_what_a_request_sees_is_there(
     seed: int, page_size: int, window: int, sinks: int, num_window_pages: int
 ) -> None:
     simulation = Simulation(seed, page_size, window, sinks, num_window_pages)
-    for _ in range(400):
+    for _ in range(300):
         simulation.step()
         simulation.cache.check_invariants()
     simulation.end()

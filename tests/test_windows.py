@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -25,7 +26,6 @@ from radixkv.models.streaming import Streaming
 from tiny_models import make_model, tiny_model, with_common
 
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
-WINDOWED = ["mistral", "gemma2", "gemma3", "gpt_oss", "llama4"]
 
 
 def check_nothing_is_lost(engine: Engine) -> None:
@@ -39,8 +39,15 @@ def check_nothing_is_lost(engine: Engine) -> None:
 # -- layers that see a window ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", WINDOWED)
-@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize(
+    ("backend", "family"),
+    [  # each family with one of the backends, every pair under `stress`
+        *(("numba", family) for family in ("mistral", "gemma2", "gpt_oss")),
+        *(("torch", family) for family in ("gemma3", "llama4")),
+        *(pytest.param("torch", family, marks=pytest.mark.stress) for family in ("mistral", "gemma2", "gpt_oss")),
+        *(pytest.param("numba", family, marks=pytest.mark.stress) for family in ("gemma3", "llama4")),
+    ],
+)
 def test_same_tokens_where_windows_are_scarce(family: str, backend: str) -> None:
     """Long prompts in chunks, cold, warm and together, with hardly more window pages than one request needs."""
     model = tiny_model(family)
@@ -80,7 +87,7 @@ def test_a_conversation_goes_on_where_it_ended() -> None:
 
 @pytest.mark.parametrize(("family", "share"), [("mistral", 0.2), ("gemma3", 0.6)])
 def test_memory_shrinks(family: str, share: float) -> None:
-    """Three layers of three see a window in one, two of three in the other."""
+    """All layers see a window in one, two of three in the other."""
     tokens, sizes = 2048, {}
     for window_tokens in (256, tokens):
         settings: dict[str, Any] = {"kv_cache_tokens": tokens, "window_cache_tokens": window_tokens}
@@ -211,15 +218,22 @@ class PaperCache:
 @pytest.mark.parametrize(
     ("backend", "window", "sinks"),
     [
-        *((name, *sight) for name in ("numba", "torch") for sight in [(9, 4), (12, 1), (7, 0), (20, 6)]),
+        ("numba", 9, 4),
+        ("numba", 20, 6),
+        ("torch", 12, 1),
+        ("torch", 7, 0),
         ("triton", 5, 2),
+        *(pytest.param("torch", *sight, marks=pytest.mark.stress) for sight in [(9, 4), (20, 6)]),
+        *(pytest.param("numba", *sight, marks=pytest.mark.stress) for sight in [(12, 1), (7, 0)]),
     ],
 )
 def test_streams_as_the_paper_does(backend: str, window: int, sinks: int) -> None:
     """Beyond the window, cold and on a cached prefix, in chunks of any size."""
-    model = tiny_model("llama")
-    prompt = random_prompts(11, [70 if backend != "triton" else 10], shared=0)[0]
-    num_tokens = 12 if backend != "triton" else 2  # it is interpreted
+    model, num_prompt_tokens, num_tokens = tiny_model("llama"), 70, 12
+    if backend == "triton":  # it is interpreted
+        sizes = with_common(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+        model, num_prompt_tokens, num_tokens = make_model(hf.LlamaConfig(**sizes)), 10, 2
+    prompt = random_prompts(11, [num_prompt_tokens], shared=0)[0]
     expected = PaperCache(copy.deepcopy(model), window=window, sinks=sinks).continuation(prompt, num_tokens)
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     config = EngineConfig(
@@ -257,7 +271,7 @@ ROTATIONS: dict[str, tuple[hf.PretrainedConfig, str]] = {
     "neighbours": (hf.CohereConfig(**with_common()), "neighbours"),
     "in part": (hf.GlmConfig(**with_common(head_dim=16, partial_rotary_factor=0.5, pad_token_id=0)), "neighbours"),
     "two kinds": (tiny_model("gemma3").config, "half"),
-    "some layers without": (hf.SmolLM3Config(**with_common(no_rope_layers=[1, 0, 1])), "half"),
+    "some layers without": (hf.SmolLM3Config(**with_common(num_hidden_layers=3, no_rope_layers=[1, 0, 1])), "half"),
 }
 
 
@@ -300,15 +314,21 @@ def test_what_cannot_stream_is_refused(family: str, reason: str) -> None:
 # -- sizes of the pools -----------------------------------------------------------------------------------------------
 
 
+@cache
+def needs_of(family: str) -> AttentionNeeds:
+    """What the layers of the tiny model ask of their attention."""
+    model = tiny_model(family)
+    return AttentionNeeds(plug_in_paged_attention(model), 4, model.dtype, model.device)
+
+
 def sizes_of(family: str, memory_bytes: int, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[PoolSizes, int]:
     """The pool sizes of a model that has so many bytes, and the bytes that they take."""
-    model = tiny_model(family)
     monkeypatch.setattr(kv_pool, "available_bytes", lambda device: memory_bytes)
     config = EngineConfig(page_size=4, mem_fraction=1.0, **settings)
-    needs = AttentionNeeds(plug_in_paged_attention(model), 4, model.dtype, model.device)
+    needs = needs_of(family)
     sizes = pool_sizes(needs, Sight.of(needs), config, context_tokens=512)
     full, window = (
-        kv_bytes_per_token([layer.kv for layer in part.layers], "auto", model.dtype) * 4 for part in split_needs(needs)
+        kv_bytes_per_token([layer.kv for layer in part.layers], "auto", needs.dtype) * 4 for part in split_needs(needs)
     )
     return sizes, sizes.num_pages * full + (sizes.num_window_pages or sizes.num_pages) * window
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ _COMMON: Mapping[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,  # a third shows nothing new, except where the kinds of layers alternate
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -29,30 +30,32 @@ def with_common(**fields: Any) -> dict[str, Any]:
     return {**_COMMON, **fields}
 
 
-_SLIDING_THEN_FULL = ["sliding_attention", "full_attention", "sliding_attention"]
+_SLIDING_THEN_FULL: Mapping[str, Any] = {
+    "num_hidden_layers": 3,
+    "sliding_window": 9,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 
 FAMILIES: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
     "llama": lambda: hf.LlamaConfig(**with_common()),
     "qwen2": lambda: hf.Qwen2Config(**with_common()),
     "qwen3": lambda: hf.Qwen3Config(**with_common(head_dim=12)),
     "mistral": lambda: hf.MistralConfig(**with_common(sliding_window=9)),
-    "gemma2": lambda: hf.Gemma2Config(
-        **with_common(head_dim=8, sliding_window=9, attn_logit_softcapping=5.0, layer_types=_SLIDING_THEN_FULL)
-    ),
-    "gemma3": lambda: hf.Gemma3TextConfig(**with_common(head_dim=8, sliding_window=9, layer_types=_SLIDING_THEN_FULL)),
+    "gemma2": lambda: hf.Gemma2Config(**with_common(head_dim=8, attn_logit_softcapping=5.0, **_SLIDING_THEN_FULL)),
+    "gemma3": lambda: hf.Gemma3TextConfig(**with_common(head_dim=8, **_SLIDING_THEN_FULL)),
     "phi3": lambda: hf.Phi3Config(**with_common(sliding_window=None)),
     "mixtral": lambda: hf.MixtralConfig(**with_common(num_local_experts=4, num_experts_per_tok=2)),
     "gpt_oss": lambda: hf.GptOssConfig(
         **with_common(
             head_dim=8,
-            sliding_window=9,
-            layer_types=_SLIDING_THEN_FULL,
             num_local_experts=4,
             num_experts_per_tok=2,
+            **_SLIDING_THEN_FULL,
         )
     ),
     "llama4": lambda: hf.Llama4TextConfig(
         **with_common(
+            num_hidden_layers=3,
             head_dim=8,
             intermediate_size_mlp=48,
             num_local_experts=4,
@@ -180,3 +183,9 @@ def make_model(config: hf.PretrainedConfig, seed: int = 0) -> PreTrainedModel:
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A random model of `family`."""
     return make_model({**FAMILIES, **LATENT, **REFUSED}[family](), seed)
+
+
+@cache
+def served_model(family: str) -> PreTrainedModel:
+    """`tiny_model(family)`, one for all tests of a process that do nothing to it but run it in engines."""
+    return tiny_model(family)
