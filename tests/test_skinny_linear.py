@@ -58,7 +58,7 @@ def check_same(dtype: torch.dtype, out_features: int, bias: bool, num_tokens: in
 def test_every_mode_computes_the_same(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The modes that this processor would not choose, too."""
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[mode]
-    monkeypatch.setattr(skinny_linear, "_mode", lambda weight: mode)
+    monkeypatch.setattr(skinny_linear, "linear_mode", lambda weight: mode)
     layer = linear(64, 40, dtype, bias=False)
     x = torch.randn(3, 64).to(dtype)
     expected = layer(x)

@@ -27,7 +27,7 @@ class SkinnyLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight
         num_tokens = input.numel() // weight.shape[1]
-        mode = _mode(weight)
+        mode = linear_mode(weight)
         if mode is None or not 0 < num_tokens <= MAX_TOKENS[mode] or input.dtype != weight.dtype:
             return super().forward(input)
         if torch.is_grad_enabled() and (weight.requires_grad or input.requires_grad):
@@ -42,9 +42,9 @@ def speed_up_linears(model: nn.Module) -> None:
     """
     modes = set()
     for module in model.modules():
-        if type(module) is nn.Linear and _mode(module.weight) is not None:
+        if type(module) is nn.Linear and linear_mode(module.weight) is not None:
             module.__class__ = SkinnyLinear
-            modes.add(_mode(module.weight))
+            modes.add(linear_mode(module.weight))
     with log_if_slow("the kernels of linear layers"):
         for mode in sorted(mode for mode in modes if mode is not None):
             for num_tokens in WARM_UP_TOKENS:
@@ -52,7 +52,7 @@ def speed_up_linears(model: nn.Module) -> None:
                     numba_linear.linear_worker(mode, num_tokens)
 
 
-def _mode(weight: Tensor) -> str | None:
+def linear_mode(weight: Tensor) -> str | None:
     """How the kernel reads `weight`; None if it cannot."""
     fits = (
         weight.device.type == "cpu"
