@@ -113,6 +113,7 @@ def plug_in_paged_attention(model: PreTrainedModel) -> tuple[LayerAttention, ...
     return layers
 
 
+@torch.inference_mode()
 def difference_on_probe(
     model: PreTrainedModel, run: Callable[[Tensor, Tensor, Tensor, AttentionContext], Tensor]
 ) -> float:
