@@ -18,6 +18,7 @@ from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.engine import runner
 from radixkv.errors import UnsupportedModelError
 from radixkv.models.fused_decoder import fuse
+from radixkv.models.paged_attention import flattened_forward
 from radixkv.models.plain_decoder import FAMILIES, find_plain_decoder
 from radixkv.models.probe import difference_on_probe, plug_in_paged_attention
 from tiny_models import make_model, tiny_model, with_common
@@ -48,7 +49,7 @@ def wide_model(family: str, dtype: torch.dtype, **fields: Any) -> PreTrainedMode
 def by_modules(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of tokens of the steps that ran the model's own modules."""
     seen: list[int] = []
-    own = runner.flattened_forward
+    own = flattened_forward
 
     def noted(model: PreTrainedModel, input_ids: torch.Tensor, *args: Any) -> torch.Tensor:
         seen.append(len(input_ids))
@@ -152,7 +153,7 @@ def test_it_can_be_turned_off(by_modules: list[int]) -> None:
     assert engine.config.fused_layers is False
 
 
-class _Doubled(modeling_llama.LlamaMLP):
+class _Doubled(modeling_llama.LlamaMLP):  # type: ignore[misc]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         doubled: torch.Tensor = 2 * super().forward(x)
         return doubled

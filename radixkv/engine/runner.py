@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -30,6 +31,12 @@ class Runner(Protocol):
         Returns: [sequences, vocab_size], float32, valid until the next call.
         """
         ...
+
+
+@cache
+def _is_program_plan(kind: type) -> bool:
+    """Whether plans of that class are `ProgramPlan`; asking the protocol takes as long as a small layer."""
+    return issubclass(kind, ProgramPlan)
 
 
 class ModelRunner:
@@ -70,7 +77,7 @@ class ModelRunner:
         logits_of = to_device(step.logits_of, device)
         plan = self.backend.plan(metadata)
         fused = self._fused if self._fused is not None and self._fused.can_run(metadata.num_tokens) else None
-        if fused is not None and self._streaming is None and isinstance(plan, ProgramPlan):
+        if fused is not None and self._streaming is None and _is_program_plan(type(plan)):
             found = fused.run_with(plan, input_ids, metadata.positions, metadata.slots, logits_of)
             if found is not None:
                 return found.float()

@@ -84,7 +84,7 @@ class FusedDecoder:
             return self._replays[key]
         if not self._buffers.have_room(num_tokens, num_logits):
             self._replays.clear()
-            self._buffers = _Buffers(self._decoder, *(1 << (number - 1).bit_length() for number in key))
+            self._buffers = self._buffers.grown_for(num_tokens, num_logits)
         elif len(self._replays) >= MAX_PROGRAMS:
             self._replays.clear()
         self._wide_biases.refresh()
@@ -130,7 +130,7 @@ class _WideBiases:
 
     def __init__(self, decoder: PlainDecoder) -> None:
         linears = [linear for layer in decoder.layers for linear in layer.linears] + [decoder.head]
-        self._biases = [linear.bias for linear in linears if linear.bias is not None]
+        self._biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         self._wide = [bias.detach().float() for bias in self._biases]
         self._by_address = {bias.data_ptr(): wide for bias, wide in zip(self._biases, self._wide, strict=True)}
 
@@ -148,7 +148,7 @@ class _Buffers:
     """What programs of up to so many tokens and rows of logits read and write, one program at a time."""
 
     def __init__(self, decoder: PlainDecoder, num_tokens: int, num_logits: int) -> None:
-        self._num_tokens, self._num_logits = num_tokens, num_logits
+        self._decoder, self._num_tokens, self._num_logits = decoder, num_tokens, num_logits
         layer, dtype = decoder.layers[0], decoder.embeddings.dtype
 
         def rows(count: int, width: int) -> Tensor:
@@ -167,6 +167,11 @@ class _Buffers:
     def have_room(self, num_tokens: int, num_logits: int) -> bool:
         """Whether they suffice for a program."""
         return num_tokens <= self._num_tokens and num_logits <= self._num_logits
+
+    def grown_for(self, num_tokens: int, num_logits: int) -> _Buffers:
+        """Others, with room for these and for all that there was room for; in powers of two, so that few are made."""
+        needed = max(num_tokens, self._num_tokens), max(num_logits, self._num_logits)
+        return _Buffers(self._decoder, *(1 << (number - 1).bit_length() for number in needed))
 
 
 class _Replay:

@@ -181,9 +181,10 @@ def _common_mode(linears: list[nn.Module], model: PreTrainedModel) -> str | None
     """The mode in which the kernels read all of `linears`, if they are plain and everything has their dtype."""
     if not all(type(linear) in (nn.Linear, SkinnyLinear) for linear in linears):
         return None
-    modes = {linear_mode(linear.weight) for linear in linears}
+    weights: list[Any] = [linear.weight for linear in linears]
+    modes = {linear_mode(weight) for weight in weights}
     if len(modes) != 1 or any(
-        value.dtype != linears[0].weight.dtype or value.device.type != "cpu" or not value.is_contiguous()
+        value.dtype != weights[0].dtype or value.device.type != "cpu" or not value.is_contiguous()
         for value in model.parameters()
     ):
         return None
