@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import llvmlite.binding as llvm
 import numba as nb
 import numpy as np
 from numba import types
@@ -43,10 +44,25 @@ PARTS = (  # what a worker is made of, besides this module
 )
 
 
+# Rows, columns and parts of a sum (see `product_tile`) by the number of tokens from which on they serve, as measured:
+# few streams of weights, and no more sums and operands than registers.
+WIDE_TILES = {1: (1, 1, 1), 2: (4, 2, 1), 4: (6, 4, 1), 8: (3, 8, 1)}  # 32 registers of 16 lanes
+NARROW_TILES = {1: (1, 1, 1), 2: (4, 2, 2), 4: (3, 4, 2)}  # 16 registers of 8 lanes, or 32 of 4
+NARROW_TILES_16_BIT = {**NARROW_TILES, 4: (2, 4, 2)}  # a register of weights becomes two
+
+
 def tile_of(mode: str, num_tokens: int) -> Tile:
-    """The tile for `num_tokens` tokens, as measured: few streams of weights, and no more sums than registers."""
-    columns = 8 if num_tokens >= 8 else 4 if num_tokens >= 4 else 2 if num_tokens >= 2 else 1
-    return Tile({1: 1, 2: 4, 4: 6, 8: 3}[columns], columns, 1, MODES[mode])
+    """The tile for `num_tokens` tokens, or for the last ones of more."""
+    is_wide = has_wide_registers() or MODES[mode].multiplies_pairs
+    tiles = WIDE_TILES if is_wide else NARROW_TILES if MODES[mode].in_4_bytes == 1 else NARROW_TILES_16_BIT
+    rows, columns, parts = tiles[max(number for number in tiles if number <= num_tokens)]
+    return Tile(rows, columns, parts, MODES[mode])
+
+
+@cache
+def has_wide_registers() -> bool:
+    """Whether code is made for registers of 16 lanes: on a processor that has them, unless Numba is told another."""
+    return not nb.config.CPU_NAME and bool(llvm.get_host_cpu_features().get("avx512f", False))
 
 
 def linear_worker(mode: str, num_tokens: int) -> Any:

@@ -66,6 +66,13 @@ def test_every_mode_computes_the_same(mode: str, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(layer(x), expected, rtol=DTYPES[dtype], atol=DTYPES[dtype])
 
 
+@pytest.mark.parametrize("is_wide", [False, True])
+@pytest.mark.parametrize("num_tokens", [2, 4, 11])
+def test_the_tiles_for_every_size_of_register(is_wide: bool, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba_linear, "has_wide_registers", lambda: is_wide)
+    check_same(torch.float32, 33, True, num_tokens)
+
+
 def test_what_the_kernel_cannot_read_is_left_as_it_is() -> None:
     odd, narrow = linear(40, 32, torch.bfloat16, bias=False), linear(64, 2, torch.float32, bias=False)
     double, transposed = linear(64, 32, torch.float64, bias=False), linear(64, 32, torch.float32, bias=False)

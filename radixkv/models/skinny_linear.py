@@ -11,7 +11,12 @@ from radixkv.kernels.compiling import log_if_slow
 from radixkv.kernels.numba_modes import mode_for
 
 STEP_BYTES = 64
-MAX_TOKENS = {"f32": 64, "bf16dot": 32, "bf16": 4, "f16": 64}  # more are faster in torch's dense products, as measured
+MAX_TOKENS = {  # more are faster in torch's dense products, as measured
+    "f32": 64,
+    "bf16dot": 32,
+    "bf16": 4 if numba_linear.has_wide_registers() else 64,
+    "f16": 64,
+}
 MIN_BYTES_PER_THREAD = 1 << 16  # below it waking a thread costs more than it reads
 WARM_UP_TOKENS = (1, 2, 4, 8)  # one for each tile
 
