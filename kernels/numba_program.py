@@ -56,6 +56,7 @@ class Program:
         self._address = self._table.ctypes.data
         self._moving = self._table[:, COUNTER : LEFT + 1]
         self._operations: list[Operation] = [operation for operation, _ in operations]
+        self._kept: dict[int, NDArray[np.void]] = {}  # records of many operations, by the first one's place
         end = 0
         for i, (operation, group) in enumerate(operations):
             if i == end:
@@ -76,6 +77,13 @@ class Program:
         self._operations[place] = operation
         self._table[place, FUNCTION] = operation.worker.address
         self._table[place, ARGUMENT] = record.ctypes.data
+
+    def exchange_all(self, places: NDArray[np.int64], worker: Any, records: NDArray[np.void]) -> None:
+        """Put operations of one worker, with a record each, at `places`, and keep the records until the next time."""
+        records["counter"] = self._address + places * ROW_BYTES + COUNTER * 8
+        self._table[places, FUNCTION] = worker.address
+        self._table[places, ARGUMENT] = records.ctypes.data + records.itemsize * np.arange(len(places))
+        self._kept[int(places[0])] = records
 
     def run(self, num_threads: int, first: int = 0, last: int | None = None) -> None:
         """Run the operations [first, last), whole groups, on `num_threads` threads, this one among them."""

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from radixkv.attention.backend import AttentionNeeds, AttentionParams, why_not_keys_and_values
 from radixkv.attention.dense_extends import first_visible
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.attention.numba_tasks import Heads, Read, Work, plan_work
-from radixkv.attention.program_plan import LayerOperations, Pages
+from radixkv.attention.program_plan import LayersOperation, Pages
 from radixkv.attention.shared_prefix import NEVER, NO_CASCADE, BreakEven, plan_cascade
 from radixkv.kernels import numba_arguments, numba_cpu, numba_merge, openmp
 from radixkv.kernels.compiling import log_if_slow
 from radixkv.kernels.numba_emitter import LANES
 from radixkv.kernels.numba_modes import MODES, mode_for
-from radixkv.kernels.numba_program import Operation
 from radixkv.memory.kv_codes import code_form, is_quantized
 from radixkv.memory.kv_pool import KVLayout, KVPool
+from radixkv.memory.kv_shape import LayerKV
 
 MIN_TOKENS_PER_THREAD = 128  # below it waking a thread costs more than it computes
 
@@ -72,6 +73,7 @@ class NumbaBackend:
         self._k_words = [pages.view(self._word).numpy() for pages in pool.k]  # the same memory
         self._v_words = [pages.view(self._word).numpy() for pages in pool.v]
         self.pages = [self._pages_of(layer) for layer in range(self.num_layers)]
+        self.addresses = np.array([pages[:2] for pages in self.pages])  # of K and V, [layers, 2]
         self._compile(needs)
 
     @staticmethod
@@ -209,43 +211,35 @@ class NumbaPlan:
             return None
         return self._backend.pages
 
-    def operations(self, q: Tensor, out: Tensor, layers: Sequence[AttentionParams]) -> list[LayerOperations]:
+    def operations(self, q: Tensor, out: Tensor, layers: Sequence[AttentionParams]) -> list[LayersOperation]:
         """As `ProgramPlan.operations`. Layers of one kind differ in their KV's addresses alone."""
-        found = []
-        made: dict[Any, tuple[list[Operation], Operation | None]] = {}
+        kinds: dict[tuple[LayerKV, AttentionParams], list[int]] = {}
         for layer, params in enumerate(layers):
             if params.sinks is not None or params.sink_tokens:
                 raise ValueError("sinks are not part of a program")
-            kind = (self.pool.layers[layer], params)
-            if kind not in made:
-                made[kind] = self._first_operations(layer, q, params, out)
-            attend = []
-            for operation in made[kind][0]:
-                record = operation.record.copy()
-                record["k"], record["v"] = self._backend.pages[layer][:2]
-                attend.append(Operation(operation.worker, record))
-            merge = made[kind][1]
-            found.append(LayerOperations(attend, merge and Operation(merge.worker, merge.record.copy())))
-        return found
-
-    def _first_operations(
-        self, layer: int, q: Tensor, params: AttentionParams, out: Tensor
-    ) -> tuple[list[Operation], Operation | None]:
-        work = self._work_of(q.shape[1], layer, params)
-        scratch = self._scratch(layer, work, q)
-        self._kept.append(scratch)
-        fields = self._fields(layer, q, params, out, scratch)
-        attend = [
-            Operation(
-                numba_cpu.attention_worker(self._mode.name, table.rows),
-                numba_arguments.ATTENTION.make(counter=0, **fields, **table.fields),
-            )
-            for table in work.tables
+            kinds.setdefault((self.pool.layers[layer], params), []).append(layer)
+        return [
+            operation
+            for (_, params), same in kinds.items()
+            for operation in self._operations_of(np.array(same), q, params, out)
         ]
-        if not len(work.merged_rows):
-            return attend, None
-        merge = numba_arguments.MERGE.make(counter=0, sinks=0, **_merge_fields(work, out, scratch, q.shape[1]))
-        return attend, Operation(numba_merge.merge_worker(), merge)
+
+    def _operations_of(
+        self, layers: NDArray[np.int64], q: Tensor, params: AttentionParams, out: Tensor
+    ) -> Iterator[LayersOperation]:
+        first = int(layers[0])
+        work = self._work_of(q.shape[1], first, params)
+        scratch = self._scratch(first, work, q)
+        self._kept.append(scratch)
+        fields = self._fields(first, q, params, out, scratch)
+        for stage, table in enumerate(work.tables):
+            worker = numba_cpu.attention_worker(self._mode.name, table.rows)
+            records = numba_arguments.ATTENTION.fill(counter=0, **fields, **table.fields).repeat(len(layers))
+            records["k"], records["v"] = self._backend.addresses[layers].T
+            yield LayersOperation(layers, stage, worker, records)
+        if len(work.merged_rows):
+            record = numba_arguments.MERGE.fill(counter=0, sinks=0, **_merge_fields(work, out, scratch, q.shape[1]))
+            yield LayersOperation(layers, 2, numba_merge.merge_worker(), record.repeat(len(layers)))
 
     # -- running -----------------------------------------------------------------------------------------------------
 

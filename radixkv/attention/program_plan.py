@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from radixkv.attention.backend import AttentionParams
-from radixkv.kernels.numba_program import Operation
 
 
 class Pages(NamedTuple):
@@ -27,11 +28,23 @@ class Pages(NamedTuple):
         return cls(0, 0, 1, 0, 0)
 
 
-class LayerOperations(NamedTuple):
-    """The attention of one layer: operations that do not depend on each other, at most two, and one after them."""
+class LayersOperation(NamedTuple):
+    """One operation of the attention of several layers.
 
-    attend: list[Operation]
-    merge: Operation | None
+    Attributes:
+        layers: which, ascending.
+        stage: 0 or 1 for what may run side by side, 2 for what follows both.
+        worker: the compiled worker of all of them.
+        records: the record of each, which the program may change.
+    """
+
+    layers: NDArray[np.int64]
+    stage: int
+    worker: Any
+    records: NDArray[np.void]
+
+
+STAGES = 3
 
 
 @runtime_checkable
@@ -42,7 +55,7 @@ class ProgramPlan(Protocol):
         """Where each layer's KV lies, in lanes; None if it does not, or is not kept or computed in `dtype`."""
         ...
 
-    def operations(self, q: Tensor, out: Tensor, layers: Sequence[AttentionParams]) -> list[LayerOperations]:
+    def operations(self, q: Tensor, out: Tensor, layers: Sequence[AttentionParams]) -> list[LayersOperation]:
         """The attention of every layer, which has its queries in `q` when its turn comes.
 
         Args:

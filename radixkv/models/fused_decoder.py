@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from radixkv.attention.backend import LayerAttention
-from radixkv.attention.program_plan import LayerOperations, Pages, ProgramPlan
+from radixkv.attention.program_plan import STAGES, LayersOperation, Pages, ProgramPlan
 from radixkv.kernels import numba_arguments, numba_fused, numba_linear, numba_program
 from radixkv.kernels.compiling import log_if_slow
 from radixkv.kernels.numba_program import Operation, Program
@@ -194,18 +195,20 @@ class _Replay:
         maker = _OperationMaker(decoder.mode, biases, num_tokens)
         groups: list[list[Operation]] = []
         self._rotary_at: list[int] = []  # places in the program
-        self._attention_at: list[int] = []
+        attention_at: list[int] = []
         for group, mark in self._groups(maker):
             place = sum(map(len, groups))
             if mark == "rotary":
                 self._rotary_at.append(place)
             elif mark == "attention":
-                self._attention_at.append(place)
+                attention_at.append(place)
             groups.append(group)
         self._head_at = sum(map(len, groups)) - 1
         self._program = Program(groups)
         self._rotaries = [self._program[place].record for place in self._rotary_at]
-        self._idle = [[self._program[place + i] for i in range(3)] for place in self._attention_at]
+        self._attention_at = np.array(attention_at)
+        self._nothing = numba_program.no_operation()
+        self._idle = [self._nothing.record.repeat(len(attention_at)) for _ in range(STAGES)]
         self._pages: list[Pages] | None = None  # where the program writes KV
         self._done = 0
 
@@ -249,11 +252,11 @@ class _Replay:
         """Compute up to the queries, keys and values of a layer."""
         if self._pages is not None:
             self._write_into([Pages.none()] * len(self._rotaries))
-            self._attend_by([LayerOperations([], None)] * len(self._rotaries))
+            self._attend_by([])
             self._pages = None
-        self._run_to(self._attention_at[layer], num_threads)
+        self._run_to(int(self._attention_at[layer]), num_threads)
 
-    def put_attention(self, pages: list[Pages], slots: Tensor, operations: list[LayerOperations]) -> None:
+    def put_attention(self, pages: list[Pages], slots: Tensor, operations: list[LayersOperation]) -> None:
         """Let the program write KV into `pages` and attend by `operations`, this time."""
         self._buffers.slots[: self._num_tokens].copy_(slots)
         if pages != self._pages:
@@ -266,10 +269,14 @@ class _Replay:
             for name, value in layer_pages._asdict().items():
                 record[name] = value
 
-    def _attend_by(self, operations: list[LayerOperations]) -> None:
-        for place, (attend, merge), idle in zip(self._attention_at, operations, self._idle, strict=True):
-            for i, operation in enumerate((*attend, *idle[len(attend) : 2], merge or idle[2])):
-                self._program.exchange(place + i, operation)
+    def _attend_by(self, operations: list[LayersOperation]) -> None:
+        idle = set(range(STAGES)) - {
+            operation.stage for operation in operations if len(operation.layers) == len(self._idle[0])
+        }
+        for stage in idle:
+            self._program.exchange_all(self._attention_at + stage, self._nothing.worker, self._idle[stage])
+        for layers, stage, worker, records in operations:
+            self._program.exchange_all(self._attention_at[layers] + stage, worker, records)
 
     def _run_to(self, place: int, num_threads: int) -> None:
         self._program.run(num_threads, self._done, place)

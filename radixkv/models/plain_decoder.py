@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain, repeat
+from operator import contains
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -73,18 +75,13 @@ class PlainDecoder:
         watched = [module for module in model.modules() if module is not self.rotary]
         self._hooks = [hooks for module in watched for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._attributes = [vars(module) for module in watched]
-        self._children = [
-            (module._modules, name, child) for module in watched for name, child in module._modules.items()
-        ]
-        self._sizes = [(module._modules, len(module._modules)) for module in watched]
-        self._classes = [(module, type(module)) for module in watched]
-        self._forwards = [(kind, kind.forward) for kind in {type(module) for module in watched}]
-        self._parameters = [
-            (module._parameters, name, value, value.data_ptr())
-            for module in watched
-            for name, value in module._parameters.items()
-            if value is not None
-        ]
+        self._children = [module._modules for module in watched]
+        self._parameters = [module._parameters for module in watched]
+        self._watched = watched  # all that is compared by identity is kept, so that no other can take its place
+        self._tensors = [value for value in chain(*map(dict.values, self._parameters)) if value is not None]
+        self._classes = sorted({type(module) for module in watched}, key=id)
+        self._forwards = [kind.forward for kind in self._classes]
+        self._seen = self._look()
 
     @property
     def hidden_size(self) -> int:
@@ -98,15 +95,18 @@ class PlainDecoder:
             and not any(_GLOBAL_HOOKS)
             and self._config._attn_implementation == INTERFACE_NAME
             and self._inner_config._attn_implementation == INTERFACE_NAME
-            and not any("forward" in attributes for attributes in self._attributes)
-            and all(module.__class__ is kind for module, kind in self._classes)
-            and all(kind.forward is forward for kind, forward in self._forwards)
-            and all(len(children) == size for children, size in self._sizes)
-            and all(children.get(name) is child for children, name, child in self._children)
-            and all(
-                parameters.get(name) is value and value.data_ptr() == address
-                for parameters, name, value, address in self._parameters
-            )
+            and not any(map(contains, self._attributes, repeat("forward")))
+            and self._look() == self._seen
+        )
+
+    def _look(self) -> tuple[list[int], ...]:
+        """Who is where: classes, their forwards, modules, parameters and where these lie in memory."""
+        return (
+            [id(kind) for kind in map(type, self._watched)],
+            [id(kind.forward) for kind in self._classes],
+            list(map(id, chain.from_iterable(map(dict.values, self._children)))),
+            list(map(id, chain.from_iterable(map(dict.values, self._parameters)))),
+            list(map(Tensor.data_ptr, self._tensors)),
         )
 
 
