@@ -19,7 +19,7 @@ HEAD_DIMS = [12, 64, 80]
 NUM_TOKENS = [1, 3, 8, 16]
 
 
-@pytest.fixture(params=MODES, ids=MODES.values())
+@pytest.fixture(params=list(MODES), ids=list(MODES.values()))
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     torch.manual_seed(0)
     found: torch.dtype = request.param

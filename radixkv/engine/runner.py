@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from radixkv.attention.backend import AttentionBackend
+from radixkv.attention.backend import AttentionBackend, AttentionPlan
 from radixkv.attention.metadata import AttentionMetadata, to_device
 from radixkv.attention.program_plan import ProgramPlan
 from radixkv.engine.graphs import GraphRunner
@@ -33,8 +33,12 @@ class Runner(Protocol):
         ...
 
 
+def _is_program_plan(plan: AttentionPlan) -> TypeGuard[ProgramPlan]:
+    return _has_program_plans(type(plan))
+
+
 @cache
-def _is_program_plan(kind: type) -> bool:
+def _has_program_plans(kind: type) -> bool:
     """Whether plans of that class are `ProgramPlan`; asking the protocol takes as long as a small layer."""
     return issubclass(kind, ProgramPlan)
 
@@ -77,7 +81,7 @@ class ModelRunner:
         logits_of = to_device(step.logits_of, device)
         plan = self.backend.plan(metadata)
         fused = self._fused if self._fused is not None and self._fused.can_run(metadata.num_tokens) else None
-        if fused is not None and self._streaming is None and _is_program_plan(type(plan)):
+        if fused is not None and self._streaming is None and _is_program_plan(plan):
             found = fused.run_with(plan, input_ids, metadata.positions, metadata.slots, logits_of)
             if found is not None:
                 return found.float()
