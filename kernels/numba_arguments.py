@@ -41,6 +41,10 @@ class Arguments:
         assert len(values) == self._num_fields, values.keys()
         return np.frombuffer(self._struct.pack(*self._in_order(values)), self.dtype)
 
+    def make(self, **values: float) -> NDArray[np.void]:
+        """As `fill`, but a record whose fields can be changed."""
+        return self.fill(**values).copy()
+
 
 ATTENTION = Arguments(
     [
@@ -117,3 +121,58 @@ LINEAR = Arguments(
     ]
 )
 """Of `numba_linear.linear_worker`."""
+
+NORM = Arguments(
+    [
+        ("counter", "i8"),  # int64 [1], where the next rows are
+        ("input", "i8"),  # [num_rows, size]; where something is added, the sum is kept there
+        ("added", "i8"),  # [num_rows, size], or 0
+        ("weight", "i8"),  # [size]
+        ("output", "i8"),  # [num_rows, size]; may be the input
+        ("num_rows", "i8"),  # numbers
+        ("size", "i8"),
+        ("eps", "f4"),
+        ("unused", "f4"),
+    ]
+)
+"""Of `numba_fused.norm_worker`. All values are of one dtype."""
+
+GATE = Arguments(
+    [
+        ("counter", "i8"),  # int64 [1], where the next values are
+        ("gate", "i8"),  # [num_values]
+        ("up", "i8"),
+        ("output", "i8"),  # may be one of the others
+        ("num_values", "i8"),  # a number, a multiple of 16
+    ]
+)
+"""Of `numba_fused.gate_worker`."""
+
+ROTARY = Arguments(
+    [
+        ("counter", "i8"),  # int64 [1], where the next heads are
+        ("q", "i8"),  # [num_tokens, num_q_heads, head_dim]
+        ("k", "i8"),  # [num_tokens, num_kv_heads, head_dim]
+        ("v", "i8"),  # [num_tokens, num_kv_heads, v_dim]
+        ("cos", "i8"),  # [num_tokens, head_dim]
+        ("sin", "i8"),
+        ("slots", "i8"),  # int64 [num_tokens]
+        ("k_pages", "i8"),  # as `LaneKVPool` lays them out; 0 stores nothing
+        ("v_pages", "i8"),
+        ("num_tokens", "i8"),  # numbers
+        ("num_q_heads", "i8"),
+        ("num_kv_heads", "i8"),
+        ("head_dim", "i8"),
+        ("v_dim", "i8"),
+        ("page_size", "i8"),
+        ("k_head_bytes", "i8"),  # from one head of a page to the next
+        ("v_head_bytes", "i8"),
+    ]
+)
+"""Of `numba_fused.rotary_worker`. Slots and what follows are not read where nothing is stored."""
+
+PROGRAM = Arguments([("table", "i8"), ("first", "i8"), ("last", "i8")])
+"""Of `numba_program.program_worker`: the rows [first, last) of the table of `numba_program.Program`."""
+
+NOTHING = Arguments([("counter", "i8"), ("unused", "i8")])
+"""Of an operation that does nothing."""

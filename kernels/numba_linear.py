@@ -27,6 +27,7 @@ from radixkv.kernels.numba_emitter import LANES
 from radixkv.kernels.numba_linear_tiles import product_tile
 from radixkv.kernels.numba_modes import MODES, Tile
 from radixkv.kernels.numba_words import load_f32, next_number, store_as
+from radixkv.kernels.processor import this_processor
 
 ROWS_AT_ONCE = 32  # output components that a thread takes at a time
 MIN_ROWS = 6  # of a tile
@@ -43,11 +44,24 @@ PARTS = (  # what a worker is made of, besides this module
 )
 
 
+# Rows, columns and parts of a sum (see `product_tile`) by the number of tokens from which on they serve, as measured:
+# few streams of weights, and no more sums and operands than registers.
+WIDE_TILES = {1: (1, 1, 1), 2: (4, 2, 1), 4: (6, 4, 1), 8: (3, 8, 1)}  # 32 registers of 16 lanes
+NARROW_TILES = {1: (1, 1, 1), 2: (4, 2, 2), 4: (3, 4, 2)}  # 16 registers of 8 lanes, or 32 of 4
+NARROW_TILES_16_BIT = {**NARROW_TILES, 4: (2, 4, 2)}  # a register of weights becomes two
+
+
 def tile_of(mode: str, num_tokens: int) -> Tile:
-    """The tile for `num_tokens` tokens, as measured: few streams of weights, and no more sums than registers."""
-    columns = 8 if num_tokens >= 8 else 4 if num_tokens >= 4 else 2 if num_tokens >= 2 else 1
-    rows = {1: 1, 2: 4, 4: 6, 8: 3}[columns]
-    return Tile(rows, columns, 1, MODES[mode], sums=rows * columns)
+    """The tile for `num_tokens` tokens, or for the last ones of more."""
+    is_wide = has_wide_registers() or MODES[mode].multiplies_pairs
+    tiles = WIDE_TILES if is_wide else NARROW_TILES if MODES[mode].in_4_bytes == 1 else NARROW_TILES_16_BIT
+    rows, columns, parts = tiles[max(number for number in tiles if number <= num_tokens)]
+    return Tile(rows, columns, parts, MODES[mode], sums=rows * columns)
+
+
+def has_wide_registers() -> bool:
+    """Whether the processor has 32 registers of 16 lanes."""
+    return this_processor().vectors >= 32
 
 
 def linear_worker(mode: str, num_tokens: int) -> Any:

@@ -12,9 +12,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from radixkv.kernels import numba_codes, numba_writers
-from radixkv.kernels.numba_emitter import I32, IVEC, LANES, VEC, Emitter
+from radixkv.kernels.numba_emitter import I32, I64, IVEC, LANES, VEC, Emitter
 from radixkv.kernels.processor import Processor, this_processor
 
 
@@ -234,3 +236,14 @@ class Tile(NamedTuple):
         num_turns = -(-self.rows // max(self.sums // sums_of_row, 1))
         size = -(-self.rows // num_turns)
         return [range(first, min(first + size, self.rows)) for first in range(0, self.rows, size)]
+
+
+@intrinsic
+def in_4_bytes_of(typing, shape):  # type: ignore[no-untyped-def]
+    """What the mode of a shape has for `in_4_bytes`: a constant of the compiled code."""
+    value = Tile.of_type(shape).mode.in_4_bytes
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(I64, value)
+
+    return types.int64(shape), codegen

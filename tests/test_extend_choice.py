@@ -31,7 +31,8 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.fixture
 def short_extends_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numba_backend, "MIN_DENSE_TOKENS", 14)
+    for module in (numba_backend, extend_choice):
+        monkeypatch.setattr(module, "MIN_DENSE_TOKENS", 14)
 
 
 @pytest.mark.usefixtures("short_extends_are_long")
@@ -80,7 +81,7 @@ def test_where_it_is_not_known_it_is_measured_once(monkeypatch: pytest.MonkeyPat
         return "dense"
 
     monkeypatch.setattr(numba_backend, "this_processor", lambda: NEON)
-    monkeypatch.setattr(numba_backend, "faster_of", compare)
+    monkeypatch.setattr(extend_choice, "faster_of", compare)
     monkeypatch.setattr(extend_choice, "kept_folder", lambda: tmp_path)
     case = Case(SPANS, head_dim=32)
     for _ in range(2):

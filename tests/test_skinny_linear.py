@@ -58,12 +58,19 @@ def check_same(dtype: torch.dtype, out_features: int, bias: bool, num_tokens: in
 def test_every_mode_computes_the_same(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The modes that this processor would not choose, too."""
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[mode]
-    monkeypatch.setattr(skinny_linear, "_mode", lambda weight: mode)
+    monkeypatch.setattr(skinny_linear, "linear_mode", lambda weight: mode)
     layer = linear(64, 40, dtype, bias=False)
     x = torch.randn(3, 64).to(dtype)
     expected = layer(x)
     speed_up_linears(layer)
     torch.testing.assert_close(layer(x), expected, rtol=DTYPES[dtype], atol=DTYPES[dtype])
+
+
+@pytest.mark.parametrize("is_wide", [False, True])
+@pytest.mark.parametrize("num_tokens", [2, 4, 11])
+def test_the_tiles_for_every_size_of_register(is_wide: bool, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba_linear, "has_wide_registers", lambda: is_wide)
+    check_same(torch.float32, 33, True, num_tokens)
 
 
 def test_what_the_kernel_cannot_read_is_left_as_it_is() -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-import llvmlite.binding as llvm
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from radixkv.attention.backend import AttentionNeeds, AttentionParams, why_not_keys_and_values
 from radixkv.attention.dense_extends import DenseExtends, first_visible
-from radixkv.attention.extend_choice import LongExtends, faster_of, is_known, remembered
-from radixkv.attention.metadata import AttentionMetadata, SequenceSpan, build_metadata
+from radixkv.attention.extend_choice import MIN_DENSE_TOKENS, faster_extends, is_known
+from radixkv.attention.metadata import AttentionMetadata
 from radixkv.attention.numba_tasks import Heads, Read, Work, plan_work
+from radixkv.attention.program_plan import LayersOperation, Pages
 from radixkv.attention.shared_prefix import NEVER, NO_CASCADE, BreakEven, plan_cascade
 from radixkv.kernels import numba_arguments, numba_cpu, numba_merge, openmp
 from radixkv.kernels.compiling import log_if_slow
@@ -24,9 +24,8 @@ from radixkv.kernels.numba_modes import MODES, mode_for
 from radixkv.kernels.processor import this_processor
 from radixkv.memory.kv_codes import code_form, is_quantized
 from radixkv.memory.kv_pool import KVLayout, KVPool
-from radixkv.memory.quantized_pool import make_kv_pool
+from radixkv.memory.kv_shape import LayerKV
 
-MIN_DENSE_TOKENS = 256  # of an extend, from where on it is long; shorter ones are our kernel's
 MIN_TOKENS_PER_THREAD = 128  # below it waking a thread costs more than it computes
 
 LARGEST_GROUP_TO_SHARE = 4
@@ -40,6 +39,19 @@ class _Visible(NamedTuple):
     chunk_size: int | None
     sink_tokens: int
     has_sinks: bool
+
+
+class _Scratch(NamedTuple):
+    """What tasks write besides results: `lse` of all rows and then of partial ones, and the results of these."""
+
+    lse: Tensor
+    partial_out: Tensor
+    num_rows: int
+
+    @property
+    def partial_lse(self) -> int:
+        """The address of the first partial row's."""
+        return self.lse.data_ptr() + self.num_rows * self.lse.element_size()
 
 
 class NumbaBackend:
@@ -64,9 +76,11 @@ class NumbaBackend:
         self._word = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[pool.k[0].itemsize]
         self._k_words = [pages.view(self._word).numpy() for pages in pool.k]  # the same memory
         self._v_words = [pages.view(self._word).numpy() for pages in pool.v]
+        self.pages = [self._pages_of(layer) for layer in range(self.num_layers)]
+        self.addresses = np.array([pages[:2] for pages in self.pages])  # of K and V, [layers, 2]
         self._compile(needs)
         if needs.long_extends is None and not is_known(this_processor(), needs.dtype):
-            self.long_extends = self._choose(needs)
+            self.long_extends = faster_extends(needs, NumbaBackend, num_threads=self.num_threads)
 
     @staticmethod
     def why_not(needs: AttentionNeeds) -> str | None:
@@ -109,6 +123,12 @@ class NumbaBackend:
         pages = (self._k_words[layer], self._v_words[layer])
         self.mode.write(slots.numpy(), self.pool.page_size, k_words, v_words, *pages)
 
+    def _pages_of(self, layer: int) -> Pages:
+        """Where a layer's KV lies; the bytes of a head mean something in lanes alone."""
+        k, v, num_heads = self.pool.k[layer], self.pool.v[layer], self.pool.layers[layer].num_kv_heads
+        head_bytes = [pages.stride(0) * pages.element_size() // num_heads for pages in (k, v)]
+        return Pages(k.data_ptr(), v.data_ptr(), self.pool.page_size, *head_bytes)
+
     def _encode(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Code and store new KV in one pass."""
         pool = self.pool
@@ -130,13 +150,6 @@ class NumbaBackend:
             nothing = [_float32(0, kv.num_kv_heads, dim) for dim in (kv.k_head_dim, kv.v_head_dim)]
             self.write(0, torch.empty(0, dtype=torch.int64, device=self.pool.device), *nothing)
 
-    def _choose(self, needs: AttentionNeeds) -> LongExtends:
-        """The faster way for extends of the first layer, timed on KV of its own, once on this machine."""
-        layer = next(layer for layer in needs.layers if layer.kv.holds_kv)
-        shape = (layer.num_q_heads, layer.kv, needs.dtype, needs.kv_dtype, needs.page_size, self.num_threads)
-        key = ", ".join(map(str, (llvm.get_host_cpu_name(), f"torch {torch.__version__}", *shape)))
-        return remembered(key, lambda: _measure(replace(needs, layers=(layer,))))
-
 
 class NumbaPlan:
     """The attention of one batch. See `AttentionPlan`."""
@@ -146,6 +159,7 @@ class NumbaPlan:
         self._metadata = metadata
         self._num_threads = backend.num_threads
         self._work: dict[_Visible, Work] = {}  # planned when the first layer of its kind comes
+        self._kept: list[_Scratch] = []  # what operations write to
         self._pages = np.ascontiguousarray(metadata.kv_indices, np.int32)
         self._is_dense = (metadata.qo_lens >= MIN_DENSE_TOKENS) & (backend.long_extends == "dense")
         self._dense = DenseExtends(self.pool, metadata, np.flatnonzero(self._is_dense))
@@ -156,15 +170,12 @@ class NumbaPlan:
     def attend(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
         kv = self.pool.layers[layer]
         out = _float32(q.shape[0], q.shape[1], kv.v_head_dim)
-        heads = Heads(q.shape[1], kv.num_kv_heads)
-        key = _Visible(heads, params.sliding_window, params.chunk_size, params.sink_tokens, params.sinks is not None)
         if not self._is_dense.all():
-            if key not in self._work:
-                self._work[key] = self._plan_work(key)
+            work = self._work_of(q.shape[1], layer, params)
             rows = q
             if params.sink_tokens:
                 rows = torch.cat([q, q if params.sink_queries is None else params.sink_queries])
-            self._attend(layer, self._work[key], self.pool.queries(rows).float().contiguous(), params, out)
+            self._attend(layer, work, self.pool.queries(rows).float().contiguous(), params, out)
         out = out.to(q.dtype)
         self._dense.attend(layer, q, params, out)
         return out
@@ -207,70 +218,105 @@ class NumbaPlan:
             rows_of_extends=self._backend.rows_of_extends,
         )
 
+    # -- as part of a program ----------------------------------------------------------------------------------------
+
+    def pages(self, dtype: torch.dtype) -> list[Pages] | None:
+        """As `ProgramPlan.pages`."""
+        if dtype != torch.float32 or self._mode.name != "f32" or self.pool.layout != "lanes":
+            return None
+        return self._backend.pages
+
+    def operations(self, q: Tensor, out: Tensor, layers: Sequence[AttentionParams]) -> list[LayersOperation]:
+        """As `ProgramPlan.operations`. Layers of one kind differ in their KV's addresses alone."""
+        kinds: dict[tuple[LayerKV, AttentionParams], list[int]] = {}
+        for layer, params in enumerate(layers):
+            if params.sinks is not None or params.sink_tokens:
+                raise ValueError("sinks are not part of a program")
+            kinds.setdefault((self.pool.layers[layer], params), []).append(layer)
+        return [
+            operation
+            for (_, params), same in kinds.items()
+            for operation in self._operations_of(np.array(same), q, params, out)
+        ]
+
+    def _operations_of(
+        self, layers: NDArray[np.int64], q: Tensor, params: AttentionParams, out: Tensor
+    ) -> Iterator[LayersOperation]:
+        first = int(layers[0])
+        work = self._work_of(q.shape[1], first, params)
+        scratch = self._scratch(first, work, q)
+        self._kept.append(scratch)
+        fields = self._fields(first, q, params, out, scratch)
+        for stage, table in enumerate(work.tables):
+            tiles = numba_cpu.attention_tiles(self._mode.name, table.rows)
+            record = numba_arguments.ATTENTION.fill(counter=0, **fields, **table.fields, **tiles.fields)
+            records = record.repeat(len(layers))
+            records["k"], records["v"] = self._backend.addresses[layers].T
+            yield LayersOperation(layers, stage, numba_cpu.attention_worker(), records)
+        if len(work.merged_rows):
+            record = numba_arguments.MERGE.fill(counter=0, sinks=0, **_merge_fields(work, out, scratch, q.shape[1]))
+            yield LayersOperation(layers, 2, numba_merge.merge_worker(), record.repeat(len(layers)))
+
     # -- running -----------------------------------------------------------------------------------------------------
 
-    def _attend(self, layer: int, work: Work, q: Tensor, params: AttentionParams, out: Tensor) -> None:
-        pool, kv = self.pool, self.pool.layers[layer]
-        k, v = pool.k[layer], pool.v[layer]
-        k_scales, v_scales = pool.k_scales[layer].data_ptr(), pool.v_scales[layer].data_ptr()  # 0 where there are none
+    def _work_of(self, num_q_heads: int, layer: int, params: AttentionParams) -> Work:
+        """The tasks of a layer, planned when the first one of its kind comes."""
+        heads = Heads(num_q_heads, self.pool.layers[layer].num_kv_heads)
+        key = _Visible(heads, params.sliding_window, params.chunk_size, params.sink_tokens, params.sinks is not None)
+        if key not in self._work:
+            self._work[key] = self._plan_work(key)
+        return self._work[key]
+
+    def _scratch(self, layer: int, work: Work, q: Tensor) -> _Scratch:
         num_rows = q.shape[0] * q.shape[1]
-        partial_out = _float32(work.num_partials, kv.v_head_dim)
-        lse = _float32(num_rows + work.num_partials)
-        counter = np.zeros(1, np.int64)
-        fields = dict(
-            counter=counter.ctypes.data,
+        partial_out = _float32(work.num_partials, self.pool.layers[layer].v_head_dim)
+        return _Scratch(_float32(num_rows + work.num_partials), partial_out, num_rows)
+
+    def _fields(self, layer: int, q: Tensor, params: AttentionParams, out: Tensor, scratch: _Scratch) -> dict[str, Any]:
+        """What `numba_arguments.ATTENTION` holds besides the counter and what a table of tasks tells."""
+        pool, kv = self.pool, self.pool.layers[layer]
+        k, v, page_size, k_head_bytes, v_head_bytes = self._backend.pages[layer]
+        return dict(
             pages=self._pages.ctypes.data,
             q=q.data_ptr(),
-            k=k.data_ptr(),
-            v=v.data_ptr(),
-            k_scales=k_scales,
-            v_scales=v_scales,
+            k=k,
+            v=v,
+            k_scales=pool.k_scales[layer].data_ptr(),  # 0 where there are none
+            v_scales=pool.v_scales[layer].data_ptr(),
             out=out.data_ptr(),
-            lse=lse.data_ptr(),
-            partial_out=partial_out.data_ptr(),
-            partial_lse=lse.data_ptr() + num_rows * lse.element_size(),
+            lse=scratch.lse.data_ptr(),
+            partial_out=scratch.partial_out.data_ptr(),
+            partial_lse=scratch.partial_lse,
             k_dim=kv.k_head_dim,
             v_dim=kv.v_head_dim,
             num_kv_heads=kv.num_kv_heads,
-            page_size=pool.page_size,
+            page_size=page_size,
             in_lanes=pool.layout == "lanes",
-            k_head_bytes=k.stride(0) * k.element_size() // kv.num_kv_heads,
-            v_head_bytes=v.stride(0) * v.element_size() // kv.num_kv_heads,
+            k_head_bytes=k_head_bytes,
+            v_head_bytes=v_head_bytes,
             **_factors(params, self._mode.unit),
         )
+
+    def _attend(self, layer: int, work: Work, q: Tensor, params: AttentionParams, out: Tensor) -> None:
+        scratch = self._scratch(layer, work, q)
+        counter = np.zeros(1, np.int64)
+        fields = self._fields(layer, q, params, out, scratch)
         num_threads = min(self._num_threads, 1 + work.num_tokens // MIN_TOKENS_PER_THREAD)
         for table in work.tables:
             counter[0] = 0
             tiles = numba_cpu.attention_tiles(self._mode.name, table.rows)
-            arguments = numba_arguments.ATTENTION.fill(**fields, **table.fields, **tiles.fields)
+            arguments = numba_arguments.ATTENTION.fill(
+                counter=counter.ctypes.data, **fields, **table.fields, **tiles.fields
+            )
             openmp.run(numba_cpu.attention_worker(), arguments.ctypes.data, min(num_threads, len(table.tasks)))
-        if len(work.merged_rows):
-            self._merge(work, out, partial_out, lse[num_rows:], params, q.shape[1], num_threads)
-
-    @staticmethod
-    def _merge(
-        work: Work,
-        out: Tensor,
-        partial_out: Tensor,
-        partial_lse: Tensor,
-        params: AttentionParams,
-        num_q_heads: int,
-        num_threads: int,
-    ) -> None:
-        counter = np.zeros(1, np.int64)
+        if not len(work.merged_rows):
+            return
+        counter[0] = 0
         sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
         arguments = numba_arguments.MERGE.fill(
             counter=counter.ctypes.data,
-            num_rows=len(work.merged_rows),
-            rows=work.merged_rows.ctypes.data,
-            indptr=work.merged_indptr.ctypes.data,
-            partials=work.merged_partials.ctypes.data,
             sinks=0 if sinks is None else sinks.data_ptr(),
-            out=out.data_ptr(),
-            partial_out=partial_out.data_ptr(),
-            partial_lse=partial_lse.data_ptr(),
-            num_q_heads=num_q_heads,
-            v_dim=out.shape[2],
+            **_merge_fields(work, out, scratch, q.shape[1]),
         )
         num_chunks = -(-len(work.merged_rows) // numba_merge.MERGED_AT_ONCE)
         openmp.run(numba_merge.merge_worker(), arguments.ctypes.data, min(num_threads, num_chunks))
@@ -287,39 +333,24 @@ def break_even(group: int) -> BreakEven:
     return BreakEven(min_sequences=8, min_tokens=128, min_saved_tokens=4096 * group)
 
 
+def _merge_fields(work: Work, out: Tensor, scratch: _Scratch, num_q_heads: int) -> dict[str, int]:
+    """What `numba_arguments.MERGE` holds besides the counter and sinks."""
+    return {
+        "num_rows": len(work.merged_rows),
+        "rows": work.merged_rows.ctypes.data,
+        "indptr": work.merged_indptr.ctypes.data,
+        "partials": work.merged_partials.ctypes.data,
+        "out": out.data_ptr(),
+        "partial_out": scratch.partial_out.data_ptr(),
+        "partial_lse": scratch.partial_lse,
+        "num_q_heads": num_q_heads,
+        "v_dim": out.shape[2],
+    }
+
+
 def _float32(*shape: int) -> Tensor:
     """What the kernel writes to: it takes addresses alone, so the application's default dtype must not decide."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
-
-
-def _measure(needs: AttentionNeeds) -> LongExtends:
-    """Time an extend by `MIN_DENSE_TOKENS` on four times as many tokens."""
-    last = 5 * MIN_DENSE_TOKENS
-    pages = np.arange(-(-last // needs.page_size), dtype=np.int32)
-    metadata, everything = (
-        build_metadata([SequenceSpan(first, last, pages)], page_size=needs.page_size, device=needs.device)
-        for first in (last - MIN_DENSE_TOKENS, 0)
-    )
-    layer = needs.layers[0]
-    pool = make_kv_pool(
-        NumbaBackend.layout(needs),
-        [layer.kv],
-        kv_dtype=needs.kv_dtype,
-        num_pages=len(pages),
-        page_size=needs.page_size,
-        dtype=needs.dtype,
-        device=needs.device,
-    )
-    k, v = (_ones(needs, last, layer.kv.num_kv_heads, dim) for dim in (layer.kv.k_head_dim, layer.kv.v_head_dim))
-    pool.write(0, everything.slots, k, v)
-    q = _ones(needs, MIN_DENSE_TOKENS, layer.num_q_heads, layer.kv.k_head_dim)
-    plain = AttentionParams(layer.params.scale)
-    plans = [NumbaBackend(pool, replace(needs, long_extends=way)).plan(metadata) for way in ("kernel", "dense")]
-    return faster_of(*(partial(plan.attend, 0, q, plain) for plan in plans))
-
-
-def _ones(needs: AttentionNeeds, *shape: int) -> Tensor:
-    return torch.ones(shape, dtype=needs.dtype, device=needs.device)
 
 
 def _why_not_codes(needs: AttentionNeeds) -> str | None:

@@ -154,6 +154,13 @@ class EngineConfig:
         bool | None,
         Setting("Whether a GPU replays steps of decodes as CUDA graphs.", unset="yes, where backend and model can"),
     ] = None
+    fused_layers: Annotated[
+        bool,
+        Setting(
+            "Whether the CPU computes the layers of Llama, Qwen 2, Qwen 3 and Mistral on few tokens in one compiled "
+            "program; False runs the model's own modules."
+        ),
+    ] = True
     prefix_cache: Annotated[
         bool,
         Setting("False computes every prompt from its first token, to measure what the cache brings."),

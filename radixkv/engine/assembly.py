@@ -19,6 +19,7 @@ from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.engine.runner import ModelRunner, Runner
 from radixkv.engine.sampling import Sampler
 from radixkv.errors import ConfigError
+from radixkv.models.fused_decoder import fuse
 from radixkv.models.loader import eos_token_ids, max_context_tokens
 from radixkv.models.probe import plug_in_paged_attention
 from radixkv.models.skinny_linear import speed_up_linears
@@ -77,6 +78,7 @@ def assemble(model: PreTrainedModel, tokenizer: Any | None = None, config: Engin
     config = config or EngineConfig()
     layers = plug_in_paged_attention(model.eval())
     speed_up_linears(model)
+    fused = fuse(model, layers) if config.fused_layers else None
     context_tokens = max_context_tokens(model.config)
     streaming = None
     if config.window is not None:
@@ -107,7 +109,7 @@ def assemble(model: PreTrainedModel, tokenizer: Any | None = None, config: Engin
         pool=memory.pool,
         cache=memory.cache,
         kv_bytes_per_token=memory.bytes_per_token,
-        runner=ModelRunner(model, memory.backend, graphs, streaming),
+        runner=ModelRunner(model, memory.backend, graphs, streaming, fused),
         sampler=Sampler(),
         device_sampler=DeviceSampler(sampling_kernels(), model.device, config.seed) if on_gpu else None,
         limit=limit,

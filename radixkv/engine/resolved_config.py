@@ -34,6 +34,7 @@ class ResolvedConfig:
     max_context_tokens: int
     max_skips: int
     cuda_graphs: bool | None
+    fused_layers: bool
     prefix_cache: bool
     seed: int
 

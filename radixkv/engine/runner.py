@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from functools import cache
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from radixkv.attention.backend import AttentionBackend
+from radixkv.attention.backend import AttentionBackend, AttentionPlan
 from radixkv.attention.metadata import AttentionMetadata, to_device
+from radixkv.attention.program_plan import ProgramPlan
 from radixkv.engine.graphs import GraphRunner
 from radixkv.engine.step_input import StepInput
+from radixkv.models.fused_decoder import FusedDecoder
 from radixkv.models.paged_attention import PagedContext, flattened_forward
 from radixkv.models.streaming import Streaming
 
@@ -30,12 +33,23 @@ class Runner(Protocol):
         ...
 
 
+def _is_program_plan(plan: AttentionPlan) -> TypeGuard[ProgramPlan]:
+    return _has_program_plans(type(plan))
+
+
+@cache
+def _has_program_plans(kind: type) -> bool:
+    """Whether plans of that class are `ProgramPlan`; asking the protocol takes as long as a small layer."""
+    return issubclass(kind, ProgramPlan)
+
+
 class ModelRunner:
     """The model and the attention backend, called with a step's arrays alone.
 
     Args:
         graphs: runs the steps that it can by CUDA graphs.
         streaming: how window and sinks change attention, where there are any.
+        fused: computes steps of few tokens in place of the model's modules, where it can.
     """
 
     def __init__(
@@ -44,11 +58,13 @@ class ModelRunner:
         backend: AttentionBackend,
         graphs: GraphRunner | None = None,
         streaming: Streaming | None = None,
+        fused: FusedDecoder | None = None,
     ) -> None:
         self.model = model
         self.backend = backend
         self._graphs = graphs
         self._streaming = streaming
+        self._fused = fused
 
     @torch.inference_mode()
     def run(self, step: StepInput, input_ids: Tensor | None = None) -> Tensor:
@@ -62,9 +78,18 @@ class ModelRunner:
         metadata = AttentionMetadata.of(step.layout, device)
         if self._graphs is not None and self._graphs.can_run(metadata):
             return self._graphs.run(input_ids, metadata)
-        adjustment = None if self._streaming is None else self._streaming.step(metadata.positions)
-        context = PagedContext(self.backend.plan(metadata), self.backend.num_layers, adjustment)
         logits_of = to_device(step.logits_of, device)
-        logits = flattened_forward(self.model, input_ids, metadata.positions, logits_of, context)
+        plan = self.backend.plan(metadata)
+        fused = self._fused if self._fused is not None and self._fused.can_run(metadata.num_tokens) else None
+        if fused is not None and self._streaming is None and _is_program_plan(plan):
+            found = fused.run_with(plan, input_ids, metadata.positions, metadata.slots, logits_of)
+            if found is not None:
+                return found.float()
+        adjustment = None if self._streaming is None else self._streaming.step(metadata.positions)
+        context = PagedContext(plan, self.backend.num_layers, adjustment)
+        if fused is not None:
+            logits = fused.run(input_ids, metadata.positions, logits_of, context)
+        else:
+            logits = flattened_forward(self.model, input_ids, metadata.positions, logits_of, context)
         context.check_complete()
         return logits.float()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from radixkv.kernels.torch_reference import dense_attention, visible_mask
 from radixkv.memory.kv_shape import LayerKV
 from radixkv.memory.latent_pool import LatentKV
 from radixkv.models.latent_attention import absorb_projections, expand_again, why_not_latent
-from radixkv.models.paged_attention import INTERFACE_NAME, flattened_forward
+from radixkv.models.paged_attention import INTERFACE_NAME, AttentionContext, flattened_forward
 
 PROBE_LENGTHS = (11, 5)  # two sequences in one batch, of different lengths
 MAX_DIFFERENCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the logits, relative to their largest
@@ -111,6 +113,22 @@ def plug_in_paged_attention(model: PreTrainedModel) -> tuple[LayerAttention, ...
     return layers
 
 
+@torch.inference_mode()
+def difference_on_probe(
+    model: PreTrainedModel, run: Callable[[Tensor, Tensor, Tensor, AttentionContext], Tensor]
+) -> float:
+    """How far the logits of `run` are from those of `model`, which is plugged in, relative to the largest.
+
+    Args:
+        run: as `flattened_forward` without its model; gets four tokens of two sequences.
+    """
+    lengths = (3, 1)
+    sequences = [_probe_ids(length, model.config.get_text_config().vocab_size).to(model.device) for length in lengths]
+    expected = _run(model, sequences, _ProbeContext(lengths))
+    found = _run_by(run, sequences, _ProbeContext(lengths))
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
 def _give_own_configs(model: PreTrainedModel) -> None:
     """Replace the config objects of `model` by copies: transformers keeps the attention implementation in them.
 
@@ -124,10 +142,14 @@ def _give_own_configs(model: PreTrainedModel) -> None:
 
 
 def _run(model: PreTrainedModel, sequences: list[Tensor], context: _ProbeContext) -> Tensor:
-    device = model.device
+    return _run_by(partial(flattened_forward, model), sequences, context)
+
+
+def _run_by(run: Callable[..., Tensor], sequences: list[Tensor], context: _ProbeContext) -> Tensor:
+    device = sequences[0].device
     lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int64, device=device)
     positions = torch.cat([torch.arange(len(ids), dtype=torch.int64, device=device) for ids in sequences])
-    return flattened_forward(model, torch.cat(sequences), positions, lengths.cumsum(0) - 1, context)
+    return run(torch.cat(sequences), positions, lengths.cumsum(0) - 1, context)
 
 
 def _check(model: PreTrainedModel, context: _ProbeContext, found: Tensor, expected: Tensor) -> None:

@@ -11,7 +11,12 @@ from radixkv.kernels.compiling import log_if_slow
 from radixkv.kernels.numba_modes import mode_for
 
 STEP_BYTES = 64
-MAX_TOKENS = {"f32": 64, "bf16dot": 32, "bf16": 4, "f16": 64}  # more are faster in torch's dense products, as measured
+MAX_TOKENS = {  # more are faster in torch's dense products, as measured
+    "f32": 64,
+    "bf16dot": 32,
+    "bf16": 4 if numba_linear.has_wide_registers() else 64,
+    "f16": 64,
+}
 MIN_BYTES_PER_THREAD = 1 << 16  # below it waking a thread costs more than it reads
 WARM_UP_TOKENS = (1, 2, 4, 8)  # one for each tile
 
@@ -27,7 +32,7 @@ class SkinnyLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight
         num_tokens = input.numel() // weight.shape[1]
-        mode = _mode(weight)
+        mode = linear_mode(weight)
         if mode is None or not 0 < num_tokens <= MAX_TOKENS[mode] or input.dtype != weight.dtype:
             return super().forward(input)
         if torch.is_grad_enabled() and (weight.requires_grad or input.requires_grad):
@@ -42,9 +47,9 @@ def speed_up_linears(model: nn.Module) -> None:
     """
     modes = set()
     for module in model.modules():
-        if type(module) is nn.Linear and _mode(module.weight) is not None:
+        if type(module) is nn.Linear and linear_mode(module.weight) is not None:
             module.__class__ = SkinnyLinear
-            modes.add(_mode(module.weight))
+            modes.add(linear_mode(module.weight))
     with log_if_slow("the kernels of linear layers"):
         for mode in sorted(mode for mode in modes if mode is not None):
             for num_tokens in WARM_UP_TOKENS:
@@ -52,7 +57,7 @@ def speed_up_linears(model: nn.Module) -> None:
                     numba_linear.linear_worker(mode, num_tokens)
 
 
-def _mode(weight: Tensor) -> str | None:
+def linear_mode(weight: Tensor) -> str | None:
     """How the kernel reads `weight`; None if it cannot."""
     fits = (
         weight.device.type == "cpu"
