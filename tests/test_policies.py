@@ -17,7 +17,7 @@ from radixkv import EngineConfig, EvictionPolicy, PrefixCache, RadixTree, TreeNo
 from radixkv.cache.eviction.policies import POLICIES, CostAwarePolicy, LRUPolicy, SLRUPolicy, TTLPolicy, resolve_policy
 from radixkv.cache.eviction.policy import hook
 from radixkv.cache.tree.node import Namespace
-from radixkv.errors import ConfigError, InvalidRequestError
+from radixkv.errors import ConfigError, InvalidRequestError, PolicyError
 from strategies import RANKS, FakeClock, WordTree, share, spell
 
 page_sizes = pytest.mark.parametrize("page_size", [1, 4])
@@ -356,7 +356,7 @@ def test_a_policy_without_a_rank() -> None:
     class Nothing(EvictionPolicy):
         name = "nothing"
 
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(PolicyError, match="'nothing' failed: NotImplementedError"):
         RadixTree(policy=Nothing()).insert([1], [0])
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radixkv.errors import PolicyError
+
 if TYPE_CHECKING:
     from radixkv.cache.namespace import Namespace
     from radixkv.cache.tree.node import TreeNode
@@ -19,6 +21,10 @@ class EvictionPolicy:
 
     A policy needs a `name` and a `rank`. The other methods are hooks: what a subclass does not override costs
     nothing. A policy object serves one tree, and keeps what it knows of a node in `node.state`.
+
+    If a method raises an exception, whoever called the tree or the cache gets a PolicyError with that cause, and
+    everything stays consistent. A match or insert has not happened then. Evictions, removals and unpinning have, as
+    far as they came; a leaf that could not be ranked is evicted before all others, unless it is ranked anew before.
 
     >>> from radixkv import RadixTree
     >>> class ShortestFirst(EvictionPolicy):
@@ -81,6 +87,16 @@ class EvictionPolicy:
 
 
 def hook(policy: EvictionPolicy, name: str) -> Callable[..., Any] | None:
-    """The policy's own method of that name; None if it did not override it."""
+    """The policy's own method of that name, whose exceptions come as PolicyError; None if it did not override it."""
     method = getattr(type(policy), name, None)
-    return None if method is None or method is getattr(EvictionPolicy, name) else getattr(policy, name)
+    if method is None or method is getattr(EvictionPolicy, name):
+        return None
+    call: Callable[..., Any] = getattr(policy, name)
+
+    def checked(*arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except Exception as error:
+            raise PolicyError(policy.name, error) from error
+
+    return checked

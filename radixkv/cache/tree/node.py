@@ -39,12 +39,15 @@ class TreeNode:
         last_access: tick of the last match or insert that came this way.
         priority: the highest of the requests that came this way.
         keep_until: by the tree's clock; before that it is evicted only if nothing else can be.
-        entry: what stands for it in the eviction queue; None while it is not an unpinned leaf.
+        entry: its rank in the eviction queue; None while it is not an unpinned leaf.
+        before, after: its neighbours there, if it is linked with others.
         state: belongs to the eviction policy; None at first.
         prefix: the tokens from the root to its end, for events; None until an observer asks.
     """
 
     __slots__ = (
+        "after",
+        "before",
         "changes",
         "children",
         "created",
@@ -82,6 +85,8 @@ class TreeNode:
         self.priority = 0
         self.keep_until = 0.0
         self.entry: Entry | None = None
+        self.before: TreeNode | None = None
+        self.after: TreeNode | None = None
         self.state: Any = None
         self.prefix: Prefix | None = None
 

@@ -15,7 +15,7 @@ from radixkv.cache.tree.first_pages import common_prefix_tokens, likest_children
 from radixkv.cache.tree.node import InsertResult, MatchResult, PartialPage, TreeNode, new_root
 from radixkv.cache.tree.page_ids import PageBytes, page_array, page_bytes
 from radixkv.cache.tree.shape import TreeShape
-from radixkv.errors import InvalidPagesError, InvalidRequestError
+from radixkv.errors import InvalidPagesError, InvalidRequestError, PolicyError
 
 SHORTEN_PATHS_LONGER_THAN = 16  # nodes; on such a path, forks that have one child left are merged …
 SHORTEN_EVERY_TICKS = 16  # … though not in each match: looking for them costs a pass over the path
@@ -109,7 +109,7 @@ class RadixTree(TreeShape):
             self._touch(node)
         else:
             self._touch(partial)
-            node = self._unclaimed = self._cut(partial, common)
+            node = self._cut(partial, common)
             runs.append(node.pages)
         if len(runs) > SHORTEN_PATHS_LONGER_THAN and self._tick % SHORTEN_EVERY_TICKS == 0:
             self._shorten(node.path())
@@ -219,9 +219,8 @@ class RadixTree(TreeShape):
         self._tick += 1
         self._touch(partial or node)
         if partial is not None:
-            node = self._unclaimed = self._cut(partial, common)
+            node = self._cut(partial, common)
         if new_pages:
-            self._roots[namespace] = root
             node = self._add_leaf(node, tokens[length : num_pages * page_size].tobytes(), new_pages)
         return _new_tuple(InsertResult, (length, node))
 
@@ -255,9 +254,7 @@ class RadixTree(TreeShape):
                 f"got {len(key) // TOKEN_BYTES} tokens"
             )
         check_tokens(int32_array(rest))
-        if node.namespace is not None:
-            self._roots[node.namespace] = node
-        elif node.last_access < self._tick:
+        if node.namespace is None and node.last_access < self._tick:
             self._touch(node)
         return self._add_leaf(node, key, page_id)
 
@@ -269,8 +266,11 @@ class RadixTree(TreeShape):
         """
         if not leaf.is_evictable:
             raise InvalidRequestError(f"{leaf} cannot be removed: it is pinned, has children, or has left the tree")
-        self._queue.remove(leaf)
-        self._remove_leaf(leaf, "removed")
+        try:
+            self._remove_leaf(leaf, "removed")
+        except PolicyError as error:
+            error.freed = leaf.page_ids
+            raise
         return leaf.page_ids
 
     def touch(self, node: TreeNode) -> None:
@@ -365,6 +365,7 @@ class RadixTree(TreeShape):
         Leaves go whole; a parent becomes a leaf when its last child goes. O(log leaves) a leaf.
 
         Returns: the freed pages, int32, read-only; no longer the tree's.
+        Raises: PolicyError if the policy fails, with the pages that were freed before in its `freed`.
 
         >>> tree = RadixTree()
         >>> _ = tree.insert([1, 2], pages=[7, 8]), tree.insert([5, 6, 7], pages=[9, 10, 11])
@@ -378,28 +379,48 @@ class RadixTree(TreeShape):
         freed: list[PageBytes] = []
         missing = -(-num_tokens // self.page_size) * TOKEN_BYTES  # in bytes of page ids
         queue = self._queue
-        while missing > 0 and queue:
-            leaf = queue.pop()
-            missing -= len(leaf.pages)
-            freed.append(leaf.pages)
-            self._remove_leaf(leaf, cause)
+        try:
+            while missing > 0 and queue:
+                leaf = queue.first()
+                missing -= len(leaf.pages)
+                freed.append(leaf.pages)
+                self._remove_leaf(leaf, cause)
+        except PolicyError as error:
+            error.freed = np.frombuffer(b"".join(freed), np.int32)
+            raise
         return np.frombuffer(b"".join(freed), np.int32)
 
     def clear(self) -> NDArray[np.int32]:
         """Remove everything that is not pinned. Observers are sent `Cleared` if nothing was. O(nodes).
 
         Returns: the freed pages, int32, read-only; no longer the tree's.
+        Raises: PolicyError, after all of that was done, with the pages.
         """
         if self._evictable_bytes < self._total_bytes:
-            return self._evict(self.evictable_size, "reset")
+            return self._evict_all()
         observers, self.events.observers = self.events.observers, ()
         try:
-            freed = self._evict(self.evictable_size, "reset")
+            return self._evict_all()
         finally:
             self.events.observers = observers
-        if observers:
-            self.events.send(Cleared("pool"))
-        return freed
+            if observers:
+                self.events.send(Cleared("pool"))
+
+    def _evict_all(self) -> NDArray[np.int32]:
+        freed: list[NDArray[np.int32]] = []
+        failure: PolicyError | None = None
+        while self._queue:
+            try:
+                freed.append(self._evict(self.evictable_size, "reset"))
+            except PolicyError as error:  # on with the others: what the policy fails on comes first now
+                freed.append(np.asarray(error.freed, np.int32))
+                failure = failure or error
+        pages = np.concatenate(freed) if freed else np.empty(0, np.int32)
+        pages.flags.writeable = False
+        if failure is not None:
+            failure.freed = pages
+            raise failure
+        return pages
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

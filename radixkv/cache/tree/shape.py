@@ -148,7 +148,7 @@ class TreeShape:
             self._queue.use(node)
 
     def _cut(self, node: TreeNode, head_tokens: int) -> TreeNode:
-        """Cut `node`'s edge after `head_tokens`; returns the new upper node.
+        """Cut `node`'s edge after `head_tokens`; returns the new upper node, which is merged back unless it is claimed.
 
         `node` stays the lower part, so that a pin on it still holds the whole path.
         """
@@ -169,6 +169,7 @@ class TreeShape:
         node.pages = node.pages[head_pages:]
         node.parent = upper
         upper.children[node.key[: self._page_bytes]] = node
+        self._unclaimed = upper
         if self._on_split is not None:
             self._on_split(upper, node)
         if node.entry is not None:  # a rank may depend on the edge
@@ -236,32 +237,57 @@ class TreeShape:
         return node
 
     def _add_leaf(self, parent: TreeNode, key: bytes, pages: PageBytes) -> TreeNode:
+        """Add a leaf that is used now. If the policy fails the tree is as before."""
         leaf = TreeNode(key, pages, parent.end + len(key) // TOKEN_BYTES, parent, self._tick)
+        first_page = key[: self._page_bytes]
+        if parent.namespace is not None:
+            self._roots[parent.namespace] = parent
+        self._link(parent, first_page, leaf)
+        try:
+            if self._on_added is not None:
+                self._on_added(leaf)
+            self._queue.add_used(leaf)
+        except BaseException:
+            if leaf.entry is not None:
+                self._queue.remove(leaf)
+            self._unlink(parent, first_page, leaf)
+            raise
         if parent.entry is not None:
             self._queue.remove(parent)
         parent.cut = False
-        first_page = key[: self._page_bytes]
-        parent.children[first_page] = leaf
-        parent.changes += 1
-        if parent.ordered is not None:
-            parent.ordered.add(first_page)
-        self._evictable_bytes += len(pages)
-        self._total_bytes += len(pages)
-        if self._on_added is not None:
-            self._on_added(leaf)
-        self._queue.add_used(leaf)
         if self.events.observers:
             self.events.send(Stored(run_of(leaf, self.page_size), "pool"))
         return leaf
 
     def _remove_leaf(self, leaf: TreeNode, cause: RemovalCause) -> None:
+        """Remove an unpinned leaf from the tree and from the queue. It is removed whether or not the policy fails."""
         parent = leaf.parent
         assert parent is not None, leaf
         assert leaf.lock_ref == 0, leaf
-        if self._on_evicted is not None:
-            self._on_evicted(leaf)
         run = run_of(leaf, self.page_size) if self.events.observers else None
-        first_page = leaf.key[: self._page_bytes]
+        try:
+            if self._on_evicted is not None:
+                self._on_evicted(leaf)
+        finally:
+            self._queue.remove(leaf)
+            self._unlink(parent, leaf.key[: self._page_bytes], leaf)
+            try:
+                if not parent.children and parent.namespace is None and parent.lock_ref == 0:
+                    self._queue.add(parent)
+            finally:
+                if run is not None:
+                    self.events.send(Removed(run, "pool", cause, leaf.last_access))
+
+    def _link(self, parent: TreeNode, first_page: bytes, leaf: TreeNode) -> None:
+        parent.children[first_page] = leaf
+        parent.changes += 1
+        if parent.ordered is not None:
+            parent.ordered.add(first_page)
+        self._evictable_bytes += len(leaf.pages)
+        self._total_bytes += len(leaf.pages)
+
+    def _unlink(self, parent: TreeNode, first_page: bytes, leaf: TreeNode) -> None:
+        """Undo `_link`; a root goes with its last child."""
         del parent.children[first_page]
         parent.changes += 1
         if parent.ordered is not None:
@@ -269,10 +295,5 @@ class TreeShape:
         leaf.parent = None
         self._evictable_bytes -= len(leaf.pages)
         self._total_bytes -= len(leaf.pages)
-        if not parent.children:
-            if parent.namespace is not None:
-                del self._roots[parent.namespace]
-            elif parent.lock_ref == 0:
-                self._queue.add(parent)
-        if run is not None:
-            self.events.send(Removed(run, "pool", cause, leaf.last_access))
+        if parent.namespace is not None and not parent.children:
+            del self._roots[parent.namespace]
