@@ -29,7 +29,7 @@ class FaultError(Exception):
 
 
 def failing(base: str, fails: Callable[[int], bool]) -> EvictionPolicy:
-    """The policy `base` that raises `FaultError` in its n-th call if `fails(n)`: before it does its work, or after that."""
+    """The policy `base` that raises `FaultError` in its n-th call if `fails(n)`: before or after it does its work."""
     kind = POLICIES[base]
     calls = [0]
 
@@ -147,8 +147,8 @@ class TreeWalk:
             self.forget(self.tree.remove(node))
         elif verb == 1:
             self.tree.retain(node, priority=1, keep_for_s=self.rng.choice([1, 4]))
-        elif verb == 2:
-            self.tree.touch(node if node.in_tree else self.tree.insert([], []).node)
+        elif verb == 2 and node.in_tree and not node.is_root:
+            self.tree.touch(node)
         elif self.rng.random() < 0.3:
             self.forget(self.tree.clear())
 

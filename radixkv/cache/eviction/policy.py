@@ -42,6 +42,8 @@ class EvictionPolicy:
     """Whether `rank` is `node.last_access`: what is used goes to the end of the queue then, without further thought."""
     both_ends = False
     """Whether the leaf that ranks last in its group may go, too: `urgency` is then asked for both."""
+    whole_leaves = False
+    """Whether leaves go whole, also where less than that is needed."""
     tree: RadixTree
 
     def bind(self, tree: RadixTree) -> None:
@@ -78,6 +80,12 @@ class EvictionPolicy:
 
     def evicted(self, node: TreeNode) -> None:
         """`node` is about to be removed; it still hangs in the tree."""
+
+    def trimmed(self, kept: TreeNode, gone: TreeNode) -> None:
+        """The end of a leaf, now `gone`, is about to be removed, and `kept` is what stays of it; they share `state`.
+
+        Without it `split(kept, gone)` and `evicted(gone)` are told instead.
+        """
 
     def split(self, upper: TreeNode, lower: TreeNode) -> None:
         """The edge of `lower` was cut, and `upper` is its new parent. By default they share `state`."""

@@ -11,7 +11,8 @@ from radixkv.cache.tree.node import TreeNode
 from radixkv.errors import PolicyError
 
 Entry = tuple[Any, ...]
-"""(rank, serial) of a leaf that is linked with others in order; (rank, serial, leaf) of one that lies in a heap."""
+"""(rank, serial) of a leaf that is linked with others in order; (rank, serial, number, leaf) of one that is in a heap,
+where no two entries have the same number."""
 
 SLACK = 64  # stale entries that are not worth a sweep
 SWEEP = 16  # entries that one operation sweeps at most
@@ -43,13 +44,13 @@ class _Run:
         self.heap: list[Entry] = []
         self.unswept: list[Entry] = []
 
-    def place(self, node: TreeNode, rank: Any, serial: int) -> bool:
+    def place(self, node: TreeNode, rank: Any, serial: int, number: int) -> bool:
         """Enter a leaf that is in no run. Returns: whether it went to the heap."""
         last = self.ends.before
-        if last is self.ends or last.entry[0] <= rank:  # type: ignore[index]  # serials grow: equal ranks are in order
+        if last is self.ends or _comes_before(last.entry, rank, serial):
             self.append(node, (rank, serial))
             return False
-        entry = (rank, serial, node)
+        entry = (rank, serial, number, node)
         heappush(self.heap, entry)
         node.entry = entry
         return True
@@ -68,10 +69,10 @@ class _Run:
         if node is self.ends:
             node = None
         for heap in (self.heap, self.unswept):
-            while heap and heap[0][2].entry is not heap[0]:
+            while heap and heap[0][3].entry is not heap[0]:
                 heappop(heap)
             if heap and (node is None or heap[0] < node.entry):
-                node = heap[0][2]
+                node = heap[0][3]
         return node
 
     def tail(self) -> TreeNode | None:
@@ -85,7 +86,7 @@ class _Run:
             self.heap, self.unswept = self.unswept, self.heap
         for _ in range(min(SWEEP, len(self.unswept))):
             entry = self.unswept.pop()  # without its last entry a heap is still one
-            if entry[2].entry is entry:
+            if entry[3].entry is entry:
                 heappush(self.heap, entry)
 
     def leaves(self) -> Iterator[TreeNode]:
@@ -95,7 +96,12 @@ class _Run:
             yield node
             node = node.after  # type: ignore[assignment]
         for heap in (self.heap, self.unswept):
-            yield from (entry[2] for entry in heap if entry[2].entry is entry)
+            yield from (entry[3] for entry in heap if entry[3].entry is entry)
+
+
+def _comes_before(entry: Entry | None, rank: Any, serial: int) -> bool:
+    assert entry is not None
+    return bool(entry[0] <= rank and (entry[1] < serial or entry[0] < rank))
 
 
 class LeafQueue:
@@ -161,14 +167,33 @@ class LeafQueue:
 
     def update(self, node: TreeNode) -> None:
         """Give a leaf the place that its rank asks for now. Raises: PolicyError; it goes first then."""
-        self._serial = serial = self._serial + 1
+        self._serial += 1
+        self._enter(node, self._serial)
+
+    def replace(self, old: TreeNode, new: TreeNode) -> None:
+        """Let `new`, which has the first part of the edge of `old`, be in the queue instead of it.
+
+        Its rank is asked for; where that is the same it takes the same place. Raises: PolicyError; it goes first then.
+        """
+        entry, before, after = old.entry, old.before, old.after
+        assert entry is not None, old
+        if before is not None and after is not None and (self._is_by_use or entry[0] is None):
+            new.before, new.after, new.entry = before, after, entry
+            before.after = after.before = new
+            old.before = old.after = old.entry = None
+            return
+        self._serial += 1
+        self._leave(old)
+        self._enter(new, entry[1])
+
+    def _enter(self, node: TreeNode, serial: int) -> None:
         try:
             if node.keep_until and node.keep_until > self._clock():
                 rank, run = node.keep_until, self._kept
             else:
                 rank, run = self._rank(node), self._run if self._group is None else self._run_of(node)
             self._leave(node)
-            self._in_heaps += run.place(node, rank, serial)
+            self._in_heaps += run.place(node, rank, serial, self._serial)
             if run.unswept or len(run.heap) > 2 * self._in_heaps + SLACK:
                 run.sweep()
         except BaseException as error:

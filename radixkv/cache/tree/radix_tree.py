@@ -95,7 +95,7 @@ class RadixTree(TreeShape):
         node, partial = self._descend(self._roots.get(namespace) or new_root(namespace, 0), tokens, runs)
         length = node.end
         if partial is not None:
-            common = self._common_pages(tokens, length, partial.key)
+            common = self._common_pages(tokens, length, partial)
             length += common
         if length < len(tokens):
             check_tokens(tokens, length)
@@ -212,7 +212,7 @@ class RadixTree(TreeShape):
         node, partial = self._descend(root, tokens, [])
         length = node.end
         if partial is not None:
-            common = self._common_pages(tokens, length, partial.key)
+            common = self._common_pages(tokens, length, partial)
             length += common
         check_tokens(tokens, length)
         new_pages = page_bytes(page_ids, length // page_size)
@@ -360,9 +360,10 @@ class RadixTree(TreeShape):
             self._queue.add(node)
 
     def evict(self, num_tokens: int) -> NDArray[np.int32]:
-        """Remove unpinned leaves in policy order until at least `num_tokens` tokens are gone or none is left.
+        """Remove unpinned leaves in policy order until the pages of `num_tokens` tokens are gone, or none is left.
 
-        Leaves go whole; a parent becomes a leaf when its last child goes. O(log leaves) a leaf.
+        Of the last leaf no more than these pages go, from its end; a parent becomes a leaf when its last child goes.
+        O(log leaves) a leaf, and O(pages freed).
 
         Returns: the freed pages, int32, read-only; no longer the tree's.
         Raises: PolicyError if the policy fails, with the pages that were freed before in its `freed`.
@@ -370,8 +371,8 @@ class RadixTree(TreeShape):
         >>> tree = RadixTree()
         >>> _ = tree.insert([1, 2], pages=[7, 8]), tree.insert([5, 6, 7], pages=[9, 10, 11])
         >>> _ = tree.match_prefix([1, 2])                           # used last, so it goes last
-        >>> tree.evict(1).tolist()
-        [9, 10, 11]
+        >>> tree.evict(1).tolist(), tree.evict(3).tolist()
+        ([11], [9, 10, 8])
         """
         return self._evict(num_tokens, "evicted")
 
@@ -382,7 +383,12 @@ class RadixTree(TreeShape):
         try:
             while missing > 0 and queue:
                 leaf = queue.first()
-                missing -= len(leaf.pages)
+                size = len(leaf.pages)
+                if size > missing and not self.policy.whole_leaves:
+                    freed.append(leaf.pages[size - missing :])
+                    self._trim(leaf, size - missing, cause)
+                    break
+                missing -= size
                 freed.append(leaf.pages)
                 self._remove_leaf(leaf, cause)
         except PolicyError as error:
@@ -445,9 +451,9 @@ class RadixTree(TreeShape):
             runs.append(child.pages)
         return node, None
 
-    def _common_pages(self, tokens: Tokens, position: int, key: bytes) -> int:
-        """Tokens, in whole pages, that `tokens` from `position` on and `key` have in common, but not all of `key`."""
-        return common_tokens(tokens[position:], np.frombuffer(key, np.int32)) // self.page_size * self.page_size
+    def _common_pages(self, tokens: Tokens, position: int, node: TreeNode) -> int:
+        """Tokens, in whole pages, that `tokens` from `position` on have in common with `node`; not all of its edge."""
+        return common_tokens(tokens[position:], node.token_ids) // self.page_size * self.page_size
 
     def __repr__(self) -> str:
         return (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv.cache.events import EventChannel, Observer, PageRun, RemovalCause, Removed, Stored, run_of
+from radixkv.cache.events import EventChannel, Observer, PageRun, RemovalCause, Removed, Stored, prefix_of, run_of
 from radixkv.cache.eviction.policies import resolve_policy
 from radixkv.cache.eviction.policy import EvictionPolicy, hook
 from radixkv.cache.namespace import Namespace
@@ -18,7 +18,7 @@ from radixkv.cache.token_ids import TOKEN_BYTES
 from radixkv.cache.tree.checks import check_tree
 from radixkv.cache.tree.leaf_queue import LeafQueue
 from radixkv.cache.tree.node import TreeNode
-from radixkv.cache.tree.page_ids import PageBytes
+from radixkv.cache.tree.page_ids import PageBytes, leading_pages
 from radixkv.config.checks import checked_int
 from radixkv.errors import InvalidRequestError
 
@@ -55,6 +55,7 @@ class TreeShape:
         self._on_matched = hook(self.policy, "matched")
         self._on_added = hook(self.policy, "added")
         self._on_evicted = hook(self.policy, "evicted")
+        self._on_trimmed = hook(self.policy, "trimmed")
         self._on_split = hook(self.policy, "split")
         self._on_merged = hook(self.policy, "merged")
 
@@ -165,7 +166,8 @@ class TreeShape:
         upper.fork = upper.cut = True
         parent.children[upper.key[: self._page_bytes]] = upper
         parent.changes += 1
-        node.key = node.key[head_bytes:]
+        node.key = node.edge[head_bytes:]
+        node.num_tokens -= head_tokens
         node.pages = node.pages[head_pages:]
         node.parent = upper
         upper.children[node.key[: self._page_bytes]] = node
@@ -220,7 +222,8 @@ class TreeShape:
         assert parent is not None, top
         parent.children[top.key[: self._page_bytes]] = lower
         parent.changes += 1
-        lower.key = b"".join([node.key for node in chain])
+        lower.key = b"".join([node.edge for node in chain])
+        lower.num_tokens = lower.end - parent.end
         lower.pages = b"".join([node.pages for node in chain])
         lower.parent = parent
         for upper in uppers:
@@ -277,6 +280,58 @@ class TreeShape:
             finally:
                 if run is not None:
                     self.events.send(Removed(run, "pool", cause, leaf.last_access))
+
+    def _trim(self, leaf: TreeNode, kept_bytes: int, cause: RemovalCause) -> None:
+        """Remove the end of an unpinned leaf, but for its first pages, `kept_bytes` in page ids. O(pages removed).
+
+        The rest is a new node in its place, so that nobody takes the whole for cached who knows the leaf; that becomes
+        the part which is removed. It is, whether or not the policy fails.
+        """
+        kept = self._insert_above(leaf, kept_bytes)
+        run = run_of(leaf, self.page_size) if self.events.observers else None
+        try:
+            if self._on_trimmed is not None:
+                self._on_trimmed(kept, leaf)
+            else:
+                if self._on_split is not None:
+                    self._on_split(kept, leaf)
+                if self._on_evicted is not None:
+                    self._on_evicted(leaf)
+        finally:
+            self._unlink(kept, leaf.key[: self._page_bytes], leaf)
+            try:
+                self._queue.replace(leaf, kept)
+            finally:
+                if run is not None:
+                    self.events.send(Removed(run, "pool", cause, leaf.last_access))
+
+    def _insert_above(self, leaf: TreeNode, kept_bytes: int) -> TreeNode:
+        """A node between `leaf` and its parent that takes over its first pages; tokens are not copied if many."""
+        parent = leaf.parent
+        assert parent is not None, leaf
+        kept_tokens = kept_bytes // TOKEN_BYTES * self.page_size
+        size = kept_tokens * TOKEN_BYTES
+        key, pages = leaf.key, leaf.pages
+        prefix = prefix_of(leaf, self.page_size) if self.events.observers else None
+        kept = TreeNode(
+            key if 2 * size > len(key) else key[:size],
+            leading_pages(pages, kept_bytes),
+            parent.end + kept_tokens,
+            parent,
+            leaf.last_access,
+        )
+        kept.num_tokens = kept_tokens
+        kept.created, kept.priority, kept.keep_until = leaf.created, leaf.priority, leaf.keep_until
+        kept.state, kept.fork = leaf.state, leaf.fork
+        if prefix is not None:
+            kept.prefix = prefix.first(kept.end)
+        leaf.key, leaf.pages = key[size : leaf.num_tokens * TOKEN_BYTES], bytes(pages[kept_bytes:])
+        leaf.num_tokens -= kept_tokens
+        leaf.parent = kept
+        parent.children[key[: self._page_bytes]] = kept
+        parent.changes += 1
+        kept.children[leaf.key[: self._page_bytes]] = leaf
+        return kept
 
     def _link(self, parent: TreeNode, first_page: bytes, leaf: TreeNode) -> None:
         parent.children[first_page] = leaf
