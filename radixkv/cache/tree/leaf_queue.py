@@ -47,7 +47,8 @@ class _Run:
     def place(self, node: TreeNode, rank: Any, serial: int, number: int) -> bool:
         """Enter a leaf that is in no run. Returns: whether it went to the heap."""
         last = self.ends.before
-        if last is self.ends or _comes_before(last.entry, rank, serial):
+        before: Entry = last.entry if last is not self.ends else ()  # type: ignore[assignment]
+        if not before or (before[0] <= rank and (before[1] < serial or before[0] < rank)):
             self.append(node, (rank, serial))
             return False
         entry = (rank, serial, number, node)
@@ -97,11 +98,6 @@ class _Run:
             node = node.after  # type: ignore[assignment]
         for heap in (self.heap, self.unswept):
             yield from (entry[3] for entry in heap if entry[3].entry is entry)
-
-
-def _comes_before(entry: Entry | None, rank: Any, serial: int) -> bool:
-    assert entry is not None
-    return bool(entry[0] <= rank and (entry[1] < serial or entry[0] < rank))
 
 
 class LeafQueue:
@@ -154,7 +150,8 @@ class LeafQueue:
         """Enter a leaf that is not in the queue. Raises: PolicyError; it is in the queue then."""
         assert node.entry is None, node
         self._size += 1
-        self.update(node)
+        self._serial += 1
+        self._enter(node, self._serial)
 
     def add_used(self, node: TreeNode) -> None:
         """As `add`, for a leaf that is used now and was not in the tree before."""
@@ -192,7 +189,8 @@ class LeafQueue:
                 rank, run = node.keep_until, self._kept
             else:
                 rank, run = self._rank(node), self._run if self._group is None else self._run_of(node)
-            self._leave(node)
+            if node.entry is not None:
+                self._leave(node)
             self._in_heaps += run.place(node, rank, serial, self._serial)
             if run.unswept or len(run.heap) > 2 * self._in_heaps + SLACK:
                 run.sweep()
@@ -226,7 +224,14 @@ class LeafQueue:
     def remove(self, node: TreeNode) -> None:
         """Take out a leaf."""
         assert node.entry is not None, node
-        self._leave(node)
+        after = node.after
+        if after is not None:  # as `_leave`, which this saves a call of
+            before = node.before
+            before.after, after.before = after, before  # type: ignore[union-attr]
+            node.before = node.after = None
+        else:
+            self._in_heaps -= 1
+        node.entry = None
         self._size -= 1
 
     def first(self) -> TreeNode:

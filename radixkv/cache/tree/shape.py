@@ -245,7 +245,12 @@ class TreeShape:
         first_page = key[: self._page_bytes]
         if parent.namespace is not None:
             self._roots[parent.namespace] = parent
-        self._link(parent, first_page, leaf)
+        parent.children[first_page] = leaf
+        parent.changes += 1
+        if parent.ordered is not None:
+            parent.ordered.add(first_page)
+        self._evictable_bytes += len(pages)
+        self._total_bytes += len(pages)
         try:
             if self._on_added is not None:
                 self._on_added(leaf)
@@ -333,16 +338,8 @@ class TreeShape:
         kept.children[leaf.key[: self._page_bytes]] = leaf
         return kept
 
-    def _link(self, parent: TreeNode, first_page: bytes, leaf: TreeNode) -> None:
-        parent.children[first_page] = leaf
-        parent.changes += 1
-        if parent.ordered is not None:
-            parent.ordered.add(first_page)
-        self._evictable_bytes += len(leaf.pages)
-        self._total_bytes += len(leaf.pages)
-
     def _unlink(self, parent: TreeNode, first_page: bytes, leaf: TreeNode) -> None:
-        """Undo `_link`; a root goes with its last child."""
+        """Take a leaf from its parent; a root goes with its last child."""
         del parent.children[first_page]
         parent.changes += 1
         if parent.ordered is not None:
