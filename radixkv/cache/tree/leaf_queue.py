@@ -21,10 +21,11 @@ SWEEP = 16  # entries that one operation sweeps at most
 class _Ends:
     """Comes after the last of the linked leaves, and before the first."""
 
-    __slots__ = ("after", "before")
+    __slots__ = ("after", "before", "node")
 
     def __init__(self) -> None:
-        self.before = self.after = cast("TreeNode", self)
+        self.node = cast("TreeNode", self)  # as its neighbours see it
+        self.before = self.after = self.node
 
 
 class _Run:
@@ -47,7 +48,7 @@ class _Run:
     def place(self, node: TreeNode, rank: Any, serial: int, number: int) -> bool:
         """Enter a leaf that is in no run. Returns: whether it went to the heap."""
         last = self.ends.before
-        before: Entry = last.entry if last is not self.ends else ()  # type: ignore[assignment]
+        before: Entry = last.entry if last is not self.ends.node else ()  # type: ignore[assignment]
         if not before or (before[0] <= rank and (before[1] < serial or before[0] < rank)):
             self.append(node, (rank, serial))
             return False
@@ -61,18 +62,18 @@ class _Run:
         ends = self.ends
         last = ends.before
         last.after = ends.before = node
-        node.before, node.after = last, cast("TreeNode", ends)
+        node.before, node.after = last, ends.node
         node.entry = entry
 
     def head(self) -> TreeNode | None:
         """The leaf of the smallest rank; None if there is none."""
         node: TreeNode | None = self.ends.after
-        if node is self.ends:
+        if node is self.ends.node:
             node = None
         for heap in (self.heap, self.unswept):
             while heap and heap[0][3].entry is not heap[0]:
                 heappop(heap)
-            if heap and (node is None or heap[0] < node.entry):
+            if heap and (node is None or heap[0] < node.entry):  # type: ignore[operator]
                 node = heap[0][3]
         return node
 
@@ -93,7 +94,7 @@ class _Run:
     def leaves(self) -> Iterator[TreeNode]:
         """All of them, in no order."""
         node = self.ends.after
-        while node is not self.ends:
+        while node is not self.ends.node:
             yield node
             node = node.after  # type: ignore[assignment]
         for heap in (self.heap, self.unswept):
@@ -237,11 +238,11 @@ class LeafQueue:
     def first(self) -> TreeNode:
         """The leaf to be evicted next; it stays in the queue. Raises: PolicyError."""
         node = self._unranked.ends.after
-        if node is not self._unranked.ends:
+        if node is not self._unranked.ends.node:
             return node
         try:
             kept = self._kept
-            if kept.heap or kept.unswept or kept.ends.after is not kept.ends:
+            if kept.heap or kept.unswept or kept.ends.after is not kept.ends.node:
                 self._release_expired()
             found = self._run.head() if self._group is None else self._most_urgent()
         except Exception as error:
@@ -274,7 +275,7 @@ class LeafQueue:
                 ends.append(head)
         if self._both_ends:
             ends += [tail for run in self._groups.values() if (tail := run.tail()) is not None]
-        first, least = None, None
+        first, least = None, 0.0
         for node in ends:
             try:
                 urgency = self._urgency(node)
