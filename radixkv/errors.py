@@ -19,6 +19,7 @@ would expect, so `except ValueError` works too.
     ├── UnsupportedModelError (ValueError)    the model does not run on paged attention
     ├── UnsupportedBackendError (ValueError)  the attention backend cannot serve this model here
     ├── OutOfPagesError (MemoryError)         nothing is left to evict and the pages do not suffice
+    ├── PolicyError (RuntimeError)            a method of an eviction policy raised an exception
     ├── NonFiniteLogitsError (ArithmeticError) the model returned NaN or infinity for a request
     ├── SessionBusyError (RuntimeError)       a session was changed amid a turn of the same thread
     ├── ClosedError (RuntimeError)            a lease, session or engine was used after it was closed
@@ -28,6 +29,12 @@ would expect, so `except ValueError` works too.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class RadixKVError(Exception):
@@ -102,6 +109,19 @@ class OutOfPagesError(RadixKVError, MemoryError):
             f"{needed} {what} are needed, but only {free} of {total} are free and {evictable} can be evicted; "
             "release leases, ask for fewer tokens or make the pool larger"
         )
+
+
+class PolicyError(RadixKVError, RuntimeError):
+    """A method of an eviction policy raised an exception, which is this error's cause. The cache stays consistent.
+
+    Attributes:
+        freed: the pages that left the tree before an `evict`, `remove` or `clear` of it could return them, int32; empty
+            after all other calls. `PrefixCache` takes them back itself.
+    """
+
+    def __init__(self, policy: str, error: BaseException) -> None:
+        super().__init__(f"the eviction policy {policy!r} failed: {type(error).__name__}: {error}")
+        self.freed: NDArray[np.int32] | tuple[()] = ()
 
 
 class NonFiniteLogitsError(RadixKVError, ArithmeticError):

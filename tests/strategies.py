@@ -244,6 +244,7 @@ class TreeOracle:
         self.tick = 0
         self.edges: list[Edge] = []
         self._rank = RANKS[policy]
+        self.whole_leaves = policy == "adaptive"
         self._inflation = 0.0
         self._unclaimed: Edge | None = None
 
@@ -400,25 +401,46 @@ class TreeOracle:
             self._merge(edge)
 
     def evict(self, num_tokens: int, freed: Sequence[int]) -> None:
-        """Remove what was evicted to make room for `num_tokens`: `freed` are the pages that went, in this order."""
+        """Remove what was evicted to make room for `num_tokens`: `freed` are the pages that went, in this order.
+
+        Of a leaf that has more pages than are still missing the last ones go.
+        """
         left = list(freed)
         missing = -(-num_tokens // self.page_size)
         while missing > 0 and (leaves := self.unpinned_leaves()):
             first = min(map(self._order, leaves))
-            equals = {tuple(leaf.pages): leaf for leaf in leaves if self._order(leaf) == first}
+            most = self.num_pages if self.whole_leaves else missing
+            equals = {tuple(leaf.pages[-most:]): leaf for leaf in leaves if self._order(leaf) == first}
             chosen = next((pages for pages in equals if left[: len(pages)] == list(pages)), None)
             assert chosen is not None, f"{list(equals)} were to go first, and {left} went"
             missing -= len(chosen)
             del left[: len(chosen)]
-            self.remove(equals[chosen])
+            self._inflate(equals[chosen])
+            self.edges.remove(self._end_of(equals[chosen], len(chosen)))
         assert left == [], "more went than was asked for"
+
+    def _end_of(self, leaf: Edge, num_pages: int) -> Edge:
+        """The last pages of a leaf; what comes before them is an edge of its own from now on, another one."""
+        if num_pages == len(leaf.pages):
+            return leaf
+        kept_tokens = leaf.first + (len(leaf.pages) - num_pages) * self.page_size
+        kept = Edge(
+            leaf.namespace, leaf.tokens[:kept_tokens], leaf.first, leaf.pages[:-num_pages], leaf.created, leaf.last_use,
+            leaf.record, leaf.priority, leaf.keep_until, fork=leaf.fork,
+        )  # fmt: skip
+        leaf.first, leaf.pages = kept_tokens, leaf.pages[-num_pages:]
+        self.edges.append(kept)
+        return leaf
 
     def remove(self, leaf: Edge) -> None:
         """Forget an unpinned leaf."""
+        self._inflate(leaf)
+        self.edges.remove(leaf)
+
+    def _inflate(self, leaf: Edge) -> None:
         rank = self._rank(self, leaf)
         if isinstance(rank, tuple):
             self._inflation = max(self._inflation, rank[0])
-        self.edges.remove(leaf)
 
     def standing(self, edge: Edge) -> Edge:
         """`edge`, or what it was merged into."""
@@ -461,13 +483,17 @@ class TreeOracle:
             upper.cut = False
             return
         (lower,) = below
-        if self.lock_ref(lower) == self.lock_ref(upper):
+        if self._may_merge(upper, lower):
             self._absorb(upper, lower)
+
+    def _may_merge(self, upper: Edge, lower: Edge) -> bool:
+        is_kept_apart = upper.keep_until > lower.keep_until and upper.keep_until > self.clock()
+        return self.lock_ref(lower) == self.lock_ref(upper) and not is_kept_apart
 
     def _shorten(self, path: list[Edge]) -> None:
         for upper, lower in pairwise(path):
             is_alone = self.children(upper, upper.namespace) == [lower]
-            if upper.fork and is_alone and self.lock_ref(lower) == self.lock_ref(upper):
+            if upper.fork and is_alone and self._may_merge(upper, lower):
                 self._absorb(upper, lower)
 
     def _absorb(self, upper: Edge, lower: Edge) -> None:

@@ -132,7 +132,7 @@ def test_evicted_prefix_is_forgotten_and_can_come_back(page_size: int) -> None:
     tree = WordTree(page_size)
     tree.insert("ab")
     tree.insert("c")
-    assert tree.evict(1) == ["a", "ab"]
+    assert tree.evict(2) == ["a", "ab"]
     assert tree.match("ab").length == 0
     assert tree.insert("ab").prefix_len == 0
     assert tree.match("ab").length == 2 * page_size
@@ -141,13 +141,14 @@ def test_evicted_prefix_is_forgotten_and_can_come_back(page_size: int) -> None:
 # -- counts ----------------------------------------------------------------------------------------------------------
 
 
-def test_partial_eviction_takes_whole_leaves_until_enough_is_gone(page_size: int) -> None:
+def test_eviction_takes_leaves_until_enough_is_gone_and_of_the_last_one_its_end(page_size: int) -> None:
     tree = WordTree(page_size)
     for word in ["abc", "de", "f"]:
         tree.insert(word)
     assert tree.tree.total_size == tree.tree.evictable_size == 6 * page_size
-    assert tree.evict(4) == ["a", "ab", "abc", "d", "de"]
-    assert tree.tree.total_size == tree.tree.evictable_size == page_size
+    assert tree.evict(4) == ["a", "ab", "abc", "de"]
+    assert tree.tree.total_size == tree.tree.evictable_size == 2 * page_size
+    assert sorted(tree.edges()) == ["|d", "|f"]
 
 
 def test_one_token_more_than_a_leaf_takes_the_next_one_too(page_size: int) -> None:
@@ -158,11 +159,55 @@ def test_one_token_more_than_a_leaf_takes_the_next_one_too(page_size: int) -> No
         assert len(tree.tree.evict(num_tokens)) == expected_pages
 
 
-def test_one_token_takes_one_leaf(page_size: int) -> None:
+def test_one_token_takes_the_last_page_of_the_oldest_leaf(page_size: int) -> None:
     tree = WordTree(page_size)
-    tree.insert("ab")
-    tree.insert("c")
-    assert tree.names(tree.tree.evict(1).tolist()) == ["a", "ab"]
+    tree.insert("abc")
+    tree.insert("d")
+    assert [tree.names(tree.tree.evict(1).tolist()) for _ in range(4)] == [["abc"], ["ab"], ["a"], ["d"]]
+
+
+def test_a_use_of_what_is_left_of_a_leaf_refreshes_it(page_size: int) -> None:
+    tree = WordTree(page_size)
+    tree.insert("abc")
+    tree.insert("d")
+    assert tree.evict(1) == ["abc"]
+    assert tree.match("abc").length == 2 * page_size
+    assert tree.evict(2) == ["d", "ab"]
+
+
+def test_a_leaf_whose_end_went_cannot_be_pinned_by_its_old_node_and_what_is_left_can(page_size: int) -> None:
+    tree = WordTree(page_size)
+    leaf = tree.insert("abc").node
+    assert tree.evict(1) == ["abc"]
+    with pytest.raises(InvalidRequestError, match="was evicted"):
+        tree.tree.inc_lock_ref(leaf)
+    tree.tree.inc_lock_ref(tree.match("abc").node)
+    assert tree.evict(5) == []
+    assert tree.insert("abd").prefix_len == 2 * page_size
+    assert tree.evict(5) == ["abd"]
+
+
+def test_the_end_of_a_leaf_that_is_kept_goes_only_if_nothing_else_can(page_size: int) -> None:
+    tree = WordTree(page_size)
+    tree.tree.retain(tree.insert("abc").node, keep_for_s=60)
+    tree.insert("de")
+    assert [tree.evict(1) for _ in range(4)] == [["de"], ["d"], ["abc"], ["ab"]]
+
+
+def test_evicting_a_page_copies_no_more_of_its_leaf_than_that(page_size: int) -> None:
+    tree = RadixTree(page_size)
+    num_pages = 4096
+    node = tree.insert(list(range(num_pages * page_size)), range(num_pages)).node
+    key = node.key
+    tree.evict(page_size)
+    (left,) = tree.root_of((None, None)).children.values()
+    assert left.key is key
+    assert left.num_tokens == (num_pages - 1) * page_size
+    for number in range(num_pages - 2, 0, -1):
+        assert tree.evict(1).tolist() == [number]
+    (left,) = tree.root_of((None, None)).children.values()
+    assert len(left.key) <= 2 * 4 * page_size
+    tree.check_invariants()
 
 
 @pytest.mark.parametrize("num_tokens", [0, -5])

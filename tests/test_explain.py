@@ -127,17 +127,17 @@ def test_evicted_by_whom_when_and_how_long_after_the_last_use(exact: bool, polic
     clock.now_s = 20.0
     put(cache, ids("xyz"))  # 3 and 4
     clock.now_s = 30.0
-    put(cache, [*range(200, 216)])  # 5, for which "abc" must go, and 6
+    put(cache, [*range(200, 216)])  # 5, for which the end of "abc" must go, and 6
     clock.now_s = 35.5
     found = cache.explain([*ids("abc"), 99])
-    assert (found.num_tokens, found.cached_tokens, found.reason) == (13, 0, "evicted")
+    assert (found.num_tokens, found.cached_tokens, found.reason) == (13, 4, "evicted")
     assert found.eviction == Eviction(
-        num_pages=3, policy=policy, evicted_at_s=30.0, last_used_at_s=10.0, evicted_tick=5, last_use_tick=2
+        num_pages=2, policy=policy, evicted_at_s=30.0, last_used_at_s=10.0, evicted_tick=5, last_use_tick=2
     )
     assert (found.eviction.unused_s, found.eviction.unused_ticks) == (20.0, 3)
-    assert (found.evicted_ago_s, found.evicted_tokens) == (5.5, 12)
+    assert (found.evicted_ago_s, found.evicted_tokens) == (5.5, 8)
     assert str(found) == (
-        f"0 of 13 tokens are cached; the next 12 were evicted by {policy} 5.5 s ago, "
+        f"4 of 13 tokens are cached; the next 8 were evicted by {policy} 5.5 s ago, "
         "20.0 s and 3 uses of the cache after their last use"
     )
 

@@ -63,7 +63,11 @@ TREE_CORRUPTIONS: dict[str, tuple[Callable[[SampleTree], object], str]] = {
     "page in two nodes": (lambda s: setattr(s.other, "pages", s.cut.pages), "a page is in two places"),
     "page twice in a node": (lambda s: setattr(s.free, "pages", s.free.pages[:4] * 2), "a page is in two places"),
     "page missing": (_set("free", "pages", b""), "neither whole pages nor a tail"),
-    "part of a page": (lambda s: setattr(s.free, "key", s.free.key + bytes(4)), "neither whole pages nor a tail"),
+    "part of a page": (
+        lambda s: setattr(s.free, "num_tokens", s.free.num_tokens - 1),
+        "neither whole pages nor a tail",
+    ),
+    "too short a key": (lambda s: setattr(s.free, "key", s.free.key[:-4]), "fewer tokens than it says"),
     "child of a tail": (_hang_something_below_a_tail, "neither whole pages nor a tail"),
     "end miscounted": (_set("free", "end", 5), "ends elsewhere"),
     "keys swapped": (_swap_keys, "filed under another first page"),

@@ -62,7 +62,7 @@ def test_a_prefix_is_kept_for_a_time() -> None:
     clock.now_s = 61
     share(cache, list(range(100, 116)))
     cache.peek([0])
-    fill(cache, 32)
+    fill(cache, 48)
     assert cache.peek(list(range(32))) == 0, "the oldest goes first again"
     assert cache.peek(list(range(100, 116))) == 16
 
@@ -106,7 +106,7 @@ def test_an_engine_keeps_explains_and_forgets(make_engine: MakeEngine) -> None:
     engine.generate(prompt, ONE)
     assert engine.keep(prompt[:20], 1000) == 20
     assert engine.explain(prompt).cached_tokens == engine.cache.explain(prompt).cached_tokens == 40
-    engine.generate(random_ids(2, 100), ONE)
+    engine.generate(random_ids(2, 108), ONE)
     assert engine.explain(prompt).cached_tokens == 20
     assert engine.explain(prompt, cache_salt="other").cached_tokens == 0
     stream = engine.stream(random_ids(3, 9), SamplingParams(max_tokens=9, ignore_eos=True))

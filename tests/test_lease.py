@@ -13,7 +13,7 @@ import pytest
 
 from radixkv import Lease, PrefixCache, TreeNode
 from radixkv.cache.eviction.policies import FIFOPolicy
-from radixkv.errors import ClosedError, InvalidRequestError, InvalidTokenIdsError, TokenIdsTypeError
+from radixkv.errors import ClosedError, InvalidRequestError, InvalidTokenIdsError, PolicyError, TokenIdsTypeError
 from strategies import PAGE, dump, ids, share
 
 # -- the life of a lease ---------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_pages_come_back_though_the_policy_fails() -> None:
     lease = cache.acquire(range(16))
     lease.commit(range(8))
     policy.fails = True
-    with pytest.raises(ArithmeticError):
+    with pytest.raises(PolicyError, match="'fifo' failed: ArithmeticError"):
         lease.release()
     assert cache.stats().free_pages == 2, "what was not committed"
 

@@ -253,10 +253,10 @@ def test_what_a_probe_cut_is_evicted_from_its_end(page_size: int) -> None:
     tree = WordTree(page_size)
     tree.insert("abcd")
     tree.match("ab")
-    assert tree.evict(1) == ["abc", "abcd"]
+    assert tree.evict(2) == ["abc", "abcd"]
     tree.match("x")
     assert tree.edges() == ["|ab"]
-    assert tree.evict(1) == ["a", "ab"]
+    assert tree.evict(2) == ["a", "ab"]
 
 
 @page_sizes
@@ -610,4 +610,4 @@ def test_a_rank_that_depends_on_the_edge_is_asked_again_after_a_split() -> None:
     tree.insert([1, 2, 3, 4], [0, 1, 2, 3])
     tree.insert([9, 8], [4, 5])
     tree.match_prefix([1, 2, 3])
-    assert tree.evict(1).tolist() == [4, 5]
+    assert tree.evict(2).tolist() == [4, 5]

@@ -38,7 +38,18 @@ class Prefix:
     Chained to the prefix before it, so that each token is digested once, however many prefixes go on from there.
     """
 
-    __slots__ = ("_above", "_hash", "_key", "_tokens", "namespace", "num_tokens", "page_size")
+    __slots__ = (
+        "_above",
+        "_hash",
+        "_key",
+        "_page_hashes",
+        "_page_keys",
+        "_tokens",
+        "_whole",
+        "namespace",
+        "num_tokens",
+        "page_size",
+    )
 
     def __init__(self, namespace: Namespace, page_size: int, above: Prefix | None = None, tokens: bytes = b"") -> None:
         """`tokens`: the whole pages after `above`, little-endian int32; without `above` it is a namespace's start."""
@@ -47,6 +58,24 @@ class Prefix:
         self._above, self._tokens = above, tokens
         self._key: bytes | None = None
         self._hash: int | None = None
+        self._whole: Prefix | None = None  # what this is the first part of, see `first`
+        self._page_keys: tuple[bytes, ...] | None = None  # kept only in what has such a part
+        self._page_hashes: NDArray[np.uint64] | None = None
+
+    def first(self, num_tokens: int) -> Prefix:
+        """Its first `num_tokens` tokens, to the end of a page. O(depth).
+
+        However many such prefixes are made of it, its tokens are digested once for all.
+        """
+        longer = self
+        while longer._above is not None and longer._above.num_tokens >= num_tokens:
+            longer = longer._above
+        if longer.num_tokens == num_tokens:
+            return longer
+        prefix = Prefix(self.namespace, self.page_size, longer._above)
+        prefix.num_tokens = num_tokens
+        prefix._whole = longer._whole or longer
+        return prefix
 
     @property
     def key(self) -> bytes:
@@ -58,7 +87,7 @@ class Prefix:
                 elif prefix._key is None:
                     assert prefix._above is not None
                     assert prefix._above._key is not None
-                    prefix._key = page_keys(prefix._above._key, prefix._tokens, self.page_size)[-1]
+                    prefix._key = prefix._last_key(prefix._above._key)
         assert self._key is not None
         return self._key
 
@@ -73,10 +102,32 @@ class Prefix:
                     above = prefix._above
                     assert above is not None
                     assert above._hash is not None
-                    tokens, first_page = np.frombuffer(prefix._tokens, np.int32), above.num_tokens // self.page_size
-                    prefix._hash = int(prefix_hashes(tokens, self.page_size, above._hash, first_page)[-1])
+                    prefix._hash = prefix._last_hash(above._hash, above.num_tokens // self.page_size)
         assert self._hash is not None
         return self._hash
+
+    def _last_key(self, parent_key: bytes) -> bytes:
+        whole = self._whole
+        if whole is None:
+            return page_keys(parent_key, self._tokens, self.page_size)[-1]
+        if whole._page_keys is None:
+            whole._page_keys = page_keys(parent_key, whole._tokens, self.page_size)
+        return whole._page_keys[self._num_pages - 1]
+
+    def _last_hash(self, parent_hash: int, first_page: int) -> int:
+        whole = self._whole or self
+        hashes = whole._page_hashes
+        if hashes is None:
+            hashes = prefix_hashes(np.frombuffer(whole._tokens, np.int32), self.page_size, parent_hash, first_page)
+            if whole is not self:
+                whole._page_hashes = hashes
+        return int(hashes[self._num_pages - 1])
+
+    @property
+    def _num_pages(self) -> int:
+        """Pages in its own last part."""
+        assert self._above is not None
+        return (self.num_tokens - self._above.num_tokens) // self.page_size
 
     def _chain(self) -> list[Prefix]:
         """The prefixes from the start of the namespace to this one."""
@@ -245,11 +296,11 @@ def prefix_of(node: TreeNode, page_size: int) -> Prefix:
         node.prefix = Prefix(node.namespace, page_size)
     prefix = node.prefix
     for below in reversed(missing):
-        prefix = below.prefix = Prefix(prefix.namespace, page_size, prefix, below.key)
+        prefix = below.prefix = Prefix(prefix.namespace, page_size, prefix, below.edge)
     return prefix
 
 
 def run_of(node: TreeNode, page_size: int) -> PageRun:
     """The pages of `node`, which is in the tree and no root."""
     assert node.parent is not None, node
-    return PageRun(prefix_of(node.parent, page_size), node.key, node.pages)
+    return PageRun(prefix_of(node.parent, page_size), node.edge, node.pages)

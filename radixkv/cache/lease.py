@@ -146,7 +146,8 @@ class Lease:
 
         Returns: how many tokens of `ids` are shared now.
         Raises: InvalidRequestError if `ids` does not begin with the tokens that were found or committed before, or is
-            longer than the lease's pages; ClosedError; TokenIdsTypeError, InvalidTokenIdsError.
+            longer than the lease's pages; ClosedError; TokenIdsTypeError, InvalidTokenIdsError; PolicyError: nothing or
+            only the whole pages may be shared then, and the lease can be used as before.
 
         >>> from radixkv import PrefixCache
         >>> cache = PrefixCache(num_pages=4, page_size=2)
@@ -174,19 +175,21 @@ class Lease:
         inserted = cache.tree.insert_tokens(tokens[:whole_tokens], self.pages[:num_pages], self._namespace)
         first_new = inserted.prefix_len // cache.page_size
         cache.allocator.retain(self.pages[first_new:num_pages])  # the tree's own reference
-        self._move_pin(inserted.node)
+        before = self._move_pin(inserted.node)
         self._adopt(shared_pages, first_new)
+        self._known = tokens[:whole_tokens].tobytes()
+        self._unpin(before)  # from here on a policy may fail: what was done so far stands
         rest = tokens[whole_tokens:]
         is_shared = cache.shares_partial_pages or not len(rest)
         if is_shared and len(rest):
             self._share_tail(rest, int(self.pages[num_pages]))
+            self._known = tokens.tobytes()
         self._drop_source(len(tokens))
         if self._priority or self._keep_for_s is not None:
             cache.tree.retain(self._node, priority=self._priority, keep_for_s=self._keep_for_s)
         if len(tokens) > self._announced_tokens:
             self._announced_tokens = len(tokens)
             cache.committed(tokens, self._namespace)
-        self._known = (tokens if is_shared else tokens[:whole_tokens]).tobytes()
         return len(tokens) if is_shared else whole_tokens
 
     def release(self) -> None:
@@ -211,14 +214,19 @@ class Lease:
             self._cache.give_back(self.pages)
             self._num_pages = 0
 
-    def _move_pin(self, node: TreeNode) -> None:
-        """Pin `node` in place of what was pinned; a tail that this lease had put there goes, its tokens live on."""
-        tree, before = self._cache.tree, self._node
-        tree.inc_lock_ref(node)
-        tree.dec_lock_ref(before)
-        self._node = node
-        if before.is_tail(self._cache.page_size):
-            self._cache.give_back(tree.remove(before))
+    def _move_pin(self, node: TreeNode) -> TreeNode:
+        """Pin `node` as the end of the prefix. Returns: what was pinned before, which is to be unpinned."""
+        self._cache.tree.inc_lock_ref(node)
+        before, self._node = self._node, node
+        return before
+
+    def _unpin(self, before: TreeNode) -> None:
+        """Unpin what was pinned before; a tail that this lease had put there goes, its tokens live on."""
+        try:
+            self._cache.tree.dec_lock_ref(before)
+        finally:
+            if before.is_tail(self._cache.page_size):
+                self._cache.remove(before)
 
     def _share_tail(self, rest: NDArray[np.int32], page: int) -> None:
         """Let others copy the tokens of a last page in part; nothing to do if they can from somebody else's page."""
@@ -226,12 +234,10 @@ class Lease:
         while (found := tree.find_partial(self._node, rest)) is not None and found.num_tokens == len(rest):
             if not self._is_worn_out(found):
                 return
-            self._cache.give_back(tree.remove(found.node))
+            self._cache.remove(found.node)
         tail = tree.insert_tail(self._node, rest, page)
         self._cache.allocator.retain(np.array([page], np.int32))
-        tree.inc_lock_ref(tail)
-        tree.dec_lock_ref(self._node)
-        self._node = tail
+        tree.dec_lock_ref(self._move_pin(tail))
 
     def _is_worn_out(self, found: PartialPage) -> bool:
         """Whether it is a tail that has lost its window page, so that nobody can copy it, and that nobody pins."""
@@ -249,7 +255,7 @@ class Lease:
             tree, tail = self._cache.tree, source.node
             if tail.priority or tail.keep_until:  # its tokens live on, and so does what was asked for them
                 tree.keep_until(self._node, max(tail.keep_until, tree.clock()), priority=tail.priority)
-            self._cache.give_back(tree.remove(tail))
+            self._cache.remove(tail)
 
     def _adopt(self, first: int, last: int) -> None:
         """Read pages `[first, last)` from the tree, where another request's came first, and free this lease's own."""

@@ -30,7 +30,7 @@ from radixkv.cache.tree.node import MatchResult, PartialPage, TreeNode
 from radixkv.cache.tree.radix_tree import RadixTree
 from radixkv.cache.watch import PrefixWatch
 from radixkv.config import CacheConfig
-from radixkv.errors import ConfigError, InvalidRequestError, OutOfPagesError
+from radixkv.errors import ConfigError, InvalidRequestError, OutOfPagesError, PolicyError
 
 ESTIMATED_FACTORS = (0.5, 1.0, 2.0, float(LARGEST_SIZE))
 
@@ -278,11 +278,11 @@ class PrefixCache:
             undo.append((claim.release, pages))
             if partial is not None:
                 self._copy(partial, int(own_pages[0]))
+                del undo[1]  # complete even if the policy fails in it
+                self.tree.dec_lock_ref(partial.node)
         except BaseException:
             _roll_back(undo)
             raise
-        if partial is not None:
-            self.tree.dec_lock_ref(partial.node)
         self.allocator.retain(found_pages)
         lease = Lease(
             self,
@@ -304,7 +304,7 @@ class PrefixCache:
     def reset(self) -> None:
         """Forget every prefix that no lease pins. O(nodes)."""
         self._reap()
-        self.give_back(self.tree.clear())
+        self._give_back_freed(self.tree.clear)
 
     def add_observer(self, observer: Observer) -> None:
         """Call `observer` with an event for all that is stored, removed or cleared from now on; window pages, too."""
@@ -359,6 +359,19 @@ class PrefixCache:
     def give_back(self, pages: NDArray[np.int32]) -> None:
         """Take a reference from each of `pages`; those without any are free, in all layers. Leases call it."""
         self.residency.drop(self.allocator.release(pages))
+
+    def remove(self, leaf: TreeNode) -> None:
+        """Forget an unpinned leaf of the tree. Leases call it. Raises: PolicyError; it is gone then, too."""
+        self._give_back_freed(self.tree.remove, leaf)
+
+    def _give_back_freed(self, free: Callable[..., NDArray[np.int32]], *arguments: Any) -> None:
+        """Give back the pages that a verb of the tree frees, those too that it freed before it failed."""
+        try:
+            freed = free(*arguments)
+        except PolicyError as error:
+            self.give_back(np.asarray(error.freed, np.int32))
+            raise
+        self.give_back(freed)
 
     def stats(self) -> CacheStats:
         """What the cache holds now, and what it did so far. O(1), with a summation of some thousand numbers."""
@@ -463,8 +476,10 @@ class PrefixCache:
         while self._dropped:
             node, claim, pages = self._dropped.popleft()
             claim.release(pages)
-            self.tree.dec_lock_ref(node)
-            self.give_back(pages)
+            try:
+                self.tree.dec_lock_ref(node)
+            finally:
+                self.give_back(pages)
 
     def _take(self, num_pages: int) -> NDArray[np.int32]:
         self._reap()
@@ -475,9 +490,11 @@ class PrefixCache:
                 raise OutOfPagesError(
                     needed=num_pages, free=self.allocator.num_free, evictable=evictable, total=self.num_pages
                 )
-            freed = self.tree.evict(missing * self.page_size)
-            self._evicted_tokens += len(freed) * self.page_size
-            self.give_back(freed)
+            before = self.allocator.num_free
+            try:
+                self._give_back_freed(self.tree.evict, missing * self.page_size)
+            finally:
+                self._evicted_tokens += (self.allocator.num_free - before) * self.page_size
         return self.allocator.alloc(num_pages)
 
     def __repr__(self) -> str:

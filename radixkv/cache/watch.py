@@ -33,7 +33,7 @@ class PrefixWatch:
         "_cache",
         "_changes",
         "_child",
-        "_child_bytes",
+        "_child_tokens",
         "_end",
         "_namespace",
         "_next_page",
@@ -68,7 +68,7 @@ class PrefixWatch:
         else:
             stands = node.parent is not None and node.end == self._end
         child = None if node is None else node.children.get(self._next_page)
-        same_child = child is self._child and (child is None or len(child.key) == self._child_bytes)
+        same_child = child is self._child and (child is None or child.num_tokens == self._child_tokens)
         return stands and same_child and self._residency_changes == self._cache.residency.num_changes
 
     def refresh(self) -> int:
@@ -81,7 +81,7 @@ class PrefixWatch:
         self._node, self._changes, self._end = (None, 0, 0) if node is None else (node, node.changes, node.end)
         self._next_page = self._tokens[self._end : self._end + tree.page_size].tobytes()
         child = self._child = None if node is None else node.children.get(self._next_page)
-        self._child_bytes = 0 if child is None else len(child.key)
+        self._child_tokens = 0 if child is None else child.num_tokens
         self._residency_changes = self._cache.residency.num_changes
         self.cached_tokens = self._cache.usable_tokens(path, held_tokens)
         return self.cached_tokens

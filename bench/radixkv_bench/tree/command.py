@@ -30,6 +30,7 @@ from radixkv_bench.tree import report as reports
 from radixkv_bench.tree.growth import BYTES_A_LEAF, LEAF_TOKENS, LEAVES_A_TENANT, SHAPES
 from radixkv_bench.tree.memory import Metadata, Replay
 from radixkv_bench.tree.report import Report
+from radixkv_bench.tree.tail import measure_tails
 
 BUSY = 0.5  # load for each core, above which absolute times mean little
 METADATA_PAGE_SIZES = tuple(reports.BYTES_LIMITS)
@@ -52,10 +53,13 @@ class Sizes:
     probes: int
     requests: int
     capacity: int
+    tail_calls: int
 
 
-FULL = Sizes((1_000, 10_000, 100_000, 1_000_000), 51, (2**13, 2**14, 2**15, 2**16, 2**17), 20_000, 2_000, 1_000_000)
-QUICK = Sizes((100, 1_000), 3, (2**13, 2**14), 500, 100, 200_000)
+FULL = Sizes(
+    (1_000, 10_000, 100_000, 1_000_000), 51, (2**13, 2**14, 2**15, 2**16, 2**17), 20_000, 2_000, 1_000_000, 100_000
+)
+QUICK = Sizes((100, 1_000), 3, (2**13, 2**14), 500, 100, 200_000, 200)
 
 
 PageSize = Annotated[int, typer.Option(min=1, help="Tokens a page, but for metadata and replay, which try several.")]
@@ -185,7 +189,11 @@ def _measure(sizes: Sizes, page_size: int, trace: Path | None, load: float, erro
         on_built = add_steps(progress, "building trees", sum(sizes.leaves) * len(SHAPES))
         on_step = add_steps(progress, "growth", tree_growth.num_rounds(sizes.rounds))
         growth = tree_growth.grow(sizes.leaves, page_size, sizes.rounds, on_built, on_step)
-    return Report(growth, memcpy, probed, metadata, replays, _config(sizes, page_size, trace, load))
+        on_built = add_steps(progress, "building trees for tails", sum(sizes.leaves))
+        on_step = add_steps(progress, "tails", sizes.tail_calls * len(sizes.leaves))
+        tails, pauses = measure_tails(sizes.leaves, page_size, sizes.tail_calls, on_built, on_step)
+    config = _config(sizes, page_size, trace, load)
+    return Report(growth, memcpy, probed, metadata, replays, config, tails, pauses)
 
 
 def _run_requests(sizes: Sizes, trace: Path | None, progress: Progress) -> tuple[list[Metadata], list[Replay]]:

@@ -165,7 +165,7 @@ Measure: TypeAlias = Callable[[GrownTree, "NDArray[np.int64]", int], dict[str, f
 
 def _evict_unmatched(grown: GrownTree, rows: NDArray[np.int64], number: int) -> dict[str, float]:
     freed = deque[Ints]()
-    seconds = seconds_a_call(grown.tree.evict, [(1,)] * len(rows), freed)
+    seconds = seconds_a_call(grown.tree.evict, [(LEAF_TOKENS,)] * len(rows), freed)
     grown.restore(freed)
     return {EVICT_UNMATCHED: seconds}
 
@@ -176,7 +176,7 @@ def _evict_and_insert(grown: GrownTree, rows: NDArray[np.int64], number: int) ->
     inserted, freed = deque[InsertResult](), deque[Ints]()
     new = [grown.insertion(row) for row in range(first, first + len(rows))]
     seconds = {
-        EVICT_MATCHED: seconds_a_call(grown.tree.evict, [(1,)] * len(rows), freed),
+        EVICT_MATCHED: seconds_a_call(grown.tree.evict, [(LEAF_TOKENS,)] * len(rows), freed),
         INSERT: seconds_a_call(grown.tree.insert, new, inserted),
     }
     for result in inserted:
@@ -217,7 +217,7 @@ def _first_evict(grown: GrownTree, rows: NDArray[np.int64], number: int) -> dict
     """One call, after matches have put all leaves in a new order: it does what they may have left to do."""
     grown.match_in_random_order(grown.num_leaves, seed=number)
     start = CLOCK()
-    freed = grown.tree.evict(1)
+    freed = grown.tree.evict(LEAF_TOKENS)
     seconds = CLOCK() - start
     grown.restore([freed])
     return {EVICT_FIRST: seconds}

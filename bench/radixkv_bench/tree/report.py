@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from radixkv_bench.common import pictures
 from radixkv_bench.common.tables import number_table
 from radixkv_bench.tree.growth import EVICT_FIRST, LASTING, NO_PROBES, SHAPES, UNLIMITED, Growth, Probed, Shape
 from radixkv_bench.tree.memory import EDGE_TOKENS, OPERATIONS, CopyRace, Metadata, Replay
+from radixkv_bench.tree.tail import Pause, Tail
 
 GROWTH_LIMIT = 2.0
 COPY_LIMIT = 3.0
+TAIL_LIMIT_US = 1000.0
 BYTES_LIMITS = {1: 10.0, 16: 5.0}  # by page size
 
 COLORS = ("#c8553d", "#588b8b", "#e0a458", "#4f6d9a", "#8a6ba1", "#7a9e4f", "#b5838d", "#3d405b")
@@ -43,6 +45,8 @@ class Report:
     metadata: list[Metadata]
     replay: list[Replay]
     config: dict[str, Any]
+    tails: list[Tail] = field(default_factory=list)
+    pauses: list[Pause] = field(default_factory=list)
 
     def targets(self) -> dict[str, Target]:
         """The figures that have a limit, by what they are about."""
@@ -52,6 +56,7 @@ class Report:
             **{_about(row): Target(row.ratio, COPY_LIMIT) for row in self.memcpy if row.edges == 1},
             **{_about(row): Target(row.nodes / unprobed, 1.0) for row in self.probes if row.probes not in LASTING},
             **{_about(row): Target(row.bytes_per_token, BYTES_LIMITS[row.page_size]) for row in self.metadata},
+            **{_about(row): Target(row.max_us, TAIL_LIMIT_US) for row in self.tails},
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -60,8 +65,10 @@ class Report:
         return {"targets": targets, **asdict(self)}
 
 
-def _about(row: Growth | CopyRace | Probed | Metadata) -> str:
+def _about(row: Growth | CopyRace | Probed | Metadata | Tail) -> str:
     match row:
+        case Tail():
+            return f"{row.operation}: slowest of {row.calls:,} calls with {row.leaves:,} leaves"
         case Growth():
             return f"{row.operation}: {row.shape} tree, largest to smallest"
         case CopyRace():
@@ -84,6 +91,8 @@ def print_tables(report: Report, console: Console) -> None:
     _print_copies(report.memcpy, targets, console)
     _print_probes(report.probes, targets, console)
     _print_metadata(report.metadata, targets, console)
+    if report.tails:
+        _print_tails(report.tails, report.pauses, targets, console)
     if report.replay:
         _print_replay(report.replay, console)
     missed = [about for about, target in targets.items() if not target.met]
@@ -134,6 +143,20 @@ def _print_metadata(metadata: list[Metadata], targets: dict[str, Target], consol
             _target(targets[_about(row)]),
         )
     console.print(table)
+
+
+def _print_tails(tails: list[Tail], pauses: list[Pause], targets: dict[str, Target], console: Console) -> None:
+    _print_title(f"µs a call, each timed by itself, {tails[0].calls:,} calls of each operation in turn", console)
+    table = number_table(("", ""), ("median", "p99", "p99.9", "slowest", "target"))
+    for row in tails:
+        times = (_us(us) for us in (row.median_us, row.p99_us, row.p999_us, row.max_us))
+        table.add_row(f"{row.leaves:,} leaves", row.operation, *times, _target(targets.get(_about(row))))
+    console.print(table)
+    for pause in pauses:
+        console.print(
+            f"A full collection by Python beside {pause.leaves:,} leaves: {pause.collect_ms:.1f} ms, and "
+            f"{pause.frozen_ms:.1f} ms after gc.freeze()."
+        )
 
 
 def _print_replay(replays: list[Replay], console: Console) -> None:

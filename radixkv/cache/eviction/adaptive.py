@@ -181,6 +181,7 @@ class AdaptivePolicy(EvictionPolicy):
 
     name = "adaptive"
     both_ends = True
+    whole_leaves = True  # what it learns is of leaves; parts of them made it lose up to a point on the Mooncake trace
     rank = staticmethod(attrgetter("last_access"))  # type: ignore[assignment]
 
     def __init__(self) -> None:

@@ -164,12 +164,22 @@ class CostAwarePolicy(EvictionPolicy):
         node.state = (node.state[0] + 1, self._inflation)
 
     def evicted(self, node: TreeNode) -> None:
-        self._inflation = max(self._inflation, self.rank(node)[0])
+        self._inflate(node, node.num_tokens)
+
+    def trimmed(self, kept: TreeNode, gone: TreeNode) -> None:
+        self._inflate(gone, kept.num_tokens + gone.num_tokens)
 
     def rank(self, node: TreeNode) -> tuple[float, int]:
+        return self._merit(node, node.num_tokens), node.last_access
+
+    def _inflate(self, node: TreeNode, num_tokens: int) -> None:
+        self._inflation = max(self._inflation, self._merit(node, num_tokens))
+
+    def _merit(self, node: TreeNode, num_tokens: int) -> float:
+        """Of the last `num_tokens` tokens on the path to `node`."""
         uses, inflation = node.state
-        mean_depth = node.end - node.num_tokens / 2
-        return inflation + uses * (1 + mean_depth / self.d0), node.last_access
+        mean_depth = node.end - num_tokens / 2
+        return float(inflation + uses * (1 + mean_depth / self.d0))
 
 
 POLICIES: dict[str, type[EvictionPolicy]] = {

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radixkv.errors import PolicyError
+
 if TYPE_CHECKING:
     from radixkv.cache.namespace import Namespace
     from radixkv.cache.tree.node import TreeNode
@@ -19,6 +21,10 @@ class EvictionPolicy:
 
     A policy needs a `name` and a `rank`. The other methods are hooks: what a subclass does not override costs
     nothing. A policy object serves one tree, and keeps what it knows of a node in `node.state`.
+
+    If a method raises an exception, whoever called the tree or the cache gets a PolicyError with that cause, and
+    everything stays consistent. A match or insert has not happened then. Evictions, removals and unpinning have, as
+    far as they came; a leaf that could not be ranked is evicted before all others, unless it is ranked anew before.
 
     >>> from radixkv import RadixTree
     >>> class ShortestFirst(EvictionPolicy):
@@ -36,6 +42,8 @@ class EvictionPolicy:
     """Whether `rank` is `node.last_access`: what is used goes to the end of the queue then, without further thought."""
     both_ends = False
     """Whether the leaf that ranks last in its group may go, too: `urgency` is then asked for both."""
+    whole_leaves = False
+    """Whether leaves go whole, also where less than that is needed."""
     tree: RadixTree
 
     def bind(self, tree: RadixTree) -> None:
@@ -73,6 +81,12 @@ class EvictionPolicy:
     def evicted(self, node: TreeNode) -> None:
         """`node` is about to be removed; it still hangs in the tree."""
 
+    def trimmed(self, kept: TreeNode, gone: TreeNode) -> None:
+        """The end of a leaf, now `gone`, is about to be removed, and `kept` is what stays of it; they share `state`.
+
+        Without it `split(kept, gone)` and `evicted(gone)` are told instead.
+        """
+
     def split(self, upper: TreeNode, lower: TreeNode) -> None:
         """The edge of `lower` was cut, and `upper` is its new parent. By default they share `state`."""
 
@@ -81,6 +95,16 @@ class EvictionPolicy:
 
 
 def hook(policy: EvictionPolicy, name: str) -> Callable[..., Any] | None:
-    """The policy's own method of that name; None if it did not override it."""
+    """The policy's own method of that name, whose exceptions come as PolicyError; None if it did not override it."""
     method = getattr(type(policy), name, None)
-    return None if method is None or method is getattr(EvictionPolicy, name) else getattr(policy, name)
+    if method is None or method is getattr(EvictionPolicy, name):
+        return None
+    call: Callable[..., Any] = getattr(policy, name)
+
+    def checked(*arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except Exception as error:
+            raise PolicyError(policy.name, error) from error
+
+    return checked

@@ -57,6 +57,7 @@ def _check_edge(node: TreeNode, page_size: int) -> None:
     num_pages = len(node.pages) // TOKEN_BYTES
     is_tail = num_pages == 1 and node.num_tokens < page_size and not node.children
     _require(node.num_tokens == num_pages * page_size or is_tail, "neither whole pages nor a tail", node)
+    _require(len(node.key) >= node.num_tokens * TOKEN_BYTES, "fewer tokens than it says", node)
     _require(node.end == node.parent.end + node.num_tokens, "it ends elsewhere than it says", node)
     _require(node.heir is None, "merged, and in the tree", node)
     _require(not node.cut or len(node.children) < 2, "a cut that branches", node)

@@ -23,7 +23,8 @@ class TreeNode:
 
     Attributes:
         key: the edge's tokens, little-endian int32 `bytes`: a whole number of pages, or less than one page in a tail.
-            Empty in a root.
+            Empty in a root. In a leaf whose end was evicted other tokens may follow: see `edge`.
+        num_tokens: tokens on the edge.
         pages: the edge's pages, int32 `bytes`, or a window on such.
         end: tokens from the root to the end of this edge.
         children: by the bytes of the first page of their key.
@@ -39,12 +40,15 @@ class TreeNode:
         last_access: tick of the last match or insert that came this way.
         priority: the highest of the requests that came this way.
         keep_until: by the tree's clock; before that it is evicted only if nothing else can be.
-        entry: what stands for it in the eviction queue; None while it is not an unpinned leaf.
+        entry: its rank in the eviction queue; None while it is not an unpinned leaf.
+        before, after: its neighbours there, if it is linked with others.
         state: belongs to the eviction policy; None at first.
         prefix: the tokens from the root to its end, for events; None until an observer asks.
     """
 
     __slots__ = (
+        "after",
+        "before",
         "changes",
         "children",
         "created",
@@ -58,6 +62,7 @@ class TreeNode:
         "last_access",
         "lock_ref",
         "namespace",
+        "num_tokens",
         "ordered",
         "pages",
         "parent",
@@ -68,6 +73,7 @@ class TreeNode:
 
     def __init__(self, key: bytes, pages: PageBytes, end: int, parent: TreeNode | None, tick: int) -> None:
         self.key = key
+        self.num_tokens = len(key) // TOKEN_BYTES
         self.pages = pages
         self.end = end
         self.parent = parent
@@ -82,18 +88,20 @@ class TreeNode:
         self.priority = 0
         self.keep_until = 0.0
         self.entry: Entry | None = None
+        self.before: TreeNode | None = None
+        self.after: TreeNode | None = None
         self.state: Any = None
         self.prefix: Prefix | None = None
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens on the edge."""
-        return len(self.key) // TOKEN_BYTES
+    def edge(self) -> bytes:
+        """The edge's tokens, little-endian int32. O(1), and O(tokens) in a leaf whose end was evicted."""
+        return self.key[: self.num_tokens * TOKEN_BYTES]
 
     @property
     def token_ids(self) -> NDArray[np.int32]:
         """The edge's tokens, read-only."""
-        return np.frombuffer(self.key, np.int32)
+        return np.frombuffer(self.key, np.int32)[: self.num_tokens]
 
     @property
     def page_ids(self) -> NDArray[np.int32]:
@@ -106,7 +114,7 @@ class TreeNode:
 
     def is_tail(self, page_size: int) -> bool:
         """Whether it holds less than a page."""
-        return 0 < len(self.key) < page_size * TOKEN_BYTES
+        return 0 < self.num_tokens < page_size
 
     @property
     def is_evictable(self) -> bool:

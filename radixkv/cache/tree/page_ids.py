@@ -48,3 +48,12 @@ def page_bytes(pages: NDArray[np.int32], known: int = 0) -> PageBytes:
         position = known + int((kept < 0).argmax())
         raise InvalidPagesError(f"page ids: page id {pages[position]} at position {position} lies outside [0, 2**31)")
     return kept.tobytes()
+
+
+def leading_pages(pages: PageBytes, size: int) -> PageBytes:
+    """The first `size` bytes of `pages`. O(1): a window if there are many, and a copy once half of them is useless."""
+    if size < _WORTH_A_WINDOW * PAGE_ID_BYTES:
+        return bytes(pages[:size])
+    window = memoryview(pages)[:size]
+    whole = window.obj
+    return window if whole is _CONSECUTIVE or 2 * size > len(whole) else bytes(window)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from radixkv.cache.tree.first_pages import common_prefix_tokens, likest_children
 from radixkv.cache.tree.node import InsertResult, MatchResult, PartialPage, TreeNode, new_root
 from radixkv.cache.tree.page_ids import PageBytes, page_array, page_bytes
 from radixkv.cache.tree.shape import TreeShape
-from radixkv.errors import InvalidPagesError, InvalidRequestError
+from radixkv.errors import InvalidPagesError, InvalidRequestError, PolicyError
 
 SHORTEN_PATHS_LONGER_THAN = 16  # nodes; on such a path, forks that have one child left are merged …
 SHORTEN_EVERY_TICKS = 16  # … though not in each match: looking for them costs a pass over the path
@@ -95,7 +95,7 @@ class RadixTree(TreeShape):
         node, partial = self._descend(self._roots.get(namespace) or new_root(namespace, 0), tokens, runs)
         length = node.end
         if partial is not None:
-            common = self._common_pages(tokens, length, partial.key)
+            common = self._common_pages(tokens, length, partial)
             length += common
         if length < len(tokens):
             check_tokens(tokens, length)
@@ -109,7 +109,7 @@ class RadixTree(TreeShape):
             self._touch(node)
         else:
             self._touch(partial)
-            node = self._unclaimed = self._cut(partial, common)
+            node = self._cut(partial, common)
             runs.append(node.pages)
         if len(runs) > SHORTEN_PATHS_LONGER_THAN and self._tick % SHORTEN_EVERY_TICKS == 0:
             self._shorten(node.path())
@@ -212,16 +212,15 @@ class RadixTree(TreeShape):
         node, partial = self._descend(root, tokens, [])
         length = node.end
         if partial is not None:
-            common = self._common_pages(tokens, length, partial.key)
+            common = self._common_pages(tokens, length, partial)
             length += common
         check_tokens(tokens, length)
         new_pages = page_bytes(page_ids, length // page_size)
         self._tick += 1
         self._touch(partial or node)
         if partial is not None:
-            node = self._unclaimed = self._cut(partial, common)
+            node = self._cut(partial, common)
         if new_pages:
-            self._roots[namespace] = root
             node = self._add_leaf(node, tokens[length : num_pages * page_size].tobytes(), new_pages)
         return _new_tuple(InsertResult, (length, node))
 
@@ -255,9 +254,7 @@ class RadixTree(TreeShape):
                 f"got {len(key) // TOKEN_BYTES} tokens"
             )
         check_tokens(int32_array(rest))
-        if node.namespace is not None:
-            self._roots[node.namespace] = node
-        elif node.last_access < self._tick:
+        if node.namespace is None and node.last_access < self._tick:
             self._touch(node)
         return self._add_leaf(node, key, page_id)
 
@@ -269,8 +266,11 @@ class RadixTree(TreeShape):
         """
         if not leaf.is_evictable:
             raise InvalidRequestError(f"{leaf} cannot be removed: it is pinned, has children, or has left the tree")
-        self._queue.remove(leaf)
-        self._remove_leaf(leaf, "removed")
+        try:
+            self._remove_leaf(leaf, "removed")
+        except PolicyError as error:
+            error.freed = leaf.page_ids
+            raise
         return leaf.page_ids
 
     def touch(self, node: TreeNode) -> None:
@@ -360,17 +360,19 @@ class RadixTree(TreeShape):
             self._queue.add(node)
 
     def evict(self, num_tokens: int) -> NDArray[np.int32]:
-        """Remove unpinned leaves in policy order until at least `num_tokens` tokens are gone or none is left.
+        """Remove unpinned leaves in policy order until the pages of `num_tokens` tokens are gone, or none is left.
 
-        Leaves go whole; a parent becomes a leaf when its last child goes. O(log leaves) a leaf.
+        Of the last leaf no more than these pages go, from its end; a parent becomes a leaf when its last child goes.
+        O(log leaves) a leaf, and O(pages freed).
 
         Returns: the freed pages, int32, read-only; no longer the tree's.
+        Raises: PolicyError if the policy fails, with the pages that were freed before in its `freed`.
 
         >>> tree = RadixTree()
         >>> _ = tree.insert([1, 2], pages=[7, 8]), tree.insert([5, 6, 7], pages=[9, 10, 11])
         >>> _ = tree.match_prefix([1, 2])                           # used last, so it goes last
-        >>> tree.evict(1).tolist()
-        [9, 10, 11]
+        >>> tree.evict(1).tolist(), tree.evict(3).tolist()
+        ([11], [9, 10, 8])
         """
         return self._evict(num_tokens, "evicted")
 
@@ -378,28 +380,53 @@ class RadixTree(TreeShape):
         freed: list[PageBytes] = []
         missing = -(-num_tokens // self.page_size) * TOKEN_BYTES  # in bytes of page ids
         queue = self._queue
-        while missing > 0 and queue:
-            leaf = queue.pop()
-            missing -= len(leaf.pages)
-            freed.append(leaf.pages)
-            self._remove_leaf(leaf, cause)
+        try:
+            while missing > 0 and queue:
+                leaf = queue.first()
+                size = len(leaf.pages)
+                if size > missing and not self.policy.whole_leaves:
+                    freed.append(leaf.pages[size - missing :])
+                    self._trim(leaf, size - missing, cause)
+                    break
+                missing -= size
+                freed.append(leaf.pages)
+                self._remove_leaf(leaf, cause)
+        except PolicyError as error:
+            error.freed = np.frombuffer(b"".join(freed), np.int32)
+            raise
         return np.frombuffer(b"".join(freed), np.int32)
 
     def clear(self) -> NDArray[np.int32]:
         """Remove everything that is not pinned. Observers are sent `Cleared` if nothing was. O(nodes).
 
         Returns: the freed pages, int32, read-only; no longer the tree's.
+        Raises: PolicyError, after all of that was done, with the pages.
         """
         if self._evictable_bytes < self._total_bytes:
-            return self._evict(self.evictable_size, "reset")
+            return self._evict_all()
         observers, self.events.observers = self.events.observers, ()
         try:
-            freed = self._evict(self.evictable_size, "reset")
+            return self._evict_all()
         finally:
             self.events.observers = observers
-        if observers:
-            self.events.send(Cleared("pool"))
-        return freed
+            if observers:
+                self.events.send(Cleared("pool"))
+
+    def _evict_all(self) -> NDArray[np.int32]:
+        freed: list[NDArray[np.int32]] = []
+        failure: PolicyError | None = None
+        while self._queue:
+            try:
+                freed.append(self._evict(self.evictable_size, "reset"))
+            except PolicyError as error:  # on with the others: what the policy fails on comes first now
+                freed.append(np.asarray(error.freed, np.int32))
+                failure = failure or error
+        pages = np.concatenate(freed) if freed else np.empty(0, np.int32)
+        pages.flags.writeable = False
+        if failure is not None:
+            failure.freed = pages
+            raise failure
+        return pages
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -424,9 +451,9 @@ class RadixTree(TreeShape):
             runs.append(child.pages)
         return node, None
 
-    def _common_pages(self, tokens: Tokens, position: int, key: bytes) -> int:
-        """Tokens, in whole pages, that `tokens` from `position` on and `key` have in common, but not all of `key`."""
-        return common_tokens(tokens[position:], np.frombuffer(key, np.int32)) // self.page_size * self.page_size
+    def _common_pages(self, tokens: Tokens, position: int, node: TreeNode) -> int:
+        """Tokens, in whole pages, that `tokens` from `position` on have in common with `node`; not all of its edge."""
+        return common_tokens(tokens[position:], node.token_ids) // self.page_size * self.page_size
 
     def __repr__(self) -> str:
         return (

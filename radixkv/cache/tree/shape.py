@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv.cache.events import EventChannel, Observer, PageRun, RemovalCause, Removed, Stored, run_of
+from radixkv.cache.events import EventChannel, Observer, PageRun, RemovalCause, Removed, Stored, prefix_of, run_of
 from radixkv.cache.eviction.policies import resolve_policy
 from radixkv.cache.eviction.policy import EvictionPolicy, hook
 from radixkv.cache.namespace import Namespace
@@ -18,7 +18,7 @@ from radixkv.cache.token_ids import TOKEN_BYTES
 from radixkv.cache.tree.checks import check_tree
 from radixkv.cache.tree.leaf_queue import LeafQueue
 from radixkv.cache.tree.node import TreeNode
-from radixkv.cache.tree.page_ids import PageBytes
+from radixkv.cache.tree.page_ids import PageBytes, leading_pages
 from radixkv.config.checks import checked_int
 from radixkv.errors import InvalidRequestError
 
@@ -55,6 +55,7 @@ class TreeShape:
         self._on_matched = hook(self.policy, "matched")
         self._on_added = hook(self.policy, "added")
         self._on_evicted = hook(self.policy, "evicted")
+        self._on_trimmed = hook(self.policy, "trimmed")
         self._on_split = hook(self.policy, "split")
         self._on_merged = hook(self.policy, "merged")
 
@@ -148,7 +149,7 @@ class TreeShape:
             self._queue.use(node)
 
     def _cut(self, node: TreeNode, head_tokens: int) -> TreeNode:
-        """Cut `node`'s edge after `head_tokens`; returns the new upper node.
+        """Cut `node`'s edge after `head_tokens`; returns the new upper node, which is merged back unless it is claimed.
 
         `node` stays the lower part, so that a pin on it still holds the whole path.
         """
@@ -165,10 +166,12 @@ class TreeShape:
         upper.fork = upper.cut = True
         parent.children[upper.key[: self._page_bytes]] = upper
         parent.changes += 1
-        node.key = node.key[head_bytes:]
+        node.key = node.edge[head_bytes:]
+        node.num_tokens -= head_tokens
         node.pages = node.pages[head_pages:]
         node.parent = upper
         upper.children[node.key[: self._page_bytes]] = node
+        self._unclaimed = upper
         if self._on_split is not None:
             self._on_split(upper, node)
         if node.entry is not None:  # a rank may depend on the edge
@@ -223,7 +226,8 @@ class TreeShape:
         assert parent is not None, top
         parent.children[top.key[: self._page_bytes]] = lower
         parent.changes += 1
-        lower.key = b"".join([node.key for node in chain])
+        lower.key = b"".join([node.edge for node in chain])
+        lower.num_tokens = lower.end - parent.end
         lower.pages = b"".join([node.pages for node in chain])
         lower.parent = parent
         for upper in uppers:
@@ -240,32 +244,106 @@ class TreeShape:
         return node
 
     def _add_leaf(self, parent: TreeNode, key: bytes, pages: PageBytes) -> TreeNode:
+        """Add a leaf that is used now. If the policy fails the tree is as before."""
         leaf = TreeNode(key, pages, parent.end + len(key) // TOKEN_BYTES, parent, self._tick)
-        if parent.entry is not None:
-            self._queue.remove(parent)
-        parent.cut = False
         first_page = key[: self._page_bytes]
+        if parent.namespace is not None:
+            self._roots[parent.namespace] = parent
         parent.children[first_page] = leaf
         parent.changes += 1
         if parent.ordered is not None:
             parent.ordered.add(first_page)
         self._evictable_bytes += len(pages)
         self._total_bytes += len(pages)
-        if self._on_added is not None:
-            self._on_added(leaf)
-        self._queue.add_used(leaf)
+        try:
+            if self._on_added is not None:
+                self._on_added(leaf)
+            self._queue.add_used(leaf)
+        except BaseException:
+            if leaf.entry is not None:
+                self._queue.remove(leaf)
+            self._unlink(parent, first_page, leaf)
+            raise
+        if parent.entry is not None:
+            self._queue.remove(parent)
+        parent.cut = False
         if self.events.observers:
             self.events.send(Stored(run_of(leaf, self.page_size), "pool"))
         return leaf
 
     def _remove_leaf(self, leaf: TreeNode, cause: RemovalCause) -> None:
+        """Remove an unpinned leaf from the tree and from the queue. It is removed whether or not the policy fails."""
         parent = leaf.parent
         assert parent is not None, leaf
         assert leaf.lock_ref == 0, leaf
-        if self._on_evicted is not None:
-            self._on_evicted(leaf)
         run = run_of(leaf, self.page_size) if self.events.observers else None
-        first_page = leaf.key[: self._page_bytes]
+        try:
+            if self._on_evicted is not None:
+                self._on_evicted(leaf)
+        finally:
+            self._queue.remove(leaf)
+            self._unlink(parent, leaf.key[: self._page_bytes], leaf)
+            try:
+                if not parent.children and parent.namespace is None and parent.lock_ref == 0:
+                    self._queue.add(parent)
+            finally:
+                if run is not None:
+                    self.events.send(Removed(run, "pool", cause, leaf.last_access))
+
+    def _trim(self, leaf: TreeNode, kept_bytes: int, cause: RemovalCause) -> None:
+        """Remove the end of an unpinned leaf, but for its first pages, `kept_bytes` in page ids. O(pages removed).
+
+        The rest is a new node in its place, so that nobody takes the whole for cached who knows the leaf; that becomes
+        the part which is removed. It is, whether or not the policy fails.
+        """
+        kept = self._insert_above(leaf, kept_bytes)
+        run = run_of(leaf, self.page_size) if self.events.observers else None
+        try:
+            if self._on_trimmed is not None:
+                self._on_trimmed(kept, leaf)
+            else:
+                if self._on_split is not None:
+                    self._on_split(kept, leaf)
+                if self._on_evicted is not None:
+                    self._on_evicted(leaf)
+        finally:
+            self._unlink(kept, leaf.key[: self._page_bytes], leaf)
+            try:
+                self._queue.replace(leaf, kept)
+            finally:
+                if run is not None:
+                    self.events.send(Removed(run, "pool", cause, leaf.last_access))
+
+    def _insert_above(self, leaf: TreeNode, kept_bytes: int) -> TreeNode:
+        """A node between `leaf` and its parent that takes over its first pages; tokens are not copied if many."""
+        parent = leaf.parent
+        assert parent is not None, leaf
+        kept_tokens = kept_bytes // TOKEN_BYTES * self.page_size
+        size = kept_tokens * TOKEN_BYTES
+        key, pages = leaf.key, leaf.pages
+        prefix = prefix_of(leaf, self.page_size) if self.events.observers else None
+        kept = TreeNode(
+            key if 2 * size > len(key) else key[:size],
+            leading_pages(pages, kept_bytes),
+            parent.end + kept_tokens,
+            parent,
+            leaf.last_access,
+        )
+        kept.num_tokens = kept_tokens
+        kept.created, kept.priority, kept.keep_until = leaf.created, leaf.priority, leaf.keep_until
+        kept.state, kept.fork = leaf.state, leaf.fork
+        if prefix is not None:
+            kept.prefix = prefix.first(kept.end)
+        leaf.key, leaf.pages = key[size : leaf.num_tokens * TOKEN_BYTES], bytes(pages[kept_bytes:])
+        leaf.num_tokens -= kept_tokens
+        leaf.parent = kept
+        parent.children[key[: self._page_bytes]] = kept
+        parent.changes += 1
+        kept.children[leaf.key[: self._page_bytes]] = leaf
+        return kept
+
+    def _unlink(self, parent: TreeNode, first_page: bytes, leaf: TreeNode) -> None:
+        """Take a leaf from its parent; a root goes with its last child."""
         del parent.children[first_page]
         parent.changes += 1
         if parent.ordered is not None:
@@ -273,10 +351,5 @@ class TreeShape:
         leaf.parent = None
         self._evictable_bytes -= len(leaf.pages)
         self._total_bytes -= len(leaf.pages)
-        if not parent.children:
-            if parent.namespace is not None:
-                del self._roots[parent.namespace]
-            elif parent.lock_ref == 0:
-                self._queue.add(parent)
-        if run is not None:
-            self.events.send(Removed(run, "pool", cause, leaf.last_access))
+        if parent.namespace is not None and not parent.children:
+            del self._roots[parent.namespace]
