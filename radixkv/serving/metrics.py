@@ -6,15 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 from prometheus_client.registry import Collector
 
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.engine.request import RequestOutput
 from radixkv.engine.results import EngineStats
 
-__all__ = ["CONTENT_TYPE", "Metrics"]
-
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16_384, 65_536, 262_144)
 PATHS = ("/v1/", "/tokenize", "/detokenize", "/health", "/ready", "/metrics")
