@@ -57,7 +57,9 @@ def _add_probes(app: FastAPI, service: Service) -> None:
     async def metrics(request: Request) -> Response:
         """What Prometheus collects."""
         require_admin(request)
-        return Response(service.metrics.render(await service.engine.stats()), media_type=CONTENT_TYPE)
+        await service.promises.check()
+        content = service.metrics.render(await service.engine.stats(), service.promises)
+        return Response(content, media_type=CONTENT_TYPE)
 
     @app.get("/ready")
     async def ready() -> Response:
