@@ -26,6 +26,7 @@ def server() -> Iterator[Running]:
 @pytest.fixture(autouse=True)
 def _empty(server: Running) -> Iterator[None]:
     asyncio.run(server.engine.reset_cache())
+    server.http().get("/metrics")  # what was promised before is gone, which is counted here
     yield
     server.check_idle()
 
@@ -151,3 +152,23 @@ def test_options_keep_a_whole_prompt(server: Running, stream: bool) -> None:
     assert server.http().post("/v1/completions", json=body).status_code == 200
     fill(server)
     assert post(server, "/v1/cache/explain", {"prompt": PROMPT})["reason"] == "hit"
+
+
+def test_promises_that_are_broken_are_counted(server: Running) -> None:
+    def promises() -> tuple[int, int]:
+        assert server.http().get("/metrics").status_code == 200
+        return server.service.promises.num_broken, server.service.promises.num_open
+
+    broken, still_open = promises()
+    kept = {"prompt_cache_options": {"ttl": "12h"}}
+    usage_of(server, {**GREEDY, "prompt": PROMPT, **kept})
+    assert promises() == (broken, still_open + 1)
+    fill(server)
+    assert promises() == (broken, still_open + 1), "others went first"
+    for number in range(6):
+        post(server, "/v1/completions", {**GREEDY, "prompt": f"{number} kept words " * 60, **kept})
+    now_broken, now_open = promises()
+    assert now_broken > broken
+    assert (now_broken - broken) + (now_open - still_open) == 7
+    text = server.http().get("/metrics").text
+    assert f'radixkv_promises_total{{kept="no"}} {float(now_broken)}' in text

@@ -152,6 +152,16 @@ def test_an_answer_fits_its_schema(server: Running) -> None:
     assert json.loads(response.output_text)["name"] in ("Romeo", "Juliet")
 
 
+def test_halves_of_characters_make_no_server_fail(server: Running) -> None:
+    body = '{"model": "demo", "input": "?", "max_output_tokens": 1, "metadata": {"a": "\\ud800"}, "user": "\\udfff"}'
+    answer = server.http().post("/v1/responses", content=body, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["metadata"]) == (200, {"a": "?"})
+    for field in ("model", "input", "instructions", "cache_salt", "tool_choice", "previous_response_id", "\\ud801"):
+        body = f'{{"input": "?", "max_output_tokens": 1, "{field}": "\\ud800"}}'
+        answer = server.http().post("/v1/responses", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code in (200, 400, 404), field
+
+
 def test_items_become_messages() -> None:
     body = ResponsesBody.model_validate(
         {

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from radixkv.engine.request import Progress, RequestOutput, Usage
 from radixkv.serving.answer_form import ToolUse, grammar_of
@@ -24,6 +24,7 @@ from radixkv.serving.sampling_fields import sampling_params
 from radixkv.serving.service import Service, in_thread, tenant_of
 from radixkv.serving.streaming import event, unless_gone
 from radixkv.serving.tool_calls import AnswerReader, Call, parse, parse_own
+from radixkv.serving.wire import JsonAnswer
 
 
 def router(service: Service) -> APIRouter:
@@ -40,7 +41,7 @@ def router(service: Service) -> APIRouter:
         if body.stream:
             return service.stream(call.events(), lambda error: event(error.body(MESSAGES_PATH), "error"))
         (output,) = await unless_gone(request, call.generation.outputs())
-        return JSONResponse(call.answer(output))
+        return JsonAnswer(call.answer(output))
 
     @routes.post(f"{MESSAGES_PATH}/count_tokens", response_model=None)
     async def count_tokens(body: CountBody, request: Request) -> Response:
@@ -49,7 +50,7 @@ def router(service: Service) -> APIRouter:
         service.check_model(body.model)
         body.tool_use()
         prompt = await unless_gone(request, service.chat_prompts.encode(body.chat()))
-        return JSONResponse({"input_tokens": len(prompt)})
+        return JsonAnswer({"input_tokens": len(prompt)})
 
     return routes
 

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from radixkv.serving import (
     anthropic_messages,
@@ -21,6 +21,7 @@ from radixkv.serving.errors import as_api_error
 from radixkv.serving.gatekeeper import Gatekeeper
 from radixkv.serving.metrics import CONTENT_TYPE
 from radixkv.serving.service import Service, require_admin
+from radixkv.serving.wire import JsonAnswer
 
 
 def make_app(service: Service) -> FastAPI:
@@ -50,18 +51,20 @@ def _add_probes(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         """Whether the engine lives and steps."""
         await service.check_health()
-        return JSONResponse({"status": "ok"})
+        return JsonAnswer({"status": "ok"})
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         """What Prometheus collects."""
         require_admin(request)
-        return Response(service.metrics.render(await service.engine.stats()), media_type=CONTENT_TYPE)
+        await service.promises.check()
+        content = service.metrics.render(await service.engine.stats(), service.promises)
+        return Response(content, media_type=CONTENT_TYPE)
 
     @app.get("/ready")
     async def ready() -> Response:
         """Whether requests are taken now."""
         await service.check_health()
         if service.admission.is_draining:
-            return JSONResponse({"status": "draining"}, 503)
-        return JSONResponse({"status": "ready"})
+            return JsonAnswer({"status": "draining"}, 503)
+        return JsonAnswer({"status": "ready"})

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.keeping import MAX_KEEP_FOR_S
@@ -17,6 +17,7 @@ from radixkv.serving.generation import Ids, Keep
 from radixkv.serving.prompt_body import PromptBody, ids_of
 from radixkv.serving.service import Service, require_admin, tenant_of
 from radixkv.serving.streaming import unless_gone
+from radixkv.serving.wire import JsonAnswer
 
 SAME_TOKENS = 32  # of those before a difference that are shown
 
@@ -42,13 +43,13 @@ def router(service: Service) -> APIRouter:
     async def get_stats(request: Request) -> Response:
         """What the cache holds, and what it did."""
         require_admin(request)
-        return JSONResponse(_stats(await service.engine.stats()))
+        return JsonAnswer(_stats(await service.engine.stats()))
 
     @routes.post("/v1/cache/flush", response_model=None)
     async def flush(request: Request) -> Response:
         """Forget every prefix that no running request reads."""
         require_admin(request)
-        return JSONResponse((await service.engine.reset_cache())._asdict())
+        return JsonAnswer((await service.engine.reset_cache())._asdict())
 
     @routes.post("/v1/cache/explain", response_model=None)
     async def explain(body: CacheBody, request: Request) -> Response:
@@ -57,7 +58,7 @@ def router(service: Service) -> APIRouter:
         ids = await ids_of(service, body)
         namespace = tenant_of(request).namespace
         found = await service.engine.explain(ids, extra_key=namespace, cache_salt=body.cache_salt)
-        return JSONResponse(_explanation(found, ids, service.engine.tokenizer))
+        return JsonAnswer(_explanation(found, ids, service.engine.tokenizer))
 
     @routes.post("/v1/cache/prewarm", response_model=None)
     async def prewarm(body: PrewarmBody, request: Request) -> Response:
@@ -68,7 +69,7 @@ def router(service: Service) -> APIRouter:
         keeps = [] if body.keep_for_s is None else [Keep(ids, body.keep_for_s)]
         generation = service.generation([ids], SamplingParams(max_tokens=0), use, tenant_of(request), keeps)
         usage = generation.usage(await unless_gone(request, generation.outputs()))
-        return JSONResponse(
+        return JsonAnswer(
             {
                 "prompt_tokens": usage.prompt_tokens,
                 "cached_tokens": usage.cached_tokens,

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 
 from radixkv.errors import (
     ClosedError,
@@ -25,6 +25,7 @@ from radixkv.errors import (
     RadixKVError,
     TokenIdsTypeError,
 )
+from radixkv.serving.wire import JsonAnswer
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +86,9 @@ class ApiError(Exception):
             return {"type": "error", "error": {"type": kind, "message": self.message}}
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
-    def response(self, path: str) -> JSONResponse:
+    def response(self, path: str) -> JsonAnswer:
         """The answer, as a response."""
-        return JSONResponse(self.body(path), self.status, self.headers)
+        return JsonAnswer(self.body(path), self.status, self.headers)
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -100,7 +101,7 @@ def as_api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
-        case RequestValidationError():
+        case RequestValidationError() | ValidationError():  # the latter of a body that is made of another
             return _of_validation(error.errors())
         case HTTPException():
             return ApiError(error.status_code, _phrase(error.status_code))

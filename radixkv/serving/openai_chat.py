@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from radixkv.engine.request import RequestOutput
 from radixkv.serving.answer_form import ToolUse, grammar_of
@@ -24,6 +24,7 @@ from radixkv.serving.sampling_fields import sampling_params
 from radixkv.serving.service import Service, tenant_of
 from radixkv.serving.streaming import DONE, event, unless_gone
 from radixkv.serving.tool_calls import AnswerReader, Call, Parsed, parse, parse_own
+from radixkv.serving.wire import JsonAnswer
 
 
 def router(service: Service) -> APIRouter:
@@ -38,7 +39,7 @@ def router(service: Service) -> APIRouter:
         call = await unless_gone(request, ChatCall.of(service, body, request))
         if body.stream:
             return service.stream(call.events())
-        return JSONResponse(call.answer(await unless_gone(request, call.generation.outputs())))
+        return JsonAnswer(call.answer(await unless_gone(request, call.generation.outputs())))
 
     return routes
 

@@ -105,7 +105,7 @@ class ChatBody(GenerationBody):
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     # accepted, and without meaning here
-    metadata: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
     modalities: list[str] | None = None
     prompt_cache_key: str | None = None
     reasoning_effort: str | None = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from radixkv.engine.async_engine import AsyncEngine
 from radixkv.engine.request import RequestOutput
@@ -25,6 +25,7 @@ from radixkv.serving.openai_usage import usage_object
 from radixkv.serving.sampling_fields import sampling_params
 from radixkv.serving.service import Service, tenant_of
 from radixkv.serving.streaming import DONE, event, unless_gone
+from radixkv.serving.wire import JsonAnswer
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 1024
@@ -52,7 +53,7 @@ def router(service: Service) -> APIRouter:
         call = await unless_gone(request, _CompletionCall.of(service, body, request))
         if body.stream:
             return service.stream(call.events())
-        return JSONResponse(call.answer(await unless_gone(request, call.generation.outputs())))
+        return JsonAnswer(call.answer(await unless_gone(request, call.generation.outputs())))
 
     return routes
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from radixkv.engine.request import RequestOutput, Usage
 from radixkv.serving.errors import ApiError, bad_request
@@ -21,6 +21,7 @@ from radixkv.serving.responses_body import ResponsesBody
 from radixkv.serving.service import Service, tenant_of
 from radixkv.serving.streaming import event, unless_gone
 from radixkv.serving.tool_calls import AnswerReader, Call
+from radixkv.serving.wire import JsonAnswer
 
 _REASONS = {"tools": "tools_changed", "system": "input_changed", "messages": "input_changed"}
 
@@ -55,19 +56,19 @@ def router(service: Service) -> APIRouter:
         if body.stream:
             return service.stream(call.events(), call.error_event)
         (output,) = await unless_gone(request, call.chat.generation.outputs())
-        return JSONResponse(call.finish(output))
+        return JsonAnswer(call.finish(output))
 
     @routes.get("/v1/responses/{response_id}", response_model=None)
     async def get_response(response_id: str, request: Request) -> Response:
         """A stored response."""
-        return JSONResponse(_stored(store, response_id, request).answer)
+        return JsonAnswer(_stored(store, response_id, request).answer)
 
     @routes.delete("/v1/responses/{response_id}", response_model=None)
     async def delete_response(response_id: str, request: Request) -> Response:
         """Forget a stored response."""
         _stored(store, response_id, request)
         store.remove(response_id)
-        return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+        return JsonAnswer({"id": response_id, "object": "response", "deleted": True})
 
     return routes
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from radixkv.serving.bodies import Body
 from radixkv.serving.prompt_body import PromptBody, ids_of
 from radixkv.serving.service import Service, in_thread
+from radixkv.serving.wire import JsonAnswer
 
 
 class TokenizeBody(PromptBody):
@@ -32,13 +33,13 @@ def router(service: Service) -> APIRouter:
     @routes.get("/v1/models", response_model=None)
     async def list_models() -> Response:
         """The model that is served."""
-        return JSONResponse({"object": "list", "data": [_model(service)]})
+        return JsonAnswer({"object": "list", "data": [_model(service)]})
 
     @routes.get("/v1/models/{name:path}", response_model=None)
     async def get_model(name: str) -> Response:
         """The model, if it has that name."""
         service.check_model(name)
-        return JSONResponse(_model(service))
+        return JsonAnswer(_model(service))
 
     @routes.post("/tokenize", response_model=None)
     async def tokenize(body: TokenizeBody) -> Response:
@@ -47,7 +48,7 @@ def router(service: Service) -> APIRouter:
         service.check_model(body.model)
         ids = (await ids_of(service, body, add_special_tokens=body.add_special_tokens)).tolist()
         limit = service.engine.max_context_tokens
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": limit})
+        return JsonAnswer({"tokens": ids, "count": len(ids), "max_model_len": limit})
 
     @routes.post("/detokenize", response_model=None)
     async def detokenize(body: DetokenizeBody) -> Response:
@@ -56,7 +57,7 @@ def router(service: Service) -> APIRouter:
         service.check_model(body.model)
         ids = service.engine.known_ids(body.tokens).tolist()
         text = await in_thread(service.engine.require_tokenizer("tokens").decode, ids)
-        return JSONResponse({"prompt": text})
+        return JsonAnswer({"prompt": text})
 
     return routes
 

@@ -87,7 +87,7 @@ class ResponsesBody(Body):
     priority: int | None = None
     stream: bool | None = None
     store: bool | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     # accepted, and without meaning here
     include: list[str] | None = None

@@ -24,6 +24,7 @@ from radixkv.serving.generation import CacheUse, Generation, Ids, Keep
 from radixkv.serving.grammars import Grammar, Grammars
 from radixkv.serving.metrics import Metrics
 from radixkv.serving.openai_logprobs import TokenTexts
+from radixkv.serving.promises import Promises
 from radixkv.serving.streaming import EventStream, event
 from radixkv.serving.tenants import KeyRing, Tenant
 
@@ -44,6 +45,7 @@ class Service:
         self.admission = Admission()
         self.chat_prompts = ChatPrompts(engine)
         self.grammars = Grammars(engine)
+        self.promises = Promises(engine)
         self.token_texts = TokenTexts(engine.tokenizer)
         self.metrics = Metrics(self.model_name)
         self.unknown_fields = UnknownFields(strict=self.config.strict)
@@ -83,6 +85,7 @@ class Service:
             keeps=keeps,
             on_prompt=self._look_up,
             on_output=lambda output: self.metrics.observe(output, tenant.name),
+            on_keep=self.promises.add,
         )
 
     def _look_up(self, prompt: Ids, use: CacheUse) -> None:

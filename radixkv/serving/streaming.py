@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from radixkv.serving.wire import to_json
 
 T = TypeVar("T")
 
@@ -27,8 +28,8 @@ def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
     >>> event({"a": 1}), event({}, "ping")
     (b'data: {"a":1}\\n\\n', b'event: ping\\ndata: {}\\n\\n')
     """
-    head = "" if name is None else f"event: {name}\n"
-    return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    head = b"" if name is None else b"event: %s\n" % name.encode()
+    return b"%sdata: %s\n\n" % (head, to_json(data))
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
