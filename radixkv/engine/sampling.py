@@ -46,7 +46,7 @@ class Sampler:
     def logprobs_of_rows(self, logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
         """Log probabilities of each row of `logits` [rows, vocab_size], and of its token in `token_ids`."""
         values = torch.log_softmax(logits.float(), dim=-1)
-        own = values.gather(1, torch.tensor(token_ids, device=values.device)[:, None])[:, 0]
+        own = values.gather(1, torch.tensor(token_ids, dtype=torch.int64, device=values.device)[:, None])[:, 0]
         top = values.topk(min(num_top, values.shape[1]))
         rows = zip(token_ids, own.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
         return [
