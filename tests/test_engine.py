@@ -108,7 +108,7 @@ def test_what_is_kept_outlives_what_is_not(make_engine: MakeEngine) -> None:
     assert engine.generate(kept, params)[0].cached_tokens == 39
     assert engine.generate(other, params)[0].cached_tokens == 24, "its end made room"
     assert engine.generate(random_ids(4, 120), params)[0].finish_reason == "length", "it blocks nobody"
-    assert engine.generate(kept, params)[0].cached_tokens == 0
+    assert engine.generate(kept, params)[0].cached_tokens == 8
 
 
 def test_priority_of_requests(make_engine: MakeEngine) -> None:
