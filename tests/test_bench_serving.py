@@ -3,16 +3,46 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from radixkv_bench.serving import command, conversations, servers, soak
+from http_server import running
+from radixkv import AsyncEngine
+from radixkv_bench.serving import command, conversations, http_cost, schema_cost, servers, soak
+from radixkv_bench.serving.client import Address
+from radixkv_bench.serving.servers import RunningServer
 
 TINY = ["--rounds", "1", "--attention-backend", "torch", "--kv-cache-tokens", "4096"]
 SMALL_MODEL = "hidden=32,layers=1,heads=2,vocab=200"
+
+
+real_server = servers.radixkv_server
+
+
+@contextmanager
+def server_in_a_thread(model: str, settings: Mapping[str, Any], *, profile: Any = ()) -> Iterator[RunningServer]:
+    """In this process, which starts sooner than another; a profiler needs one of its own."""
+    if profile:
+        with real_server(model, settings, profile=profile) as server:
+            yield server
+        return
+    settings = dict(settings)
+    engine = AsyncEngine.from_pretrained(model, max_waiting=settings.pop("max_waiting", 1024), **settings)
+    with running(engine, served_model_name=model) as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        yield RunningServer(os.getpid(), Address(host, int(port)))
+
+
+@pytest.fixture(autouse=True)
+def servers_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (conversations, http_cost, schema_cost, soak):
+        monkeypatch.setattr(module, "radixkv_server", server_in_a_thread)
 
 
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
@@ -37,9 +67,7 @@ def test_both_servers_hold_the_same_conversations(
     """With radixkv in the place of the other, too: it stands in for packages that are not installed here."""
     ours = {"dtype": "float32", "attention_backend": "torch", "kv_cache_tokens": 4096}
     monkeypatch.setattr(conversations, "check_transformers", lambda: None)
-    monkeypatch.setattr(
-        conversations, "transformers_server", lambda model, *_: servers.radixkv_server(str(model), ours)
-    )
+    monkeypatch.setattr(conversations, "transformers_server", lambda model, *_: server_in_a_thread(str(model), ours))
     figures = talk(tmp_path, monkeypatch)
     for server in figures["servers"].values():
         assert server["output_tokens"] == [2 * 2 * 4]
@@ -68,13 +96,26 @@ def test_a_package_that_the_other_server_lacks_is_one_line(
 def test_http_is_compared_with_the_engine_and_taken_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = ["--streams", "3", "--prompt-tokens", "8", "--stream-tokens", "6"]
-    figures = run(tmp_path, monkeypatch, "--cases", "http", *sizes)["http"]
+    monkeypatch.setattr(http_cost, "THREADS", ("loop",))
+    figures = http_figures(tmp_path, monkeypatch)
     assert figures["ratio"] == pytest.approx(figures["http_tokens_a_second"] / figures["engine_tokens_a_second"])
     assert set(figures["processor_us_a_token"]) == {"client", "event loop", "engine and model"}
     assert {"JSON and events", "HTTP protocol", "event loop, sockets"} <= set(figures["profile_us_a_token"]["loop"])
-    assert {"model and sampling", "detokenising"} <= set(figures["profile_us_a_token"]["engine"])
-    assert "3 streams, 8 tokens in and 6 out" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "3 streams, 8 tokens in and 6 out" in shown
+    assert "thread of the event loop, by a profiler: " in shown
+
+
+@pytest.mark.stress
+def test_the_engines_thread_is_taken_apart_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = http_figures(tmp_path, monkeypatch)["profile_us_a_token"]
+    assert {"model and sampling", "detokenising"} <= set(parts["engine"])
+
+
+def http_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    sizes = ["--streams", "3", "--prompt-tokens", "8", "--stream-tokens", "6"]
+    figures: dict[str, Any] = run(tmp_path, monkeypatch, "--cases", "http", *sizes)["http"]
+    return figures
 
 
 def test_a_schema_is_compared_with_none(

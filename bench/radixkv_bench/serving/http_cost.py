@@ -33,6 +33,7 @@ PARTS = {  # of the processor time, by what is in the path of a function's file;
     "model and sampling": ("radixkv/", "/torch/", "/transformers/", "/numpy/", "/numba/", "radixkv.kernels"),
 }
 OTHER = "other"
+THREADS = ("loop", "engine")  # of the server, that are profiled
 
 
 def texts(count: int, tokens: int, seed: int) -> list[str]:
@@ -68,7 +69,7 @@ def measure(
                 used.append(costs)
             advance(1)
     prompts = texts(streams, prompt_tokens, seed + rounds + 1)
-    parts = {thread: _parts(thread, prompts, output_tokens, settings) for thread in ("loop", "engine")}
+    parts = {thread: _parts(thread, prompts, output_tokens, settings) for thread in THREADS}
     advance(1)
     return {
         "streams": streams,

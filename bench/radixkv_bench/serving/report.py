@@ -9,6 +9,7 @@ from rich.console import Console
 from radixkv_bench.common.tables import number_table
 
 Report = dict[str, Any]
+THREAD_NAMES = {"loop": "event loop", "engine": "engine"}
 
 
 def print_tables(report: Report, console: Console) -> None:
@@ -54,11 +55,10 @@ def _http(figures: Report, console: Console) -> None:
     )
     used = ", ".join(f"{name} {value:,.1f}" for name, value in figures["processor_us_a_token"].items())
     _say(console, f"processor time in µs a token: {used}")
-    for thread, title in (("loop", "event loop's thread"), ("engine", "engine's thread")):
-        parts = figures["profile_us_a_token"][thread]
+    for thread, parts in figures["profile_us_a_token"].items():
         total = sum(parts.values()) or 1.0
         shares = ", ".join(f"{part} {value / total:.0%}" for part, value in parts.items() if value / total >= 0.005)
-        _say(console, f"{title}, by a profiler: {shares}")
+        _say(console, f"thread of the {THREAD_NAMES[thread]}, by a profiler: {shares}")
 
 
 def _soak(figures: Report, console: Console) -> None:

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -34,16 +35,12 @@ T = TypeVar("T")
 Settings = Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A server's process, and where it listens."""
+    """Where a server listens, and the number of its process."""
 
-    def __init__(self, process: subprocess.Popen[bytes], address: Address) -> None:
-        self.process, self.address = process, address
-
-    @property
-    def pid(self) -> int:
-        """Of the process."""
-        return self.process.pid
+    pid: int
+    address: Address
 
 
 @contextmanager
@@ -57,7 +54,7 @@ def radixkv_server(model: str, settings: Settings, *, profile: Sequence[str] = (
     command = (*start, "serve", model, "--host", HOST, "--port", "0", *options)
     with _process(command) as (process, log):
         found = _wait(process, log, lambda: re.search(rb"http://([\d.]+):(\d+)", _content(log)))
-        yield RunningServer(process, Address(found[1].decode(), int(found[2])))
+        yield RunningServer(process.pid, Address(found[1].decode(), int(found[2])))
 
 
 @contextmanager
@@ -70,7 +67,7 @@ def transformers_server(model: Path, *options: str) -> Generator[RunningServer]:
     how = ("--continuous-batching", "--device", "cpu", "--dtype", "float32")
     with _process((*TRANSFORMERS, *place, *how, *options)) as (process, log):
         _wait(process, log, lambda: True if _is_healthy(address) else None)
-        yield RunningServer(process, address)
+        yield RunningServer(process.pid, address)
 
 
 def check_transformers() -> None:
