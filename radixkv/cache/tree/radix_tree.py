@@ -61,6 +61,7 @@ class RadixTree(TreeShape):
         page_size: tokens a page.
         policy: the `EvictionPolicy`.
         clock: seconds, for `keep_for_s` and policies that look at the time.
+        broken_promise_tokens: room in the pages that were evicted before their `keep_for_s` was over.
         events: the channel that tells observers what is stored and removed.
     """
 
@@ -382,6 +383,8 @@ class RadixTree(TreeShape):
             leaf = queue.pop()
             missing -= len(leaf.pages)
             freed.append(leaf.pages)
+            if leaf.keep_until and cause == "evicted" and leaf.keep_until > self.clock():
+                self.broken_promise_tokens += len(leaf.pages) // TOKEN_BYTES * self.page_size
             self._remove_leaf(leaf, cause)
         return np.frombuffer(b"".join(freed), np.int32)
 
