@@ -9,6 +9,7 @@ import pytest
 
 from prompts import random_ids
 from radixkv import AsyncEngine, Engine, EngineConfig, PrefixCache, SamplingParams
+from radixkv.cache.insight.eviction_ages import LIMITS_S
 from radixkv.engine.assembly import assemble
 from radixkv.errors import ClosedError, InvalidRequestError, InvalidTokenIdsError, MissingTokenizerError
 from tiny_models import tiny_model
@@ -35,6 +36,48 @@ def fill(cache: PrefixCache, num_tokens: int) -> None:
     """Ask for that much room, and share nothing."""
     cache.acquire(range(1000, 1000 + num_tokens)).release()
     cache.check_invariants()
+
+
+def test_broken_promises_are_counted() -> None:
+    clock = Clock()
+    cache = PrefixCache(16, 4, clock=clock)
+    share(cache, list(range(32)))
+    cache.keep(range(16), keep_for_s=60)
+    fill(cache, 48)
+    assert (cache.stats().evicted_tokens, cache.stats().broken_promise_tokens) == (16, 0), "those without a promise"
+    fill(cache, 64)
+    assert (cache.stats().evicted_tokens, cache.stats().broken_promise_tokens) == (32, 16)
+
+
+def test_promises_that_are_over_and_resets_break_none() -> None:
+    clock = Clock()
+    cache = PrefixCache(16, 4, clock=clock)
+    share(cache, list(range(32)))
+    cache.keep(range(32), keep_for_s=60)
+    cache.reset()
+    share(cache, list(range(32)))
+    cache.keep(range(32), keep_for_s=60)
+    clock.now_s = 60
+    fill(cache, 64)
+    assert (cache.stats().evicted_tokens, cache.stats().broken_promise_tokens) == (32, 0)
+
+
+def test_the_age_of_evicted_tokens_is_counted() -> None:
+    clock = Clock()
+    cache = PrefixCache(16, 4, clock=clock)
+    share(cache, list(range(16)))
+    clock.now_s = 30
+    share(cache, list(range(100, 120)))
+    clock.now_s = 35
+    fill(cache, 64)
+    ages = cache.stats().eviction_ages
+    by_limit = dict(zip([*LIMITS_S, None], ages.tokens, strict=True))
+    assert {limit: tokens for limit, tokens in by_limit.items() if tokens} == {10: 20, 60: 16}
+    assert ages.total_s == 16 * 35 + 20 * 5
+    cache.reset()
+    share(cache, list(range(16)))
+    cache.reset()
+    assert cache.stats().eviction_ages == ages, "what was forgotten made room for nobody"
 
 
 @pytest.mark.parametrize("copies", [False, True], ids=["whole pages", "partial pages"])

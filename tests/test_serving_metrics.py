@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from http_server import Running, running
+from http_server import SMALL, Running, running
+from radixkv import AsyncEngine
 
+DASHBOARD = Path(__file__).resolve().parents[1] / "docs" / "grafana-dashboard.json"
 VLLM = {
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
@@ -70,3 +75,32 @@ def test_metrics_count_what_was_served(server: Running) -> None:
     assert sum(pages) == 4096 / 16
     assert ("radixkv_estimated_hit_rate", ("2",)) in values
     assert values["vllm:num_requests_running", ()] == 0
+
+
+def test_what_the_cache_gave_up_is_told() -> None:
+    small_engine = AsyncEngine.from_pretrained("demo", **{**SMALL, "kv_cache_tokens": 512})
+    with running(small_engine) as server:
+        for number in range(8):
+            prompt = f"Scene {number}. " + "Enter two gentlemen, and speak. " * 8
+            body = {"prompt": prompt, "max_tokens": 1, "prompt_cache_options": {"ttl": "30m"}}
+            assert server.http().post("/v1/completions", json=body).status_code == 200
+        values = scraped(server)
+    evicted = values["radixkv_cache_evicted_tokens_total", ()]
+    assert evicted > 0
+    assert 0 < values["radixkv_cache_broken_promise_tokens_total", ()] <= evicted
+    assert values["radixkv_eviction_age_seconds_count", ()] == evicted
+    assert values["radixkv_eviction_age_seconds_bucket", ("+Inf",)] == evicted
+    assert values["radixkv_eviction_age_seconds_sum", ()] > 0
+
+
+def test_the_dashboard_asks_for_what_is_exported(server: Running) -> None:
+    board = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    asked = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    asked += [variable["definition"] for variable in board["templating"]["list"] if "definition" in variable]
+    names = {name for expression in asked for name in re.findall(r"\b(?:vllm:|radixkv_)\w+", expression)}
+    assert len(names) > 20
+    server.openai().completions.create(model="demo", prompt="ROMEO:", max_tokens=2)
+    text = server.http().get("/metrics").text
+    exported = {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
+    exported |= {f"{name}_total" for name in re.findall(r"# TYPE (\S+)_total counter", text)}  # no sample as yet
+    assert names - exported == set()

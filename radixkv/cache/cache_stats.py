@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from radixkv.cache.insight.eviction_ages import EvictionAges
+
 
 class SizeEstimate(NamedTuple):
     """The token hit rate that the traffic so far would have had in an LRU cache of `capacity_tokens` tokens.
@@ -27,7 +29,8 @@ class CacheStats(NamedTuple):
     `evictable_window_pages` to cached pages alone; `window_pages_taken_back` counts those that cached pages lost so far
     (all four are 0 where every layer keeps everything).
     `estimated_hit_rates` tell, from a sample of the traffic, what pools of other sizes would bring (empty without
-    diagnostics).
+    diagnostics). `broken_promise_tokens` of the `evicted_tokens` were to be kept longer (`keep_for_s`), and
+    `eviction_ages` tell how long the evicted tokens had not been used (nothing is counted without diagnostics).
     """
 
     num_pages: int
@@ -47,6 +50,8 @@ class CacheStats(NamedTuple):
     evictable_window_pages: int = 0
     window_pages_taken_back: int = 0
     estimated_hit_rates: tuple[SizeEstimate, ...] = ()
+    broken_promise_tokens: int = 0
+    eviction_ages: EvictionAges = EvictionAges()
 
     @property
     def hit_rate(self) -> float:

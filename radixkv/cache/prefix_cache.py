@@ -20,6 +20,7 @@ from radixkv.cache.eviction.policies import resolve_policy
 from radixkv.cache.eviction.policy import EvictionPolicy
 from radixkv.cache.held_prefix import HeldPrefix, held_prefix
 from radixkv.cache.insight.diagnostics import LARGEST_SIZE, Diagnostics
+from radixkv.cache.insight.eviction_ages import EvictionAges
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.keeping import checked_keep_for_s, checked_priority
 from radixkv.cache.lease import Lease
@@ -395,6 +396,8 @@ class PrefixCache:
             evictable_window_pages=side_pages.evictable,
             window_pages_taken_back=side_pages.num_taken_back,
             estimated_hit_rates=self._estimated_hit_rates(),
+            broken_promise_tokens=self.tree.broken_promise_tokens,
+            eviction_ages=EvictionAges() if self._diagnostics is None else self._diagnostics.ages.ages(),
         )
 
     def has_room(self, num_tokens: int, *, cached_tokens: int, next_tokens: int, spare_pages: int) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from radixkv.cache.insight.eviction_ages import LIMITS_S, EvictionAges
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.engine.request import RequestOutput
 from radixkv.engine.results import EngineStats
@@ -202,6 +204,11 @@ def _ours(stats: EngineStats) -> Iterator[Metric]:
         ("radixkv_cache_hit_tokens", "Tokens that the cache held.", cache.hit_tokens),
         ("radixkv_cache_copied_tokens", "Tokens found in pages that are shared in part.", cache.copied_tokens),
         ("radixkv_cache_evicted_tokens", "Tokens that made room for others.", cache.evicted_tokens),
+        (
+            "radixkv_cache_broken_promise_tokens",
+            "Evicted tokens that were to be kept longer.",
+            cache.broken_promise_tokens,
+        ),
         ("radixkv_steps", "Batches that ran.", stats.steps),
         ("radixkv_computed_tokens", "Tokens that went through the model.", stats.computed_tokens),
         ("radixkv_generated_tokens", "Tokens that were sampled.", stats.generated_tokens),
@@ -209,3 +216,15 @@ def _ours(stats: EngineStats) -> Iterator[Metric]:
     ):
         yield CounterMetricFamily(name, help, value=value)
     yield GaugeMetricFamily("radixkv_pool_bytes", "Size of the KV pool.", value=stats.pool_bytes)
+    yield _eviction_ages(cache.eviction_ages)
+
+
+def _eviction_ages(ages: EvictionAges) -> Metric:
+    """A histogram of tokens: so its median is the age of the median token."""
+    limits = [*(str(float(limit)) for limit in LIMITS_S), "+Inf"]
+    return HistogramMetricFamily(
+        "radixkv_eviction_age_seconds",
+        "Time from last use to eviction, of all evicted tokens.",
+        buckets=list(zip(limits, accumulate(ages.tokens), strict=True)),
+        sum_value=ages.total_s,
+    )

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.cache.events import Cleared, Event, Removed, Stored
+from radixkv.cache.insight.eviction_ages import AgeCounter
 from radixkv.cache.insight.explanation import (
     CONTEXT_TOKENS,
     Explanation,
@@ -43,6 +44,7 @@ class Diagnostics:
         self._history = EvictionHistory(min(max(num_pages, MIN_HISTORY_PAGES), MAX_HISTORY_PAGES))
         self._timeline = Timeline()
         self._noted_tick = 0
+        self.ages = AgeCounter()
         self.curve = MissRatioCurve(LARGEST_SIZE * num_pages * tree.page_size)
         tree.add_observer(self)
 
@@ -74,14 +76,17 @@ class Diagnostics:
         """Remember the pages of an eviction, or of a reset."""
         run = event.run
         seed, tokens = run.prefix.fast_hash, run.tokens
+        now_s, used_s = self._tree.clock(), self._timeline.seconds_at(event.last_use_tick)
+        if event.cause == "evicted" and used_s is not None:
+            self.ages.add(len(run.pages) * run.page_size, unused_s=now_s - used_s)
         self._history.record(
             _tail_hash(tokens.tobytes(), seed)
             if run.is_tail
             else prefix_hashes(tokens, run.page_size, seed, run.start // run.page_size),
             run.namespace,
             policy=self._tree.policy.name if event.cause == "evicted" else event.cause,
-            evicted_at_s=self._tree.clock(),
-            last_used_at_s=self._timeline.seconds_at(event.last_use_tick),
+            evicted_at_s=now_s,
+            last_used_at_s=used_s,
             evicted_tick=self._tree.tick,
             last_use_tick=event.last_use_tick,
         )

@@ -61,6 +61,7 @@ class RadixTree(TreeShape):
         page_size: tokens a page.
         policy: the `EvictionPolicy`.
         clock: seconds, for `keep_for_s` and policies that look at the time.
+        broken_promise_tokens: room in the pages that were evicted before their `keep_for_s` was over.
         events: the channel that tells observers what is stored and removed.
     """
 
@@ -384,6 +385,9 @@ class RadixTree(TreeShape):
             while missing > 0 and queue:
                 leaf = queue.first()
                 size = len(leaf.pages)
+                if leaf.keep_until and cause == "evicted" and leaf.keep_until > self.clock():
+                    broken = size if self.policy.whole_leaves else min(size, missing)
+                    self.broken_promise_tokens += broken // TOKEN_BYTES * self.page_size
                 if size > missing and not self.policy.whole_leaves:
                     freed.append(leaf.pages[size - missing :])
                     self._trim(leaf, size - missing, cause)

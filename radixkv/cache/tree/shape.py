@@ -43,6 +43,7 @@ class TreeShape:
         self.page_size = checked_int("page_size", page_size, 1)
         self.policy = resolve_policy(policy)
         self.clock = clock
+        self.broken_promise_tokens = 0
         self._page_bytes = self.page_size * TOKEN_BYTES
         self._roots: dict[Namespace, TreeNode] = {}
         self._tick = 0
