@@ -51,6 +51,10 @@ class Diagnostics:
         self._note_time()
         self.curve.record(tokens, namespace_seed(*namespace))
 
+    def time_of(self, tick: int) -> float | None:
+        """About when `tick` was, by the tree's clock; None before the first that was noted."""
+        return self._timeline.seconds_at(tick)
+
     def committed(self, tokens: NDArray[np.int32], namespace: Namespace) -> None:
         """More tokens are cached now than were asked for."""
         self._note_time()

@@ -160,7 +160,7 @@ class TreeShape:
             node.key[:head_bytes], node.pages[:head_pages], parent.end + head_tokens, parent, node.last_access
         )
         upper.created, upper.priority, upper.keep_until = node.created, node.priority, node.keep_until
-        upper.lock_ref = node.lock_ref
+        upper.lock_ref, upper.hits = node.lock_ref, node.hits
         upper.state = node.state
         upper.fork = upper.cut = True
         parent.children[upper.key[: self._page_bytes]] = upper
@@ -217,6 +217,7 @@ class TreeShape:
                 self._on_merged(upper, below)
             below.state = upper.state
             below.last_access = upper.last_access
+            below.hits = upper.hits  # at least as many
             below.priority = max(upper.priority, below.priority)
             below.keep_until = max(upper.keep_until, below.keep_until)
         top, parent = uppers[0], uppers[0].parent
