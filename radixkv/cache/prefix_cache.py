@@ -21,6 +21,7 @@ from radixkv.cache.eviction.policy import EvictionPolicy
 from radixkv.cache.held_prefix import HeldPrefix, held_prefix
 from radixkv.cache.insight.diagnostics import LARGEST_SIZE, Diagnostics
 from radixkv.cache.insight.explanation import Explanation
+from radixkv.cache.insight.history import Timeline
 from radixkv.cache.insight.tree_view import TreeView, TreeViewer
 from radixkv.cache.keeping import checked_keep_for_s, checked_priority
 from radixkv.cache.lease import Lease
@@ -422,9 +423,9 @@ class PrefixCache:
         """The time by the cache's clock, in seconds."""
         return self.tree.clock()
 
-    def time_of(self, tick: int) -> float | None:
-        """About when `tick` was, by the cache's clock; None if that is not known. O(log ticks)."""
-        return None if self._diagnostics is None else self._diagnostics.time_of(tick)
+    def timeline(self) -> Timeline:
+        """About when each tick was, by the cache's clock; empty without diagnostics. A copy. O(log ticks)."""
+        return Timeline() if self._diagnostics is None else self._diagnostics.timeline()
 
     def view(self, viewer: TreeViewer) -> TreeView:
         """What `viewer` sees of all that is cached. O(nodes that it shows)."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from radixkv.cache.cache_stats import SizeEstimate
 from radixkv.cache.insight.explanation import Explanation
+from radixkv.cache.insight.history import Timeline
 from radixkv.cache.insight.tree_view import TreeView, TreeViewer
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.token_ids import TOKEN_BYTES
@@ -35,6 +36,7 @@ class LiveNode(NamedTuple):
     kept_until: float | None
     num_hidden: int  # children that are in the tree and not in the view
     first_ids: bytes
+    last_access: int  # the tick of `last_used_at`
 
 
 class LiveRequest(NamedTuple):
@@ -64,7 +66,7 @@ class EngineView(NamedTuple):
     stats: EngineStats
     what_if: tuple[SizeEstimate, ...]
     requests: tuple[LiveRequest, ...]
-    used_at: Mapping[int, float | None]  # by tick
+    timeline: Timeline
     clock_offset_s: float  # from the cache's clock to the time of day
     look_s: float
 
@@ -77,7 +79,6 @@ class EngineViewer:
         self._tree: TreeView | None = None
         self._seen: object = None
         self._what_if: tuple[SizeEstimate, ...] = ()
-        self._used_at: dict[int, float | None] = {}
         self._clock_offset_s: float | None = None
 
     def look(self, core: EngineCore) -> EngineView:
@@ -89,16 +90,13 @@ class EngineViewer:
         seen = (cache.tick, stats.cache.total_tokens, stats.cache.protected_tokens, stats.cache.num_leases)
         if self._tree is None or seen != self._seen:
             self._tree, self._seen = cache.view(self._viewer), seen
-            known = self._used_at  # a time once told stays the same, though the cache remembers it less well later
-            ticks = set(self._tree.last_access)
-            self._used_at = {tick: known[tick] if tick in known else cache.time_of(tick) for tick in ticks}
             self._what_if = cache.estimate_hit_rates(WHAT_IF_FACTORS)
         return EngineView(
             tree=self._tree,
             stats=stats,
             what_if=self._what_if,
             requests=_requests(core, time.time() - time.perf_counter()),
-            used_at=self._used_at,
+            timeline=cache.timeline(),
             clock_offset_s=self._clock_offset_s,
             look_s=time.perf_counter() - begun_at,
         )
@@ -135,21 +133,26 @@ def live_nodes(view: EngineView, known: Mapping[int, LiveNode]) -> dict[int, Liv
         if namespace is None:
             assert parent is not None, number
             namespace = nodes[parent].namespace
-        used_at, keep_until = view.used_at[tree.last_access[place]], tree.keep_until[place]
+        before, tick, keep_until = known.get(number), tree.last_access[place], tree.keep_until[place]
+        if before is not None and before.last_access == tick:
+            last_used_at = before.last_used_at  # stays as it was told, though the cache remembers it less well later
+        else:
+            used_at = view.timeline.seconds_at(tick)
+            last_used_at = None if used_at is None else round(used_at + offset_s, 1)
         node = LiveNode(
             id=number,
             parent=parent,
             namespace=namespace,
             num_tokens=num_tokens,
             hits=tree.hits[place],
-            last_used_at=None if used_at is None else round(used_at + offset_s, 1),
+            last_used_at=last_used_at,
             is_pinned=tree.pinned[place],
             kept_until=round(keep_until + offset_s) if keep_until else None,
             num_hidden=tree.num_children[place] - shown_children.get(number, 0),
             first_ids=tree.token_ids[place][: TEXT_TOKENS * TOKEN_BYTES],
+            last_access=tick,
         )
-        before = known.get(number)
-        nodes[number] = before if before == node else node
+        nodes[number] = before if before is not None and before == node else node
     return nodes
 
 

@@ -51,9 +51,9 @@ class Diagnostics:
         self._note_time()
         self.curve.record(tokens, namespace_seed(*namespace))
 
-    def time_of(self, tick: int) -> float | None:
-        """About when `tick` was, by the tree's clock; None before the first that was noted."""
-        return self._timeline.seconds_at(tick)
+    def timeline(self) -> Timeline:
+        """When each tick of the tree was, by its clock, as far as that is known now."""
+        return self._timeline.copy()
 
     def committed(self, tokens: NDArray[np.int32], namespace: Namespace) -> None:
         """More tokens are cached now than were asked for."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from heapq import nlargest
 from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from radixkv.cache.tree.node import TreeNode
 from radixkv.cache.tree.radix_tree import RadixTree
 from radixkv.config.checks import checked_int
 
-LOOKED_AT = 4  # nodes of one level that are looked at, for each that there is room for
+LOOKED_AT = 2  # nodes of one level that are looked at, for each that there is room for
 
 
 class TreeView(NamedTuple):
@@ -65,7 +64,7 @@ class TreeViewer:
 
     def look(self, tree: RadixTree) -> TreeView:
         """What `tree` holds now: all of it, or the `max_nodes` nearest to the roots, and of the last level among these
-        the most recently used. O(max_nodes); it copies no tokens.
+        the most recently used. O(max_nodes log max_nodes); it copies no tokens.
         """
         nodes = self._nearest(tree)
         ids = self._numbered(nodes)
@@ -89,7 +88,7 @@ class TreeViewer:
         while level:
             room = self.max_nodes - len(nodes)
             if len(level) > room:
-                return nodes + nlargest(room, level, key=attrgetter("last_access"))
+                return nodes + sorted(level, key=attrgetter("last_access"), reverse=True)[:room]
             nodes += level
             children = (child for node in level for child in node.children.values())
             level = list(islice(children, LOOKED_AT * (room + 1)))

@@ -285,5 +285,5 @@ function rgb(values) {
 
 function isDark(colour) {
   const [red, green, blue] = colour.startsWith("#") ? channels(colour) : colour.match(/\d+/g).map(Number);
-  return 0.299 * red + 0.587 * green + 0.114 * blue < 145;
+  return 0.299 * red + 0.587 * green + 0.114 * blue < 122;
 }
