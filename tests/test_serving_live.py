@@ -235,9 +235,12 @@ def test_a_look_at_an_engine_that_does_nothing_takes_its_tree_as_it_was() -> Non
             await engine.generate(["ROMEO: a prompt of more than a page, so that it is kept"])
             viewer = EngineViewer()
             first, second = [await engine.observe(viewer.look) for _ in range(2)]
+            assert first is not None
+            assert second is not None
             assert first.tree is second.tree
             await engine.generate(["JULIET: a prompt of more than a page, so that it is kept, too"])
             third = await engine.observe(viewer.look)
+            assert third is not None
             assert set(second.tree.ids) < set(third.tree.ids), "nodes keep their numbers"
 
     asyncio.run(main())

@@ -46,13 +46,13 @@ def test_a_view_of_a_large_tree_is_the_part_near_the_roots(max_nodes: int) -> No
         assert any(view.parents.count(number) < num for number, num in zip(view.ids, view.num_children, strict=True))
 
 
-def test_of_a_level_without_room_the_most_recently_used_are_shown() -> None:
+def test_of_children_without_room_the_most_recently_used_are_shown() -> None:
     tree = RadixTree()
     for first in range(1, 9):
         tree.insert([first], pages=[first])
-    tree.match_prefix([3])
+    tree.match_prefix([6])
     view = TreeViewer(3).look(tree)
-    assert {np.frombuffer(ids, np.int32)[0] for ids in view.token_ids[1:]} == {3, 8}
+    assert {np.frombuffer(ids, np.int32)[0] for ids in view.token_ids[1:]} == {6, 8}
 
 
 def test_a_view_needs_room_for_a_node() -> None:
@@ -95,3 +95,31 @@ def test_hit_rates_are_estimated_for_the_sizes_asked_for() -> None:
     rates = [(estimate.factor, estimate.hit_rate) for estimate in cache.estimate_hit_rates([0.25, 1.0])]
     assert rates == [(0.25, 0.25), (1.0, 0.5)], "a pool of 32 tokens keeps the first half of the prompt"
     assert PrefixCache(num_pages=8, diagnostics=False).estimate_hit_rates([1.0]) == ()
+
+
+def test_a_tree_that_changes_between_the_parts_of_a_look_is_told_as_each_part_found_it() -> None:
+    rng = np.random.default_rng(7)
+    cache, viewer = PrefixCache(num_pages=200, page_size=1), TreeViewer(500)
+
+    def ask() -> None:
+        ids = rng.integers(0, 3, rng.integers(1, 12))
+        with cache.acquire(ids, extra_key=str(rng.integers(2))) as lease:
+            lease.commit(ids)
+
+    for _ in range(60):
+        ask()
+    for _ in range(40):
+        for view in cache.view(viewer, 5):
+            if view is None:
+                ask()
+                if rng.random() < 0.05:
+                    cache.reset()
+        assert view is not None
+        assert len(set(view.ids)) == len(view.ids) == len(view.parents) == len(view.pinned)
+        places = {number: place for place, number in enumerate(view.ids)}
+        for place, (parent, namespace) in enumerate(zip(view.parents, view.namespaces, strict=True)):
+            assert (parent is None) == (namespace is not None)
+            assert parent is None or places[parent] < place
+        whole = viewer.look(cache.tree)
+        assert len(whole.ids) == sum(1 for _ in cache.nodes())
+    cache.check_invariants()

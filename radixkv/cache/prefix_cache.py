@@ -427,9 +427,9 @@ class PrefixCache:
         """About when each tick was, by the cache's clock; empty without diagnostics. A copy. O(log ticks)."""
         return Timeline() if self._diagnostics is None else self._diagnostics.timeline()
 
-    def view(self, viewer: TreeViewer) -> TreeView:
-        """What `viewer` sees of all that is cached. O(nodes that it shows)."""
-        return viewer.look(self.tree)
+    def view(self, viewer: TreeViewer, nodes_a_part: int) -> Iterator[TreeView | None]:
+        """What `viewer` sees of all that is cached, after None for each part before; as `TreeViewer.parts`."""
+        return viewer.parts(self.tree, nodes_a_part)
 
     def open_leases(self) -> list[Lease]:
         """The leases that were not released yet, in no order. O(leases)."""

@@ -131,7 +131,8 @@ class LiveFeed:
 
     async def _look(self) -> None:
         """Ask the engine, and keep the answer if it differs from what is known."""
-        view = await self._engine.observe(self._viewer.look)
+        while (view := await self._engine.observe(self._viewer.look)) is None:
+            pass
         begun_at = time.monotonic()
         state = await asyncio.to_thread(self._made_ready, view, tuple(self._misses))
         ready_s = time.monotonic() - begun_at

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from radixkv.cache.cache_stats import SizeEstimate
@@ -16,6 +16,7 @@ from radixkv.engine.core import EngineCore
 from radixkv.engine.results import EngineStats
 
 MAX_NODES = 20_000
+NODES_A_PART = 1000  # that the engine's thread looks at between two steps
 MAX_REQUESTS = 64
 TEXT_TOKENS = 32  # of an edge whose text is sent
 WHAT_IF_FACTORS = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -72,33 +73,58 @@ class EngineView(NamedTuple):
 
 
 class EngineViewer:
-    """Looks at an engine again and again, in its own thread, and at its tree only if that may have changed."""
+    """Looks at an engine again and again, in the engine's thread: part by part, so that no step waits for long.
+
+    It looks at the tree only if that may have changed since.
+    """
 
     def __init__(self, max_nodes: int = MAX_NODES) -> None:
         self._viewer = TreeViewer(max_nodes)
         self._tree: TreeView | None = None
+        self._parts: Iterator[TreeView | None] | None = None  # of the look that was begun
+        self._look_s = 0.0
         self._seen: object = None
         self._what_if: tuple[SizeEstimate, ...] = ()
         self._clock_offset_s: float | None = None
 
-    def look(self, core: EngineCore) -> EngineView:
-        """What `core` holds now. O(nodes that are shown)."""
+    def look(self, core: EngineCore) -> EngineView | None:
+        """Look at the next part of `core`. Returns: what it holds, once all was looked at; None before.
+
+        O(NODES_A_PART), and the logarithm of that for a node with more children than are shown.
+        """
         begun_at = time.perf_counter()
-        cache, stats = core.cache, core.stats()
-        if self._clock_offset_s is None:
-            self._clock_offset_s = time.time() - cache.now_s
-        seen = (cache.tick, stats.cache.total_tokens, stats.cache.protected_tokens, stats.cache.num_leases)
+        if self._parts is None:
+            self._begin(core)
+        parts = self._parts
+        if parts is not None:
+            tree = next(parts)
+            self._look_s += time.perf_counter() - begun_at
+            if tree is None:
+                return None
+            self._tree, self._parts = tree, None
+        return self._view(core, begun_at)
+
+    def _begin(self, core: EngineCore) -> None:
+        """Begin to look at the tree, if it may have changed since it was looked at."""
+        cache, stats = core.cache, core.stats().cache
+        self._look_s = 0.0
+        seen = (cache.tick, stats.total_tokens, stats.protected_tokens, stats.num_leases)
         if self._tree is None or seen != self._seen:
-            self._tree, self._seen = cache.view(self._viewer), seen
+            self._parts, self._seen = cache.view(self._viewer, NODES_A_PART), seen
             self._what_if = cache.estimate_hit_rates(WHAT_IF_FACTORS)
+
+    def _view(self, core: EngineCore, begun_at: float) -> EngineView:
+        assert self._tree is not None, "it is looked at first"
+        if self._clock_offset_s is None:
+            self._clock_offset_s = time.time() - core.cache.now_s
         return EngineView(
             tree=self._tree,
-            stats=stats,
+            stats=core.stats(),
             what_if=self._what_if,
             requests=_requests(core, time.time() - time.perf_counter()),
-            timeline=cache.timeline(),
+            timeline=core.cache.timeline(),
             clock_offset_s=self._clock_offset_s,
-            look_s=time.perf_counter() - begun_at,
+            look_s=self._look_s + time.perf_counter() - begun_at,
         )
 
 
@@ -148,7 +174,7 @@ def live_nodes(view: EngineView, known: Mapping[int, LiveNode]) -> dict[int, Liv
             last_used_at=last_used_at,
             is_pinned=tree.pinned[place],
             kept_until=round(keep_until + offset_s) if keep_until else None,
-            num_hidden=tree.num_children[place] - shown_children.get(number, 0),
+            num_hidden=max(0, tree.num_children[place] - shown_children.get(number, 0)),  # parts may differ
             first_ids=tree.token_ids[place][: TEXT_TOKENS * TOKEN_BYTES],
             last_access=tick,
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Reversible
 from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from radixkv.cache.tree.node import TreeNode
 from radixkv.cache.tree.radix_tree import RadixTree
 from radixkv.config.checks import checked_int
 
-LOOKED_AT = 2  # nodes of one level that are looked at, for each that there is room for
+LOOKED_AT = 2  # children of a node that are compared, for each that there is room for
 
 
 class TreeView(NamedTuple):
@@ -49,6 +50,9 @@ class TreeView(NamedTuple):
 class TreeViewer:
     """Looks at a tree again and again, and numbers its nodes. Belongs to the thread of the tree.
 
+    A look can be taken in parts, between which the tree may change: what each part tells is as that part found it, and
+    what was cut or merged meanwhile may be left out until the next look.
+
     >>> tree = RadixTree(page_size=2)
     >>> _ = tree.insert([1, 2, 3, 4], pages=[7, 8]), tree.insert([1, 2, 5, 6], pages=[7, 9])
     >>> view = TreeViewer(max_nodes=100).look(tree)
@@ -63,44 +67,58 @@ class TreeViewer:
         self._next_id = 0
 
     def look(self, tree: RadixTree) -> TreeView:
-        """What `tree` holds now: all of it, or the `max_nodes` nearest to the roots, and of the last level among these
-        the most recently used. O(max_nodes log max_nodes); it copies no tokens.
+        """What `tree` holds now: all of it, or the `max_nodes` nearest to the roots. Where a node has more children
+        than there is room for, the most recently used of the newest are shown. It copies no tokens.
+
+        O(max_nodes log max_nodes).
         """
-        nodes = self._nearest(tree)
-        ids = self._numbered(nodes)
-        id_of = self._id_of
-        return TreeView(
-            ids=ids,
-            parents=[None if node.parent is None else id_of[node.parent] for node in nodes],
-            namespaces=[node.namespace for node in nodes],
-            token_ids=[node.key for node in nodes],
-            num_children=[len(node.children) for node in nodes],
-            hits=[node.hits for node in nodes],
-            last_access=[node.last_access for node in nodes],
-            keep_until=[node.keep_until for node in nodes],
-            pinned=[node.lock_ref > 0 for node in nodes],
-            total_tokens=tree.total_size,
-        )
+        (view,) = [view for view in self.parts(tree, self.max_nodes) if view is not None]
+        return view
 
-    def _nearest(self, tree: RadixTree) -> list[TreeNode]:
-        level = [root for root in map(tree.root_of, tree.namespaces()) if root is not None]
-        nodes: list[TreeNode] = []
-        while level:
-            room = self.max_nodes - len(nodes)
-            if len(level) > room:
-                return nodes + sorted(level, key=attrgetter("last_access"), reverse=True)[:room]
-            nodes += level
-            children = (child for node in level for child in node.children.values())
-            level = list(islice(children, LOOKED_AT * (room + 1)))
+    def parts(self, tree: RadixTree, nodes_a_part: int) -> Iterator[TreeView | None]:
+        """As `look`, but at most `nodes_a_part` nodes at a time: None after each part, and the view at last."""
+        view = TreeView([], [], [], [], [], [], [], [], [], tree.total_size)
+        id_of: dict[TreeNode, int] = {}
+        roots = [root for root in map(tree.root_of, tree.namespaces()) if root is not None]
+        queue = deque(_recent(roots, len(roots), self.max_nodes))
+        num_seen = 0
+        while queue:
+            if num_seen and num_seen % nodes_a_part == 0:
+                yield None
+            num_seen += 1
+            node = queue.popleft()
+            parent = node.parent
+            while parent is not None and parent not in id_of:
+                parent = parent.parent
+            if parent is None and node.namespace is None:  # it has left the tree
+                continue
+            id_of[node] = number = self._number(node)
+            view.ids.append(number)
+            view.parents.append(None if parent is None else id_of[parent])
+            view.namespaces.append(node.namespace)
+            view.token_ids.append(node.key)
+            view.num_children.append(len(node.children))
+            view.hits.append(node.hits)
+            view.last_access.append(node.last_access)
+            view.keep_until.append(node.keep_until)
+            view.pinned.append(node.lock_ref > 0)
+            if node.children:
+                room = self.max_nodes - len(view.ids) - len(queue)
+                queue += _recent(node.children.values(), len(node.children), room)
+        self._id_of = id_of
+        yield view
+
+    def _number(self, node: TreeNode) -> int:
+        """The number that `node` had in the view before, or a new one."""
+        number = self._id_of.get(node)
+        if number is None:
+            number, self._next_id = self._next_id, self._next_id + 1
+        return number
+
+
+def _recent(nodes: Reversible[TreeNode], num_nodes: int, room: int) -> Iterable[TreeNode]:
+    """`nodes`, or as many as there is room for: of the newest, those that were used last."""
+    if num_nodes <= room:
         return nodes
-
-    def _numbered(self, nodes: Sequence[TreeNode]) -> list[int]:
-        """The numbers of `nodes`; those that were not seen before get new ones, and numbers of others are forgotten."""
-        ids: list[int] = []
-        for node in nodes:
-            number = self._id_of.get(node)
-            if number is None:
-                number, self._next_id = self._next_id, self._next_id + 1
-            ids.append(number)
-        self._id_of = dict(zip(nodes, ids, strict=True))
-        return ids
+    newest = islice(reversed(nodes), LOOKED_AT * room)
+    return sorted(newest, key=attrgetter("last_access"), reverse=True)[:room]
