@@ -72,6 +72,11 @@ class Lease:
         """Where the pinned prefix ends in the tree."""
         return self._node
 
+    @property
+    def found_node(self) -> TreeNode:
+        """Where what it found ends, when it was just made: the node that it copied tokens from, or else `node`."""
+        return self._node if self._source is None else self._source.node
+
     def whole_path(self) -> list[TreeNode]:
         """The nodes of the pinned prefix that hold whole pages, root side first; `pages` begins with theirs."""
         path = self._node.path()

@@ -22,6 +22,8 @@ from radixkv.cache.held_prefix import HeldPrefix, held_prefix
 from radixkv.cache.insight.diagnostics import LARGEST_SIZE, Diagnostics
 from radixkv.cache.insight.eviction_ages import EvictionAges
 from radixkv.cache.insight.explanation import Explanation
+from radixkv.cache.insight.history import Timeline
+from radixkv.cache.insight.tree_view import TreeView, TreeViewer
 from radixkv.cache.keeping import checked_keep_for_s, checked_priority
 from radixkv.cache.lease import Lease
 from radixkv.cache.namespace import Namespace
@@ -211,6 +213,7 @@ class PrefixCache:
         lease = self._acquire(tokens, namespace, max_cached_tokens, priority, keep_for_s, row)
         self._query_tokens += len(tokens)  # now that pages were had: who is refused asks again
         self._hit_tokens += lease.cached_tokens
+        self.tree.count_hit(lease.found_node)
         if self._diagnostics is not None:
             self._diagnostics.requested(tokens, namespace)
         return lease
@@ -395,7 +398,7 @@ class PrefixCache:
             free_window_pages=side_pages.free,
             evictable_window_pages=side_pages.evictable,
             window_pages_taken_back=side_pages.num_taken_back,
-            estimated_hit_rates=self._estimated_hit_rates(),
+            estimated_hit_rates=self.estimate_hit_rates(),
             broken_promise_tokens=self.tree.broken_promise_tokens,
             eviction_ages=EvictionAges() if self._diagnostics is None else self._diagnostics.ages.ages(),
         )
@@ -431,6 +434,19 @@ class PrefixCache:
         """The cache's clock of uses: a node's `last_access` is the tick of its last one."""
         return self.tree.tick
 
+    @property
+    def now_s(self) -> float:
+        """The time by the cache's clock, in seconds."""
+        return self.tree.clock()
+
+    def timeline(self) -> Timeline:
+        """About when each tick was, by the cache's clock; empty without diagnostics. A copy. O(log ticks)."""
+        return Timeline() if self._diagnostics is None else self._diagnostics.timeline()
+
+    def view(self, viewer: TreeViewer, nodes_a_part: int) -> Iterator[TreeView | None]:
+        """What `viewer` sees of all that is cached, after None for each part before; as `TreeViewer.parts`."""
+        return viewer.parts(self.tree, nodes_a_part)
+
     def open_leases(self) -> list[Lease]:
         """The leases that were not released yet, in no order. O(leases)."""
         return list(self._leases)
@@ -440,11 +456,15 @@ class PrefixCache:
         self._reap()
         check_cache(self.tree, self.allocator, self.residency, self.open_leases())
 
-    def _estimated_hit_rates(self) -> tuple[SizeEstimate, ...]:
+    def estimate_hit_rates(self, factors: Sequence[float] = ESTIMATED_FACTORS) -> tuple[SizeEstimate, ...]:
+        """The hit rates that this traffic would have had in pools of `factors` times the size, up to 4.
+
+        Empty without diagnostics. O(4,096) for each factor. Raises: InvalidRequestError for a factor out of that range.
+        """
         if self._diagnostics is None:
             return ()
         pool_tokens = self.num_pages * self.page_size
-        sizes = {factor: int(factor * pool_tokens) for factor in ESTIMATED_FACTORS}
+        sizes = {factor: int(factor * pool_tokens) for factor in factors}
         curve = self._diagnostics.curve
         return tuple(SizeEstimate(factor, size, curve.hit_rate(size)) for factor, size in sizes.items())
 

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from radixkv.engine.results import EngineStats, FinishedOutbox, GatheredOutputs,
 from radixkv.engine.sampling import SamplingParams
 from radixkv.models.loader import load
 
+T = TypeVar("T")
 MAX_WAITING = 1024
 
 
@@ -197,6 +198,14 @@ class AsyncEngine:
         """What the engine holds now, and what it did since it was made."""
         stats: EngineStats = await self._call(EngineCore.stats)
         return stats
+
+    async def observe(self, look: Callable[[EngineCore], T]) -> T:
+        """What `look` makes of the core, in the core's thread between two steps. It must be quick and change nothing.
+
+        Raises: what `look` raises; ClosedError, EngineFailedError.
+        """
+        seen: T = await self._call(look)
+        return seen
 
     async def reset_cache(self) -> ResetCache:
         """Forget every prefix that no running request reads. O(nodes)."""

@@ -49,6 +49,11 @@ class EngineCore:
         return bool(self._scheduler.running or self._scheduler.waiting)
 
     @property
+    def requests(self) -> list[Request]:
+        """Requests that have not ended: those that run, then those that wait for pages."""
+        return [*self._scheduler.running, *self._scheduler.waiting]
+
+    @property
     def num_waiting(self) -> int:
         """Requests that were added and hold no pages."""
         return len(self._scheduler.waiting)

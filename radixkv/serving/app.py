@@ -12,6 +12,8 @@ from starlette.responses import Response
 from radixkv.serving import (
     anthropic_messages,
     cache_routes,
+    live_page,
+    live_routes,
     openai_chat,
     openai_completions,
     openai_responses,
@@ -36,8 +38,17 @@ def make_app(service: Service) -> FastAPI:
     app.add_middleware(Gatekeeper, service=service)
     for error in (RequestValidationError, HTTPException):
         app.add_exception_handler(error, _answer_error)
-    for module in (openai_chat, openai_completions, openai_responses, openai_tokens, anthropic_messages, cache_routes):
+    for module in (
+        openai_chat,
+        openai_completions,
+        openai_responses,
+        openai_tokens,
+        anthropic_messages,
+        cache_routes,
+        live_routes,
+    ):
         app.include_router(module.router(service))
+    app.include_router(live_page.router())
     _add_probes(app, service)
     return app
 

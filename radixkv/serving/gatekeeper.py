@@ -8,11 +8,12 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from radixkv.serving.errors import ApiError, as_api_error
+from radixkv.serving.live_page import PAGE_PATHS
 from radixkv.serving.service import Service
 from radixkv.serving.streaming import ClientGoneError
 
 CLIENT_GONE = 499  # nginx's number for it; nobody receives it
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/ready", *PAGE_PATHS})
 ADMITTED_PATHS = frozenset(
     {
         "/v1/chat/completions",

@@ -6,12 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from radixkv.cache.insight.explanation import Explanation
+from radixkv.cache.namespace import Namespace
 from radixkv.config import SamplingParams, ServerConfig
 from radixkv.engine.async_engine import AsyncEngine
 from radixkv.errors import RadixKVError
@@ -22,6 +24,7 @@ from radixkv.serving.chat_prompts import ChatPrompts
 from radixkv.serving.errors import ApiError, as_api_error
 from radixkv.serving.generation import CacheUse, Generation, Ids, Keep
 from radixkv.serving.grammars import Grammar, Grammars
+from radixkv.serving.live_feed import LiveFeed
 from radixkv.serving.metrics import Metrics
 from radixkv.serving.openai_logprobs import TokenTexts
 from radixkv.serving.promises import Promises
@@ -48,6 +51,7 @@ class Service:
         self.promises = Promises(engine)
         self.token_texts = TokenTexts(engine.tokenizer)
         self.metrics = Metrics(self.model_name)
+        self.live = LiveFeed(engine, self.model_name)
         self.unknown_fields = UnknownFields(strict=self.config.strict)
 
     def check_model(self, name: str | None) -> None:
@@ -91,14 +95,17 @@ class Service:
     def _look_up(self, prompt: Ids, use: CacheUse) -> None:
         """Count why a prompt misses the cache, as soon as the engine knows."""
         found = self.engine.explain_before(prompt, extra_key=use.extra_key, cache_salt=use.cache_salt)
-        asyncio.ensure_future(found).add_done_callback(self._count_miss)
+        namespace = Namespace.of(use.extra_key, use.cache_salt)
+        asyncio.ensure_future(found).add_done_callback(partial(self._count_miss, namespace))
 
-    def _count_miss(self, done: asyncio.Future[Explanation]) -> None:
+    def _count_miss(self, namespace: Namespace, done: asyncio.Future[Explanation]) -> None:
         if not done.cancelled() and done.exception() is None:  # else the request itself fails, and says so
             self.metrics.count_miss(done.result())
+            self.live.note_miss(done.result(), namespace)
 
     async def close(self) -> None:
         """End the engine and all threads. Idempotent."""
+        self.live.close()
         await self.engine.close()
         self.grammars.close()
 

@@ -53,6 +53,10 @@ class Diagnostics:
         self._note_time()
         self.curve.record(tokens, namespace_seed(*namespace))
 
+    def timeline(self) -> Timeline:
+        """When each tick of the tree was, by its clock, as far as that is known now."""
+        return self._timeline.copy()
+
     def committed(self, tokens: NDArray[np.int32], namespace: Namespace) -> None:
         """More tokens are cached now than were asked for."""
         self._note_time()

@@ -38,6 +38,7 @@ class TreeNode:
         cut: the same, as long as nothing has branched off here.
         created: tick of the insert that brought its tokens.
         last_access: tick of the last match or insert that came this way.
+        hits: requests that found its tokens cached.
         priority: the highest of the requests that came this way.
         keep_until: by the tree's clock; before that it is evicted only if nothing else can be.
         entry: its rank in the eviction queue; None while it is not an unpinned leaf.
@@ -57,6 +58,7 @@ class TreeNode:
         "entry",
         "fork",
         "heir",
+        "hits",
         "keep_until",
         "key",
         "last_access",
@@ -83,7 +85,7 @@ class TreeNode:
         self.ordered: SortedList | None = None
         self.heir: TreeNode | None = None
         self.namespace: Namespace | None = None
-        self.lock_ref = 0
+        self.lock_ref = self.hits = 0
         self.fork = self.cut = False
         self.priority = 0
         self.keep_until = 0.0

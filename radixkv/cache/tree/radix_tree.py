@@ -283,6 +283,13 @@ class RadixTree(TreeShape):
             self._on_matched(node)
         self._touch(node)
 
+    def count_hit(self, node: TreeNode) -> None:
+        """Note that a request found the path to `node` cached. O(depth)."""
+        current: TreeNode | None = node
+        while current is not None:
+            current.hits += 1
+            current = current.parent
+
     def retain(self, node: TreeNode, *, priority: int = 0, keep_for_s: float | None = None) -> None:
         """Let the path from the root to `node` outlive others. O(depth + log leaves).
 

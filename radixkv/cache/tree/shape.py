@@ -162,7 +162,7 @@ class TreeShape:
             node.key[:head_bytes], node.pages[:head_pages], parent.end + head_tokens, parent, node.last_access
         )
         upper.created, upper.priority, upper.keep_until = node.created, node.priority, node.keep_until
-        upper.lock_ref = node.lock_ref
+        upper.lock_ref, upper.hits = node.lock_ref, node.hits
         upper.state = node.state
         upper.fork = upper.cut = True
         parent.children[upper.key[: self._page_bytes]] = upper
@@ -221,6 +221,7 @@ class TreeShape:
                 self._on_merged(upper, below)
             below.state = upper.state
             below.last_access = upper.last_access
+            below.hits = upper.hits  # at least as many
             below.priority = max(upper.priority, below.priority)
             below.keep_until = max(upper.keep_until, below.keep_until)
         top, parent = uppers[0], uppers[0].parent
@@ -332,7 +333,7 @@ class TreeShape:
         )
         kept.num_tokens = kept_tokens
         kept.created, kept.priority, kept.keep_until = leaf.created, leaf.priority, leaf.keep_until
-        kept.state, kept.fork = leaf.state, leaf.fork
+        kept.state, kept.fork, kept.hits = leaf.state, leaf.fork, leaf.hits
         if prefix is not None:
             kept.prefix = prefix.first(kept.end)
         leaf.key, leaf.pages = key[size : leaf.num_tokens * TOKEN_BYTES], bytes(pages[kept_bytes:])
