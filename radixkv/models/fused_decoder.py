@@ -43,7 +43,7 @@ class FusedDecoder:
         self._decoder = decoder
         self._params = [layer.params for layer in layers]
         self._buffers = _Buffers(decoder, 0, 0)
-        self._replays: dict[tuple[int, int], _Replay] = {}
+        self._replays: dict[tuple[int, int, bool], _Replay] = {}
         self._wide_biases = _WideBiases(decoder)
         weight_bytes = sum(linear.weight.nbytes for layer in decoder.layers for linear in layer.linears)
         self._most_threads = 1 + weight_bytes // len(decoder.layers) // MIN_BYTES_PER_THREAD
@@ -55,7 +55,7 @@ class FusedDecoder:
 
     def run(self, input_ids: Tensor, positions: Tensor, logits_of: Tensor, context: AttentionContext) -> Tensor:
         """As `flattened_forward`; the logits are valid until the next call."""
-        replay = self._replay(len(input_ids), len(logits_of))
+        replay = self._replay(len(input_ids), logits_of)
         replay.start(input_ids, positions)
         num_threads = self._num_threads()
         for layer, params in enumerate(self._params):
@@ -70,7 +70,7 @@ class FusedDecoder:
         pages = plan.pages(self._decoder.embeddings.dtype)
         if pages is None:
             return None
-        replay = self._replay(len(input_ids), len(logits_of))
+        replay = self._replay(len(input_ids), logits_of)
         replay.start(input_ids, positions)
         replay.put_attention(pages, slots, plan.operations(replay.q, replay.attended, self._params))
         return replay.finish(logits_of, self._num_threads())
@@ -78,8 +78,10 @@ class FusedDecoder:
     def _num_threads(self) -> int:
         return min(torch.get_num_threads(), self._most_threads)
 
-    def _replay(self, num_tokens: int, num_logits: int) -> _Replay:
-        key = num_tokens, num_logits
+    def _replay(self, num_tokens: int, logits_of: Tensor) -> _Replay:
+        num_logits = len(logits_of)
+        picks = num_logits != num_tokens or bool((logits_of[1:] < logits_of[:-1]).any())  # else all in order
+        key = num_tokens, num_logits, picks
         if key in self._replays:
             self._wide_biases.refresh()
             return self._replays[key]
@@ -89,7 +91,7 @@ class FusedDecoder:
         elif len(self._replays) >= MAX_PROGRAMS:
             self._replays.clear()
         self._wide_biases.refresh()
-        replay = self._replays[key] = _Replay(self._decoder, self._buffers, self._wide_biases, num_tokens, num_logits)
+        replay = self._replays[key] = _Replay(self._decoder, self._buffers, self._wide_biases, *key)
         return replay
 
 
@@ -176,14 +178,20 @@ class _Buffers:
 
 
 class _Replay:
-    """The program of one number of tokens and of logits.
+    """The program of one number of tokens and of logits, which are of all tokens in order unless it `picks` rows.
 
     Attributes:
         q, k, v, attended: [tokens, heads, head_dim], what attention reads and writes.
     """
 
     def __init__(
-        self, decoder: PlainDecoder, buffers: _Buffers, biases: _WideBiases, num_tokens: int, num_logits: int
+        self,
+        decoder: PlainDecoder,
+        buffers: _Buffers,
+        biases: _WideBiases,
+        num_tokens: int,
+        num_logits: int,
+        picks: bool,
     ) -> None:
         self._decoder, self._buffers = decoder, buffers
         self._num_tokens, self._num_logits = num_tokens, num_logits
@@ -191,7 +199,7 @@ class _Replay:
         self.q, self.k, self.v, self.attended = (
             buffer[:num_tokens].view(shape) for buffer in (buffers.q, buffers.k, buffers.v, buffers.attended)
         )
-        self._picks = num_logits != num_tokens
+        self._picks = picks
         maker = _OperationMaker(decoder.mode, biases, num_tokens)
         groups: list[list[Operation]] = []
         self._rotary_at: list[int] = []  # places in the program
