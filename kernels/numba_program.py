@@ -157,7 +157,7 @@ def wait_until_left(row):
 
 
 @intrinsic
-def call_worker(typing, function, argument):  # type: ignore[no-untyped-def]
+def call_worker(typing, function, argument):
     """Call the function of one pointer at address `function`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -170,7 +170,7 @@ def call_worker(typing, function, argument):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def add_one(typing, address):  # type: ignore[no-untyped-def]
+def add_one(typing, address):
     """Add 1 to the int64 at `address`; what this thread wrote before is seen by who reads it."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -181,7 +181,7 @@ def add_one(typing, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def load_atomic(typing, address):  # type: ignore[no-untyped-def]
+def load_atomic(typing, address):
     """The int64 at `address`, and with it what the threads that changed it wrote before."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -191,7 +191,7 @@ def load_atomic(typing, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def pause(typing):  # type: ignore[no-untyped-def]
+def pause(typing):
     """Tell the processor that this thread waits in a loop."""
     machine = platform.machine()
 
@@ -209,7 +209,7 @@ def pause(typing):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def give_core_away(typing):  # type: ignore[no-untyped-def]
+def give_core_away(typing):
     """Let another thread have this core, if one wants it."""
     is_posix = platform.system() != "Windows"
 
