@@ -17,6 +17,7 @@ from radixkv.cache.tree.page_ids import PageBytes, page_array, page_bytes
 from radixkv.cache.tree.shape import TreeShape
 from radixkv.errors import InvalidPagesError, InvalidRequestError, PolicyError
 
+LEAST_SHARE_KEPT = 128  # a leaf goes whole where less than this part of the cache would be left of it
 SHORTEN_PATHS_LONGER_THAN = 16  # nodes; on such a path, forks that have one child left are merged …
 SHORTEN_EVERY_TICKS = 16  # … though not in each match: looking for them costs a pass over the path
 
@@ -370,7 +371,8 @@ class RadixTree(TreeShape):
     def evict(self, num_tokens: int) -> NDArray[np.int32]:
         """Remove unpinned leaves in policy order until the pages of `num_tokens` tokens are gone, or none is left.
 
-        Of the last leaf no more than these pages go, from its end; a parent becomes a leaf when its last child goes.
+        Of the last leaf no more than these pages go, from its end, unless what stays would be less than 1/128 of all
+        that is cached; a parent becomes a leaf when its last child goes.
         O(log leaves) a leaf, and O(pages freed).
 
         Returns: the freed pages, int32, read-only; no longer the tree's.
@@ -392,12 +394,13 @@ class RadixTree(TreeShape):
             while missing > 0 and queue:
                 leaf = queue.first()
                 size = len(leaf.pages)
+                rest = size - missing
+                trims = rest > 0 and not self.policy.whole_leaves and self._is_worth_keeping(rest)
                 if leaf.keep_until and cause == "evicted" and leaf.keep_until > self.clock():
-                    broken = size if self.policy.whole_leaves else min(size, missing)
-                    self.broken_promise_tokens += broken // TOKEN_BYTES * self.page_size
-                if size > missing and not self.policy.whole_leaves:
-                    freed.append(leaf.pages[size - missing :])
-                    self._trim(leaf, size - missing, cause)
+                    self.broken_promise_tokens += (missing if trims else size) // TOKEN_BYTES * self.page_size
+                if trims:
+                    freed.append(leaf.pages[rest:])
+                    self._trim(leaf, rest, cause)
                     break
                 missing -= size
                 freed.append(leaf.pages)
@@ -406,6 +409,10 @@ class RadixTree(TreeShape):
             error.freed = np.frombuffer(b"".join(freed), np.int32)
             raise
         return np.frombuffer(b"".join(freed), np.int32)
+
+    def _is_worth_keeping(self, page_bytes: int) -> bool:
+        """Whether so much of a leaf, in bytes of page ids, is worth the time that cutting it off takes."""
+        return page_bytes // TOKEN_BYTES * self.page_size * LEAST_SHARE_KEPT >= self.total_size
 
     def clear(self) -> NDArray[np.int32]:
         """Remove everything that is not pinned. Observers are sent `Cleared` if nothing was. O(nodes).
