@@ -9,13 +9,13 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: tests never ask the network
 
-# Files that take longest: begun first, so that no process idles at the end. The first three compile what others use,
-# and the fourth needs nothing of it: so two processes do not compile the same kernel side by side.
+# Files that take longest: begun first, so that no process idles at the end. The first compiles what others use, and the
+# second needs nothing of it: so two processes do not compile the same kernel side by side.
 SLOW_FILES = [
     "test_attention.py",
+    "test_triton.py",
     "test_quantized_attention.py",
     "test_skinny_linear.py",
-    "test_triton.py",
     "test_cache_machine.py",
     "test_windows.py",
     "test_quantized_pool.py",
