@@ -123,3 +123,14 @@ def test_a_tree_that_changes_between_the_parts_of_a_look_is_told_as_each_part_fo
         whole = viewer.look(cache.tree)
         assert len(whole.ids) == sum(1 for _ in cache.nodes())
     cache.check_invariants()
+
+
+def test_a_leaf_whose_end_was_evicted_has_what_is_left_of_it() -> None:
+    tree = RadixTree(page_size=2)
+    ids = list(range(20))
+    tree.insert(ids, pages=np.arange(10))
+    tree.evict(4)
+    view = TreeViewer(100).look(tree)
+    assert view.num_tokens() == [0, 16]
+    assert view.token_ids[1] == np.arange(16, dtype=np.int32).tobytes()
+    assert sum(view.num_tokens()) == view.total_tokens

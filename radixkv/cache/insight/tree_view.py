@@ -68,7 +68,8 @@ class TreeViewer:
 
     def look(self, tree: RadixTree) -> TreeView:
         """What `tree` holds now: all of it, or the `max_nodes` nearest to the roots. Where a node has more children
-        than there is room for, the most recently used of the newest are shown. It copies no tokens.
+        than there is room for, the most recently used of the newest are shown. It copies no tokens but those of leaves whose
+        end was evicted.
 
         O(max_nodes log max_nodes).
         """
@@ -96,7 +97,7 @@ class TreeViewer:
             view.ids.append(number)
             view.parents.append(None if parent is None else id_of[parent])
             view.namespaces.append(node.namespace)
-            view.token_ids.append(node.key)
+            view.token_ids.append(node.edge)
             view.num_children.append(len(node.children))
             view.hits.append(node.hits)
             view.last_access.append(node.last_access)
