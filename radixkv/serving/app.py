@@ -68,8 +68,7 @@ def _add_probes(app: FastAPI, service: Service) -> None:
     async def metrics(request: Request) -> Response:
         """What Prometheus collects."""
         require_admin(request)
-        await service.promises.check()
-        content = service.metrics.render(await service.engine.stats(), service.promises)
+        content = service.metrics.render(await service.engine.stats())
         return Response(content, media_type=CONTENT_TYPE)
 
     @app.get("/ready")

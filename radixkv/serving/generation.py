@@ -62,7 +62,6 @@ class Generation:
         keeps: Sequence[Keep] = (),
         on_prompt: Callable[[Ids, CacheUse], object] = lambda prompt, use: None,
         on_output: Callable[[RequestOutput], object] = lambda output: None,
-        on_keep: Callable[[Keep, CacheUse], object] = lambda keep, use: None,
     ) -> None:
         """A generation that has not begun.
 
@@ -70,7 +69,6 @@ class Generation:
             keeps: prefixes of the prompts that are to be kept.
             on_prompt: called with each prompt before it is submitted.
             on_output: called with the output of each choice that came to its end.
-            on_keep: called with each prefix that is kept from now on.
         """
         self._engine = engine
         self._params = params
@@ -78,7 +76,6 @@ class Generation:
         self._keeps = keeps
         self._on_prompt = on_prompt
         self._on_output = on_output
-        self._on_keep = on_keep
         self.prompts = prompts
 
     @property
@@ -131,11 +128,7 @@ class Generation:
         """Keep what is to be kept: from the first token on, and anew when the output has been added to the prefix."""
         use = self._cache_use
         for keep in self._keeps:
-            kept_tokens = await self._engine.keep(
-                keep.prefix, keep.keep_for_s, extra_key=use.extra_key, cache_salt=use.cache_salt
-            )
-            if kept_tokens:
-                self._on_keep(keep._replace(prefix=keep.prefix[:kept_tokens]), use)
+            await self._engine.keep(keep.prefix, keep.keep_for_s, extra_key=use.extra_key, cache_salt=use.cache_salt)
 
     def _checked(self, output: RequestOutput) -> RequestOutput:
         """`output`, which came to its own end. Raises: ApiError if it failed, or the server was shut down."""

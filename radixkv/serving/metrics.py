@@ -13,7 +13,6 @@ from radixkv.cache.insight.eviction_ages import LIMITS_S, EvictionAges
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.engine.request import RequestOutput
 from radixkv.engine.results import EngineStats
-from radixkv.serving.promises import Promises
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -122,9 +121,9 @@ class Metrics:
         known = path if status != 404 and path.startswith(PATHS) else OTHER
         self._answers.labels(known if len(known) < 50 else OTHER, str(status)).inc()
 
-    def render(self, stats: EngineStats, promises: Promises) -> bytes:
+    def render(self, stats: EngineStats) -> bytes:
         """The metrics as Prometheus reads them."""
-        self._engine.stats, self._engine.promises = stats, promises
+        self._engine.stats = stats
         return generate_latest(self._registry)
 
     def _counter(self, name: str, help: str, more_labels: Sequence[str] = ()) -> Counter:
@@ -140,15 +139,12 @@ class _EngineCollector(Collector):
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name
         self.stats: EngineStats | None = None
-        self.promises: Promises | None = None
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of `stats`; none before there are any."""
         if self.stats is not None:
             yield from self._as_vllm(self.stats)
             yield from _ours(self.stats)
-        if self.promises is not None:
-            yield from _of_promises(self.promises)
 
     def _as_vllm(self, stats: EngineStats) -> Iterator[Metric]:
         cache = stats.cache
@@ -168,16 +164,6 @@ class _EngineCollector(Collector):
                 metric = family(f"vllm:{name}", help, labels=["model_name", "engine"])
                 metric.add_metric([self._model_name, "0"], value)
                 yield metric
-
-
-def _of_promises(promises: Promises) -> Iterator[Metric]:
-    metric = CounterMetricFamily(
-        "radixkv_promises", "Prefixes that were to be kept, by whether they were until the end.", labels=["kept"]
-    )
-    metric.add_metric(["yes"], promises.num_held)
-    metric.add_metric(["no"], promises.num_broken)
-    yield metric
-    yield GaugeMetricFamily("radixkv_promises_open", "Prefixes that are to be kept now.", value=promises.num_open)
 
 
 def _ours(stats: EngineStats) -> Iterator[Metric]:

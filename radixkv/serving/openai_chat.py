@@ -22,9 +22,8 @@ from radixkv.serving.openai_logprobs import of_chat
 from radixkv.serving.openai_usage import usage_object
 from radixkv.serving.sampling_fields import sampling_params
 from radixkv.serving.service import Service, tenant_of
-from radixkv.serving.streaming import DONE, event, unless_gone
+from radixkv.serving.streaming import DONE, event
 from radixkv.serving.tool_calls import AnswerReader, Call, Parsed, parse, parse_own
-from radixkv.serving.wire import JsonAnswer
 
 
 def router(service: Service) -> APIRouter:
@@ -34,12 +33,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/chat/completions", response_model=None)
     async def create_chat_completion(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
-        service.check_fields(body)
-        service.check_model(body.model)
-        call = await unless_gone(request, ChatCall.of(service, body, request))
-        if body.stream:
-            return service.stream(call.events())
-        return JsonAnswer(call.answer(await unless_gone(request, call.generation.outputs())))
+        return await service.completed(body, request, ChatCall.of)
 
     return routes
 

@@ -24,8 +24,7 @@ from radixkv.serving.openai_logprobs import of_completion
 from radixkv.serving.openai_usage import usage_object
 from radixkv.serving.sampling_fields import sampling_params
 from radixkv.serving.service import Service, tenant_of
-from radixkv.serving.streaming import DONE, event, unless_gone
-from radixkv.serving.wire import JsonAnswer
+from radixkv.serving.streaming import DONE, event
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 1024
@@ -48,12 +47,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/completions", response_model=None)
     async def create_completion(body: CompletionBody, request: Request) -> Response:
         """Continue prompts."""
-        service.check_fields(body)
-        service.check_model(body.model)
-        call = await unless_gone(request, _CompletionCall.of(service, body, request))
-        if body.stream:
-            return service.stream(call.events())
-        return JsonAnswer(call.answer(await unless_gone(request, call.generation.outputs())))
+        return await service.completed(body, request, _CompletionCall.of)
 
     return routes
 

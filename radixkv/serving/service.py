@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
+from starlette.responses import Response
 
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.namespace import Namespace
 from radixkv.config import SamplingParams, ServerConfig
 from radixkv.engine.async_engine import AsyncEngine
+from radixkv.engine.request import RequestOutput
 from radixkv.errors import RadixKVError
 from radixkv.serving.admission import Admission
 from radixkv.serving.bodies import Body, GenerationBody, UnknownFields
@@ -27,12 +29,26 @@ from radixkv.serving.grammars import Grammar, Grammars
 from radixkv.serving.live_feed import LiveFeed
 from radixkv.serving.metrics import Metrics
 from radixkv.serving.openai_logprobs import TokenTexts
-from radixkv.serving.promises import Promises
-from radixkv.serving.streaming import EventStream, event
+from radixkv.serving.streaming import EventStream, event, unless_gone
 from radixkv.serving.tenants import KeyRing, Tenant
+from radixkv.serving.wire import JsonAnswer
 
 T = TypeVar("T")
 HEALTH_TIMEOUT_S = 30.0
+
+
+class Call(Protocol):
+    """A completion that is being made."""
+
+    generation: Generation
+
+    def events(self) -> AsyncGenerator[bytes]:
+        """The answer as a stream."""
+        ...
+
+    def answer(self, outputs: Sequence[RequestOutput]) -> Any:
+        """The answer as a whole."""
+        ...
 
 
 class Service:
@@ -48,7 +64,6 @@ class Service:
         self.admission = Admission()
         self.chat_prompts = ChatPrompts(engine)
         self.grammars = Grammars(engine)
-        self.promises = Promises(engine)
         self.token_texts = TokenTexts(engine.tokenizer)
         self.metrics = Metrics(self.model_name)
         self.live = LiveFeed(engine, self.model_name)
@@ -72,6 +87,20 @@ class Service:
         transform = await in_thread(self.grammars.transform, grammar)
         return replace(params, logits_transform=transform)
 
+    async def completed(
+        self, body: GenerationBody, request: Request, make_call: Callable[..., Coroutine[Any, Any, Call]]
+    ) -> Response:
+        """The answer to `body` in one of OpenAI's forms, whole or as a stream. Raises: ApiError, RadixKVError.
+
+        make_call: takes the service, body and request.
+        """
+        self.check_fields(body)
+        self.check_model(body.model)
+        call = await unless_gone(request, make_call(self, body, request))
+        if body.stream:
+            return self.stream(call.events())
+        return JsonAnswer(call.answer(await unless_gone(request, call.generation.outputs())))
+
     def generation(
         self,
         prompts: Sequence[Ids],
@@ -89,7 +118,6 @@ class Service:
             keeps=keeps,
             on_prompt=self._look_up,
             on_output=lambda output: self.metrics.observe(output, tenant.name),
-            on_keep=self.promises.add,
         )
 
     def _look_up(self, prompt: Ids, use: CacheUse) -> None:

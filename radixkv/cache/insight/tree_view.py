@@ -68,8 +68,8 @@ class TreeViewer:
 
     def look(self, tree: RadixTree) -> TreeView:
         """What `tree` holds now: all of it, or the `max_nodes` nearest to the roots. Where a node has more children
-        than there is room for, the most recently used of the newest are shown. It copies no tokens but those of leaves whose
-        end was evicted.
+        than there is room for, the most recently used of the newest are shown. It copies no tokens, except of leaves
+        whose end was evicted.
 
         O(max_nodes log max_nodes).
         """
