@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -25,6 +26,9 @@ from radixkv.engine.assembly import assemble
 from runners import Around, TamperedRunner
 from strategies import PAGE, leak_checked
 from tiny_models import served_model
+
+if TYPE_CHECKING:
+    from http_server import Running
 
 # Hypothesis tests that do not say how many examples they take. `scripts/test --hypothesis-profile long` looks further.
 settings.register_profile("brief", max_examples=40, deadline=None, derandomize=True)
@@ -101,3 +105,19 @@ def loaded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     engine.reset_cache()
     monkeypatch.setattr(EngineOptions, "load", lambda _: engine)
     return engine
+
+
+@pytest.fixture(scope="module")
+def running_server() -> Iterator[Running]:
+    """The demo model behind HTTP, with the settings that a server has by default."""
+    from http_server import running  # the packages that it takes are loaded where they are needed
+
+    with running() as server:
+        yield server
+
+
+@pytest.fixture
+def server(running_server: Running) -> Iterator[Running]:
+    """`running_server`, which has nothing to do and holds no page when the test has ended."""
+    yield running_server
+    running_server.check_idle()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -27,18 +26,6 @@ TOOLS: Any = [
     {"type": "function", "function": {"name": "find_person", "description": "Find one.", "parameters": SCHEMA}},
     {"type": "function", "function": {"name": "wait"}},
 ]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left(server: Running) -> Iterator[None]:
-    yield
-    server.check_idle()
 
 
 def test_logprobs_of_a_chat_are_the_engines(server: Running) -> None:

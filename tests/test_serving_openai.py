@@ -5,29 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterator
 
 import openai
 import pytest
 
-from http_server import SMALL, Running, running
+from http_server import SMALL, Running
 from radixkv import Engine, SamplingParams
 
 PROMPT = "ROMEO:\nBut, soft! what light through yonder window breaks?"
 MESSAGES = [{"role": "system", "content": "You are a citizen of Rome."}, {"role": "user", "content": "Who are you?"}]
 GREEDY = {"model": "demo", "temperature": 0.0, "max_tokens": 12}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left(server: Running) -> Iterator[None]:
-    yield
-    server.check_idle()
 
 
 @pytest.fixture(scope="module")
