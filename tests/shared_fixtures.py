@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 
@@ -118,6 +119,7 @@ def running_server() -> Iterator[Running]:
 
 @pytest.fixture
 def server(running_server: Running) -> Iterator[Running]:
-    """`running_server`, which has nothing to do and holds no page when the test has ended."""
+    """`running_server` with an empty cache; when the test has ended it has nothing to do, and holds no page."""
+    asyncio.run(running_server.engine.reset_cache())
     yield running_server
     running_server.check_idle()

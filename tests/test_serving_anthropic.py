@@ -27,17 +27,10 @@ TOOLS: Any = [{"name": "find_person", "description": "Find one.", "input_schema"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
+def running_server() -> Iterator[Running]:
     engine = AsyncEngine.from_pretrained("demo", **{**SMALL, "kv_cache_tokens": 1024})
     with running(engine) as server:
         yield server
-
-
-@pytest.fixture(autouse=True)
-def _empty(server: Running) -> Iterator[None]:
-    asyncio.run(server.engine.reset_cache())
-    yield
-    server.check_idle()
 
 
 def cached_tokens(server: Running, messages: object) -> int:

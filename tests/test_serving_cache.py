@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,17 +16,10 @@ SYSTEM = "You are a citizen of Rome, and you know everybody who lives there."
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
+def running_server() -> Iterator[Running]:
     engine = AsyncEngine.from_pretrained("demo", **{**SMALL, "kv_cache_tokens": 1024})
     with running(engine) as server:
         yield server
-
-
-@pytest.fixture(autouse=True)
-def _empty(server: Running) -> Iterator[None]:
-    asyncio.run(server.engine.reset_cache())
-    yield
-    server.check_idle()
 
 
 def post(server: Running, path: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
-from http_server import Running, running
+from http_server import Running
 from radixkv.serving.history import BoundedStore
 from radixkv.serving.responses_body import ResponsesBody
 
@@ -22,19 +21,6 @@ SCHEMA: Any = {
     "additionalProperties": False,
 }
 TOOLS: Any = [{"type": "function", "name": "find_person", "description": "Find one.", "parameters": SCHEMA}]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def _empty(server: Running) -> Iterator[None]:
-    asyncio.run(server.engine.reset_cache())
-    yield
-    server.check_idle()
 
 
 def test_a_response_is_what_a_chat_completion_is(server: Running) -> None:

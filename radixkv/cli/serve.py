@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ from radixkv.cli.setting_options import FromSettings, with_option_groups
 from radixkv.config import EngineConfig, ServerConfig
 from radixkv.config.checks import checked_text
 from radixkv.config.setting import field_check, setting_fields
+from radixkv.config.toml_file import read_toml
 from radixkv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,12 +55,7 @@ class ServedEngineOptions:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a TOML file: `model`, and fields of `EngineConfig` and `ServerConfig`. Raises: ConfigError."""
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # of TOML, or of UTF-8
-        raise ConfigError(f"{path} must be TOML: {error}") from error
+    content = read_toml(path)
     checks = {known.name: field_check(known) for cls in (EngineConfig, ServerConfig) for known in setting_fields(cls)}
     checks["model"] = checked_text
     for name, value in content.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -12,6 +11,7 @@ from typing import Any
 
 from radixkv.cache.keeping import checked_priority
 from radixkv.config.checks import checked_flag, checked_int, checked_text, shown
+from radixkv.config.toml_file import read_toml
 from radixkv.errors import ConfigError, RadixKVError
 
 _FIELDS = ("sha256", "name", "priority", "max_requests", "shares_with", "admin")
@@ -59,12 +59,7 @@ class KeyRing:
     @classmethod
     def from_file(cls, path: Path) -> KeyRing:
         """The ring in a TOML file: a table `[[key]]` for each key. Raises: ConfigError."""
-        try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-        except ValueError as error:  # of TOML, or of UTF-8
-            raise ConfigError(f"{path} must be TOML: {error}") from error
+        content = read_toml(path)
         tables = content.get("key")
         if set(content) != {"key"} or not isinstance(tables, list) or not tables:
             raise ConfigError(f"{path} must hold tables [[key]] and nothing else")
