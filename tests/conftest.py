@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 
 import pytest
 
@@ -32,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Load the fixtures, except where other processes run the tests: the one that hands them out starts at once."""
     hands_out = config.getoption("numprocesses", None) and not config.getoption("collectonly")
     if not hands_out:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background runs ignore
         gc.disable()  # until all is loaded and collected: it stays, so to search it for garbage is in vain
         config.pluginmanager.import_plugin("shared_fixtures")
 
