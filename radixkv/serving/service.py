@@ -46,7 +46,7 @@ class Call(Protocol):
         """The answer as a stream."""
         ...
 
-    def answer(self, outputs: Sequence[RequestOutput]) -> Any:
+    def answer(self, outputs: list[RequestOutput]) -> Any:
         """The answer as a whole."""
         ...
 
