@@ -144,5 +144,9 @@ class EngineFailedError(RadixKVError, RuntimeError):
     """The thread that runs the engine ended because of an error, which is this error's cause."""
 
 
+class TierError(RadixKVError, RuntimeError):
+    """A store of pages below the pool cannot be opened, or its medium fails."""
+
+
 class InvariantError(RadixKVError, AssertionError):
     """The bookkeeping contradicts itself: a bug in radixkv, with the state in the message."""

@@ -22,16 +22,17 @@ ARROWS: dict[str, set[str]] = {
     "cache": {"errors", "config"},
     "replay": {"errors", "config", "cache"},
     "memory": {"errors", "config"},
+    "tiers": {"errors", "config", "cache"},
     "attention": {"errors", "config", "kernels", "memory"},
     "models": {"errors", "config", "attention", "kernels", "memory", "demo_model"},
-    "engine": {"errors", "config", "models", "cache", "memory", "attention", "kernels"},
+    "engine": {"errors", "config", "models", "cache", "memory", "attention", "kernels", "tiers"},
 }
-ARROWS["hf"] = {"errors", "config", "cache", "memory"}
+ARROWS["hf"] = {"errors", "config", "cache", "memory", "tiers"}
 ARROWS["serving"] = {"errors", "config", "engine", "cache"}
 ARROWS["radixkv"] = set(ARROWS)
 ARROWS["cli"] = set(ARROWS)
 
-WITHOUT_TORCH = {"radixkv", "errors", "config", "cache", "replay"}
+WITHOUT_TORCH = {"radixkv", "errors", "config", "cache", "replay", "tiers"}
 
 
 def sources() -> Iterator[tuple[str, str]]:
