@@ -77,7 +77,7 @@ run = JITFunction.run
 JITFunction.run = compile_only
 driver.set_active(NoLaunch())
 half, plain, rich = torch.bfloat16, Rule(0.1), Rule(0.1, 64, 32, 5.0, torch.zeros(16, dtype=torch.bfloat16))
-check(half, half, 4, 64, 16, rich, tile_counts=(64,))  # every kernel once; larger blocks take longest
+check(half, half, 4, 16, 16, rich, tile_counts=(1,))  # every kernel once; larger blocks take longest
 if sys.argv[1] == "all":
     check(half, half, 4, 128, 16, rich)
     check(half, half, 4, 128, 16, plain)

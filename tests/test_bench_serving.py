@@ -93,23 +93,24 @@ def test_a_package_that_the_other_server_lacks_is_one_line(
     assert "left out; `transformers serve` needs no_such_package" in capsys.readouterr().out
 
 
-def test_http_is_compared_with_the_engine_and_taken_apart(
+def test_http_is_compared_with_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(http_cost, "THREADS", ("loop",))
+    monkeypatch.setattr(http_cost, "THREADS", ())
     figures = http_figures(tmp_path, monkeypatch)
     assert figures["ratio"] == pytest.approx(figures["http_tokens_a_second"] / figures["engine_tokens_a_second"])
     assert set(figures["processor_us_a_token"]) == {"client", "event loop", "engine and model"}
-    assert {"JSON and events", "HTTP protocol", "event loop, sockets"} <= set(figures["profile_us_a_token"]["loop"])
-    shown = capsys.readouterr().out
-    assert "3 streams, 8 tokens in and 6 out" in shown
-    assert "thread of the event loop, by a profiler: " in shown
+    assert "3 streams, 8 tokens in and 6 out" in capsys.readouterr().out
 
 
-@pytest.mark.stress
-def test_the_engines_thread_is_taken_apart_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.stress  # starts two servers in processes of their own
+def test_both_threads_are_taken_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     parts = http_figures(tmp_path, monkeypatch)["profile_us_a_token"]
+    assert {"JSON and events", "HTTP protocol", "event loop, sockets"} <= set(parts["loop"])
     assert {"model and sampling", "detokenising"} <= set(parts["engine"])
+    assert "thread of the event loop, by a profiler: " in capsys.readouterr().out
 
 
 def http_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

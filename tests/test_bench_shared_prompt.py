@@ -6,6 +6,7 @@ import gzip
 import json
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,9 @@ def test_wrong_sizes_are_named(name: str, sizes: dict[str, int], message: str) -
         built(name, **sizes)
 
 
-def test_more_questions_than_there_are() -> None:
+def test_more_questions_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = list(islice(corpus.functions(), 20))
+    monkeypatch.setattr(corpus, "functions", lambda: iter(few))
     with pytest.raises(BenchError, match="no more distinct questions of 1 tokens"):
         built("few-shot", requests=100, prefix_tokens=0, suffix_tokens=1)
 

@@ -328,6 +328,7 @@ def test_help_teaches_examples_and_groups_the_options() -> None:
         assert part in text
 
 
+@pytest.mark.stress  # starts a process, as the test of `serve` does
 def test_the_entry_point_keeps_its_streams_clean() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "from radixkv.cli import main; main()", "generate", "--json", "-n", "2", *SMALL],

@@ -62,15 +62,21 @@ def test_each_setting_is_a_flag() -> None:
             assert parameters[field.name].default == field.default
 
 
-def test_it_says_how_to_reach_it_and_drains_at_a_signal() -> None:
-    with served("--drain-s", "60") as (process, lines):
-        address = address_in(lines)
+def test_it_takes_a_file_and_flags_says_how_to_reach_it_and_drains_at_a_signal(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text('model = "demo"\nport = 8000\npage_size = 4\nserved_model_name = "mine"\nkv_cache_tokens = 2048\n')
+    assert read_settings(file)["page_size"] == 4
+    with served("--config", str(file), "--page-size", "8", "--root-path", "/llm", "--drain-s", "60") as (
+        process,
+        lines,
+    ):
+        address = address_in(lines).removesuffix("/llm")
         text = "".join(lines)
-        assert "radixkv serves demo at http://127.0.0.1:" in text
-        assert "2,048 tokens in pages of 16" in text
+        assert "radixkv serves mine at http://127.0.0.1:" in text
+        assert "2,048 tokens in pages of 8" in text, "a flag goes before the file"
         curl = text[text.index("curl") :]
-        assert f"{address}/v1/chat/completions" in curl
-        assert '"model": "demo"' in curl
+        assert f"{address}/llm/v1/chat/completions" in curl
+        assert '"model": "mine"' in curl
         body = {"prompt": "ROMEO:", "max_tokens": 400, "ignore_eos": True, "temperature": 0, "stream": True}
         with httpx.Client(base_url=address, timeout=60) as client:
             with client.stream("POST", "/v1/completions", json=body) as stream:
@@ -89,6 +95,7 @@ def test_it_says_how_to_reach_it_and_drains_at_a_signal() -> None:
         assert process.wait(60) == 0
 
 
+@pytest.mark.stress
 def test_a_second_signal_ends_it_at_once() -> None:
     with served("--drain-s", "600", "--max-context-tokens", "2000") as (process, lines):
         body = {"prompt": "ROMEO:", "max_tokens": 1900, "ignore_eos": True, "stream": True}
@@ -106,17 +113,6 @@ def test_a_second_signal_ends_it_at_once() -> None:
                 received += pieces
             assert "data: [DONE]" not in received
         assert process.wait(60) == 130
-
-
-def test_a_file_holds_settings_and_flags_go_before_it(tmp_path: Path) -> None:
-    file = tmp_path / "server.toml"
-    file.write_text('model = "demo"\nport = 8000\npage_size = 4\nserved_model_name = "mine"\nkv_cache_tokens = 2048\n')
-    assert read_settings(file)["page_size"] == 4
-    with served("--config", str(file), "--page-size", "8", "--root-path", "/llm") as (_, lines):
-        text = "".join(lines)
-    assert "serves mine at" in text
-    assert "2,048 tokens in pages of 8" in text
-    assert "/llm/v1/chat/completions" in text
 
 
 @pytest.mark.parametrize(

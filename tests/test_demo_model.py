@@ -183,7 +183,7 @@ def test_chat_template_refuses_an_unknown_role(tokenizer: PreTrainedTokenizerFas
 # ----------------------------------------------------------------------------------------------- what it writes
 
 
-@pytest.mark.parametrize("seed", [None, 1, pytest.param(2, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("seed", [None, *(pytest.param(seed, marks=pytest.mark.stress) for seed in (1, 2))])
 def test_writes_english_words(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int | None) -> None:
     ids = written(model, tokenizer.encode("KING RICHARD:\nMy lord,"), max_new_tokens=80, seed=seed)
     words = re.findall(r"[a-z]+", tokenizer.decode(ids).lower())

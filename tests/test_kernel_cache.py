@@ -32,9 +32,10 @@ NOWHERE = {
     ("backend", "dtype"),
     [
         ("torch", "float64"),  # runs none of our kernels
-        pytest.param("numba", "float32", marks=pytest.mark.stress),  # compiles all of them anew
+        ("numba", "float32"),  # compiles all of them anew
     ],
 )
+@pytest.mark.stress
 def test_an_engine_starts_where_compiled_code_cannot_be_kept_and_says_so_once(backend: str, dtype: str) -> None:
     code = (
         "import logging, torch; logging.basicConfig(format='%(message)s')\n"

@@ -534,7 +534,7 @@ def test_chain_is_what_inserting_every_prefix_gives() -> None:
     assert without_uses(chain(50, page_size=2)) == without_uses(inserted)
 
 
-DEPTHS = pytest.mark.parametrize("depth", [20_000, pytest.param(100_000, marks=pytest.mark.stress)])
+DEPTHS = pytest.mark.parametrize("depth", [5_000, pytest.param(100_000, marks=pytest.mark.stress)])
 
 
 @DEPTHS

@@ -38,22 +38,23 @@ def bounded(body: Any) -> Any:
     return body
 
 
-def test_no_request_makes_the_server_fail(server: Running) -> None:
+@pytest.mark.parametrize("num_examples", [4, pytest.param(50, marks=pytest.mark.stress)])
+def test_no_request_makes_the_server_fail(server: Running, num_examples: int) -> None:
     http = server.http()
     document = http.get("/openapi.json").json()
     assert {"/v1/chat/completions", "/v1/messages", "/v1/cache/explain", "/tokenize"} <= set(document["paths"])
     schema = schemathesis.openapi.from_dict(document)
     for result in schema.get_all_operations():
-        probe(server, result.ok())()  # type: ignore[union-attr]
+        probe(server, result.ok(), num_examples)()  # type: ignore[union-attr]
     server.wait_until(lambda stats: stats.running == 0)
     server.check_idle()
 
 
-def probe(server: Running, operation: Any) -> Any:
+def probe(server: Running, operation: Any, num_examples: int) -> Any:
     """A test that sends `operation` what Hypothesis finds."""
 
     @hypothesis.settings(
-        max_examples=10,
+        max_examples=num_examples,
         deadline=None,
         database=None,
         derandomize=True,
