@@ -199,13 +199,17 @@ def test_each_character_comes_with_its_last_byte(demo_engine: Engine) -> None:
 class OwnDecoder(PreTrainedTokenizerFast):
     """Decodes in a way of its own."""
 
-    def _decode(self, *arguments: object, **options: object) -> str:
-        return "text"
+    def _decode(self, token_ids: list[int], **options: object) -> str:  # type: ignore[override]
+        return "text" * len(token_ids)
 
 
 def test_tokens_of_other_tokenizers_have_no_bytes_of_their_own() -> None:
     own = OwnDecoder(tokenizer_object=byte_level("<|im_end|>").backend_tokenizer)
-    assert [TokenBytes.of(tokenizer) for tokenizer in (None, BytesTokenizer(), sentence_piece(), own)] == [None] * 4
+    changed = deepcopy(byte_level("<|im_end|>"))
+    changed.decode = own.decode
+    others = (None, BytesTokenizer(), sentence_piece(), own, changed)
+    assert [TokenBytes.of(tokenizer) for tokenizer in others] == [None] * 5
+    assert streamed(own, own("hello").input_ids[:1])[0] == streamed(changed, [5])[0] == "text"
 
 
 def test_a_stop_string_that_came_too_early_ends_nothing_later() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
+
+from radixkv.engine.token_bytes import decodes_as_usual
 
 REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
 
@@ -123,6 +126,7 @@ class _Windows:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._decode = _decoding(tokenizer)
         self._ids: list[int] = []  # those that are not settled, after some that are and only give context
         self._num_settled = 0  # of `_ids`
         self.pending = ""  # text that changes if an invalid byte comes
@@ -146,8 +150,8 @@ class _Windows:
         return piece
 
     def _unsettled(self) -> str:
-        context = decode(self._tokenizer, self._ids[: self._num_settled])
-        return decode(self._tokenizer, self._ids)[len(context) :]
+        context = self._decode(self._ids[: self._num_settled])
+        return self._decode(self._ids)[len(context) :]
 
     def _settle(self) -> None:
         """Keep as context the ids that were settled just now."""
@@ -192,3 +196,10 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
     """The text of a whole output."""
     text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
+
+
+def _decoding(tokenizer: Any) -> Callable[[list[int]], str]:
+    """`decode` of one tokenizer, for a few ids: without what transformers does around it, which takes longer."""
+    if decodes_as_usual(tokenizer):
+        return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
+    return partial(decode, tokenizer)

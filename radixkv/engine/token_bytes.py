@@ -33,7 +33,7 @@ class TokenBytes(dict[int, bytes]):
     @classmethod
     def of(cls, tokenizer: Any) -> Self | None:
         """The bytes of a tokenizer's tokens; None if it is not byte-level, or decodes in a way of its own."""
-        if not isinstance(tokenizer, PreTrainedTokenizerFast) or not _decodes_as_usual(type(tokenizer)):
+        if not decodes_as_usual(tokenizer):
             return None
         backend = tokenizer.backend_tokenizer
         decoder = json.loads(backend.to_str()).get("decoder") if backend.decoder is not None else None
@@ -46,9 +46,13 @@ class TokenBytes(dict[int, bytes]):
         return found
 
 
-def _decodes_as_usual(kind: type[Any]) -> bool:
-    usual = PreTrainedTokenizerFast
-    return kind.decode is PreTrainedTokenizerBase.decode and kind._decode is usual._decode  # type: ignore[attr-defined]
+def decodes_as_usual(tokenizer: Any) -> bool:
+    """Whether texts are what the tokenizer's `backend_tokenizer` makes of ids, and nothing is done to them after it."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or vars(tokenizer).keys() & {"decode", "_decode"}:
+        return False
+    kind: Any = type(tokenizer)
+    usual: Any = PreTrainedTokenizerFast
+    return bool(kind.decode is PreTrainedTokenizerBase.decode and kind._decode is usual._decode)
 
 
 def _is_byte_level(decoder: dict[str, Any]) -> bool:
