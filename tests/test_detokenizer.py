@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from itertools import cycle
 from random import Random
@@ -10,12 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from chat_tokenizers import byte_level, sentence_piece
 from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.engine.assembly import assemble
 from radixkv.engine.detokenizer import Detokenizer, decode
 from radixkv.engine.sampling import Sampler
+from radixkv.engine.token_bytes import TokenBytes
 from radixkv.models.loader import load
 
 
@@ -115,8 +119,10 @@ def test_an_unfinished_last_character_is_in_every_kind_of_output() -> None:
     assert texts == ["aé\ufffd"] * 4
 
 
-def streamed(tokenizer: object, ids: list[int], stops: tuple[str, ...] = ()) -> tuple[str, Detokenizer]:
-    detokenizer = Detokenizer(tokenizer, stops)
+def streamed(
+    tokenizer: object, ids: list[int], stops: tuple[str, ...] = (), token_bytes: TokenBytes | None = None
+) -> tuple[str, Detokenizer]:
+    detokenizer = Detokenizer(tokenizer, stops, token_bytes=token_bytes)
     pieces = []
     for token_id in ids:
         pieces.append(detokenizer.push(token_id))
@@ -132,9 +138,10 @@ def test_a_stop_string_may_hold_special_tokens(stop: str, text: str) -> None:
     tokenizer = byte_level("<|im_end|>")
     whole = "hello<|im_end|> world<|im_end|>\nagain"
     ids = tokenizer(whole).input_ids
-    got, detokenizer = streamed(tokenizer, ids, ("zzz", stop))
-    assert got == detokenizer.text == text
-    assert detokenizer.stopped
+    for token_bytes in (None, TokenBytes.of(tokenizer)):
+        got, detokenizer = streamed(tokenizer, ids, ("zzz", stop), token_bytes)
+        assert got == detokenizer.text == text
+        assert detokenizer.stopped
 
 
 def test_text_of_a_special_token_that_is_spelled_out_is_no_special_token() -> None:
@@ -164,3 +171,48 @@ def test_random_streams_join_to_the_text_of_all_ids(num_streams: int) -> None:
             pool = num_bytes if num_bytes and random.random() < 0.5 else range(len(tokenizer))
             ids = random.choices(pool, k=random.randint(1, 12)) + random.choices(range(len(tokenizer)), k=3)
             assert streamed(tokenizer, ids)[0] == decode(tokenizer, ids), ids
+
+
+@pytest.mark.parametrize("num_streams", [200, pytest.param(3000, marks=pytest.mark.stress)])
+def test_the_bytes_of_tokens_make_the_text_that_decoding_makes(num_streams: int) -> None:
+    random = Random(0)
+    tokenizer = deepcopy(byte_level("<|im_end|>"))
+    tokenizer.add_tokens(
+        ["two words", "\u4f60\u597d", "\u00e9\u0120"]
+    )  # not of the letters that stand for bytes, and of them
+    token_bytes = TokenBytes.of(tokenizer)
+    assert token_bytes is not None
+    bytes_alone = tokenizer.convert_tokens_to_ids(pre_tokenizers.ByteLevel.alphabet())
+    for _ in range(num_streams):
+        pool = bytes_alone if random.random() < 0.5 else range(len(tokenizer) + 2)  # two ids beyond the vocabulary
+        ids = random.choices(pool, k=random.randint(1, 16))
+        assert streamed(tokenizer, ids, (), token_bytes)[0] == decode(tokenizer, ids), ids
+
+
+def test_each_character_comes_with_its_last_byte(demo_engine: Engine) -> None:
+    tokenizer = demo_engine.tokenizer
+    detokenizer = Detokenizer(tokenizer, token_bytes=TokenBytes.of(tokenizer))
+    pieces = [detokenizer.push(token_id) for token_id in tokenizer("\u65e5a", add_special_tokens=False).input_ids]
+    assert [piece for piece in pieces if piece] == ["\u65e5", "a"]
+
+
+class OwnDecoder(PreTrainedTokenizerFast):
+    """Decodes in a way of its own."""
+
+    def _decode(self, token_ids: list[int], **options: object) -> str:  # type: ignore[override]
+        return "text" * len(token_ids)
+
+
+def test_tokens_of_other_tokenizers_have_no_bytes_of_their_own() -> None:
+    own = OwnDecoder(tokenizer_object=byte_level("<|im_end|>").backend_tokenizer)
+    changed = deepcopy(byte_level("<|im_end|>"))
+    changed.decode = own.decode
+    others = (None, BytesTokenizer(), sentence_piece(), own, changed)
+    assert [TokenBytes.of(tokenizer) for tokenizer in others] == [None] * 5
+    assert streamed(own, own("hello").input_ids[:1])[0] == streamed(changed, [5])[0] == "text"
+
+
+def test_a_stop_string_that_came_too_early_ends_nothing_later() -> None:
+    detokenizer = Detokenizer(BytesTokenizer(), ["ab", "abcd"], 2)
+    assert "".join(detokenizer.push(byte) for byte in b"abx") == "abx"
+    assert not detokenizer.stopped

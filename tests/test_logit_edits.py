@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from radixkv import SamplingParams
-from radixkv.engine.logit_edits import LogitEdits, LogitsTransform, RowEdits, edit_logits
+from radixkv.engine.logit_edits import LogitEdits, LogitsTransform, RowEdits, edit_logits, start_transforms
 
 VOCAB = 40
 ENDS = (1, 2)
@@ -184,8 +184,53 @@ def test_a_transform_starts_once_for_each_length() -> None:
     transform = Only(3)
     edits = edits_of(SamplingParams(), [1], [], transform)
     for output in ([], [], [3], [3], [3, 3]):
-        edits.start(output)
+        assert start_transforms([RowEdits(0, edits)], [output]) == {}
     assert transform.started == [[], [3], [3, 3]]
+
+
+class Together:
+    """Starts and applies transforms of a step at once; its second call of `apply` fails one row, the third all."""
+
+    def __init__(self) -> None:
+        self.started: list[list[list[int]]] = []
+        self.rows: list[list[int]] = []
+
+    def start(self, transforms: Sequence[Member], outputs: Sequence[Sequence[int]]) -> None:
+        assert len(transforms) == len(outputs)
+        self.started.append([list(output) for output in outputs])
+
+    def apply(self, transforms: Sequence[Member], logits: Tensor, rows: Sequence[int]) -> dict[int, Exception]:
+        self.rows.append(list(rows))
+        for transform, row in zip(transforms, rows, strict=True):
+            Only.apply(transform, logits[row])
+        if len(self.rows) == 3:
+            raise ValueError("nobody is served")
+        return {rows[0]: ZeroDivisionError("a grammar without end")} if len(self.rows) == 2 else {}
+
+
+class Member(Only):
+    def __init__(self, token_id: int, group: Together) -> None:
+        super().__init__(token_id)
+        self.group = group
+
+
+def test_transforms_of_a_group_work_at_once_and_others_alone() -> None:
+    group, other = Together(), Only(1)
+    transforms = [Member(5, group), other, Member(7, group)]
+    rows = [RowEdits(i, edits_of(SamplingParams(), [1], [], transform)) for i, transform in enumerate(transforms)]
+    assert start_transforms(rows, [[8], [], [9, 9]]) == {}
+    assert start_transforms(rows, [[8], [4], [9, 9]]) == {}, "only the other one has a new token"
+    assert group.started == [[[8], [9, 9]]]
+    assert other.started == [[], [4]]
+    found = random_logits(3)
+    assert edit_logits(found, rows) == {}
+    assert found.argmax(-1).tolist() == [5, 1, 7]
+    assert {row: type(error) for row, error in edit_logits(random_logits(3), rows).items()} == {0: ZeroDivisionError}
+    assert {row: type(error) for row, error in edit_logits(random_logits(3), rows).items()} == {
+        0: ValueError,
+        2: ValueError,
+    }
+    assert group.rows == [[0, 2]] * 3
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

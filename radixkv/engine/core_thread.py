@@ -18,23 +18,23 @@ logger = logging.getLogger(__name__)
 
 
 class Reader:
-    """Takes the progress of requests in an event loop. All but `loop` belongs to the loop's thread."""
+    """Takes the progress of requests in an event loop, for one task. All but `loop` belongs to the loop's thread."""
 
     def __init__(self, outbox: Outbox | FinishedOutbox) -> None:
         self.loop = asyncio.get_running_loop()
         self._outbox = outbox
-        self._changed = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # of a `take` that waits
         self._error: Exception | None = None
 
     def put(self, progress: Progress) -> None:
         """Take note of what a request gained."""
         self._outbox.put(progress)
-        self._changed.set()
+        self._wake()
 
     def fail(self, error: Exception) -> None:
         """Let the next `take` raise `error`, after what came before it."""
         self._error = error
-        self._changed.set()
+        self._wake()
 
     async def take(self) -> Any:
         """What the outbox holds, as soon as it holds something. Raises: EngineFailedError if the core failed."""
@@ -43,8 +43,12 @@ class Reader:
                 return taken
             if self._error is not None:
                 raise EngineFailedError(str(self._error)) from self._error.__cause__
-            self._changed.clear()
-            await self._changed.wait()
+            self._waiter = self.loop.create_future()
+            await self._waiter
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def take_progress(self) -> Progress:
         """As `take`, for a reader of one request's progress."""

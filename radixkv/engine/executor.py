@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from radixkv.engine.gpu_sampling import DeviceSampler, PendingTokens, RowSampling
-from radixkv.engine.logit_edits import LogitEdits, RowEdits, edit_logits
+from radixkv.engine.logit_edits import LogitEdits, RowEdits, edit_logits, start_transforms
 from radixkv.engine.request import Request
 from radixkv.engine.runner import Runner
 from radixkv.engine.sampling import Sampler
@@ -78,12 +78,9 @@ class Executor:
 
     def _launch(self, batch: list[Span], input_ids: Tensor | None = None) -> _Launched:
         edited = [RowEdits(row, edits) for row, span in enumerate(batch) if (edits := _edits(span)) is not None]
-        for row, edits in edited:
-            request = batch[row].request
-            try:
-                edits.start(request.output_ids)
-            except Exception as error:  # of the request's own transform: what is computed for it is ignored
-                request.finish("error", error)
+        failures = start_transforms(edited, [batch[row].request.output_ids for row, _ in edited]) if edited else {}
+        for row, failure in failures.items():  # of the request's own transform: what is computed for it is ignored
+            batch[row].request.finish("error", failure)
         step = make_step_input(batch, self._scheduler.req_to_token, known_tokens=input_ids is None)
         logits = self._runner.run(step, input_ids)
         logits, prompt_logits = logits[: len(batch)], logits[len(batch) :]

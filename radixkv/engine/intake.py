@@ -19,6 +19,7 @@ from radixkv.engine.interrupts import DeferredInterrupt
 from radixkv.engine.logit_edits import LogitEdits, LogitsTransform
 from radixkv.engine.request import Request
 from radixkv.engine.sampling import SamplingParams
+from radixkv.engine.token_bytes import TokenBytes
 from radixkv.errors import (
     InvalidRequestError,
     InvalidSamplingParamsError,
@@ -47,6 +48,7 @@ class Intake:
         self, tokenizer: Any | None, *, vocab_size: int, eos_ids: frozenset[int], limit: ContextLimit, seed: int
     ) -> None:
         self._tokenizer = tokenizer
+        self._token_bytes = TokenBytes.of(tokenizer)
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
         self._limit = limit
@@ -157,10 +159,13 @@ class Intake:
                 generator=generators[index],
                 edits=LogitEdits.of(params, ids, end_ids, transform),
                 tokenizer=self._tokenizer,
-                detokenizer=Detokenizer(self._tokenizer, params.stops, params.min_tokens) if needs_text else None,
+                detokenizer=self._detokenizer(params) if needs_text else None,
             )
             for index, transform in enumerate(transforms)
         ]
+
+    def _detokenizer(self, params: SamplingParams) -> Detokenizer:
+        return Detokenizer(self._tokenizer, params.stops, params.min_tokens, self._token_bytes)
 
     def _generator(self, params: SamplingParams, index: int) -> torch.Generator | None:
         """What choice `index` draws from."""

@@ -38,6 +38,25 @@ class LogitsTransform(Protocol):
         ...
 
 
+class TransformGroup(Protocol):
+    """Does at once what several transforms of a step would do one after another.
+
+    A `LogitsTransform` may have an attribute `group`: of a step's transforms with the same group, the engine calls the
+    group's methods, and not their own. What these raise fails all requests of the call.
+    """
+
+    def start(self, transforms: Sequence[Any], outputs: Sequence[Sequence[int]]) -> None:
+        """As `LogitsTransform.start`, with the output of each of `transforms`."""
+        ...
+
+    def apply(self, transforms: Sequence[Any], logits: Tensor, rows: Sequence[int]) -> dict[int, Exception]:
+        """As `LogitsTransform.apply`, with `logits` [any rows, vocab_size] and the row of each of `transforms`.
+
+        Returns: what fails single requests, by row.
+        """
+        ...
+
+
 class TokenCounts:
     """How often an output holds each token. Tokens of the prompt are listed, too, and count 0.
 
@@ -135,11 +154,17 @@ class LogitEdits:
         if self.counts is not None:
             self.counts.add(token_id)
 
-    def start(self, output_ids: Sequence[int]) -> None:
-        """Start the transform for the next token, unless it was started for it before."""
-        if self.transform is not None and self._num_started != len(output_ids):
-            self.transform.start(output_ids)
-            self._num_started = len(output_ids)
+    @property
+    def group(self) -> TransformGroup | None:
+        """What the transform does with those of other requests; None if it works alone."""
+        return getattr(self.transform, "group", None)
+
+    def is_to_start(self, output_ids: Sequence[int]) -> bool:
+        """Whether there is a transform that was not started for the token after `output_ids`. True once."""
+        if self.transform is None or self._num_started == len(output_ids):
+            return False
+        self._num_started = len(output_ids)
+        return True
 
 
 class RowEdits(NamedTuple):
@@ -147,6 +172,39 @@ class RowEdits(NamedTuple):
 
     row: int
     edits: LogitEdits
+
+
+def start_transforms(rows: Sequence[RowEdits], outputs: Sequence[Sequence[int]]) -> dict[int, Exception]:
+    """Start the transforms of `rows` for the token after each output, unless they were started for it before.
+
+    Returns: what they raised, by row.
+    """
+    errors: dict[int, Exception] = {}
+    begun = [(edits, output) for edits, output in zip(rows, outputs, strict=True) if edits.edits.is_to_start(output)]
+    output_of = {edits.row: output for edits, output in begun}
+    for group, members in _by_group([edits for edits, _ in begun]):
+        try:
+            if group is not None:
+                group.start([edits.transform for _, edits in members], [output_of[row] for row, _ in members])
+            elif (transform := members[0].edits.transform) is not None:
+                transform.start(output_of[members[0].row])
+        except Exception as error:
+            errors |= dict.fromkeys((row for row, _ in members), error)
+    return errors
+
+
+def _by_group(rows: Sequence[RowEdits]) -> list[tuple[TransformGroup | None, list[RowEdits]]]:
+    """The rows with transforms: those of each group together, each of the others alone."""
+    alone: list[tuple[TransformGroup | None, list[RowEdits]]] = []
+    together: dict[int, tuple[TransformGroup, list[RowEdits]]] = {}
+    for row in rows:
+        if row.edits.transform is None:
+            continue
+        if (group := row.edits.group) is None:
+            alone.append((None, [row]))
+        else:
+            together.setdefault(id(group), (group, []))[1].append(row)
+    return [*alone, *together.values()]
 
 
 @torch.inference_mode()
@@ -176,12 +234,14 @@ def edit_logits(logits: Tensor, rows: Sequence[RowEdits]) -> dict[int, Exception
         is_bad = ~(values < torch.inf)  # and stays so
         logits.index_put_(places, torch.full_like(values, -torch.inf).masked_fill_(is_bad, torch.nan))
     errors: dict[int, Exception] = {}
-    for row, edits in rows:
+    for group, members in _by_group(rows):
         try:
-            if edits.transform is not None:
-                edits.transform.apply(logits[row])
+            if group is not None:
+                errors |= group.apply([edits.transform for _, edits in members], logits, [row for row, _ in members])
+            elif (transform := members[0].edits.transform) is not None:
+                transform.apply(logits[members[0].row])
         except Exception as error:
-            errors[row] = error
+            errors |= dict.fromkeys((row for row, _ in members), error)
     if were_finite is not None:
         logits[transformed, 0] = torch.where(were_finite, logits[transformed, 0], torch.nan)
     return errors

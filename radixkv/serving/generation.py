@@ -104,15 +104,27 @@ class Generation:
             self._engine.stream(prompt, self._params, **self._cache_use.as_arguments()) for prompt in self.prompts
         ]
         unkept = set(range(len(streams)))
-        async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as pieces:
+        if len(streams) == 1:
+            async with aclosing(streams[0]) as stream:
+                async for progress in stream:
+                    if progress.output is not None or unkept:
+                        await self._settle(0, progress, unkept)
+                    yield Piece(progress.choice_index, progress)
+            return
+        async with aclosing(_merged(streams)) as pieces:
             async for number, progress in pieces:
-                if progress.output is not None:
-                    self._checked(progress.output)
-                    await self._keep()
-                elif number in unkept:
-                    unkept.discard(number)
-                    await self._keep()
+                if progress.output is not None or unkept:
+                    await self._settle(number, progress, unkept)
                 yield Piece(number * self.num_choices + progress.choice_index, progress)
+
+    async def _settle(self, number: int, progress: Progress, unkept: set[int]) -> None:
+        """Do what the first and the last progress of a prompt ask for. Raises: ApiError if it failed."""
+        if progress.output is not None:
+            self._checked(progress.output)
+            await self._keep()
+        elif number in unkept:
+            unkept.discard(number)
+            await self._keep()
 
     def usage(self, outputs: Sequence[RequestOutput]) -> Usage:
         """What `outputs`, one for each choice, used. The prompt of several choices counts once."""
@@ -138,12 +150,6 @@ class Generation:
         if output.finish_reason == "abort":
             raise shutting_down()
         return output
-
-
-async def _numbered(stream: AsyncGenerator[Progress]) -> AsyncGenerator[Piece]:
-    async with aclosing(stream):
-        async for progress in stream:
-            yield Piece(0, progress)
 
 
 async def _merged(streams: Sequence[AsyncGenerator[Progress]]) -> AsyncGenerator[Piece]:

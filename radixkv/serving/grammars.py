@@ -19,7 +19,6 @@ from radixkv.engine.async_engine import AsyncEngine
 from radixkv.serving.errors import bad_request
 
 MAX_COMPILED = 128
-MASK_THREADS = 2
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 WHITESPACE = r"[ \n]{0,2}"  # between the parts of JSON; without a bound, some models write nothing else
 
@@ -39,7 +38,7 @@ class Grammars:
         self._tokenizer: Any = None  # llguidance's; made when the first grammar comes, since it takes a second
         self._compiled: OrderedDict[bytes, Any] = OrderedDict()
         self._lock = Lock()
-        self._threads = ThreadPoolExecutor(MASK_THREADS, thread_name_prefix="radixkv-masks")
+        self._group = MaskGroup(engine.vocab_size)
 
     @property
     def num_compiled(self) -> int:
@@ -52,12 +51,11 @@ class Grammars:
         Raises: ApiError if it is not valid, or the tokenizer cannot be used with grammars.
         """
         matcher = self._matcher(grammar)
-        vocab_size, threads = self._engine.vocab_size, self._threads
-        return lambda: GrammarTransform(matcher.deep_copy(), vocab_size, threads)
+        return lambda: GrammarTransform(matcher.deep_copy(), self._group)
 
     def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown(wait=False)
+        """End the thread."""
+        self._group.close()
 
     def _matcher(self, grammar: Grammar) -> Any:
         key = sha256(grammar.source.encode()).digest()
@@ -90,38 +88,96 @@ class Grammars:
 
 
 class GrammarTransform:
-    """Forbids every token that the grammar does not allow next; a `LogitsTransform`.
+    """Forbids every token that the grammar does not allow next; a `LogitsTransform` that works in a group."""
 
-    `start` lets a thread compute the mask while the model computes the logits; `apply` waits for it.
-    """
-
-    def __init__(self, matcher: Any, vocab_size: int, threads: ThreadPoolExecutor) -> None:
-        self._matcher = matcher
-        self._threads = threads
-        self._mask = np.zeros(-(-vocab_size // 32), np.int32)
-        self._computed: Future[NDArray[np.bool_]] | None = None
+    def __init__(self, matcher: Any, group: MaskGroup) -> None:
+        self.matcher = matcher
+        self.group = group
+        self.masks: Future[_Masks] | None = None  # of the step that was started last
+        self.place = 0  # in them
 
     def start(self, token_ids: Sequence[int]) -> None:
         """Begin to compute which tokens may follow `token_ids`."""
-        self._computed = self._threads.submit(self._compute, token_ids[-1] if token_ids else None)
+        self.group.start([self], [token_ids])
 
     def apply(self, logits: Tensor) -> None:
         """Set the logits of all other tokens to minus infinity."""
-        assert self._computed is not None, "apply before start"
-        forbidden = torch.from_numpy(self._computed.result()[: len(logits)]).to(logits.device)
-        logits[: len(forbidden)].masked_fill_(forbidden, -torch.inf)
-        logits[len(forbidden) :] = -torch.inf
+        for error in self.group.apply([self], logits[None], [0]).values():
+            raise error
 
-    def _compute(self, token_id: int | None) -> NDArray[np.bool_]:
-        """Which tokens are forbidden after `token_id`, the newest one."""
-        matcher = self._matcher
-        if token_id is not None and not matcher.is_stopped():
-            matcher.consume_token(token_id)
-        if matcher.is_error():
-            raise RuntimeError("the grammar failed on the output")
-        matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
-        forbidden: NDArray[np.bool_] = np.unpackbits(self._mask.view(np.uint8), bitorder="little") == 0
-        return forbidden
+
+class _Masks(NamedTuple):
+    """Which tokens are forbidden next in each of some outputs, [outputs, tokens], and which of the grammars failed."""
+
+    forbidden: NDArray[np.bool_]
+    failed: list[bool]
+
+
+class MaskGroup:
+    """Computes the masks of all outputs of a step with a grammar at once, while the model computes the logits.
+
+    One job a step: starting a job costs as much as some masks, and its own threads share the outputs out.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="radixkv-masks")
+        self._executor: Any = None  # llguidance's; made when the first grammar comes
+
+    def start(self, transforms: Sequence[GrammarTransform], outputs: Sequence[Sequence[int]]) -> None:
+        """Begin to compute which tokens may follow each of `outputs`."""
+        matchers = [transform.matcher for transform in transforms]
+        masks = self._thread.submit(self._compute, matchers, [ids[-1] if ids else None for ids in outputs])
+        for place, transform in enumerate(transforms):
+            transform.masks, transform.place = masks, place
+
+    def apply(
+        self, transforms: Sequence[GrammarTransform], logits: Tensor, rows: Sequence[int]
+    ) -> dict[int, Exception]:
+        """Set the logits of forbidden tokens to minus infinity. Returns: the errors of grammars that failed, by row."""
+        found = [(_masks_of(transform), transform.place) for transform in transforms]
+        first = found[0][0]
+        is_in_order = all(masks is first and place == i for i, (masks, place) in enumerate(found))
+        if is_in_order and len(found) == len(first.forbidden):
+            chosen = first.forbidden
+        else:  # a step is repeated for one of its requests, or some have ended
+            chosen = np.stack([masks.forbidden[place] for masks, place in found])
+        forbidden = torch.from_numpy(chosen).to(logits.device)
+        if len(rows) == len(logits):
+            logits.masked_fill_(forbidden, -torch.inf)
+        else:
+            index = torch.tensor(rows, device=logits.device)
+            logits[index] = logits[index].masked_fill_(forbidden, -torch.inf)
+        failed = [row for row, (masks, place) in zip(rows, found, strict=True) if masks.failed[place]]
+        return {row: RuntimeError("the grammar failed on the output") for row in failed}
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False)
+
+    def _compute(self, matchers: list[Any], token_ids: list[int | None]) -> _Masks:
+        """The masks after `token_ids`, the newest of each output."""
+        import llguidance
+        from llguidance.numpy import consume_token_par, fill_next_token_bitmask_par
+
+        if self._executor is None:
+            self._executor = llguidance.LLExecutor()
+        newest = zip(matchers, token_ids, strict=True)
+        consumed = [(matcher, i) for matcher, i in newest if i is not None and not matcher.is_stopped()]
+        if consumed:
+            consume_token_par(self._executor, consumed)
+        words = np.zeros((len(matchers), -(-self._vocab_size // 32)), np.int32)
+        live = [(matcher, place) for place, matcher in enumerate(matchers) if not matcher.is_error()]
+        if live:
+            fill_next_token_bitmask_par(self._executor, live, words)
+        failed = [matcher.is_error() for matcher in matchers]
+        bits = np.unpackbits(words.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
+        return _Masks(np.logical_not(bits), failed)
+
+
+def _masks_of(transform: GrammarTransform) -> _Masks:
+    assert transform.masks is not None, "apply before start"
+    return transform.masks.result()
 
 
 def of_json_schema(schema: dict[str, Any], param: str) -> Grammar:

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -22,7 +23,7 @@ from radixkv.serving.openai_logprobs import of_chat
 from radixkv.serving.openai_usage import usage_object
 from radixkv.serving.sampling_fields import sampling_params
 from radixkv.serving.service import Service, tenant_of
-from radixkv.serving.streaming import DONE, event
+from radixkv.serving.streaming import DONE, EventForm, event
 from radixkv.serving.tool_calls import AnswerReader, Call, Parsed, parse, parse_own
 
 
@@ -82,15 +83,20 @@ class ChatCall:
         """The completion, piece by piece."""
         outputs: dict[int, RequestOutput] = {}
         readers: dict[int, AnswerReader] = {}
+        forms: dict[int, EventForm] = {}  # of chunks that bring text alone
         async with aclosing(self.generation.pieces()) as pieces:
             async for index, progress in pieces:
                 if index not in readers:
                     readers[index] = AnswerReader(tuple(self.tools.schemas))
-                    yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
+                    forms[index] = EventForm(partial(self._content, index))
+                    yield event(self._chunk(index, {"role": "assistant", "content": "", "refusal": None}))
                 text = readers[index].push(progress.text)
                 logprobs = None if progress.logprobs is None else of_chat(progress.logprobs, self._service.token_texts)
-                if text or (logprobs is not None and progress.token_ids):
-                    yield self._chunk(index, {"content": text}, logprobs=logprobs)
+                if logprobs is not None:
+                    if text or progress.token_ids:
+                        yield event(self._chunk(index, {"content": text}, logprobs=logprobs))
+                elif text:
+                    yield forms[index].event(text)
                 if progress.output is not None:
                     outputs[index] = progress.output
                     for event_ in self._end(index, progress.output, readers[index]):
@@ -104,11 +110,11 @@ class ChatCall:
         """The last chunks of a choice."""
         rest, calls = reader.finish()
         if rest:
-            yield self._chunk(index, {"content": rest})
+            yield event(self._content(index, rest))
         if calls:
             numbered = [{"index": i, **_call_object(call)} for i, call in enumerate(self.allowed(calls))]
-            yield self._chunk(index, {"tool_calls": numbered})
-        yield self._chunk(index, {}, finish_reason=_finish_reason(output, calls))
+            yield event(self._chunk(index, {"tool_calls": numbered}))
+        yield event(self._chunk(index, {}, finish_reason=_finish_reason(output, calls)))
 
     def _choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
         content, calls = self.parsed(output)
@@ -132,6 +138,9 @@ class ChatCall:
         """As many calls as the request allows."""
         return calls if self.tools.parallel else calls[:1]
 
+    def _content(self, index: int, text: str) -> dict[str, Any]:
+        return self._chunk(index, {"content": text})
+
     def _chunk(
         self,
         index: int,
@@ -139,9 +148,9 @@ class ChatCall:
         *,
         logprobs: dict[str, Any] | None = None,
         finish_reason: str | None = None,
-    ) -> bytes:
+    ) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return event({**self._head, "object": "chat.completion.chunk", "choices": [choice]})
+        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
 
 
 def _finish_reason(output: RequestOutput, calls: list[Call]) -> str:

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -24,7 +25,7 @@ from radixkv.serving.openai_logprobs import of_completion
 from radixkv.serving.openai_usage import usage_object
 from radixkv.serving.sampling_fields import sampling_params
 from radixkv.serving.service import Service, tenant_of
-from radixkv.serving.streaming import DONE, event
+from radixkv.serving.streaming import DONE, EventForm, event
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 1024
@@ -102,6 +103,7 @@ class _CompletionCall:
         """The completion, piece by piece."""
         outputs: dict[int, RequestOutput] = {}
         begun: set[int] = set()
+        forms: dict[int, EventForm] = {}  # of chunks that bring text alone
         async with aclosing(self.generation.pieces()) as pieces:
             async for index, progress in pieces:
                 text = progress.text if index in begun else self._echo(index) + progress.text
@@ -110,12 +112,21 @@ class _CompletionCall:
                 reason = None
                 if progress.output is not None:
                     outputs[index], reason = progress.output, progress.output.finish_reason
-                if text or reason is not None or logprobs is not None:
-                    yield event({**self._head, "choices": [self._choice(index, text, logprobs, reason)]})
+                if reason is not None or logprobs is not None:
+                    yield event(self._chunk(index, text, logprobs, reason))
+                elif text:
+                    if index not in forms:
+                        forms[index] = EventForm(partial(self._chunk, index))
+                    yield forms[index].event(text)
         if self._body.stream_options is not None and self._body.stream_options.include_usage:
             usage = usage_object(self.generation.usage([outputs[index] for index in sorted(outputs)]))
             yield event({**self._head, "choices": [], "usage": usage})
         yield DONE
+
+    def _chunk(
+        self, index: int, text: str, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        return {**self._head, "choices": [self._choice(index, text, logprobs, finish_reason)]}
 
     def _choice(
         self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None

@@ -92,7 +92,7 @@ def _uvicorn_config(service: Service) -> uvicorn.Config:
         make_app(service),
         host=config.host,
         port=config.port,
-        http="h11",
+        http="auto",
         ws="none",
         lifespan="off",
         log_config=None,

@@ -86,9 +86,9 @@ class AnswerReader:
 
     def push(self, text: str) -> str:
         """Take more of the answer; returns what is content for sure."""
-        self._text += text
         if not self._names:
             return text
+        self._text += text
         return self._give(may_begin(self._text, self._names))
 
     def finish(self) -> Parsed:

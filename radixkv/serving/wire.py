@@ -7,6 +7,8 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
 
 def to_json(content: Any) -> bytes:
     """`content` as JSON in UTF-8. Halves of characters, which JSON may spell and UTF-8 cannot, become "?".
@@ -14,7 +16,7 @@ def to_json(content: Any) -> bytes:
     >>> to_json({"a": "\\ud800"})
     b'{"a":"?"}'
     """
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _encode(content).encode("utf-8", "replace")
 
 
 class JsonAnswer(JSONResponse):

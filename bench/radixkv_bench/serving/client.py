@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import urllib.request
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,16 +71,21 @@ async def ask(address: Address, path: str, body: Body) -> Reply:
             if first_s is not None:
                 later.append(data)
                 continue
-            events.append(_parsed(data))
-            if _text_of(events[-1]):
+            events.append(parsed_event(data))
+            if text_of(events[-1]):
                 first_s = time.perf_counter()
     last_s = time.perf_counter()
-    events += [_parsed(data) for data in later if data != b"[DONE]"]
+    events += map(parsed_event, later)
+    return reply_of(events, sent_s, first_s, last_s, f"{address}{path}")
+
+
+def reply_of(events: Sequence[Any], sent_s: float, first_s: float | None, last_s: float, what: str) -> Reply:
+    """The answer that these events make. Raises: BenchError if there is no text, or no usage."""
     usage = next((event["usage"] for event in reversed(events) if event.get("usage")), None)
     if first_s is None or usage is None:
-        raise BenchError(f"{address}{path} ended a stream without text or without usage")
+        raise BenchError(f"{what} ended a stream without text or without usage")
     return Reply(
-        text="".join(map(_text_of, events)),
+        text="".join(map(text_of, events)),
         sent_s=sent_s,
         first_s=first_s,
         last_s=last_s,
@@ -118,18 +123,23 @@ async def _connection(address: Address, path: str, body: Body) -> AsyncGenerator
     except OSError as error:
         raise BenchError(f"{address} takes no connection: {error}") from error
     try:
-        payload = json.dumps({**body, "stream": True}).encode()
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: {address.host}:{address.port}\r\nConnection: close\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
-        )
-        writer.write(head.encode() + payload)
+        writer.write(request_bytes(address, path, body))
         await writer.drain()
         yield reader
     except (ConnectionError, asyncio.IncompleteReadError) as error:
         raise BenchError(f"{address}{path} broke off: {error}") from error
     finally:
         writer.close()
+
+
+def request_bytes(address: Address, path: str, body: Body) -> bytes:
+    """A request for a stream, on a connection that ends with its answer."""
+    payload = json.dumps({**body, "stream": True}).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {address.host}:{address.port}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
+    )
+    return head.encode() + payload
 
 
 async def _events(reader: asyncio.StreamReader) -> AsyncGenerator[bytes]:
@@ -148,14 +158,15 @@ async def _events(reader: asyncio.StreamReader) -> AsyncGenerator[bytes]:
                 yield event.removeprefix(b"data: ")
 
 
-def _parsed(data: bytes) -> Any:
+def parsed_event(data: bytes) -> Any:
+    """What an event holds; an empty object at the end. Raises: BenchError if it tells of an error."""
     event = {} if data == b"[DONE]" else json.loads(data)
     if "error" in event:
         raise BenchError(f"the server ended a stream with an error: {event['error']}")
     return event
 
 
-def _text_of(event: Any) -> str:
+def text_of(event: Any) -> str:
     """What a chunk of a completion or of a chat adds to the first choice."""
     choices = event.get("choices")
     if not choices:

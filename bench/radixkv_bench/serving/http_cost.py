@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import pstats
 import tempfile
 import time
@@ -18,7 +17,8 @@ from radixkv import Engine, SamplingParams, demo_model
 from radixkv_bench.common import corpus
 from radixkv_bench.common.device_timing import OnStep
 from radixkv_bench.common.errors import BenchError
-from radixkv_bench.serving.client import COMPLETIONS, Address, ask
+from radixkv_bench.serving.client import COMPLETIONS, Address
+from radixkv_bench.serving.raw_client import stream_all
 from radixkv_bench.serving.servers import RunningServer, Settings, radixkv_server
 
 MODEL = "demo"
@@ -92,7 +92,7 @@ def _engine_speed(engine: Engine, prompts: Sequence[str], params: SamplingParams
 def _http_speed(server: RunningServer, prompts: Sequence[str], output_tokens: int) -> tuple[float, dict[str, float]]:
     """Tokens a second, and the processor time of a token in µs: of the client, and of the server's threads."""
     before, client_s = _thread_seconds(server.pid), time.process_time()
-    num_tokens, total_s = asyncio.run(_stream_all(server.address, prompts, output_tokens))
+    num_tokens, total_s = _stream_all(server.address, prompts, output_tokens)
     client_s = time.process_time() - client_s
     after = _thread_seconds(server.pid)
     spent = {thread: seconds - before.get(thread, 0.0) for thread, seconds in after.items()}
@@ -101,12 +101,12 @@ def _http_speed(server: RunningServer, prompts: Sequence[str], output_tokens: in
     return num_tokens / total_s, {name: 1e6 * value / num_tokens for name, value in seconds.items()}
 
 
-async def _stream_all(address: Address, prompts: Sequence[str], output_tokens: int) -> tuple[int, float]:
+def _stream_all(address: Address, prompts: Sequence[str], output_tokens: int) -> tuple[int, float]:
     """Output tokens of all streams, and how long they took together."""
     fixed = {"max_tokens": output_tokens, "temperature": 0, "ignore_eos": True}
     bodies = [{**fixed, "prompt": prompt, "stream_options": {"include_usage": True}} for prompt in prompts]
     started_s = time.perf_counter()
-    replies = await asyncio.gather(*(ask(address, COMPLETIONS, body) for body in bodies))
+    replies = stream_all(address, COMPLETIONS, bodies)
     ended_s = max(reply.last_s for reply in replies)
     return sum(reply.output_tokens for reply in replies), ended_s - started_s
 
@@ -124,7 +124,7 @@ def _parts(thread: str, prompts: Sequence[str], output_tokens: int, settings: Se
     with tempfile.TemporaryDirectory(prefix="radixkv-bench-") as folder:
         out = Path(folder) / "profile"
         with radixkv_server(MODEL, settings, profile=(str(out), thread)) as server:
-            num_tokens, _ = asyncio.run(_stream_all(server.address, prompts, output_tokens))
+            num_tokens, _ = _stream_all(server.address, prompts, output_tokens)
         seconds = by_part(pstats.Stats(str(out)))
     return {part: 1e6 * value / num_tokens for part, value in sorted(seconds.items(), key=lambda item: -item[1])}
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from statistics import median
 from typing import Any
 
 from radixkv_bench.common.device_timing import OnStep
-from radixkv_bench.serving.client import CHATS, Address, Reply, ask
+from radixkv_bench.serving.client import CHATS, Address
 from radixkv_bench.serving.http_cost import MODEL, texts
+from radixkv_bench.serving.raw_client import stream_all
 from radixkv_bench.serving.servers import Settings, radixkv_server
 
 LINES = 200  # of the answer at least, so that it is longer than what is generated
@@ -48,7 +48,7 @@ def measure(
         for number in range(rounds + 1):
             prompts = texts(batch, prompt_tokens, seed + number)
             for name, more in (("free", {}), ("schema", {"response_format": RESPONSE_FORMAT})):
-                speed = asyncio.run(_decode(server.address, prompts, output_tokens, more))
+                speed = _decode(server.address, prompts, output_tokens, more)
                 if number:  # the first one warms up and compiles
                     speeds[name].append(speed)
             advance(1)
@@ -63,10 +63,9 @@ def measure(
     }
 
 
-async def _decode(address: Address, prompts: list[str], output_tokens: int, more: dict[str, Any]) -> float:
+def _decode(address: Address, prompts: list[str], output_tokens: int, more: dict[str, Any]) -> float:
     """Tokens a second of all streams together, from the first token of each on."""
     fixed = {"max_tokens": output_tokens, "temperature": 0, "ignore_eos": True, **more}
     fixed["stream_options"] = {"include_usage": True}
     bodies = [{**fixed, "messages": [{"role": "user", "content": prompt}]} for prompt in prompts]
-    replies: list[Reply] = await asyncio.gather(*(ask(address, CHATS, body) for body in bodies))
-    return sum(reply.tokens_a_second for reply in replies)
+    return sum(reply.tokens_a_second for reply in stream_all(address, CHATS, bodies))

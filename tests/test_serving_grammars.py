@@ -1,0 +1,63 @@
+"""Masks of several outputs are computed at once, and are those that each output has alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from http_server import SMALL
+from radixkv import AsyncEngine
+from radixkv.serving.grammars import Grammars, GrammarTransform, of_json_schema, of_regex
+
+SCHEMA = {"type": "array", "minItems": 3, "items": {"enum": ["Romeo", "Juliet"]}}
+GRAMMARS = [of_json_schema(SCHEMA, "schema"), of_regex("[a-f]+x?", "regex"), of_json_schema({"type": "null"}, "schema")]
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Iterator[Grammars]:
+    engine = AsyncEngine.from_pretrained("demo", **SMALL)
+    grammars = Grammars(engine)
+    yield grammars
+    grammars.close()
+    asyncio.run(engine.close())
+
+
+def masked(transforms: list[GrammarTransform], rows: list[int], num_rows: int) -> torch.Tensor:
+    logits = torch.zeros(num_rows, 2048)
+    errors = transforms[0].group.apply(transforms, logits, rows)
+    assert errors == {}
+    return logits
+
+
+def test_masks_of_a_step_are_those_of_each_output_alone(grammars: Grammars) -> None:
+    together = [grammars.transform(grammar)() for grammar in GRAMMARS]
+    alone = [grammars.transform(grammar)() for grammar in GRAMMARS]
+    group = together[0].group
+    outputs: list[list[int]] = [[] for _ in GRAMMARS]
+    for _ in range(6):
+        group.start(together, outputs)
+        expected = torch.zeros(len(GRAMMARS), 2048)
+        for row, transform in enumerate(alone):
+            transform.start(outputs[row])
+            transform.apply(expected[row])
+        assert torch.equal(masked(together, [0, 1, 2], 3), expected)
+        among_others = masked(together, [3, 0, 2], 4)
+        assert torch.equal(among_others[[3, 0, 2]], expected)
+        assert among_others[1].eq(0).all(), "a row without a grammar stays as it is"
+        assert torch.equal(masked(together[1:], [0, 1], 2), expected[1:]), "one has ended, or they are repeated apart"
+        outputs = [[*output, int(row.argmax())] for output, row in zip(outputs, expected, strict=True)]
+
+
+def test_an_output_that_left_its_grammar_fails_alone(grammars: Grammars) -> None:
+    transforms = [grammars.transform(GRAMMARS[1])() for _ in range(2)]
+    group = transforms[0].group
+    group.start(transforms, [[], []])
+    first = masked(transforms, [0, 1], 2)[0]
+    wrong, allowed = int(first.argmin()), int(first.argmax())
+    group.start(transforms, [[wrong], [allowed]])
+    logits = torch.zeros(2, 2048)
+    assert list(group.apply(transforms, logits, [0, 1])) == [0]
+    assert logits[1].isfinite().any()
