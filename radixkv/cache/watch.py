@@ -79,11 +79,15 @@ class PrefixWatch:
         return self._residency_changes == self._cache.residency.num_changes
 
     def refresh(self) -> int:
-        """Look again. O(tokens + depth). Returns: `cached_tokens`, as it is now."""
+        """Look again. O(tokens + depth), and O(page_size + depth) while it was not told of a change.
+
+        Returns: `cached_tokens`, as it is now.
+        """
         tree = self._cache.tree
         subscriptions = tree.subscriptions
+        stands = subscriptions.node_of(self._subscription)
         subscriptions.remove(self._subscription)
-        held_tokens, path = tree.peek_tokens(self._tokens, self._namespace)
+        held_tokens, path = tree.peek_tokens(self._tokens, self._namespace, below=stands)
         node = path[-1] if path else None
         if node is not None and (held_tokens < node.end or node.is_tail(tree.page_size)):
             node = node.parent  # one of whose children has the most of what comes next

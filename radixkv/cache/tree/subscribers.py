@@ -128,6 +128,11 @@ class Subscriptions:
             if not subscribers:
                 self._drop(subscribers)
 
+    def node_of(self, subscription: Subscription) -> TreeNode | None:
+        """The node that `subscription` was added to, unless it was told or removed since, or that is a root. O(1)."""
+        owner = None if subscription.subscribers is None else subscription.subscribers.owner
+        return owner if isinstance(owner, TreeNode) else None
+
     def tell(self, subscribers: Subscribers, first_page: bytes) -> None:
         """The child of their node that begins with `first_page` came, went or got another edge. O(those told)."""
         subscribers.tell(first_page)
