@@ -122,9 +122,9 @@ class WaitingQueue:
         return watch.cached_tokens
 
     def _watch(self, request: Request) -> PrefixWatch:
-        extra_key, cache_salt = request.cache_options.namespace
         note = partial(self._stale.setdefault, request.id) if request.id in self._ranks else None
-        return self._cache.watch(request.findable_ids, extra_key=extra_key, cache_salt=cache_salt, on_change=note)
+        # its ids were checked when it came: `cache.watch` would read them all once more
+        return PrefixWatch(self._cache, request.findable_ids, request.cache_options.namespace, note)
 
     # -- who competes under "lpm", and in which order ----------------------------------------------------------------
 
