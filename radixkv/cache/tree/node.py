@@ -99,7 +99,7 @@ class TreeNode:
     @property
     def edge(self) -> bytes:
         """The edge's tokens, little-endian int32. O(1), and O(tokens) in a leaf whose end was evicted."""
-        return self.key[: self.num_tokens * TOKEN_BYTES]
+        return bytes(self.key[: self.num_tokens * TOKEN_BYTES])
 
     @property
     def token_ids(self) -> NDArray[np.int32]:

@@ -320,7 +320,7 @@ class TreeShape:
                 if self._on_evicted is not None:
                     self._on_evicted(leaf)
         finally:
-            self._unlink(kept, leaf.key[: self._page_bytes], leaf)
+            self._unlink(kept, bytes(leaf.key[: self._page_bytes]), leaf)
             try:
                 self._queue.replace(leaf, kept)
             finally:
@@ -347,14 +347,19 @@ class TreeShape:
         kept.state, kept.fork, kept.hits = leaf.state, leaf.fork, leaf.hits
         if prefix is not None:
             kept.prefix = prefix.first(kept.end)
-        leaf.key, leaf.pages = key[size : leaf.num_tokens * TOKEN_BYTES], bytes(pages[kept_bytes:])
+        removed, first_removed = slice(size, leaf.num_tokens * TOKEN_BYTES), key[size : size + self._page_bytes]
+        if self.events.observers or self._on_trimmed or self._on_split or self._on_evicted:
+            leaf.key = key[removed]
+        else:  # a window will do for a node that leaves the tree: a copy would cost more than all else here
+            leaf.key = memoryview(key)[removed]  # type: ignore[assignment]
+        leaf.pages = bytes(pages[kept_bytes:])
         leaf.num_tokens -= kept_tokens
         leaf.parent = kept
         first_page = key[: self._page_bytes]
         parent.children[first_page] = kept
         if parent.subscribers is not None:
             self.subscriptions.tell(parent.subscribers, first_page)
-        kept.children[leaf.key[: self._page_bytes]] = leaf
+        kept.children[first_removed] = leaf
         return kept
 
     def _unlink(self, parent: TreeNode, first_page: bytes, leaf: TreeNode) -> None:
