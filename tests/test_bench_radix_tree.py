@@ -334,3 +334,16 @@ def test_tails_are_of_calls_timed_one_by_one_and_the_tree_keeps_its_size() -> No
     assert len({tail.operation for tail in tails}) == 7
     assert all(0 < tail.median_us <= tail.p99_us <= tail.p999_us <= tail.max_us for tail in tails)
     assert [pause.leaves for pause in pauses] == [100, 200]
+    assert all(0 <= tail.slow_calls <= tail.calls and 0 <= tail.waited_calls <= tail.calls for tail in tails)
+
+
+def test_the_slowest_calls_can_be_measured_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tails.json"
+    arguments = ["--quick", "--tails-only", "--leaves", "100,200", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["radix_tree.py", *arguments])
+    assert bench.main() == 0
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert (len(report["tails"]), report["growth"], report["memcpy"]) == (14, [], [])
+    assert "200 calls of each operation" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from event_mirror import EventMirror, held_by
 from radixkv import Event, Lease, PrefixCache, RadixTree, Removed
 from radixkv.cache.tree import radix_tree as radix_tree
 from radixkv.cache.tree.node import Namespace, TreeNode
+from radixkv.cache.watch import PrefixWatch
 from radixkv.errors import InvalidRequestError, OutOfPagesError
 from strategies import (
     NAMESPACES,
@@ -238,13 +240,23 @@ class Claim:
     keep_for_s: int | None
 
 
+@dataclass
+class Watched:
+    """A watch of the cache, and what it was told since it last looked."""
+
+    watch: PrefixWatch
+    told: list[None]
+    tokens: list[int]
+    namespace: Namespace
+
+
 class CacheMachine(RuleBasedStateMachine):
     """A `PrefixCache` with a pool that is always too small, and simulated KV.
 
     `kv[slot]` stands for the bytes: computing a token writes a value that depends on its namespace and on all tokens
     up to it, and copying a page copies values. After each step every cached token, tails included, and every computed
     token of every lease still has its value, so no page was handed out, freed or overwritten while somebody could
-    read it.
+    read it. And every watch that was not told of a change still says what `peek` does.
     """
 
     page_size: ClassVar[int]
@@ -262,6 +274,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.add_observer(self.heard)
         self.oracle = TreeOracle(self.page_size, self.policy, self.clock)
         self.claims: list[Claim] = []
+        self.watches: list[Watched] = []
         self.kv = np.full((self.num_pages, self.page_size), -1)
         self.values: dict[Key, int] = {}
         self.query_tokens = self.hit_tokens = self.evicted_tokens = self.copied_tokens = 0
@@ -408,6 +421,28 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.peek(tokens, **names(namespace)) == expected
         assert snapshot(self.cache.tree) == before
 
+    @rule(namespace=tenants, word=prompts, rest=rests)
+    def watch(self, namespace: Namespace, word: str, rest: list[int]) -> None:
+        tokens = spell(word, self.page_size) + rest[: self.page_size - 1]
+        told: list[None] = []
+        watch = self.cache.watch(tokens, on_change=partial(told.append, None), **names(namespace))
+        self.watches.append(Watched(watch, told, tokens, namespace))
+
+    @precondition(lambda self: self.watches)
+    @rule(choice=choices)
+    def look(self, choice: int) -> None:
+        watched = self.watches[choice % len(self.watches)]
+        assert watched.watch.refresh() == self.cache.peek(watched.tokens, **names(watched.namespace))
+        assert watched.watch.is_current()
+        watched.told.clear()
+
+    @precondition(lambda self: self.watches)
+    @rule(choice=choices, drop=st.booleans())
+    def unwatch(self, choice: int, drop: bool) -> None:
+        watched = self.watches.pop(choice % len(self.watches))
+        if not drop:
+            watched.watch.close()
+
     @precondition(lambda self: self.cache.tree.tick % 16 == 15)  # else no tree would grow
     @rule()
     def reset(self) -> None:
@@ -444,6 +479,15 @@ class CacheMachine(RuleBasedStateMachine):
         assert (stats.evicted_tokens, stats.copied_tokens) == (self.evicted_tokens, self.copied_tokens)
 
     @invariant()
+    def watches_are_told(self) -> None:
+        for watched in self.watches:
+            watch, times_told = watched.watch, len(watched.told)
+            now = self.cache.peek(watched.tokens, **names(watched.namespace))
+            assert times_told == (not watch.has_same_pages())
+            assert times_told or abs(watch.cached_tokens - now) < self.page_size
+            assert not watch.is_current() or watch.cached_tokens == now
+
+    @invariant()
     def kv_is_intact(self) -> None:
         for edge in self.oracle.edges:
             for position in range(edge.first, len(edge.tokens)):
@@ -461,6 +505,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.reset()
         self.cache.check_invariants()
         assert self.cache.stats().free_pages == self.num_pages
+        for watched in self.watches:
+            watched.watch.close()
+        self.cache.watch([0]).close()  # those that were dropped are forgotten with it
+        assert not self.cache.tree.subscriptions.of_roots
 
     # -- what requests do ------------------------------------------------------------------------------------------
 
@@ -589,10 +637,14 @@ TREE_STEPS = {
     "match": 12, "insert": 12, "insert_tail": 2, "insert_tail_late": 2, "peek": 2, "lock": 4, "unlock": 4, "retain": 2,
     "remove": 1, "evict": 3, "clear": 0.1, "wait": 1,
 }  # fmt: skip
-CACHE_STEPS = {"acquire": 12, "compute": 2, "commit": 8, "grow": 4, "release": 6, "peek": 2, "reset": 0.1, "wait": 1}
+CACHE_STEPS = {
+    "acquire": 12, "compute": 2, "commit": 8, "grow": 4, "release": 6, "peek": 2, "reset": 0.1, "wait": 1,
+    "watch": 2, "look": 4, "unwatch": 1,
+}  # fmt: skip
 NEEDED = {  # what must not be empty for a step
     "insert_tail_late": "seen", "lock": "seen", "unlock": "locked", "retain": "seen", "remove": "seen",
     "compute": "claims", "commit": "claims", "grow": "claims", "release": "claims",
+    "look": "watches", "unwatch": "watches",
 }  # fmt: skip
 
 
@@ -609,6 +661,7 @@ def walk(machine: type[TreeMachine | CacheMachine], num_steps: int, **fields: ob
                 state.agrees_with_oracle()
                 if machine is CacheMachine:
                     state.kv_is_intact()
+                    state.watches_are_told()
     finally:
         state.teardown()
 

@@ -5,6 +5,7 @@ Words stand for sequences: each letter is one page of tokens, and a page is call
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from radixkv import PrefixCache, RadixTree
@@ -405,3 +406,14 @@ def test_running_requests_keep_their_pages_while_others_are_evicted(page_size: i
     with cache.acquire(spell("ijklmn", page_size)):
         assert cache.stats().total_tokens == 0
         cache.check_invariants()
+
+
+def test_a_handle_on_the_end_of_a_leaf_that_was_evicted_says_what_that_was(page_size: int) -> None:
+    tree = RadixTree(page_size)
+    ids = np.arange(100, 100 + 8 * page_size, dtype=np.int32)
+    leaf = tree.insert(ids, pages=list(range(8))).node
+    assert tree.evict(2 * page_size).tolist() == [6, 7]
+    assert not leaf.in_tree
+    assert leaf.page_ids.tolist() == [6, 7]
+    assert leaf.token_ids.tolist() == np.frombuffer(leaf.edge, np.int32).tolist() == ids[6 * page_size :].tolist()
+    assert tree.peek(ids) == 6 * page_size

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 
 from radixkv import Lease, PrefixCache
 from radixkv.cache.residency.window_pages import WindowPages
+from radixkv.cache.tree.node import TreeNode
 from radixkv.errors import OutOfPagesError
 
 PAGES = 24
@@ -100,3 +102,59 @@ def test_what_changes_elsewhere_leaves_a_watch_current() -> None:
         lease.commit([1, 2, 3, 4, 5, 7])
     assert not watch.is_current()
     assert watch.refresh() == 5
+
+
+def test_a_watch_is_told_once_until_it_looks_again() -> None:
+    cache = make_cache(2, exact=True, windowed=False)
+    told: list[str] = []
+    watch = cache.watch([1, 2, 3, 4], on_change=lambda: told.append("changed"))
+    share(cache, [7, 8])
+    assert (told, watch.is_current(), watch.has_same_pages()) == ([], False, True), "less than a page may have changed"
+    share(cache, [1, 2])
+    cache.reset()
+    assert (told, watch.has_same_pages()) == (["changed"], False)
+    assert (watch.refresh(), watch.is_current()) == (0, True)
+    share(cache, [1, 2, 3, 4])
+    assert told == ["changed"] * 2
+    assert watch.refresh() == 4
+    watch.close()
+    cache.reset()
+    assert (told, watch.is_current()) == (["changed"] * 2, False)
+
+
+def test_the_tree_forgets_watches_that_are_closed_or_dropped() -> None:
+    cache = make_cache(2, exact=True, windowed=False)
+    share(cache, [1, 2, 3, 4])
+    with cache.watch([1, 2, 3, 4, 5, 6]), cache.watch([7, 8], extra_key="tenant"):
+        cache.watch([1, 2, 3, 4, 7, 8])
+        cache.watch([5, 6])
+        assert len(places(cache)) == 3
+    with cache.watch([9, 9]):
+        assert places(cache) == [None], "with a new watch the dropped ones go"
+    assert places(cache) == []
+
+
+def test_a_watch_does_not_keep_what_was_evicted() -> None:
+    def references_after_eviction(*watched: list[int]) -> int:
+        cache = make_cache(2, exact=True, windowed=False)
+        share(cache, [1, 2, 3, 4])
+        (node,) = [node for _, node in cache.nodes() if not node.is_root]
+        watches = [cache.watch(ids) for ids in watched]
+        held = sys.getrefcount(node)
+        cache.reset()
+        assert sys.getrefcount(node) < held
+        assert not any(watch.is_current() for watch in watches)
+        return sys.getrefcount(node)
+
+    assert references_after_eviction([1, 2, 3, 4, 5, 6], [1, 2]) == references_after_eviction()
+
+
+def share(cache: PrefixCache, ids: list[int]) -> None:
+    with cache.acquire(ids) as lease:
+        lease.commit(ids)
+
+
+def places(cache: PrefixCache) -> list[TreeNode | None]:
+    """The nodes that have subscribers; None for the root of each namespace that has."""
+    nodes = [node for _, node in cache.nodes() if node.subscribers is not None and not node.is_root]
+    return [*nodes, *[None for _ in cache.tree.subscriptions.of_roots]]

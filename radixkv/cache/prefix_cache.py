@@ -136,6 +136,11 @@ class PrefixCache:
         """Whether reuse is exact to the token, thanks to `copy_page`."""
         return self._copy_page is not None
 
+    @property
+    def residency_changes(self) -> int:
+        """A number that grows when pages may lose or gain what the residency gives them. Watches are not told. O(1)."""
+        return self.residency.num_changes
+
     def pages_for(self, num_tokens: int) -> int:
         """Pages that `num_tokens` tokens fill, the last one perhaps in part."""
         return -(-num_tokens // self.page_size)
@@ -162,12 +167,26 @@ class PrefixCache:
         tokens = self.residency.usable_tokens(path, held_tokens)
         return tokens if self.shares_partial_pages else tokens // self.page_size * self.page_size
 
-    def watch(self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None) -> PrefixWatch:
+    def watch(
+        self,
+        ids: TokenIds,
+        *,
+        extra_key: str | None = None,
+        cache_salt: str | None = None,
+        on_change: Callable[[], object] | None = None,
+    ) -> PrefixWatch:
         """What `peek` says of `ids`, to be asked again and again. O(tokens + depth) now, O(1) while it stays so.
 
-        The ids are kept, and must not be changed. Raises: as `peek`.
+        The ids are kept, and must not be changed. Close the watch when it is of no use any more.
+
+        Args:
+            on_change: called when it may have changed by a page or more, once until the next `refresh`; not for
+                changes of the residency. It runs in the middle of the operation that causes the change: it may take a
+                note, and must not fail, nor use the cache.
+
+        Raises: as `peek`.
         """
-        return PrefixWatch(self, token_array(ids), Namespace.of(extra_key, cache_salt))
+        return PrefixWatch(self, token_array(ids), Namespace.of(extra_key, cache_salt), on_change)
 
     def acquire(
         self,

@@ -114,14 +114,16 @@ class Scheduler:
         return batch
 
     def _fill(self) -> list[Span]:
-        batch = self._decodes()
+        self._grow_decodes()
+        batch = [Span(r, r.num_computed, r.num_tokens) for r in self.running if r.num_pending == 1]
+        prefills = [r for r in self.running if r.num_pending > 1] if len(batch) < len(self.running) else []
         budget = self._config.max_batch_tokens - len(batch)
-        for request in self.running:
-            if request.num_pending > 1 and budget > 0:
+        for request in prefills:
+            if budget > 0:
                 budget = self._add_chunk(batch, request, budget)
-        if budget == 0 or not self._req_to_token.num_free:
+        if budget == 0 or not self.waiting or not self._req_to_token.num_free:
             return batch
-        in_progress = self._prompts_in_progress()
+        in_progress = self._by_head(prefills)
         for request in self.waiting.candidates():
             if budget == 0 or not self._req_to_token.num_free:
                 break
@@ -196,11 +198,11 @@ class Scheduler:
 
     # -- running requests --------------------------------------------------------------------------------------------
 
-    def _decodes(self) -> list[Span]:
+    def _grow_decodes(self) -> None:
+        """Give a page to each running request whose next token needs one, and retract those that cannot have it."""
         for request in [r for r in self.running if r.num_pending == 1]:
             if request.lease is not None:  # not retracted meanwhile for another's sake
                 self._grow(request)
-        return [Span(r, r.num_computed, r.num_tokens) for r in self.running if r.num_pending == 1]
 
     def _grow(self, request: Request) -> None:
         """Give `request` pages for its next token, or retract it."""
@@ -261,13 +263,12 @@ class Scheduler:
 
     # -- waiting requests --------------------------------------------------------------------------------------------
 
-    def _prompts_in_progress(self) -> dict[Head, list[Request]]:
-        """The running requests whose prompts are being computed, by namespace and first tokens."""
+    def _by_head(self, prefills: Sequence[Request]) -> dict[Head, list[Request]]:
+        """The requests whose prompts are being computed, by namespace and first tokens; none if nothing is shared."""
         found: dict[Head, list[Request]] = {}
-        if self._config.prefix_cache and self.waiting:
-            for request in self.running:
-                if request.num_pending > 1:
-                    found.setdefault(_head(request), []).append(request)
+        if self._config.prefix_cache:
+            for request in prefills:
+                found.setdefault(_head(request), []).append(request)
         return found
 
     def _will_be_computed(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 
 from sortedcontainers import SortedDict
@@ -23,8 +24,9 @@ class WaitingQueue:
     Under "lpm" the longest cached prefix goes first, but for requests that were retracted, and those that `max_skips`
     later ones have overtaken, so that none starves. Under "fcfs" the order is that of arrival.
 
-    What a step costs does not grow with the number of requests: the oldest `LPM_WINDOW` compete, and of those the
-    prompts are looked up in which something has changed, `MOST_REFRESHED` at most. O(log waiting) to add or remove.
+    What a step costs does not grow with the number of requests: the oldest `LPM_WINDOW` compete, and are kept in order.
+    The cache tells which of their prefixes have changed, and of those `MOST_REFRESHED` at most are looked up in a step.
+    O(log waiting) to add or remove.
     """
 
     def __init__(self, config: ResolvedConfig, cache: PrefixCache) -> None:
@@ -33,8 +35,11 @@ class WaitingQueue:
         self._by_prefix = config.prefix_cache and config.schedule_policy == "lpm"
         self._max_skips = config.max_skips
         self._requests: SortedDict[int, Request] = SortedDict()  # by id, which grows with arrival
-        self._watches: dict[int, PrefixWatch] = {}  # of those that compete
-        self._last_looked_up = -1
+        self._watches: dict[int, PrefixWatch] = {}  # of those that compete, or were asked for
+        self._ranks: dict[int, tuple[int, int]] = {}  # of those that compete under "lpm": (-cached tokens, id)
+        self._in_order: list[tuple[int, int]] = []  # the same, sorted
+        self._stale: dict[int, None] = {}  # ids of those that compete and must be looked up, in order
+        self._residency_changes = cache.residency_changes
         self._retracted: set[int] = set()
         self._overtakers: list[int] = []  # ids of the admitted that are younger than the oldest here, sorted
         self._skipped_before: dict[int, int] = {}  # overtakers that were here before a request came
@@ -61,11 +66,20 @@ class WaitingQueue:
             self._retracted.add(request.id)
         if skips := self._younger_admitted(request.id):
             self._skipped_before[request.id] = skips
+        if self._by_prefix and request.id <= self._youngest_to_compete():
+            self._compete(request.id)
+            if len(self._requests) > LPM_WINDOW:
+                self._withdraw(self._requests.peekitem(LPM_WINDOW)[0])
 
     def remove(self, request: Request) -> None:
         """It waits no more, and was not admitted."""
         del self._requests[request.id]
-        self._watches.pop(request.id, None)
+        if request.id in self._ranks:
+            self._withdraw(request.id)
+            if len(self._requests) >= LPM_WINDOW:
+                self._compete(self._youngest_to_compete())
+        elif (watch := self._watches.pop(request.id, None)) is not None:
+            watch.close()
         self._skipped_before.pop(request.id, None)
         self._retracted.discard(request.id)
         oldest = next(iter(self._requests), None)
@@ -76,18 +90,16 @@ class WaitingQueue:
         insort(self._overtakers, request.id)
         self.remove(request)
 
-    def candidates(self) -> list[Request]:
-        """Those that compete to be admitted, the first one in front."""
-        window = list(islice(self._requests.values(), LPM_WINDOW))
+    def candidates(self) -> Iterator[Request]:
+        """Those that compete to be admitted, the first one in front; not those that have left when it is their turn."""
         if not self._by_prefix:
-            return window
-        self._look_up(window)
-        urgent: list[Request] = []
-        if self._retracted or len(self._overtakers) >= self._max_skips:
-            urgent = [request for request in window if self._goes_first(request)]
-            window = [request for request in window if not self._goes_first(request)]
-        window.sort(key=self.known_tokens, reverse=True)  # stable: then by age
-        return urgent + window
+            return self._waiting_still(list(islice(self._requests, LPM_WINDOW)))
+        self._look_up()
+        first = self._urgent()
+        if not first:
+            return self._waiting_still([request_id for _, request_id in self._in_order])
+        urgent = set(first)
+        return self._waiting_still(first + [i for _, i in self._in_order if i not in urgent])
 
     def known_tokens(self, request: Request) -> int:
         """How many leading tokens of `request` were cached when it was last looked up. O(1)."""
@@ -100,26 +112,83 @@ class WaitingQueue:
             return 0
         watch = self._watches.get(request.id)
         if watch is None:
-            extra_key, cache_salt = request.cache_options.namespace
-            watch = self._cache.watch(request.findable_ids, extra_key=extra_key, cache_salt=cache_salt)
-            self._watches[request.id] = watch
-        elif not watch.is_current():
+            watch = self._watches[request.id] = self._watch(request)
+        elif watch.is_current():
+            return watch.cached_tokens
+        else:
             watch.refresh()
+        if request.id in self._ranks:
+            self._rank(request.id, watch.cached_tokens)
         return watch.cached_tokens
 
-    def _look_up(self, window: list[Request]) -> None:
-        """Look up what has changed; where that is too much for one step, the next one goes on from there."""
-        stale = [r for r in window if (watch := self._watches.get(r.id)) is None or not watch.has_same_pages()]
-        if len(stale) > MOST_REFRESHED:
-            start = next((i for i, request in enumerate(stale) if request.id > self._last_looked_up), 0)
-            stale = [*stale[start:], *stale[:start]][:MOST_REFRESHED]
-            self._last_looked_up = stale[-1].id
-        for request in stale:
-            self.cached_tokens(request)
+    def _watch(self, request: Request) -> PrefixWatch:
+        note = partial(self._stale.setdefault, request.id) if request.id in self._ranks else None
+        # its ids were checked when it came: `cache.watch` would read them all once more
+        return PrefixWatch(self._cache, request.findable_ids, request.cache_options.namespace, note)
 
-    def _goes_first(self, request: Request) -> bool:
-        skips = self._younger_admitted(request.id) - self._skipped_before.get(request.id, 0)
-        return skips >= self._max_skips or request.retractions > 0
+    # -- who competes under "lpm", and in which order ----------------------------------------------------------------
+
+    def _youngest_to_compete(self) -> int:
+        """The id up to which the waiting compete."""
+        youngest: int = self._requests.peekitem(min(len(self._requests), LPM_WINDOW) - 1)[0]
+        return youngest
+
+    def _compete(self, request_id: int) -> None:
+        if (watch := self._watches.pop(request_id, None)) is not None:
+            watch.close()  # it takes no note of changes
+        rank = self._ranks[request_id] = (0, request_id)
+        insort(self._in_order, rank)
+        self._stale[request_id] = None
+
+    def _withdraw(self, request_id: int) -> None:
+        del self._in_order[bisect_left(self._in_order, self._ranks.pop(request_id))]
+        if (watch := self._watches.pop(request_id, None)) is not None:
+            watch.close()
+        self._stale.pop(request_id, None)
+
+    def _rank(self, request_id: int, cached_tokens: int) -> None:
+        """Give it the place that `cached_tokens`, just looked up, ask for."""
+        self._stale.pop(request_id, None)
+        before, rank = self._ranks[request_id], (-cached_tokens, request_id)
+        if rank != before:
+            self._ranks[request_id] = rank
+            del self._in_order[bisect_left(self._in_order, before)]
+            insort(self._in_order, rank)
+
+    def _look_up(self) -> None:
+        """Look up what has changed; where that is too much for one step, the next one goes on."""
+        changes = self._cache.residency_changes
+        if changes != self._residency_changes:
+            self._residency_changes = changes
+            for request_id in self._ranks:
+                self._stale.setdefault(request_id)
+        for request_id in list(islice(self._stale, MOST_REFRESHED)):
+            self.cached_tokens(self._requests[request_id])
+            self._stale.pop(request_id, None)
+
+    # -- ageing ------------------------------------------------------------------------------------------------------
+
+    def _urgent(self) -> list[int]:
+        """Ids of those that compete and go before the others, the oldest first."""
+        urgent: list[int] = []
+        surplus = len(self._overtakers) - self._max_skips
+        if surplus >= 0:  # enough to have overtaken all that are older than the last `max_skips` of them
+            youngest = self._overtakers[surplus] - 1 if self._max_skips else None
+            urgent += islice(self._requests.irange(None, youngest), LPM_WINDOW)
+        if self._retracted or (self._skipped_before and urgent):
+            special = self._retracted.union(self._skipped_before).intersection(self._ranks)
+            urgent = sorted(special.union(urgent))
+            urgent = [i for i in urgent if i not in special or self._goes_first(i)]
+        return urgent
+
+    def _goes_first(self, request_id: int) -> bool:
+        skips = self._younger_admitted(request_id) - self._skipped_before.get(request_id, 0)
+        return skips >= self._max_skips or request_id in self._retracted
 
     def _younger_admitted(self, request_id: int) -> int:
         return len(self._overtakers) - bisect_right(self._overtakers, request_id)
+
+    def _waiting_still(self, request_ids: Sequence[int]) -> Iterator[Request]:
+        for request_id in request_ids:
+            if (request := self._requests.get(request_id)) is not None:
+                yield request

@@ -49,9 +49,9 @@ class Costs:
     """Processor time, in µs.
 
     `steps`: of each step that gives every running request its next token. When one of them has ended and another takes
-    its place, `admissions`: of choosing that step, less the median of choosing `steps`; `shares`: of sharing what the
-    ended one computed and what the step did, and of giving back. `matches`: of `cache.acquire` and `release` for such a
-    prompt alone.
+    its place, `admissions`: of choosing that step, less choosing the step before, in which nobody came; `shares`: of
+    sharing what the ended one computed and what the step did, and of giving back. `matches`: of `cache.acquire` and
+    `release` for such a prompt alone.
     """
 
     steps: list[float]
@@ -166,11 +166,11 @@ def measure(load: Load, *, steps: int, admissions: int, seed: int) -> Costs:
         times = [loaded.timed_step() for _ in range(steps)]
         costs = Costs([choosing + computing for choosing, computing in times], [], [], [])
         if load.waiting and load.short is Short.ROWS:
-            usual = float(np.median([choosing for choosing, _ in times]))
             for _ in range(UNTIMED_ADMISSIONS):  # until each of those that compete was looked up, once in its life
                 loaded.timed_admission()
                 loaded.settle()
             for _ in range(admissions):
+                usual, _ = loaded.timed_step()
                 choosing, sharing = loaded.timed_admission()
                 costs.admissions.append(choosing - usual)
                 costs.shares.append(sharing)

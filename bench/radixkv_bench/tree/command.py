@@ -30,7 +30,7 @@ from radixkv_bench.tree import report as reports
 from radixkv_bench.tree.growth import BYTES_A_LEAF, LEAF_TOKENS, LEAVES_A_TENANT, SHAPES
 from radixkv_bench.tree.memory import Metadata, Replay
 from radixkv_bench.tree.report import Report
-from radixkv_bench.tree.tail import measure_tails
+from radixkv_bench.tree.tail import Pause, Tail, measure_tails
 
 BUSY = 0.5  # load for each core, above which absolute times mean little
 METADATA_PAGE_SIZES = tuple(reports.BYTES_LIMITS)
@@ -116,6 +116,9 @@ Capacity = Annotated[
 @command("radix_tree")
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Seconds instead of minutes: smaller in every way.")] = False,
+    tails_only: Annotated[
+        bool, typer.Option("--tails-only", help="Nothing but the slowest calls of a mixed load; draws no picture.")
+    ] = False,
     page_size: PageSize = 16,
     leaves: Leaves = None,
     rounds: Repeats = None,
@@ -145,8 +148,10 @@ def main(
     errors = error_console()
     load = psutil.getloadavg()[0]
     _warn_if_busy(load, errors)
-    report = _measure(sizes, page_size, trace, load, errors)
-    return Outcome(report.as_dict(), partial(reports.print_tables, report), partial(reports.write_plot, report))
+    measure = _measure_tails if tails_only else _measure
+    report = measure(sizes, page_size, trace, load, errors)
+    plot = None if tails_only else partial(reports.write_plot, report)
+    return Outcome(report.as_dict(), partial(reports.print_tables, report), plot)
 
 
 def _parse_leaves(text: str) -> tuple[int, ...]:
@@ -189,11 +194,22 @@ def _measure(sizes: Sizes, page_size: int, trace: Path | None, load: float, erro
         on_built = add_steps(progress, "building trees", sum(sizes.leaves) * len(SHAPES))
         on_step = add_steps(progress, "growth", tree_growth.num_rounds(sizes.rounds))
         growth = tree_growth.grow(sizes.leaves, page_size, sizes.rounds, on_built, on_step)
-        on_built = add_steps(progress, "building trees for tails", sum(sizes.leaves))
-        on_step = add_steps(progress, "tails", sizes.tail_calls * len(sizes.leaves))
-        tails, pauses = measure_tails(sizes.leaves, page_size, sizes.tail_calls, on_built, on_step)
+        tails, pauses = _run_tails(sizes, page_size, progress)
     config = _config(sizes, page_size, trace, load)
     return Report(growth, memcpy, probed, metadata, replays, config, tails, pauses)
+
+
+def _measure_tails(sizes: Sizes, page_size: int, trace: Path | None, load: float, errors: Console) -> Report:
+    """Run the tails alone."""
+    with quiet_bar(errors) as progress, _collector_off():
+        tails, pauses = _run_tails(sizes, page_size, progress)
+    return Report([], [], [], [], [], _config(sizes, page_size, trace, load), tails, pauses)
+
+
+def _run_tails(sizes: Sizes, page_size: int, progress: Progress) -> tuple[list[Tail], list[Pause]]:
+    on_built = add_steps(progress, "building trees for tails", sum(sizes.leaves))
+    on_step = add_steps(progress, "tails", sizes.tail_calls * len(sizes.leaves))
+    return measure_tails(sizes.leaves, page_size, sizes.tail_calls, on_built, on_step)
 
 
 def _run_requests(sizes: Sizes, trace: Path | None, progress: Progress) -> tuple[list[Metadata], list[Replay]]:

@@ -1,12 +1,14 @@
 """The slowest calls of a radix tree under a mixed load: what a median does not show.
 
 Each call is timed by itself, in the processor's time of its thread, with Python's collector off: its pauses are
-measured apart, since they depend on all of the process.
+measured apart, since they depend on all of the process. A call that took long by the clock alone was interrupted: the
+system gave the processor to others.
 """
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,12 +32,16 @@ from radixkv_bench.tree.growth import (
 )
 
 EVICT_LEAF, EVICT_PAGE = f"evict {LEAF_TOKENS} tokens", "evict a page"
+SLOW_US = 1000.0
 STEP = 1000  # turns between two reports of progress
 
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """Microseconds a call of one operation in a tree of `leaves` leaves, over `calls` calls."""
+    """Microseconds a call of one operation in a tree of `leaves` leaves, over `calls` calls.
+
+    `slow_calls` took more than a millisecond of the processor, `waited_calls` by the clock.
+    """
 
     leaves: int
     operation: str
@@ -44,6 +50,8 @@ class Tail:
     p99_us: float
     p999_us: float
     max_us: float
+    slow_calls: int
+    waited_calls: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +71,10 @@ def measure_tails(
     for size in leaves:
         grown = GrownTree(Shape.SHARED, size, page_size, Stock(size + 2 * calls), on_built)
         for operation, seconds in _mixed_load(grown, calls, on_turn).items():
-            us = np.array(seconds) * 1e6
+            us, waited_us = np.array(seconds).T * 1e6
             median, p99, p999 = np.percentile(us, [50, 99, 99.9]).tolist()
-            tails.append(Tail(size, operation, calls, median, p99, p999, float(us.max())))
+            slow = [int((times > SLOW_US).sum()) for times in (us, waited_us)]
+            tails.append(Tail(size, operation, calls, median, p99, p999, float(us.max()), *slow))
         pauses.append(_pause(size))
     return tails, pauses
 
@@ -82,16 +91,20 @@ def _pause(leaves: int) -> Pause:
     return Pause(leaves, collect_s * 1e3, frozen_s * 1e3)
 
 
-def _mixed_load(grown: GrownTree, calls: int, on_turn: OnStep) -> dict[str, list[float]]:
-    """Seconds of each call. What is evicted makes room for what is inserted, so the tree keeps its size."""
+def _mixed_load(grown: GrownTree, calls: int, on_turn: OnStep) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of each call, of the processor and by the clock.
+
+    What is evicted makes room for what is inserted, so the tree keeps its size.
+    """
     tree, rng = grown.tree, np.random.default_rng(SEED)
     rows = rng.integers(0, grown.num_leaves, (calls, 4)).tolist()
-    seconds: dict[str, list[float]] = {}
+    seconds: dict[str, list[tuple[float, float]]] = {}
 
     def timed(operation: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        start = CLOCK()
+        waited, start = time.perf_counter(), CLOCK()
         result = call(*arguments)
-        seconds.setdefault(operation, []).append(CLOCK() - start)
+        taken = CLOCK() - start
+        seconds.setdefault(operation, []).append((taken, time.perf_counter() - waited))
         return result
 
     def lock_and_unlock(node: Any) -> None:

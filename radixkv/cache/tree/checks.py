@@ -16,6 +16,7 @@ from radixkv.errors import InvariantError
 
 if TYPE_CHECKING:
     from radixkv.cache.tree.shape import TreeShape
+    from radixkv.cache.tree.subscribers import Subscribers
 
 
 def check_tree(
@@ -44,6 +45,18 @@ def check_tree(
     _require(len(all_pages) == num_pages, f"counted {len(all_pages)} pages, recorded {num_pages}", tree)
     _require(evictable == num_evictable, f"counted {evictable} evictable pages, recorded {num_evictable}", tree)
     _require(len(np.unique(all_pages)) == len(all_pages), "a page is in two places", tree)
+
+
+def check_subscribers(tree: TreeShape, of_roots: Mapping[Namespace, Subscribers]) -> None:
+    """Prove that the subscribers of each node are its own and not none. O(nodes). Raises: InvariantError."""
+    for _, node in tree.nodes():
+        subscribers = node.subscribers
+        if node.namespace is not None:
+            _require(subscribers is of_roots.get(node.namespace), "a root that tells somebody else", node)
+        elif subscribers is not None:
+            _require(subscribers.owner is node and bool(subscribers), "subscribers of another node, or none", node)
+    for namespace, subscribers in of_roots.items():
+        _require(subscribers.owner == namespace and bool(subscribers), "subscribers of another root, or none", tree)
 
 
 def _check_root(root: TreeNode, roots: Mapping[Namespace, TreeNode]) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from radixkv.cache.events import Prefix
     from radixkv.cache.tree.leaf_queue import Entry
+    from radixkv.cache.tree.subscribers import Subscribers
 
 
 class TreeNode:
@@ -28,7 +29,7 @@ class TreeNode:
         pages: the edge's pages, int32 `bytes`, or a window on such.
         end: tokens from the root to the end of this edge.
         children: by the bytes of the first page of their key.
-        changes: times that a child came, went, or got another edge.
+        subscribers: who is told of changes of `children`; None while nobody is.
         ordered: the keys of `children` in order, kept only where there are many and `find_partial` looked at them.
         parent: None in a root, and in a node that has left the tree.
         heir: the node that this one was merged into, after it was.
@@ -50,7 +51,6 @@ class TreeNode:
     __slots__ = (
         "after",
         "before",
-        "changes",
         "children",
         "created",
         "cut",
@@ -71,6 +71,7 @@ class TreeNode:
         "prefix",
         "priority",
         "state",
+        "subscribers",
     )
 
     def __init__(self, key: bytes, pages: PageBytes, end: int, parent: TreeNode | None, tick: int) -> None:
@@ -81,7 +82,7 @@ class TreeNode:
         self.parent = parent
         self.created = self.last_access = tick
         self.children: dict[bytes, TreeNode] = {}
-        self.changes = 0
+        self.subscribers: Subscribers | None = None
         self.ordered: SortedList | None = None
         self.heir: TreeNode | None = None
         self.namespace: Namespace | None = None
@@ -98,7 +99,7 @@ class TreeNode:
     @property
     def edge(self) -> bytes:
         """The edge's tokens, little-endian int32. O(1), and O(tokens) in a leaf whose end was evicted."""
-        return self.key[: self.num_tokens * TOKEN_BYTES]
+        return bytes(self.key[: self.num_tokens * TOKEN_BYTES])
 
     @property
     def token_ids(self) -> NDArray[np.int32]:

@@ -139,12 +139,17 @@ class RadixTree(TreeShape):
         """
         return self.peek_tokens(token_array(ids), Namespace.of(extra_key, cache_salt))
 
-    def peek_tokens(self, tokens: Tokens, namespace: Namespace) -> tuple[int, list[TreeNode]]:
-        """As `peek_path`, of what `token_array` returned, in a namespace that was checked."""
-        root = self._roots.get(namespace)
-        if root is None:
+    def peek_tokens(
+        self, tokens: Tokens, namespace: Namespace, *, below: TreeNode | None = None
+    ) -> tuple[int, list[TreeNode]]:
+        """As `peek_path`, of what `token_array` returned, in a namespace that was checked.
+
+        Tokens down to the end of `below`, a node of the tree, are taken to be those of its path, and are not compared.
+        """
+        start = below or self._roots.get(namespace)
+        if start is None:
             return 0, []
-        node, partial = self._descend(root, tokens, [])
+        node, partial = self._descend(start, tokens, [])
         length = node.end
         if partial is not None:
             return length + common_tokens(tokens[length:], partial.token_ids), partial.path()
@@ -448,14 +453,14 @@ class RadixTree(TreeShape):
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _descend(self, root: TreeNode, tokens: Tokens, runs: list[PageBytes]) -> tuple[TreeNode, TreeNode | None]:
-        """Follow whole edges from `root` as far as `tokens` go, and gather their pages in `runs`.
+    def _descend(self, start: TreeNode, tokens: Tokens, runs: list[PageBytes]) -> tuple[TreeNode, TreeNode | None]:
+        """Follow whole edges from `start` as far as `tokens` go, and gather their pages in `runs`.
 
         Returns: the node reached, and its child whose edge shares at least its first page with what comes next, but
             not all; None if there is none.
         """
         page_size = self.page_size
-        node, position, num_tokens = root, 0, len(tokens)
+        node, position, num_tokens = start, start.end, len(tokens)
         data = tokens.data  # compared in place: nothing is copied but the first page of each edge
         while (first_end := position + page_size) <= num_tokens:
             child = node.children.get(data[position:first_end].tobytes())

@@ -15,10 +15,11 @@ from radixkv.cache.eviction.policies import resolve_policy
 from radixkv.cache.eviction.policy import EvictionPolicy, hook
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.token_ids import TOKEN_BYTES
-from radixkv.cache.tree.checks import check_tree
+from radixkv.cache.tree.checks import check_subscribers, check_tree
 from radixkv.cache.tree.leaf_queue import LeafQueue
 from radixkv.cache.tree.node import TreeNode
 from radixkv.cache.tree.page_ids import PageBytes, leading_pages
+from radixkv.cache.tree.subscribers import Subscriptions
 from radixkv.config.checks import checked_int
 from radixkv.errors import InvalidRequestError
 
@@ -46,6 +47,7 @@ class TreeShape:
         self.broken_promise_tokens = 0
         self._page_bytes = self.page_size * TOKEN_BYTES
         self._roots: dict[Namespace, TreeNode] = {}
+        self.subscriptions = Subscriptions(self._roots)
         self._tick = 0
         self._total_bytes = self._evictable_bytes = 0  # of page ids: as nodes keep them, so counting is one addition
         self._unclaimed: TreeNode | None = None  # what the last match or insert cut, until it is pinned
@@ -128,6 +130,7 @@ class TreeShape:
         Raises: InvariantError with what contradicts what.
         """
         check_tree(self, self._roots, self._queue, num_pages=self.num_pages, num_evictable=self.num_evictable_pages)
+        check_subscribers(self, self.subscriptions.of_roots)
 
     def add_observer(self, observer: Observer) -> None:
         """Call `observer` with an event for everything stored and removed from now on (see `radixkv.cache.events`)."""
@@ -165,8 +168,10 @@ class TreeShape:
         upper.lock_ref, upper.hits = node.lock_ref, node.hits
         upper.state = node.state
         upper.fork = upper.cut = True
-        parent.children[upper.key[: self._page_bytes]] = upper
-        parent.changes += 1
+        first_page = upper.key[: self._page_bytes]
+        parent.children[first_page] = upper
+        if parent.subscribers is not None:
+            self.subscriptions.tell(parent.subscribers, first_page)
         node.key = node.edge[head_bytes:]
         node.num_tokens -= head_tokens
         node.pages = node.pages[head_pages:]
@@ -226,14 +231,18 @@ class TreeShape:
             below.keep_until = max(upper.keep_until, below.keep_until)
         top, parent = uppers[0], uppers[0].parent
         assert parent is not None, top
-        parent.children[top.key[: self._page_bytes]] = lower
-        parent.changes += 1
+        first_page = top.key[: self._page_bytes]
+        parent.children[first_page] = lower
+        if parent.subscribers is not None:
+            self.subscriptions.tell(parent.subscribers, first_page)
         lower.key = b"".join([node.edge for node in chain])
         lower.num_tokens = lower.end - parent.end
         lower.pages = b"".join([node.pages for node in chain])
         lower.parent = parent
         for upper in uppers:
             upper.parent, upper.heir, upper.children = None, lower, {}
+            if upper.subscribers is not None:
+                self.subscriptions.tell_all(upper.subscribers)
         if lower.entry is not None:
             self._queue.update(lower)
 
@@ -251,8 +260,10 @@ class TreeShape:
         first_page = key[: self._page_bytes]
         if parent.namespace is not None:
             self._roots[parent.namespace] = parent
+            parent.subscribers = self.subscriptions.of_roots.get(parent.namespace)
         parent.children[first_page] = leaf
-        parent.changes += 1
+        if parent.subscribers is not None:
+            self.subscriptions.tell(parent.subscribers, first_page)
         if parent.ordered is not None:
             parent.ordered.add(first_page)
         self._evictable_bytes += len(pages)
@@ -309,7 +320,7 @@ class TreeShape:
                 if self._on_evicted is not None:
                     self._on_evicted(leaf)
         finally:
-            self._unlink(kept, leaf.key[: self._page_bytes], leaf)
+            self._unlink(kept, bytes(leaf.key[: self._page_bytes]), leaf)
             try:
                 self._queue.replace(leaf, kept)
             finally:
@@ -336,18 +347,28 @@ class TreeShape:
         kept.state, kept.fork, kept.hits = leaf.state, leaf.fork, leaf.hits
         if prefix is not None:
             kept.prefix = prefix.first(kept.end)
-        leaf.key, leaf.pages = key[size : leaf.num_tokens * TOKEN_BYTES], bytes(pages[kept_bytes:])
+        removed, first_removed = slice(size, leaf.num_tokens * TOKEN_BYTES), key[size : size + self._page_bytes]
+        if self.events.observers or self._on_trimmed or self._on_split or self._on_evicted:
+            leaf.key = key[removed]
+        else:  # a window will do for a node that leaves the tree: a copy would cost more than all else here
+            leaf.key = memoryview(key)[removed]  # type: ignore[assignment]
+        leaf.pages = bytes(pages[kept_bytes:])
         leaf.num_tokens -= kept_tokens
         leaf.parent = kept
-        parent.children[key[: self._page_bytes]] = kept
-        parent.changes += 1
-        kept.children[leaf.key[: self._page_bytes]] = leaf
+        first_page = key[: self._page_bytes]
+        parent.children[first_page] = kept
+        if parent.subscribers is not None:
+            self.subscriptions.tell(parent.subscribers, first_page)
+        kept.children[first_removed] = leaf
         return kept
 
     def _unlink(self, parent: TreeNode, first_page: bytes, leaf: TreeNode) -> None:
         """Take a leaf from its parent; a root goes with its last child."""
         del parent.children[first_page]
-        parent.changes += 1
+        if parent.subscribers is not None:
+            self.subscriptions.tell(parent.subscribers, first_page)
+        if leaf.subscribers is not None:
+            self.subscriptions.tell_all(leaf.subscribers)
         if parent.ordered is not None:
             parent.ordered.remove(first_page)
         leaf.parent = None
@@ -355,3 +376,4 @@ class TreeShape:
         self._total_bytes -= len(leaf.pages)
         if parent.namespace is not None and not parent.children:
             del self._roots[parent.namespace]
+            parent.subscribers = None
