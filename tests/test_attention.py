@@ -111,12 +111,21 @@ def test_extends_over_prefixes_of_every_length_around_page_borders(target: tuple
     check(target, spans, num_q_heads=2, num_kv_heads=1, head_dim=16)
 
 
+SHARED_DTYPES_OF = {"plain": DTYPES, "streaming, softcap and sinks": DTYPES[1:]}  # the others in one dtype
 NESTED = {(0, 1, 2, 3, 4, 5, 6, 7, 8): 1536, (0, 1, 2, 3, 4, 5, 6, 7): 2304, (1, 2): 2320}
 
 
 @ON_TARGETS
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("option", "dtype"),
+    [
+        pytest.param(
+            option, dtype, marks=[] if dtype in SHARED_DTYPES_OF.get(option, DTYPES[:1]) else [pytest.mark.stress]
+        )
+        for option in OPTIONS
+        for dtype in DTYPES
+    ],
+)
 def test_shared_prefixes_count_the_same(target: tuple[str, str], option: str, dtype: torch.dtype) -> None:
     lasts = [2305, 2340, 2333, 2400, 2306, 2499, 2310, 2370, 1700, 30]
     spans = [*((last - 1, last) for last in lasts), (20, 45)]
@@ -168,6 +177,7 @@ def test_a_backend_that_cannot_serve_says_what_can() -> None:
 # -- the registry ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.stress
 def test_a_backend_is_imported_when_it_is_asked_for() -> None:
     code = (
         "import sys, torch\n"
