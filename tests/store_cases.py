@@ -44,7 +44,9 @@ def open_store(path: Path, capacity_bytes: int = 40_000, **options: Any) -> Disk
 
 def holding(path: Path, num_pages: int, **options: Any) -> DiskStore:
     """A small store on disk that holds `num_pages` pages at most."""
-    for capacity in range(11_000, 10**6, 100):
+    slot_bytes = 120 + options.get("payload_bytes", PAYLOAD_BYTES)
+    least = 12_800 + num_pages * slot_bytes
+    for capacity in range(least, least * 2, slot_bytes // 3):
         with suppress(ConfigError):
             store = open_store(path, capacity, **options)
             if store.capacity_pages == num_pages:

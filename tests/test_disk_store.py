@@ -326,7 +326,7 @@ def test_a_write_that_fails_leaves_the_store_as_before(
         lambda store: store.touch([(page.parent_key, page.tokens, facts(used_s=70)) for page in chain(range(4))]),
     ]
     for number, write in enumerate(writes):
-        for calls in range(9):
+        for calls in range(12):
             store = open_store(tmp_path / f"{number} {calls}")
             store.write(chain(range(9), facts(used_s=1)))
             before = {page.tokens for page, _ in store.hottest(99)}

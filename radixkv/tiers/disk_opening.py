@@ -35,7 +35,7 @@ def load_records(
             continue
         page.facts = page.facts._replace(used_s=min(page.facts.used_s, now_s))  # of a clock that went wrong
         index.add(page)
-    return unfit
+    return unfit + list(range(files.num_records, num_payloads))  # whose records are gone
 
 
 def fit_to_limit(slots: PageSlots, files: SlotFiles, record_format: RecordFormat, now_s: float) -> int:

@@ -293,7 +293,7 @@ class DiskStore:
                     self._files.write_record(slot, self._format.free)
             with self._lock:
                 self._slots.undo(plan)
-                self._pages_evicted += len(plan.gone)
+                self._pages_evicted += len(plan.gone & set(plan.giving_way))
             raise
         with self._lock:
             self._slots.commit(plan)
@@ -311,9 +311,8 @@ class DiskStore:
     def _carry_out(self, plan: WritePlan, recorded: list[int]) -> None:
         """Write a plan to the files: first what grows them, so that a full disk is noticed before a page gives way."""
         for page, payload in sorted(plan.new, key=lambda new: (new[0].slot in plan.giving_way, new[0].slot)):
-            if page.slot in plan.giving_way:
-                self._files.write_record(page.slot, self._format.free)
-                plan.gone.add(page.slot)
+            self._files.write_record(page.slot, self._format.free)  # a payload without a record would be a lost one
+            plan.gone.add(page.slot)
             self._files.write_payload(page.slot, payload)
         for page, _ in plan.new:
             recorded.append(page.slot)

@@ -25,7 +25,7 @@ class WritePlan:
         self.giving_way: dict[int, StoredPage] = {}  # by slot, out of the index
         self.left_out = 0  # for want of room
         self.held: list[bytes] = []
-        self.gone: set[int] = set()  # slots in `giving_way` whose old page is lost, should the write fail
+        self.gone: set[int] = set()  # slots whose old page, if any, is lost, should the write fail
 
 
 class PageSlots:

@@ -32,13 +32,17 @@ class SlotFiles:
     @property
     def num_slots(self) -> int:
         """Slots that the larger of the two files reaches into."""
-        index_bytes, payloads_bytes = os.fstat(self._index).st_size, os.fstat(self._payloads).st_size
-        return max(-(-index_bytes // self.record_bytes), -(-payloads_bytes // self.payload_bytes))
+        return max(self.num_records, -(-os.fstat(self._payloads).st_size // self.payload_bytes))
 
     @property
     def num_bytes(self) -> int:
         """Bytes of both files."""
         return os.fstat(self._index).st_size + os.fstat(self._payloads).st_size
+
+    @property
+    def num_records(self) -> int:
+        """Records that are there, the last one perhaps in part."""
+        return -(-os.fstat(self._index).st_size // self.record_bytes)
 
     @property
     def num_payloads(self) -> int:
