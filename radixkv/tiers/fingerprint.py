@@ -16,7 +16,7 @@ from radixkv.errors import TierError
 from radixkv.tiers.page_record import FORMAT
 
 _BLOCK_BYTES = 1 << 22
-_MAX_CACHED_HASHES = 64
+_MAX_CACHED_HASHES = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
