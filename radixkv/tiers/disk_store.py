@@ -193,7 +193,9 @@ class DiskStore:
             return self._index.find(parent_key, tokens)
 
     def read(self, pages: Sequence[FoundPage]) -> list[bytes | None]:
-        """As `PageStore.read`; in the order of the file, whatever the order of `pages`.
+        """As `PageStore.read`; in the order of the file, whatever the order of `pages`, as the system reads ahead then.
+
+        Ask for a few MiB at a time: memory that is used again is faster than memory that the system must clear first.
 
         Raises: ClosedError; TierError in a forked child.
         """
@@ -202,8 +204,6 @@ class DiskStore:
             stored = [self._index.get(page.parent_key, page.tokens) for page in pages]
         payloads: list[bytes | None] = [None] * len(stored)
         order = sorted((page.slot, number, page) for number, page in enumerate(stored) if page is not None)
-        with suppress(OSError):  # the reads below tell
-            self._files.expect([slot for slot, _, _ in order])
         for _, number, page in order:
             payloads[number] = self._read_one(page)
         with self._lock:
@@ -419,6 +419,11 @@ class DiskStore:
             taken = folder_bytes(self._path) + self._folder.other_bytes(self._path)
             if taken > self.capacity_bytes:
                 raise InvariantError(f"the files take {taken} of {self.capacity_bytes} bytes")
+
+    def flush(self) -> None:
+        """Wait until the medium has all that was written. Raises: TierError, ClosedError."""
+        with self._writing():
+            self._files.sync()
 
     def close(self) -> None:
         """As `PageStore.close`. Raises: TierError if the medium does not take what was written."""

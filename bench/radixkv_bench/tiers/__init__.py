@@ -1,0 +1,1 @@
+"""Tiers below the pool: stores of pages."""
