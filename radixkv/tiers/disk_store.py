@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Lock
+from threading import Condition, Lock
 from typing import NamedTuple
 from weakref import WeakSet
 
@@ -100,6 +100,7 @@ class DiskStore:
         """What to tell about how it was opened, a line each: another fingerprint, damaged records."""
         self._clock = clock
         self._io, self._lock = Lock(), Lock()  # taken in this order
+        self._readers, self._no_reader = 0, Condition(self._lock)
         self._index = PageIndex(fingerprint.page_size, policy)
         self._slots = PageSlots(self._index, limit=0)
         self._misses: Counter[str] = Counter()
@@ -199,7 +200,10 @@ class DiskStore:
 
         Raises: ClosedError; TierError in a forked child.
         """
-        self._check_open()
+        with self._reading():
+            return self._read(pages)
+
+    def _read(self, pages: Sequence[FoundPage]) -> list[bytes | None]:
         with self._lock:
             stored = [self._index.get(page.parent_key, page.tokens) for page in pages]
         payloads: list[bytes | None] = [None] * len(stored)
@@ -257,9 +261,11 @@ class DiskStore:
         with self._lock:
             pages = sorted(self._index, key=lambda page: page.slot)
         for page in pages:
-            record = self._format.pack(page)
-            is_right = self._is_right(page, self._files.payload(page.slot))
-            if is_right or self._files.record(page.slot) == record:  # else it gave way or was used since
+            with self._reading():
+                record = self._format.pack(page)
+                is_right = self._is_right(page, self._files.payload(page.slot))
+                is_there = is_right or self._files.record(page.slot) == record  # else it gave way or was used since
+            if is_there:
                 yield CheckedPage(found_whole(page), page.facts, is_right)
 
     # Writing
@@ -427,10 +433,14 @@ class DiskStore:
 
     def close(self) -> None:
         """As `PageStore.close`. Raises: TierError if the medium does not take what was written."""
-        if self._is_closed or os.getpid() != self._pid:
+        if os.getpid() != self._pid:
             return
-        with self._io, self._lock:
+        with self._lock:
+            if self._is_closed:
+                return
             self._is_closed = True
+            self._no_reader.wait_for(lambda: self._readers == 0)  # the files' numbers may be those of others after
+        with self._io, self._lock:
             try:
                 if not self._folder.read_only:
                     self._names.keep({page.root for page in self._index})
@@ -454,6 +464,20 @@ class DiskStore:
             raise TierError(f"the store {self._path} belongs to process {self._pid}, from which this one was forked")
         if self._is_closed:
             raise ClosedError(f"the store {self._path} is closed")
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """The right to read: the files stay open until the block ends."""
+        self._check_open()  # before the lock, which a forked child may find taken
+        with self._lock:
+            self._check_open()
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._readers -= 1
+                self._no_reader.notify_all()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
