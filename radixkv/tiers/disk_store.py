@@ -25,12 +25,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Condition, Lock
 from typing import NamedTuple
-from weakref import WeakSet
 
 from radixkv.cache.page_keys import root_key
 from radixkv.errors import ClosedError, ConfigError, InvariantError, TierError
 from radixkv.tiers.disk_opening import fit_to_limit, load_records, other_fingerprint
 from radixkv.tiers.fingerprint import Fingerprint
+from radixkv.tiers.folder_bound import FolderBound
+from radixkv.tiers.forking import leave_to_parent
 from radixkv.tiers.memory_store import found_whole
 from radixkv.tiers.name_table import NameTable
 from radixkv.tiers.page_index import PageIndex, StoredPage
@@ -39,7 +40,6 @@ from radixkv.tiers.page_slots import PageSlots, WritePlan, check_page
 from radixkv.tiers.page_store import FoundPage, NewPage, PageFacts, StoreStats
 from radixkv.tiers.slot_files import SlotFiles
 from radixkv.tiers.store_folder import (
-    DESCRIPTION,
     Description,
     StoreFolder,
     folder_bytes,
@@ -50,7 +50,6 @@ from radixkv.tiers.store_folder import (
 logger = logging.getLogger(__name__)
 
 DAMAGED, EVICTED, UNREADABLE = "damaged", "evicted", "unreadable"
-_SLACK_BYTES = 4096  # of the bound: the marker, and what a file system rounds up
 
 
 class CheckedPage(NamedTuple):
@@ -119,7 +118,7 @@ class DiskStore:
             raise
         for line in self.notes:
             logger.warning("%s", line)
-        _OPEN.add(self)
+        leave_to_parent(self)
 
     # Opening
 
@@ -135,8 +134,10 @@ class DiskStore:
         if not self._folder.read_only:
             write_description(described)
         self._format = RecordFormat(self.page_size, identity)
-        self._names_bytes = 4096 + self.capacity_bytes // 256
-        self._names = NameTable(self._path, self._names_bytes)
+        self._bound = FolderBound(
+            self._folder, self._path, self.capacity_bytes, self._format.record_bytes + self.payload_bytes
+        )
+        self._names = NameTable(self._path, self._bound.names_bytes)
         self._files = SlotFiles(
             self._path, self._format.record_bytes, self.payload_bytes, read_only=self._folder.read_only
         )
@@ -155,35 +156,12 @@ class DiskStore:
         else:
             for slot in unfit:
                 self._files.write_record(slot, self._format.free)
-            self._slots.limit = self._slots_that_fit()
-            self._take_room_of_others(self._slots.used)
-            self._check_capacity()
+            self._slots.limit = self._bound.make_room(max(self._slots.used, 1))
+            self._bound.check()
             self._pages_evicted = fit_to_limit(self._slots, self._files, self._format, now_s)
         if unfit:
             self._misses[DAMAGED] = len(unfit)
             self.notes.append(f"{len(unfit)} damaged records of {self._path} are left out")
-
-    def _check_capacity(self) -> None:
-        if self._slots.limit < 1:
-            slot_bytes = self._format.record_bytes + self.payload_bytes
-            more = (1 - self._slots.limit) * slot_bytes * 64 // 63 + 64  # of which names take a share
-            raise ConfigError(
-                f"a store of pages of {self.payload_bytes:,} bytes needs about {self.capacity_bytes + more:,} bytes; "
-                f"its bound is {self.capacity_bytes:,}"
-            )
-
-    def _slots_that_fit(self) -> int:
-        """Slots that the bound leaves beside the stores of other fingerprints."""
-        description = self._path / DESCRIPTION
-        overhead = _SLACK_BYTES + 2 * self._names_bytes + 2 * description.stat().st_size  # twice: while it is replaced
-        overhead += self._folder.other_bytes(self._path)
-        return (self.capacity_bytes - overhead) // (self._format.record_bytes + self.payload_bytes)
-
-    def _take_room_of_others(self, num_slots: int) -> None:
-        """Delete stores of other fingerprints, the longest unused first, until `num_slots` fit or none is left."""
-        while max(num_slots, 1) > self._slots.limit and (other := self._folder.longest_unused(self._path)) is not None:
-            self._folder.delete(other)
-            self._slots.limit = self._slots_that_fit()
 
     # Finding and reading
 
@@ -285,11 +263,13 @@ class DiskStore:
             self._store(list(zip(pages, checksums, strict=True)))
 
     def _store(self, pages: list[tuple[NewPage, bytes]]) -> None:
-        named = [(page, checksum) for page, checksum in pages if self._has_name(page.facts)]
+        roots = {root_key(*page.facts.namespace) for page, _ in pages}
+        named = [(page, checksum) for page, checksum in pages if self._has_name(page.facts, roots)]
         with self._lock:
             new = sum(self._index.get(page.parent_key, page.tokens) is None for page, _ in named)
-        self._take_room_of_others(self._slots.used - self._slots.num_free + new)
+        limit = self._bound.make_room(self._slots.used - self._slots.num_free + new)
         with self._lock:
+            self._slots.limit = limit
             plan = self._slots.plan(named, self._clock())
         recorded: list[int] = []
         try:
@@ -307,13 +287,13 @@ class DiskStore:
             self._pages_written += len(plan.new)
             self._pages_evicted += len(plan.giving_way) + plan.left_out + len(pages) - len(named)
 
-    def _has_name(self, facts: PageFacts) -> bool:
-        root = root_key(*facts.namespace)
-        if root in self._names.names:
-            return True
+    def _has_name(self, facts: PageFacts, roots: set[bytes]) -> bool:
+        """Whether the names of a namespace are written down, or could be now; those of `roots` are needed, too."""
+        return self._names.add(root_key(*facts.namespace), facts.namespace, lambda: self._used_roots() | roots)
+
+    def _used_roots(self) -> set[bytes]:
         with self._lock:
-            used_roots = {page.root for page in self._index} if self._names.num_bytes > self._names_bytes // 2 else ()
-        return self._names.add(root, facts.namespace, used_roots or self._names.names)
+            return {page.root for page in self._index}
 
     def _carry_out(self, plan: WritePlan, recorded: list[int]) -> None:
         """Write a plan to the files: first what grows them, so that a full disk is noticed before a page gives way."""
@@ -333,7 +313,7 @@ class DiskStore:
             for parent_key, tokens, facts in pages:
                 with self._lock:
                     page = self._index.get(parent_key, tokens)
-                if page is not None and self._has_name(facts):
+                if page is not None and self._has_name(facts, set()):
                     with self._lock:
                         self._index.update(page, facts)
                     self._files.write_record(page.slot, self._format.pack(page))
@@ -451,13 +431,13 @@ class DiskStore:
                 self._let_go()
 
     def _let_go(self) -> None:
-        _OPEN.discard(self)
         self._files.close()
         self._folder.close()
 
     def let_go_in_child(self) -> None:
         """Leave the store to the parent, in a process that was forked from it."""
-        self._let_go()
+        if not self._is_closed:
+            self._let_go()
 
     def _check_open(self) -> None:
         if os.getpid() != self._pid:
@@ -497,14 +477,3 @@ class DiskStore:
         with self._lock:
             self._errors += 1
             self._last_error = error.strerror or str(error)
-
-
-_OPEN: WeakSet[DiskStore] = WeakSet()  # of this process: fork has no other way to tell them
-
-
-def _let_go_in_child() -> None:
-    for store in list(_OPEN):
-        store.let_go_in_child()
-
-
-os.register_at_fork(after_in_child=_let_go_in_child)

@@ -87,16 +87,16 @@ class PageIndex:
         return page
 
     def find(self, parent_key: bytes, tokens: bytes) -> list[FoundPage]:
-        """As `PageStore.find`. O(pages found × page_size + log of all pages)."""
+        """As `PageStore.find`. O(pages found + log of all pages)."""
         found: list[FoundPage] = []
         for start in range(0, len(tokens), self._page_bytes):
             wanted = tokens[start : start + self._page_bytes]
-            page = self.get(parent_key, wanted) if len(wanted) == self._page_bytes else None
-            if page is None:
+            page = self._pages.get(parent_key + wanted)
+            if page is None or page.key is None:
                 closest = self._closest(parent_key, wanted)
                 return found if closest is None else [*found, closest]
             found.append(FoundPage(parent_key, page.tokens, self.page_size))
-            parent_key = page_key(parent_key, wanted)
+            parent_key = page.key
         return found
 
     def _closest(self, parent_key: bytes, wanted: bytes) -> FoundPage | None:
