@@ -233,7 +233,7 @@ class SharedStore:
     def _commands(self, name: bytes, page: NewPage) -> Iterator[tuple[Any, ...]]:
         stored = StoredPage(page.parent_key, page.tokens, page.facts, checksum=payload_checksum(page.payload))
         children = self._children_name(page.parent_key)
-        yield "SET", name, self._format.pack(stored) + page.payload, "EX", self._expire_s
+        yield "SET", name, b"".join((self._format.pack(stored), page.payload)), "EX", self._expire_s
         yield "ZADD", children, 0, page.tokens
         yield "EXPIRE", children, self._expire_s
         yield "ZREMRANGEBYRANK", children, _MAX_CHILDREN, -1

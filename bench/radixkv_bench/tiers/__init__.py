@@ -1,1 +1,0 @@
-"""Tiers below the pool: stores of pages."""
