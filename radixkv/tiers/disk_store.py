@@ -225,10 +225,13 @@ class DiskStore:
             self._errors, self._last_error = self._errors + 1, str(error)
 
     def hottest(self, max_pages: int) -> list[tuple[FoundPage, PageFacts]]:
-        """As `PageStore.hottest`. O(pages × log pages)."""
+        """As `PageStore.hottest`. O(pages × log pages), of which others wait for O(pages)."""
         self._check_open()
         with self._lock:
-            return [(found_whole(page), page.facts) for page in self._index.hottest(max_pages, self._clock())]
+            pages = list(self._index)
+        by_worth = self._index.by_worth(pages, self._clock())
+        with self._lock:
+            return [(found_whole(page), page.facts) for page in self._index.chains(by_worth, max_pages)]
 
     def check(self) -> Iterator[CheckedPage]:
         """Read every page and compare it with its checksum; changes nothing. Another process may write meanwhile.
