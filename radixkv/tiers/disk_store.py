@@ -19,7 +19,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,6 +38,7 @@ from radixkv.tiers.page_record import RecordFormat, payload_checksum
 from radixkv.tiers.page_slots import PageSlots, WritePlan, check_page
 from radixkv.tiers.page_store import FoundPage, NewPage, PageFacts, StoreStats
 from radixkv.tiers.slot_files import SlotFiles
+from radixkv.tiers.store_counts import StoreCounts
 from radixkv.tiers.store_folder import (
     Description,
     StoreFolder,
@@ -102,9 +102,7 @@ class DiskStore:
         self._readers, self._no_reader = 0, Condition(self._lock)
         self._index = PageIndex(fingerprint.page_size, policy)
         self._slots = PageSlots(self._index, limit=0)
-        self._misses: Counter[str] = Counter()
-        self._pages_read = self._pages_written = self._pages_evicted = self._errors = 0
-        self._last_error: str | None = None
+        self._counts = StoreCounts()
         self._is_closed = False
         self._pid = os.getpid()
         self._folder = StoreFolder(path, read_only=read_only)
@@ -158,9 +156,9 @@ class DiskStore:
                 self._files.write_record(slot, self._format.free)
             self._slots.limit = self._bound.make_room(max(self._slots.used, 1))
             self._bound.check()
-            self._pages_evicted = fit_to_limit(self._slots, self._files, self._format, now_s)
+            self._counts.written(0, fit_to_limit(self._slots, self._files, self._format, now_s))
         if unfit:
-            self._misses[DAMAGED] = len(unfit)
+            self._counts.missed(DAMAGED, len(unfit))
             self.notes.append(f"{len(unfit)} damaged records of {self._path} are left out")
 
     # Finding and reading
@@ -188,9 +186,8 @@ class DiskStore:
         order = sorted((page.slot, number, page) for number, page in enumerate(stored) if page is not None)
         for _, number, page in order:
             payloads[number] = self._read_one(page)
-        with self._lock:
-            self._misses[EVICTED] += stored.count(None)
-            self._pages_read += sum(payload is not None for payload in payloads)
+        self._counts.missed(EVICTED, stored.count(None))
+        self._counts.read(len(payloads) - payloads.count(None))
         return payloads
 
     def _read_one(self, page: StoredPage) -> bytes | None:
@@ -198,15 +195,14 @@ class DiskStore:
         try:
             payload = self._files.payload(slot)
         except OSError as error:
-            self._count_error(error)
-            with self._lock:
-                self._misses[UNREADABLE] += 1
+            self._counts.failed(_line(error))
+            self._counts.missed(UNREADABLE)
             return None
         if self._is_right(page, payload):
             return payload
         with self._io, self._lock:  # it may have given way while it was read
             is_there = self._index.get(page.parent_key, page.tokens) is page and page.slot == slot
-            self._misses[DAMAGED if is_there else EVICTED] += 1
+            self._counts.missed(DAMAGED if is_there else EVICTED)
             if is_there:
                 self._drop(page)
         return None
@@ -222,7 +218,7 @@ class DiskStore:
         try:
             self._files.write_record(page.slot, self._format.free)
         except OSError as error:  # it would be found out again
-            self._errors, self._last_error = self._errors + 1, str(error)
+            self._counts.failed(_line(error))
 
     def hottest(self, max_pages: int) -> list[tuple[FoundPage, PageFacts]]:
         """As `PageStore.hottest`. O(pages × log pages), of which others wait for O(pages)."""
@@ -283,12 +279,11 @@ class DiskStore:
                     self._files.write_record(slot, self._format.free)
             with self._lock:
                 self._slots.undo(plan)
-                self._pages_evicted += len(plan.gone & set(plan.giving_way))
+            self._counts.written(0, len(plan.gone & set(plan.giving_way)))
             raise
         with self._lock:
             self._slots.commit(plan)
-            self._pages_written += len(plan.new)
-            self._pages_evicted += len(plan.giving_way) + plan.left_out + len(pages) - len(named)
+        self._counts.written(len(plan.new), len(plan.giving_way) + plan.left_out + len(pages) - len(named))
 
     def _has_name(self, facts: PageFacts, roots: set[bytes]) -> bool:
         """Whether the names of a namespace are written down, or could be now; those of `roots` are needed, too."""
@@ -388,18 +383,9 @@ class DiskStore:
 
     def stats(self) -> StoreStats:
         """As `PageStore.stats`; `bytes` are those of the pages that are there."""
-        with self._lock:
-            return StoreStats(
-                pages=len(self._index),
-                bytes=len(self._index) * (self._format.record_bytes + self.payload_bytes),
-                capacity_bytes=self.capacity_bytes,
-                pages_read=self._pages_read,
-                pages_written=self._pages_written,
-                pages_evicted=self._pages_evicted,
-                misses={reason: count for reason, count in self._misses.items() if count},
-                errors=self._errors,
-                last_error=self._last_error,
-            )
+        num_pages = len(self._index)
+        slot_bytes = self._format.record_bytes + self.payload_bytes
+        return self._counts.stats(num_pages, num_pages * slot_bytes, self.capacity_bytes)
 
     def check_invariants(self) -> None:
         """Prove the invariants. O(pages × log pages). Raises: InvariantError."""
@@ -473,10 +459,9 @@ class DiskStore:
             try:
                 yield
             except OSError as error:
-                self._count_error(error)
+                self._counts.failed(_line(error))
                 raise TierError(f"the store {self._path} cannot be written: {error.strerror}") from error
 
-    def _count_error(self, error: OSError) -> None:
-        with self._lock:
-            self._errors += 1
-            self._last_error = error.strerror or str(error)
+
+def _line(error: OSError) -> str:
+    return error.strerror or str(error)
