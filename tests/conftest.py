@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     hands_out = config.getoption("numprocesses", None) and not config.getoption("collectonly")
     if not hands_out:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background runs ignore
-        gc.disable()  # until all is loaded and collected: it stays, so to search it for garbage is in vain
+        gc.disable()  # until all is loaded: it stays, so to search it for garbage is in vain
         config.pluginmanager.import_plugin("shared_fixtures")
 
 

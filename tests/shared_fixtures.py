@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import gc
 import os
 
@@ -38,15 +39,13 @@ settings.load_profile("brief")
 
 
 def pytest_collection_finish() -> None:
-    """Take what is loaded out of the garbage collector's sight: a full collection takes a second with it."""
-    gc.collect()
+    """Take what is loaded out of the garbage collector's sight: a full collection takes a second with it.
+
+    The interpreter sees it again at its end, when it clears everything away.
+    """
     gc.freeze()
     gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    """Let the interpreter clear away what it finds at its end."""
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(scope="session")
