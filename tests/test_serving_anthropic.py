@@ -81,6 +81,38 @@ def test_a_stream_adds_up_to_the_message(server: Running) -> None:
     ]
 
 
+def test_a_stream_begins_with_what_was_cached(server: Running) -> None:
+    client = server.anthropic()
+    num_tokens = client.messages.count_tokens(**{k: v for k, v in ASK.items() if k != "max_tokens"}).input_tokens
+    for cached_tokens in (0, num_tokens - 1):
+        told = list(client.messages.create(**GREEDY, stream=True))
+        start = next(event.message.usage for event in told if event.type == "message_start")
+        end = next(event.usage for event in told if event.type == "message_delta")
+        assert start.cache_read_input_tokens == end.cache_read_input_tokens == cached_tokens
+        for usage in (start, end):
+            parts = usage.input_tokens, usage.cache_read_input_tokens, usage.cache_creation_input_tokens
+            assert sum(parts) == num_tokens
+            assert min(parts) >= 0
+        assert start.cache_creation_input_tokens <= end.cache_creation_input_tokens
+        assert end.cache_creation_input_tokens == (0 if cached_tokens else num_tokens)
+
+
+def test_a_stream_begins_with_why_the_cache_was_missed(server: Running) -> None:
+    client = server.anthropic()
+
+    def diagnostics(**fields: Any) -> Any:
+        told = client.messages.create(**{**GREEDY, **fields}, stream=True)
+        message = next(event.message for event in told if event.type == "message_start")
+        return message.id, message.diagnostics
+
+    first, nothing = diagnostics(diagnostics={"previous_message_id": None})
+    assert nothing is None
+    asked: Any = {"previous_message_id": first}
+    assert diagnostics(diagnostics=asked)[1] is None
+    changed = diagnostics(diagnostics=asked, system="You are a stranger in Rome.")[1]
+    assert changed.cache_miss_reason.type == "system_changed"
+
+
 def test_stop_sequences_are_told(server: Running) -> None:
     client = server.anthropic()
     text = client.messages.create(**GREEDY).content[0].text

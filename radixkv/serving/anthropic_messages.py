@@ -62,13 +62,9 @@ class _Diagnosis(NamedTuple):
     previous_message_id: str | None
     history: BoundedStore[Asked]
 
-    def remember(self, message_id: str) -> None:
-        """Let later messages be compared with this one."""
-        self.history.put(message_id, self.asked, self.asked.prompt.nbytes + 512)
-
     def of_message(self, message_id: str, cached_tokens: int) -> dict[str, Any] | None:
-        """`diagnostics`, as Anthropic writes it: None if nothing was missed. Remembers the message."""
-        self.remember(message_id)
+        """`diagnostics`, as Anthropic writes it: None if nothing was missed. Later messages can be compared with it."""
+        self.history.put(message_id, self.asked, self.asked.prompt.nbytes + 512)
         if self.previous_message_id is None:
             return None
         before = self.history.get(self.previous_message_id)
@@ -154,12 +150,12 @@ class _MessageCall:
                         yield event_
 
     def _start(self, progress: Progress) -> dict[str, Any]:
-        """The message before its first block. What was cached is known at the end alone; a short answer has it here."""
-        usage = self._usage(progress.output) if progress.output is not None else self._usage_before()
-        message = self._message([], {**usage, "output_tokens": 0})
+        """The message before its first block. What was cached is final; more of the prompt may be stored yet."""
+        usage = progress.usage
+        assert usage is not None, progress
+        message = self._message([], usage_object(usage, self._keeps))
         if self._diagnosis is not None:
-            self._diagnosis.remember(self._id)
-            message["diagnostics"] = {"cache_miss_reason": None}  # not known yet, and there is no later place for it
+            message["diagnostics"] = self._diagnosis.of_message(self._id, usage.cached_tokens)
         return {**message, "stop_reason": None, "stop_sequence": None}
 
     def _end(self, output: RequestOutput, num_calls: int) -> Iterator[bytes]:
@@ -180,10 +176,6 @@ class _MessageCall:
 
     def _usage(self, output: RequestOutput) -> dict[str, Any]:
         return usage_object(self.generation.usage([output]), self._keeps)
-
-    def _usage_before(self) -> dict[str, Any]:
-        prompt_tokens = len(self.generation.prompts[0])
-        return usage_object(Usage(prompt_tokens, 0, 0, 0), ())
 
 
 class BlockStream:
