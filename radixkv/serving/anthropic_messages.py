@@ -21,7 +21,7 @@ from radixkv.serving.generation import Generation, Keep
 from radixkv.serving.grammars import of_json_schema
 from radixkv.serving.history import Asked, BoundedStore, compare
 from radixkv.serving.sampling_fields import sampling_params
-from radixkv.serving.service import Service, in_thread, tenant_of
+from radixkv.serving.service import Service, in_thread, owner_of, tenant_of
 from radixkv.serving.streaming import event, unless_gone
 from radixkv.serving.tool_calls import Arguments, Call, CallBegun, Piece, Text, whole_members
 from radixkv.serving.wire import JsonAnswer
@@ -49,8 +49,8 @@ def router(service: Service) -> APIRouter:
         service.check_fields(body)
         service.check_model(body.model)
         body.tool_use()
-        prompt = await unless_gone(request, service.chat_prompts.encode(body.chat()))
-        return JsonAnswer({"input_tokens": len(prompt)})
+        prompt = await unless_gone(request, service.chat_prompts.prompt(body.chat(), owner_of(request, None)))
+        return JsonAnswer({"input_tokens": len(prompt.ids)})
 
     return routes
 
@@ -112,13 +112,13 @@ class _MessageCall:
             grammar = await in_thread(of_json_schema, body.output_config.format.schema_, "output_config")
         params = await service.fitting(params, grammar)
         chat = body.chat()
-        prompt = await service.chat_prompts.encode(chat)
+        prompt = await service.chat_prompts.prompt(chat, owner_of(request, body.cache_salt))
         keeps = await service.chat_prompts.keeps(chat, prompt)
         diagnosis = None
         if body.diagnostics is not None:
-            asked = Asked.of(tenant_of(request).name, chat, prompt)
+            asked = Asked.of(tenant_of(request).name, chat, prompt.ids)
             diagnosis = _Diagnosis(asked, body.diagnostics.previous_message_id, history)
-        generation = service.generation([prompt], params, use, tenant_of(request), keeps)
+        generation = service.generation([prompt.ids], params, use, tenant_of(request), keeps, prompt)
         return cls(service, body, tools, generation, keeps, diagnosis)
 
     def answer(self, output: RequestOutput) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from radixkv.serving.openai_chat_body import ChatBody
 from radixkv.serving.openai_logprobs import of_chat
 from radixkv.serving.openai_usage import usage_object
 from radixkv.serving.sampling_fields import sampling_params
-from radixkv.serving.service import Service, tenant_of
+from radixkv.serving.service import Service, owner_of, tenant_of
 from radixkv.serving.streaming import DONE, EventForm, event
 from radixkv.serving.tool_calls import Arguments, Call, CallBegun, Parsed, Piece, Text
 
@@ -69,10 +69,11 @@ class ChatCall:
         tools = body.tool_use()
         params = await service.fitting(params, grammar_of(body, body.response_format, tools))
         chat = body.chat()
-        prompt = await service.chat_prompts.encode(chat)
+        prompt = await service.chat_prompts.prompt(chat, owner_of(request, body.cache_salt))
         keeps = await service.chat_prompts.keeps(chat, prompt)
-        keeps = [*keeps, *implicit_keep(body.prompt_cache_options, prompt)][-MAX_BREAKPOINTS:]
-        return cls(service, body, chat, tools, service.generation([prompt], params, body, tenant_of(request), keeps))
+        keeps = [*keeps, *implicit_keep(body.prompt_cache_options, prompt.ids)][-MAX_BREAKPOINTS:]
+        generation = service.generation([prompt.ids], params, body, tenant_of(request), keeps, prompt)
+        return cls(service, body, chat, tools, generation)
 
     def answer(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The completion as a whole."""
