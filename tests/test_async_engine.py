@@ -132,6 +132,27 @@ def test_abort_by_id_gives_the_reader_what_there_is(oracle: GreedyOracle) -> Non
     run(use)
 
 
+def test_the_first_progress_says_what_the_request_used_so_far() -> None:
+    prompt = random_ids(2, 50)
+
+    async def use(engine: AsyncEngine) -> None:
+        (before,) = await engine.generate([prompt[:30]], GREEDY_8)
+        assert before.cached_tokens == 0
+        progress = [piece async for piece in engine.stream(prompt, replace(GREEDY_8, n=2))]
+        told = [(piece.choice_index, piece.usage) for piece in progress if piece.usage is not None]
+        ((choice, usage),) = told
+        first = next(piece for piece in progress if piece.choice_index == 0)
+        output = next(piece.output for piece in progress if piece.output is not None and piece.choice_index == 0)
+        assert choice == 0
+        assert usage is first.usage
+        assert (usage.prompt_tokens, usage.cached_tokens) == (50, output.cached_tokens)
+        assert 28 <= usage.cached_tokens <= 30
+        assert 0 < usage.cache_write_tokens <= output.cache_write_tokens
+        assert usage.output_tokens == len(first.token_ids)
+
+    run(use)
+
+
 def test_a_reader_that_is_late_gets_everything(oracle: GreedyOracle) -> None:
     async def use(engine: AsyncEngine) -> None:
         stream = engine.stream(random_ids(1, 9), SamplingParams(max_tokens=30, ignore_eos=True))

@@ -128,6 +128,17 @@ def test_a_schema_is_compared_with_none(
     assert "tokens/s with the schema" in capsys.readouterr().out
 
 
+def test_answers_are_compared_with_their_own_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--answers", "20", "--prompt-tokens", "8", "--stream-tokens", "24"]
+    figures = run(tmp_path, monkeypatch, "--cases", "retokenised", *sizes)["retokenised"]
+    assert 0 < figures["retokenised_answers"] < figures["answers"] == 20
+    assert figures["retokenised_answers"] <= figures["lost_tokens"] < figures["output_tokens"]
+    assert 15 <= figures["kept_answers"] <= 20
+    assert "are tokenised otherwise when they come back" in capsys.readouterr().out
+
+
 def test_a_soak_ends_with_nothing_leased(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,4 +162,7 @@ def test_what_the_soak_leaves_behind_is_a_failure() -> None:
 def test_unknown_cases_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["serving", "--cases", "http,ftp"])
     assert command.main() == 2
-    assert "--cases must be of transformers, http, schema, soak; ftp is not among them" in capsys.readouterr().err
+    assert (
+        "--cases must be of transformers, http, schema, retokenised, soak; ftp is not among them"
+        in capsys.readouterr().err
+    )

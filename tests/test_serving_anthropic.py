@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from http_server import SMALL, Running, running
 from radixkv import AsyncEngine
 from radixkv.serving.anthropic_body import MessagesBody
+from radixkv.serving.anthropic_messages import BlockStream
+from radixkv.serving.tool_calls import Arguments, Call, CallBegun, Text
 
 SYSTEM = "You are a citizen of Rome, and you know everybody who lives there."
 PROMPT = "But, soft! what light through yonder window breaks?"
@@ -78,6 +81,38 @@ def test_a_stream_adds_up_to_the_message(server: Running) -> None:
     ]
 
 
+def test_a_stream_begins_with_what_was_cached(server: Running) -> None:
+    client = server.anthropic()
+    num_tokens = client.messages.count_tokens(**{k: v for k, v in ASK.items() if k != "max_tokens"}).input_tokens
+    for cached_tokens in (0, num_tokens - 1):
+        told = list(client.messages.create(**GREEDY, stream=True))
+        start = next(event.message.usage for event in told if event.type == "message_start")
+        end = next(event.usage for event in told if event.type == "message_delta")
+        assert start.cache_read_input_tokens == end.cache_read_input_tokens == cached_tokens
+        for usage in (start, end):
+            parts = usage.input_tokens, usage.cache_read_input_tokens, usage.cache_creation_input_tokens
+            assert sum(parts) == num_tokens
+            assert min(parts) >= 0
+        assert start.cache_creation_input_tokens <= end.cache_creation_input_tokens
+        assert end.cache_creation_input_tokens == (0 if cached_tokens else num_tokens)
+
+
+def test_a_stream_begins_with_why_the_cache_was_missed(server: Running) -> None:
+    client = server.anthropic()
+
+    def diagnostics(**fields: Any) -> Any:
+        told = client.messages.create(**{**GREEDY, **fields}, stream=True)
+        message = next(event.message for event in told if event.type == "message_start")
+        return message.id, message.diagnostics
+
+    first, nothing = diagnostics(diagnostics={"previous_message_id": None})
+    assert nothing is None
+    asked: Any = {"previous_message_id": first}
+    assert diagnostics(diagnostics=asked)[1] is None
+    changed = diagnostics(diagnostics=asked, system="You are a stranger in Rome.")[1]
+    assert changed.cache_miss_reason.type == "system_changed"
+
+
 def test_stop_sequences_are_told(server: Running) -> None:
     client = server.anthropic()
     text = client.messages.create(**GREEDY).content[0].text
@@ -102,9 +137,53 @@ def test_a_tool_that_must_be_called_is_called(server: Running) -> None:
     assert (block.type, block.name, message.stop_reason) == ("tool_use", "find_person", "tool_use")
     assert block.input["name"] in ("Romeo", "Juliet")
     with client.messages.stream(**asked) as stream:
+        fragments = [event.partial_json for event in stream if event.type == "input_json"]
         streamed = stream.get_final_message()
     assert (streamed.content[0].name, streamed.content[0].input) == (block.name, block.input)
+    assert len(fragments) > 2, "they come as they are written"
+    assert json.loads("".join(fragments)) == block.input
     assert streamed.stop_reason == "tool_use"
+
+
+def test_a_call_that_is_cut_off_has_the_members_that_are_whole(server: Running) -> None:
+    client = server.anthropic()
+    choice: Any = {"type": "tool", "name": "find_person"}
+    asked: Any = {**GREEDY, "tools": TOOLS, "tool_choice": choice}
+    seen = []
+    for max_tokens in range(1, 60):
+        message = client.messages.create(**{**asked, "max_tokens": max_tokens})
+        seen.append((message.content[0].type, getattr(message.content[0], "input", None)))
+        if message.stop_reason == "tool_use":
+            break
+        assert message.stop_reason == "max_tokens"
+        with client.messages.stream(**{**asked, "max_tokens": max_tokens}) as stream:
+            assert stream.get_final_message().content[0].type == message.content[0].type
+    kinds = [kind for kind, _ in seen]
+    assert kinds == sorted(kinds), "text until it is a call for sure"
+    assert ("tool_use", {}) in seen
+    assert seen[-1][1] in ({"name": "Romeo"}, {"name": "Juliet"})
+
+
+def test_blocks_come_in_the_order_of_the_answer() -> None:
+    call = Call("call_1", "wait", "{}")
+    pieces = [Text("So: "), Text("wait."), CallBegun(0, "call_1", "wait"), Arguments(0, "{}"), call, Text("Done")]
+    blocks = BlockStream()
+    events = [event for piece in pieces for event in blocks.events(piece)] + list(blocks.end())
+    told = [json.loads(event.partition(b"data: ")[2]) for event in events]
+    assert [(event["type"].removeprefix("content_block_"), event["index"]) for event in told] == [
+        ("start", 0),
+        ("delta", 0),
+        ("delta", 0),
+        ("stop", 0),
+        ("start", 1),
+        ("delta", 1),
+        ("stop", 1),
+        ("start", 2),
+        ("delta", 2),
+        ("stop", 2),
+    ]
+    assert told[4]["content_block"] == {"type": "tool_use", "id": "toolu_1", "name": "wait", "input": {}}
+    assert told[5]["delta"] == {"type": "input_json_delta", "partial_json": "{}"}
 
 
 def test_an_answer_fits_its_schema(server: Running) -> None:

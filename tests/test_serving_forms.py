@@ -127,12 +127,61 @@ def test_a_tool_that_must_be_called_is_called(server: Running) -> None:
     assert set(json.loads(call.function.arguments)) == {"name", "age"}
     chunks = list(client.chat.completions.create(**settings, tool_choice=chosen, stream=True))
     deltas = [delta for chunk in chunks for delta in chunk.choices[0].delta.tool_calls or ()]
-    assert [(delta.index, delta.function.name) for delta in deltas] == [(0, "find_person")]
-    assert deltas[0].function.arguments == call.function.arguments
+    first, *fragments = deltas
+    assert (first.index, first.type, first.function.name, first.function.arguments) == (
+        0,
+        "function",
+        "find_person",
+        "",
+    )
+    assert first.id.startswith("call_")
+    assert {(delta.index, delta.id, delta.function.name) for delta in fragments} == {(0, None, None)}
+    assert len(fragments) > 2, "they come as they are written"
+    assert "".join(delta.function.arguments for delta in fragments) == call.function.arguments
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ""
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
     required = client.chat.completions.create(**settings, tool_choice="required").choices[0]
     assert required.message.tool_calls[0].function.name in ("find_person", "wait")
+
+
+ANSWER = """So. <tool_call>
+{"name": "wait", "arguments": {"until": ["dawn", {"or": null}]}}
+</tool_call><tool_call>{"name": "find_person", "arguments": {"name": "Romeo"}}</tool_call>"""
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("max_tokens", [200, 60])
+def test_calls_of_several_choices_are_streamed_as_they_are_written(
+    server: Running, parallel: bool, max_tokens: int
+) -> None:
+    settings: Any = {"model": "demo", "messages": MESSAGES, "tools": TOOLS, "n": 2, "max_tokens": max_tokens}
+    settings["temperature"] = 0  # an answer has the same tokens, so that it is cut off at the same place
+    settings |= {"parallel_tool_calls": parallel, "extra_body": {"regex": re.escape(ANSWER)}}
+    client = server.openai()
+    whole = client.chat.completions.create(**settings).choices
+    streamed: list[dict[str, Any]] = [{"content": "", "calls": []}, {"content": "", "calls": []}]
+    for chunk in client.chat.completions.create(**settings, stream=True):
+        (choice,) = chunk.choices
+        message = streamed[choice.index]
+        message["content"] += choice.delta.content or ""
+        message["reason"] = choice.finish_reason
+        for delta in choice.delta.tool_calls or ():
+            if delta.id is not None:
+                assert delta.index == len(message["calls"])
+                message["calls"].append([delta.function.name, delta.function.arguments])
+            else:
+                message["calls"][delta.index][1] += delta.function.arguments
+    for choice, message in zip(whole, streamed, strict=True):
+        calls = [[call.function.name, call.function.arguments] for call in choice.message.tool_calls or ()]
+        assert message == {"content": choice.message.content, "calls": calls, "reason": choice.finish_reason}
+        assert message["content"] == "So."
+        if max_tokens == 200:
+            expected = [["wait", '{"until": ["dawn", {"or": null}]}'], ["find_person", '{"name": "Romeo"}']]
+            assert calls == expected[: 1 + parallel]
+            assert choice.finish_reason == "tool_calls"
+        else:
+            assert '{"until": ["dawn", {"or": null}]}'.startswith(calls[0][1])
+            assert choice.finish_reason == "length"
 
 
 @pytest.mark.parametrize(

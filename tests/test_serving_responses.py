@@ -11,7 +11,9 @@ import pytest
 
 from http_server import Running
 from radixkv.serving.history import BoundedStore
+from radixkv.serving.response_items import ItemStream, output_items
 from radixkv.serving.responses_body import ResponsesBody
+from radixkv.serving.tool_calls import Arguments, Call, CallBegun, Parsed, Text
 
 ASK: Any = {"model": "demo", "temperature": 0.0, "max_output_tokens": 4}
 SCHEMA: Any = {
@@ -128,8 +130,30 @@ def test_tools_are_called_and_answered(server: Running) -> None:
     assert (call.type, call.name, response.status) == ("function_call", "find_person", "completed")
     assert json.loads(call.arguments)["name"] in ("Romeo", "Juliet")
     with client.responses.stream(input="Who?", **asked) as stream:
+        fragments = [event.delta for event in stream if event.type == "response.function_call_arguments.delta"]
         (streamed,) = stream.get_final_response().output
     assert (streamed.name, streamed.arguments) == (call.name, call.arguments)
+    assert len(fragments) > 2, "they come as they are written"
+    assert "".join(fragments) == call.arguments
+
+
+def test_items_come_in_the_order_of_the_answer() -> None:
+    parts = ["So: wait.", Call("call_1", "wait", "{}"), "Done"]
+    first, call, last = (
+        [Text("So: "), Text("wait.")],
+        [CallBegun(0, "call_1", "wait"), Arguments(0, "{}")],
+        [Text("Done")],
+    )
+    items = ItemStream("msg_1", lambda kind, **fields: json.dumps({"type": kind, **fields}).encode())
+    told = [json.loads(event) for piece in [*first, *call, parts[1], *last] for event in items.events(piece)]
+    told += [json.loads(event) for event in items.end()]
+    assert items.parts == parts
+    done = [(event["output_index"], event["item"]) for event in told if event["type"] == "response.output_item.done"]
+    assert done == list(enumerate(output_items("msg_1", Parsed(parts))))
+    assert [item["id"] for _, item in done] == ["msg_1", "fc_1", "msg_1_2"]
+    added = [event["output_index"] for event in told if event["type"] == "response.output_item.added"]
+    assert added == [0, 1, 2]
+    assert all(event["item_id"] == done[event["output_index"]][1]["id"] for event in told if "item_id" in event)
 
 
 def test_an_answer_fits_its_schema(server: Running) -> None:

@@ -56,6 +56,10 @@ class ServerConfig:
     strict: Annotated[
         bool, Setting("Refuse requests with unknown fields, which are otherwise ignored and logged once.")
     ] = False
+    keep_answer_ids: Annotated[
+        bool,
+        Setting("Where the text of an answer comes back in a chat, use the ids that were generated for it."),
+    ] = False
     root_path: Annotated[str, Setting("Path under which a proxy serves this server.")] = ""
     ssl_certfile: Annotated[str | None, Setting("Certificate for HTTPS, in PEM.", unset="HTTP")] = None
     ssl_keyfile: Annotated[str | None, Setting("Private key of the certificate, in PEM.", unset="")] = None

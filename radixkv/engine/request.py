@@ -119,7 +119,8 @@ class Progress(NamedTuple):
     """What a request gained: new tokens, new text that is certain by now, and its output in the last one.
 
     `choice_index` is the number of the choice. `logprobs` has an entry for each of `token_ids`, if they were asked for;
-    `prompt_logprobs` come with the first progress of the first choice.
+    `prompt_logprobs` come with the first progress of the first choice, and so does `usage`: what the request used until
+    then. Its prompt is computed by then, so its `cached_tokens` are final.
     """
 
     request_id: int
@@ -129,6 +130,7 @@ class Progress(NamedTuple):
     choice_index: int = 0
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    usage: Usage | None = None
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -273,10 +275,11 @@ class Request:
             return None
         logprobs = self.logprobs[self.num_reported :] if self.params.logprobs is not None else None
         prompt_logprobs = None if self.has_reported_prompt else self.prompt_logprobs
+        usage = None if self.has_reported_prompt or self.choice_index else self._usage()
         self.num_reported, self.has_reported_end = len(self.output_ids), output is not None
         self.has_reported_prompt = True
         self.pieces.clear()
-        return Progress(self.id, token_ids, text, output, self.choice_index, logprobs, prompt_logprobs)
+        return Progress(self.id, token_ids, text, output, self.choice_index, logprobs, prompt_logprobs, usage)
 
     def metrics(self) -> RequestMetrics:
         """Timings of the finished request."""
@@ -314,6 +317,10 @@ class Request:
             cache_write_tokens=self.cache_write_tokens,
             choice_index=self.choice_index,
         )
+
+    def _usage(self) -> Usage:
+        """What it used so far."""
+        return Usage(len(self.prompt_ids), self.cached_tokens or 0, self.cache_write_tokens, len(self.output_ids))
 
     def _stopped_by(self) -> str | int | None:
         if self.finish_reason != "stop":

@@ -51,6 +51,7 @@ def _joined(pending: Sequence[Progress]) -> Progress:
         pending[0].choice_index,
         list(chain.from_iterable(logprobs)) if logprobs else None,
         pending[0].prompt_logprobs,
+        pending[0].usage,
     )
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from radixkv.engine.request import RequestOutput
+from radixkv.serving.answer_reader import AnswerReader
 from radixkv.serving.bodies import GenerationBody
 from radixkv.serving.errors import bad_request
 from radixkv.serving.grammars import Grammar, of_json_object, of_json_schema, of_lark, of_regex, of_tools
+from radixkv.serving.own_form import reader_of
+from radixkv.serving.tool_calls import Parsed
 
 
 class ToolUse(NamedTuple):
@@ -16,6 +20,15 @@ class ToolUse(NamedTuple):
     schemas: dict[str, dict[str, Any]]
     forced: tuple[str, ...] = ()
     parallel: bool = True
+
+    def reader(self, tokenizer: Any) -> AnswerReader:
+        """Reads one answer of a model with `tokenizer`, and finds the calls in it that the request allows."""
+        return reader_of(tokenizer, tuple(self.schemas), parallel=self.parallel)
+
+    def parsed(self, tokenizer: Any, output: RequestOutput) -> Parsed:
+        """A whole answer, taken apart into text and calls."""
+        reader = self.reader(tokenizer)
+        return Parsed.of(reader.push(output.text or "") + reader.finish(output.token_ids))
 
 
 def grammar_of(body: GenerationBody, response_format: Any | None, tools: ToolUse) -> Grammar | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
+from itertools import chain
 from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request
@@ -21,9 +21,9 @@ from radixkv.serving.generation import Generation, Keep
 from radixkv.serving.grammars import of_json_schema
 from radixkv.serving.history import Asked, BoundedStore, compare
 from radixkv.serving.sampling_fields import sampling_params
-from radixkv.serving.service import Service, in_thread, tenant_of
+from radixkv.serving.service import Service, in_thread, owner_of, tenant_of
 from radixkv.serving.streaming import event, unless_gone
-from radixkv.serving.tool_calls import AnswerReader, Call, parse, parse_own
+from radixkv.serving.tool_calls import Arguments, Call, CallBegun, Piece, Text, whole_members
 from radixkv.serving.wire import JsonAnswer
 
 
@@ -49,8 +49,8 @@ def router(service: Service) -> APIRouter:
         service.check_fields(body)
         service.check_model(body.model)
         body.tool_use()
-        prompt = await unless_gone(request, service.chat_prompts.encode(body.chat()))
-        return JsonAnswer({"input_tokens": len(prompt)})
+        prompt = await unless_gone(request, service.chat_prompts.prompt(body.chat(), owner_of(request, None)))
+        return JsonAnswer({"input_tokens": len(prompt.ids)})
 
     return routes
 
@@ -62,13 +62,9 @@ class _Diagnosis(NamedTuple):
     previous_message_id: str | None
     history: BoundedStore[Asked]
 
-    def remember(self, message_id: str) -> None:
-        """Let later messages be compared with this one."""
-        self.history.put(message_id, self.asked, self.asked.prompt.nbytes + 512)
-
     def of_message(self, message_id: str, cached_tokens: int) -> dict[str, Any] | None:
-        """`diagnostics`, as Anthropic writes it: None if nothing was missed. Remembers the message."""
-        self.remember(message_id)
+        """`diagnostics`, as Anthropic writes it: None if nothing was missed. Later messages can be compared with it."""
+        self.history.put(message_id, self.asked, self.asked.prompt.nbytes + 512)
         if self.previous_message_id is None:
             return None
         before = self.history.get(self.previous_message_id)
@@ -116,66 +112,55 @@ class _MessageCall:
             grammar = await in_thread(of_json_schema, body.output_config.format.schema_, "output_config")
         params = await service.fitting(params, grammar)
         chat = body.chat()
-        prompt = await service.chat_prompts.encode(chat)
+        prompt = await service.chat_prompts.prompt(chat, owner_of(request, body.cache_salt))
         keeps = await service.chat_prompts.keeps(chat, prompt)
         diagnosis = None
         if body.diagnostics is not None:
-            asked = Asked.of(tenant_of(request).name, chat, prompt)
+            asked = Asked.of(tenant_of(request).name, chat, prompt.ids)
             diagnosis = _Diagnosis(asked, body.diagnostics.previous_message_id, history)
-        generation = service.generation([prompt], params, use, tenant_of(request), keeps)
+        generation = service.generation([prompt.ids], params, use, tenant_of(request), keeps, prompt)
         return cls(service, body, tools, generation, keeps, diagnosis)
 
     def answer(self, output: RequestOutput) -> dict[str, Any]:
         """The message as a whole."""
-        content, calls = output.text or "", list[Call]()
-        if names := tuple(self._tools.schemas):
-            content, calls = parse_own(self._service.engine.tokenizer, output.token_ids, names) or parse(content, names)
-        blocks: list[dict[str, Any]] = [{"type": "text", "text": content}] if content or not calls else []
-        blocks += [_tool_use(call, json.loads(call.arguments)) for call in self._allowed(calls)]
-        message = {**self._message(blocks, self._usage(output)), **_stop(output, calls)}
+        parsed = self._tools.parsed(self._service.engine.tokenizer, output)
+        blocks = [_whole_block(part) for part in parsed.parts or [""]]
+        message = {**self._message(blocks, self._usage(output)), **_stop(output, len(parsed.calls))}
         if self._diagnosis is not None:
             message["diagnostics"] = self._diagnosis.of_message(self._id, output.cached_tokens)
         return message
 
     async def events(self) -> AsyncGenerator[bytes]:
         """The message, piece by piece."""
-        reader = AnswerReader(tuple(self._tools.schemas))
+        reader, blocks = self._tools.reader(self._service.engine.tokenizer), BlockStream()
         async with aclosing(self.generation.pieces()) as pieces:
-            has_begun = is_open = False
+            has_begun = False
             async for _, progress in pieces:
                 if not has_begun:
                     has_begun = True
                     yield event({"type": "message_start", "message": self._start(progress)}, "message_start")
-                text = reader.push(progress.text)
                 output = progress.output
-                rest, calls = ("", list[Call]()) if output is None else reader.finish()
-                if (text + rest and not is_open) or (output is not None and not calls and not is_open):
-                    is_open = True
-                    yield _block_start(0, {"type": "text", "text": ""})
-                if text + rest:
-                    yield _block_delta(0, {"type": "text_delta", "text": text + rest})
+                found = reader.push(progress.text)
                 if output is not None:
-                    for event_ in self._end(output, calls, is_open):
+                    found += reader.finish(output.token_ids)
+                for event_ in chain.from_iterable(map(blocks.events, found)):
+                    yield event_
+                if output is not None:
+                    for event_ in chain(blocks.end(), self._end(output, reader.num_calls)):
                         yield event_
 
     def _start(self, progress: Progress) -> dict[str, Any]:
-        """The message before its first block. What was cached is known at the end alone; a short answer has it here."""
-        usage = self._usage(progress.output) if progress.output is not None else self._usage_before()
-        message = self._message([], {**usage, "output_tokens": 0})
+        """The message before its first block. What was cached is final; more of the prompt may be stored yet."""
+        usage = progress.usage
+        assert usage is not None, progress
+        message = self._message([], usage_object(usage, self._keeps))
         if self._diagnosis is not None:
-            self._diagnosis.remember(self._id)
-            message["diagnostics"] = {"cache_miss_reason": None}  # not known yet, and there is no later place for it
+            message["diagnostics"] = self._diagnosis.of_message(self._id, usage.cached_tokens)
         return {**message, "stop_reason": None, "stop_sequence": None}
 
-    def _end(self, output: RequestOutput, calls: list[Call], is_open: bool) -> Iterator[bytes]:
+    def _end(self, output: RequestOutput, num_calls: int) -> Iterator[bytes]:
         """The last events."""
-        if is_open:
-            yield event({"type": "content_block_stop", "index": 0}, "content_block_stop")
-        for index, call in enumerate(self._allowed(calls), start=int(is_open)):
-            yield _block_start(index, _tool_use(call, {}))
-            yield _block_delta(index, {"type": "input_json_delta", "partial_json": call.arguments})
-            yield event({"type": "content_block_stop", "index": index}, "content_block_stop")
-        stop = {"type": "message_delta", "delta": _stop(output, calls), "usage": self._usage(output)}
+        stop = {"type": "message_delta", "delta": _stop(output, num_calls), "usage": self._usage(output)}
         yield event(stop, "message_delta")
         yield event({"type": "message_stop"}, "message_stop")
 
@@ -192,12 +177,47 @@ class _MessageCall:
     def _usage(self, output: RequestOutput) -> dict[str, Any]:
         return usage_object(self.generation.usage([output]), self._keeps)
 
-    def _usage_before(self) -> dict[str, Any]:
-        prompt_tokens = len(self.generation.prompts[0])
-        return usage_object(Usage(prompt_tokens, 0, 0, 0), ())
 
-    def _allowed(self, calls: list[Call]) -> list[Call]:
-        return calls if self._tools.parallel else calls[:1]
+class BlockStream:
+    """Makes the events of a message's blocks from the pieces of its answer."""
+
+    def __init__(self) -> None:
+        self._index = 0  # of the block that is open, or else of the next one
+        self._is_text_open = False
+
+    def events(self, piece: Piece) -> Iterator[bytes]:
+        """The events that tell of `piece`."""
+        if isinstance(piece, Text):
+            if not self._is_text_open:
+                yield from self._open_text()
+            yield _block_delta(self._index, {"type": "text_delta", "text": piece.text})
+            return
+        yield from self._close_text()
+        if isinstance(piece, CallBegun):
+            yield _block_start(self._index, _tool_use(piece.id, piece.name, {}))
+        elif isinstance(piece, Arguments):
+            yield _block_delta(self._index, {"type": "input_json_delta", "partial_json": piece.text})
+        else:
+            yield self._stop()
+
+    def end(self) -> Iterator[bytes]:
+        """The last events; an empty answer is an empty text."""
+        if self._index == 0 and not self._is_text_open:
+            yield from self._open_text()
+        yield from self._close_text()
+
+    def _open_text(self) -> Iterator[bytes]:
+        self._is_text_open = True
+        yield _block_start(self._index, {"type": "text", "text": ""})
+
+    def _close_text(self) -> Iterator[bytes]:
+        if self._is_text_open:
+            self._is_text_open = False
+            yield self._stop()
+
+    def _stop(self) -> bytes:
+        index, self._index = self._index, self._index + 1
+        return event({"type": "content_block_stop", "index": index}, "content_block_stop")
 
 
 def usage_object(usage: Usage, keeps: Sequence[Keep]) -> dict[str, Any]:
@@ -239,19 +259,26 @@ def _as_generation(body: MessagesBody) -> GenerationBody:
     )
 
 
-def _stop(output: RequestOutput, calls: list[Call]) -> dict[str, Any]:
+def _stop(output: RequestOutput, num_calls: int) -> dict[str, Any]:
     sequence = output.stopped_by if isinstance(output.stopped_by, str) else None
     if output.finish_reason == "length":
         reason = "max_tokens"
-    elif calls:
+    elif num_calls:
         reason = "tool_use"
     else:
         reason = "end_turn" if sequence is None else "stop_sequence"
     return {"stop_reason": reason, "stop_sequence": sequence}
 
 
-def _tool_use(call: Call, arguments: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "tool_use", "id": call.id.replace("call_", "toolu_", 1), "name": call.name, "input": arguments}
+def _whole_block(part: str | Call) -> dict[str, Any]:
+    """The block of a text or a call. Of arguments that were cut off it has the members that are whole."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return _tool_use(part.id, part.name, whole_members(part.arguments))
+
+
+def _tool_use(call_id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call_id.replace("call_", "toolu_", 1), "name": name, "input": arguments}
 
 
 def _block_start(index: int, block: dict[str, Any]) -> bytes:

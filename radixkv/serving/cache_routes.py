@@ -15,7 +15,7 @@ from radixkv.engine.results import EngineStats
 from radixkv.serving.bodies import SALT_CHARACTERS, GenerationBody
 from radixkv.serving.generation import Ids, Keep
 from radixkv.serving.prompt_body import PromptBody, ids_of
-from radixkv.serving.service import Service, require_admin, tenant_of
+from radixkv.serving.service import Service, owner_of, require_admin, tenant_of
 from radixkv.serving.streaming import unless_gone
 from radixkv.serving.wire import JsonAnswer
 
@@ -55,7 +55,7 @@ def router(service: Service) -> APIRouter:
     async def explain(body: CacheBody, request: Request) -> Response:
         """How far a prompt is cached now, and why not further. Nothing is computed, and nothing changes."""
         service.check_model(body.model)
-        ids = await ids_of(service, body)
+        ids = await ids_of(service, body, owner_of(request, body.cache_salt))
         namespace = tenant_of(request).namespace
         found = await service.engine.explain(ids, extra_key=namespace, cache_salt=body.cache_salt)
         return JsonAnswer(_explanation(found, ids, service.engine.tokenizer))
@@ -64,7 +64,7 @@ def router(service: Service) -> APIRouter:
     async def prewarm(body: PrewarmBody, request: Request) -> Response:
         """Compute a prompt and generate nothing, so that later requests find it cached."""
         service.check_model(body.model)
-        ids = await unless_gone(request, ids_of(service, body))
+        ids = await unless_gone(request, ids_of(service, body, owner_of(request, body.cache_salt)))
         use = GenerationBody(cache_salt=body.cache_salt, priority=body.priority)
         keeps = [] if body.keep_for_s is None else [Keep(ids, body.keep_for_s)]
         generation = service.generation([ids], SamplingParams(max_tokens=0), use, tenant_of(request), keeps)

@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
+
 from radixkv.cache.token_ids import common_tokens
 from radixkv.engine.async_engine import AsyncEngine
 from radixkv.engine.chat_template import placeholders
+from radixkv.engine.request import RequestOutput
 from radixkv.serving.errors import ApiError, bad_request
 from radixkv.serving.generation import Ids, Keep
+from radixkv.serving.kept_answers import KeptAnswers, Owner, text_after
 
 Message: TypeAlias = "dict[str, Any]"
 
@@ -46,11 +50,21 @@ class Chat:
     continues: bool = False
 
 
+class ChatPrompt(NamedTuple):
+    """A chat as text and as ids, and whose it is."""
+
+    text: str
+    ids: Ids
+    owner: Owner
+
+
 class ChatPrompts:
     """Renders chats with the chat template of an engine's tokenizer, and encodes them. Any thread may call it."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, kept: KeptAnswers | None = None) -> None:
+        """kept: answers whose own ids are used where their text comes back."""
         self._engine = engine
+        self._kept = kept
 
     def render(self, chat: Chat) -> str:
         """The text of `chat`, up to the point where the answer begins. Raises: ApiError, MissingTokenizerError."""
@@ -70,18 +84,34 @@ class ChatPrompts:
             raise bad_request(f"the chat template refuses these messages: {error}", "messages") from error
         return text
 
-    async def encode(self, chat: Chat) -> Ids:
-        """The token ids of `chat`. Raises: as `render`; InvalidRequestError, InvalidTokenIdsError."""
+    async def prompt(self, chat: Chat, owner: Owner) -> ChatPrompt:
+        """The prompt of `chat`, which is `owner`'s. Raises: as `render`; InvalidRequestError, InvalidTokenIdsError."""
         text = await asyncio.to_thread(self.render, chat)
+        return ChatPrompt(text, await self._encode(text, owner), owner)
+
+    def remember(self, prompt: ChatPrompt, output: RequestOutput) -> None:
+        """Keep the ids of an answer to `prompt`, if they are kept at all."""
+        if self._kept is not None and output.text and output.finish_reason in ("stop", "length"):
+            self._kept.add(prompt.owner, prompt.text, prompt.ids, output.text, output.token_ids)
+
+    async def _encode(self, text: str, owner: Owner) -> Ids:
+        """The ids of `text`: those that were kept of its beginning, as far as there are some, and of the rest."""
+        kept = None if self._kept is None else self._kept.find(owner, text)
+        if kept is not None:
+            rest = text[kept.characters :]
+            ids = await self._engine.encode(rest, add_special_tokens=False) if rest else kept.ids[:0]
+            tokenizer = self._engine.require_tokenizer("a chat")
+            if await asyncio.to_thread(text_after, tokenizer, kept.ids, ids.tolist()) == rest:
+                return np.concatenate([kept.ids, ids])
         return await self._engine.encode(text, add_special_tokens=False)
 
-    async def keeps(self, chat: Chat, ids: Ids) -> list[Keep]:
-        """The prefixes of `ids`, the prompt of `chat`, that its breakpoints end: to the token."""
-        return [await self._keep(chat, ids, point) for point in chat.breakpoints]
+    async def keeps(self, chat: Chat, prompt: ChatPrompt) -> list[Keep]:
+        """The prefixes of `prompt`, which is that of `chat`, that its breakpoints end: to the token."""
+        return [await self._keep(chat, prompt, point) for point in chat.breakpoints]
 
-    async def _keep(self, chat: Chat, ids: Ids, point: Breakpoint) -> Keep:
-        text = await asyncio.to_thread(self._text_before, chat, point)
-        prefix = await self._engine.encode(text, add_special_tokens=False) if text else ids[:0]
+    async def _keep(self, chat: Chat, prompt: ChatPrompt, point: Breakpoint) -> Keep:
+        text, ids = await asyncio.to_thread(self._text_before, chat, point), prompt.ids
+        prefix = await self._encode(text, prompt.owner) if text else ids[:0]
         return Keep(ids[: common_tokens(ids, prefix)], point.keep_for_s)
 
     def _text_before(self, chat: Chat, point: Breakpoint) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from radixkv.engine.request import RequestOutput
 from radixkv.serving.answer_form import ToolUse, grammar_of
+from radixkv.serving.answer_reader import AnswerReader
 from radixkv.serving.cache_use import MAX_BREAKPOINTS, implicit_keep
 from radixkv.serving.chat_prompts import Chat
 from radixkv.serving.errors import bad_request
@@ -22,9 +23,9 @@ from radixkv.serving.openai_chat_body import ChatBody
 from radixkv.serving.openai_logprobs import of_chat
 from radixkv.serving.openai_usage import usage_object
 from radixkv.serving.sampling_fields import sampling_params
-from radixkv.serving.service import Service, tenant_of
+from radixkv.serving.service import Service, owner_of, tenant_of
 from radixkv.serving.streaming import DONE, EventForm, event
-from radixkv.serving.tool_calls import AnswerReader, Call, Parsed, parse, parse_own
+from radixkv.serving.tool_calls import Arguments, Call, CallBegun, Parsed, Piece, Text
 
 
 def router(service: Service) -> APIRouter:
@@ -68,10 +69,11 @@ class ChatCall:
         tools = body.tool_use()
         params = await service.fitting(params, grammar_of(body, body.response_format, tools))
         chat = body.chat()
-        prompt = await service.chat_prompts.encode(chat)
+        prompt = await service.chat_prompts.prompt(chat, owner_of(request, body.cache_salt))
         keeps = await service.chat_prompts.keeps(chat, prompt)
-        keeps = [*keeps, *implicit_keep(body.prompt_cache_options, prompt)][-MAX_BREAKPOINTS:]
-        return cls(service, body, chat, tools, service.generation([prompt], params, body, tenant_of(request), keeps))
+        keeps = [*keeps, *implicit_keep(body.prompt_cache_options, prompt.ids)][-MAX_BREAKPOINTS:]
+        generation = service.generation([prompt.ids], params, body, tenant_of(request), keeps, prompt)
+        return cls(service, body, chat, tools, generation)
 
     def answer(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The completion as a whole."""
@@ -87,56 +89,50 @@ class ChatCall:
         async with aclosing(self.generation.pieces()) as pieces:
             async for index, progress in pieces:
                 if index not in readers:
-                    readers[index] = AnswerReader(tuple(self.tools.schemas))
+                    readers[index] = self.reader()
                     forms[index] = EventForm(partial(self._content, index))
                     yield event(self._chunk(index, {"role": "assistant", "content": "", "refusal": None}))
-                text = readers[index].push(progress.text)
-                logprobs = None if progress.logprobs is None else of_chat(progress.logprobs, self._service.token_texts)
-                if logprobs is not None:
-                    if text or progress.token_ids:
-                        yield event(self._chunk(index, {"content": text}, logprobs=logprobs))
-                elif text:
-                    yield forms[index].event(text)
+                found = readers[index].push(progress.text)
+                if progress.output is not None:
+                    found += readers[index].finish(progress.output.token_ids)
+                if progress.logprobs:
+                    text = ""
+                    if found and isinstance(found[0], Text):
+                        text, found = found[0].text, found[1:]
+                    logprobs = of_chat(progress.logprobs, self._service.token_texts)
+                    yield event(self._chunk(index, {"content": text}, logprobs=logprobs))
+                for piece in found:
+                    if isinstance(piece, Text):
+                        yield forms[index].event(piece.text)
+                    elif (delta := _call_delta(piece)) is not None:
+                        yield event(self._chunk(index, delta))
                 if progress.output is not None:
                     outputs[index] = progress.output
-                    for event_ in self._end(index, progress.output, readers[index]):
-                        yield event_
+                    reason = _finish_reason(progress.output, readers[index].num_calls)
+                    yield event(self._chunk(index, {}, finish_reason=reason))
         if self._body.stream_options is not None and self._body.stream_options.include_usage:
             usage = usage_object(self.generation.usage([outputs[index] for index in sorted(outputs)]))
             yield event({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
         yield DONE
 
-    def _end(self, index: int, output: RequestOutput, reader: AnswerReader) -> Iterator[bytes]:
-        """The last chunks of a choice."""
-        rest, calls = reader.finish()
-        if rest:
-            yield event(self._content(index, rest))
-        if calls:
-            numbered = [{"index": i, **_call_object(call)} for i, call in enumerate(self.allowed(calls))]
-            yield event(self._chunk(index, {"tool_calls": numbered}))
-        yield event(self._chunk(index, {}, finish_reason=_finish_reason(output, calls)))
-
     def _choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
-        content, calls = self.parsed(output)
+        parsed = self.parsed(output)
+        content, calls = parsed.content, parsed.calls
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if calls:
             message["content"] = content or None
             message["tool_calls"] = [_call_object(call) for call in calls]
         logprobs = None if output.logprobs is None else of_chat(output.logprobs, self._service.token_texts)
-        reason = _finish_reason(output, calls)
+        reason = _finish_reason(output, len(calls))
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def parsed(self, output: RequestOutput) -> Parsed:
         """An answer, taken apart into text and calls of tools."""
-        text, names = output.text or "", tuple(self.tools.schemas)
-        if not names:
-            return Parsed(text, [])
-        found = parse_own(self._service.engine.tokenizer, output.token_ids, names) or parse(text, names)
-        return Parsed(found.content, self.allowed(found.calls))
+        return self.tools.parsed(self._service.engine.tokenizer, output)
 
-    def allowed(self, calls: list[Call]) -> list[Call]:
-        """As many calls as the request allows."""
-        return calls if self.tools.parallel else calls[:1]
+    def reader(self) -> AnswerReader:
+        """Reads an answer as it comes."""
+        return self.tools.reader(self._service.engine.tokenizer)
 
     def _content(self, index: int, text: str) -> dict[str, Any]:
         return self._chunk(index, {"content": text})
@@ -153,9 +149,19 @@ class ChatCall:
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
 
 
-def _finish_reason(output: RequestOutput, calls: list[Call]) -> str:
-    return "tool_calls" if calls and output.finish_reason == "stop" else output.finish_reason
+def _finish_reason(output: RequestOutput, num_calls: int) -> str:
+    return "tool_calls" if num_calls and output.finish_reason == "stop" else output.finish_reason
 
 
 def _call_object(call: Call) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _call_delta(piece: Piece) -> dict[str, Any] | None:
+    """What a piece of a call adds to a message, if anything."""
+    if isinstance(piece, CallBegun):
+        head = {"id": piece.id, "type": "function", "function": {"name": piece.name, "arguments": ""}}
+        return {"tool_calls": [{"index": piece.number, **head}]}
+    if isinstance(piece, Arguments):
+        return {"tool_calls": [{"index": piece.number, "function": {"arguments": piece.text}}]}
+    return None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,10 +18,11 @@ from radixkv.serving.errors import ApiError, bad_request
 from radixkv.serving.history import Asked, BoundedStore, compare
 from radixkv.serving.openai_chat import ChatCall
 from radixkv.serving.openai_chat_body import ChatMessage, FunctionCall, ToolCall
+from radixkv.serving.response_items import ItemStream, output_items
 from radixkv.serving.responses_body import ResponsesBody
 from radixkv.serving.service import Service, tenant_of
 from radixkv.serving.streaming import event, unless_gone
-from radixkv.serving.tool_calls import AnswerReader, Call
+from radixkv.serving.tool_calls import Parsed
 from radixkv.serving.wire import JsonAnswer
 
 _REASONS = {"tools": "tools_changed", "system": "input_changed", "messages": "input_changed"}
@@ -132,79 +134,45 @@ class _ResponseCall:
 
     def finish(self, output: RequestOutput) -> dict[str, Any]:
         """The response as a whole, which is stored unless the request says otherwise."""
-        content, calls = self.chat.parsed(output)
-        return self._finish(output, content, calls)
+        parsed = self.chat.parsed(output)
+        return self._finish(output, parsed, output_items(self.message_id, parsed))
 
-    def _finish(self, output: RequestOutput, content: str, calls: list[Call]) -> dict[str, Any]:
-        items = [self._message(content)] if content or not calls else []
-        items += [_call_item(call) for call in calls]
+    def _finish(self, output: RequestOutput, parsed: Parsed, items: list[dict[str, Any]]) -> dict[str, Any]:
         usage = self.chat.generation.usage([output])
         answer = self._answer(items, "incomplete" if output.finish_reason == "length" else "completed", usage)
         if self.body.store is not False:
             tool_calls = [
-                ToolCall(id=call.id, function=FunctionCall(name=call.name, arguments=call.arguments)) for call in calls
+                ToolCall(id=call.id, function=FunctionCall(name=call.name, arguments=call.arguments))
+                for call in parsed.calls
             ]
-            said = ChatMessage(role="assistant", content=content, tool_calls=tool_calls or None)
+            said = ChatMessage(role="assistant", content=parsed.content, tool_calls=tool_calls or None)
             stored = Stored(self.asked.tenant, answer, [*self.messages, said], self.asked)
             self.store.put(self.id, stored, stored.num_bytes)
         return answer
 
     async def events(self) -> AsyncGenerator[bytes]:
         """The response, piece by piece."""
-        reader = AnswerReader(tuple(self.chat.tools.schemas))
-        emit, text, is_open = self.numbers.event, "", False
-        place = {"item_id": self.message_id, "output_index": 0, "content_index": 0}
+        reader, items = self.chat.reader(), ItemStream(self.message_id, self.numbers.event)
         async with aclosing(self.chat.generation.pieces()) as pieces:
             async for _, progress in pieces:
                 if self.numbers.next == 0:
                     for kind in ("response.created", "response.in_progress"):
-                        yield emit(kind, response=self._answer([], "in_progress", None))
-                output = progress.output
-                piece = reader.push(progress.text)
-                rest, calls = ("", list[Call]()) if output is None else reader.finish()
-                piece += rest
-                if not is_open and (piece or (output is not None and not calls)):
-                    is_open = True
-                    item = {**self._message(""), "status": "in_progress", "content": []}
-                    yield emit("response.output_item.added", output_index=0, item=item)
-                    yield emit("response.content_part.added", **place, part=_text_part(""))
-                if piece:
-                    text += piece
-                    yield emit("response.output_text.delta", **place, delta=piece, logprobs=[])
-                if output is not None:
-                    if is_open:
-                        yield emit("response.output_text.done", **place, text=text, logprobs=[])
-                        yield emit("response.content_part.done", **place, part=_text_part(text))
-                        yield emit("response.output_item.done", output_index=0, item=self._message(text))
-                    calls = self.chat.allowed(calls)
-                    for index, call in enumerate(calls, start=int(is_open)):
-                        for event_ in self._call_events(index, call):
-                            yield event_
-                    answer = self._finish(output, text, calls)
-                    yield emit(f"response.{answer['status']}", response=answer)
+                        yield self.numbers.event(kind, response=self._answer([], "in_progress", None))
+                found = reader.push(progress.text)
+                if progress.output is not None:
+                    found += reader.finish(progress.output.token_ids)
+                for event_ in chain.from_iterable(map(items.events, found)):
+                    yield event_
+                if progress.output is not None:
+                    for event_ in items.end():
+                        yield event_
+                    parsed = Parsed(items.parts)
+                    answer = self._finish(progress.output, parsed, output_items(self.message_id, parsed))
+                    yield self.numbers.event(f"response.{answer['status']}", response=answer)
 
     def error_event(self, error: ApiError) -> bytes:
         """What ends a stream that fails."""
         return self.numbers.event("error", code=error.code, message=error.message, param=error.param)
-
-    def _call_events(self, index: int, call: Call) -> Iterator[bytes]:
-        item = _call_item(call)
-        place = {"item_id": item["id"], "output_index": index}
-        emit = self.numbers.event
-        added = {**item, "arguments": "", "status": "in_progress"}
-        yield emit("response.output_item.added", output_index=index, item=added)
-        yield emit("response.function_call_arguments.delta", **place, delta=call.arguments)
-        yield emit("response.function_call_arguments.done", **place, name=call.name, arguments=call.arguments)
-        yield emit("response.output_item.done", output_index=index, item=item)
-
-    def _message(self, text: str) -> dict[str, Any]:
-        return {
-            "type": "message",
-            "id": self.message_id,
-            "role": "assistant",
-            "status": "completed",
-            "content": [_text_part(text)],
-        }
 
     def _answer(self, items: list[dict[str, Any]], status: str, usage: Usage | None) -> dict[str, Any]:
         body = self.body
@@ -271,21 +239,6 @@ def _usage_object(usage: Usage) -> dict[str, Any]:
         "output_tokens": usage.output_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage.prompt_tokens + usage.output_tokens,
-    }
-
-
-def _text_part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def _call_item(call: Call) -> dict[str, Any]:
-    return {
-        "type": "function_call",
-        "id": call.id.replace("call_", "fc_", 1),
-        "call_id": call.id,
-        "name": call.name,
-        "arguments": call.arguments,
-        "status": "completed",
     }
 
 

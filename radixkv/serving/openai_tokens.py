@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from radixkv.serving.bodies import Body
 from radixkv.serving.prompt_body import PromptBody, ids_of
-from radixkv.serving.service import Service, in_thread
+from radixkv.serving.service import Service, in_thread, owner_of
 from radixkv.serving.wire import JsonAnswer
 
 
@@ -42,11 +42,12 @@ def router(service: Service) -> APIRouter:
         return JsonAnswer(_model(service))
 
     @routes.post("/tokenize", response_model=None)
-    async def tokenize(body: TokenizeBody) -> Response:
+    async def tokenize(body: TokenizeBody, request: Request) -> Response:
         """The token ids of a text, or of a chat."""
         service.check_fields(body)
         service.check_model(body.model)
-        ids = (await ids_of(service, body, add_special_tokens=body.add_special_tokens)).tolist()
+        owner = owner_of(request, None)
+        ids = (await ids_of(service, body, owner, add_special_tokens=body.add_special_tokens)).tolist()
         limit = service.engine.max_context_tokens
         return JsonAnswer({"tokens": ids, "count": len(ids), "max_model_len": limit})
 

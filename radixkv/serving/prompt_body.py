@@ -8,6 +8,7 @@ from radixkv.serving.bodies import Body
 from radixkv.serving.chat_prompts import Chat
 from radixkv.serving.errors import bad_request
 from radixkv.serving.generation import Ids
+from radixkv.serving.kept_answers import Owner
 from radixkv.serving.openai_chat_body import ChatBody, ChatMessage, Tool
 from radixkv.serving.service import Service
 
@@ -40,11 +41,11 @@ class PromptBody(Body):
         ).chat()
 
 
-async def ids_of(service: Service, body: PromptBody, *, add_special_tokens: bool = True) -> Ids:
-    """The token ids of the prompt. Raises: ApiError, RadixKVError."""
+async def ids_of(service: Service, body: PromptBody, owner: Owner, *, add_special_tokens: bool = True) -> Ids:
+    """The token ids of `owner`'s prompt. Raises: ApiError, RadixKVError."""
     chat = body.chat()
     if chat is not None:
-        return await service.chat_prompts.encode(chat)
+        return (await service.chat_prompts.prompt(chat, owner)).ids
     if isinstance(body.prompt, str):
         return await service.engine.encode(body.prompt, add_special_tokens=add_special_tokens)
     return service.engine.known_ids(body.prompt or [])

@@ -22,10 +22,11 @@ from radixkv.errors import RadixKVError
 from radixkv.serving.admission import Admission
 from radixkv.serving.bodies import Body, GenerationBody, UnknownFields
 from radixkv.serving.cache_use import cache_use
-from radixkv.serving.chat_prompts import ChatPrompts
+from radixkv.serving.chat_prompts import ChatPrompt, ChatPrompts
 from radixkv.serving.errors import ApiError, as_api_error
 from radixkv.serving.generation import CacheUse, Generation, Ids, Keep
 from radixkv.serving.grammars import Grammar, Grammars
+from radixkv.serving.kept_answers import KeptAnswers, Owner
 from radixkv.serving.live_feed import LiveFeed
 from radixkv.serving.metrics import Metrics
 from radixkv.serving.openai_logprobs import TokenTexts
@@ -62,7 +63,8 @@ class Service:
         self.created_at = int(time.time())
         self.keys = _key_ring(self.config)
         self.admission = Admission()
-        self.chat_prompts = ChatPrompts(engine)
+        kept = KeptAnswers(engine.tokenizer) if self.config.keep_answer_ids else None
+        self.chat_prompts = ChatPrompts(engine, kept)
         self.grammars = Grammars(engine)
         self.token_texts = TokenTexts(engine.tokenizer)
         self.metrics = Metrics(self.model_name)
@@ -108,8 +110,15 @@ class Service:
         body: GenerationBody,
         tenant: Tenant,
         keeps: Sequence[Keep] = (),
+        chat: ChatPrompt | None = None,
     ) -> Generation:
-        """The requests that answer `tenant`'s call."""
+        """The requests that answer `tenant`'s call; `chat` is the prompt if it is a chat's."""
+
+        def note(output: RequestOutput) -> None:
+            self.metrics.observe(output, tenant.name)
+            if chat is not None:
+                self.chat_prompts.remember(chat, output)
+
         return Generation(
             self.engine,
             prompts,
@@ -117,7 +126,7 @@ class Service:
             cache_use(body, tenant),
             keeps=keeps,
             on_prompt=self._look_up,
-            on_output=lambda output: self.metrics.observe(output, tenant.name),
+            on_output=note,
         )
 
     def _look_up(self, prompt: Ids, use: CacheUse) -> None:
@@ -159,6 +168,11 @@ def require_admin(request: Request) -> None:
     """Raises: ApiError unless the one who asks may see and change what belongs to others."""
     if not tenant_of(request).admin:
         raise ApiError(403, "this needs the key of an administrator", code="admin_key_required")
+
+
+def owner_of(request: Request, cache_salt: str | None) -> Owner:
+    """Whose the answers to a request are, that has a salt or none."""
+    return tenant_of(request).name, cache_salt
 
 
 def tenant_of(request: Request) -> Tenant:

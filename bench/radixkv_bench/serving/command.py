@@ -18,10 +18,10 @@ from radixkv_bench.common.machine import environment
 from radixkv_bench.common.models import parse_random_model, quiet_transformers
 from radixkv_bench.common.options import RUN, SIZES, Rounds
 from radixkv_bench.common.progress import add_steps, quiet_bar
-from radixkv_bench.serving import conversations, http_cost, report, schema_cost, soak
+from radixkv_bench.serving import conversations, http_cost, report, retokenised, schema_cost, soak
 
 MB_39 = "hidden=512,layers=8,heads=8,kv_heads=2"
-CASES = ("transformers", "http", "schema")
+CASES = ("transformers", "http", "schema", "retokenised")
 KNOWN = (*CASES, "soak")
 
 
@@ -47,8 +47,9 @@ def main(
     output_tokens: Annotated[int, _count("transformers: tokens of an answer.")] = 32,
     streams: Annotated[int, _count("http: streams at once.")] = 64,
     batch: Annotated[int, _count("schema: streams at once.")] = 16,
-    prompt_tokens: Annotated[int, _count("http, schema: tokens of a prompt.", 4, 1024)] = 64,
+    prompt_tokens: Annotated[int, _count("http, schema, retokenised: tokens of a prompt.", 4, 1024)] = 64,
     stream_tokens: Annotated[int, _count("http, schema: tokens of an answer.", 2, schema_cost.MAX_OUTPUT_TOKENS)] = 256,
+    answers: Annotated[int, _count("retokenised: answers of --stream-tokens at most.")] = 200,
     soak_streams: Annotated[int, _count("--soak: streams at once.")] = 500,
     soak_stream_tokens: Annotated[int, _count("--soak: tokens of each.")] = 64,
     soak_requests: Annotated[int, _count("--soak: requests after them.", 4)] = 10_000,
@@ -68,6 +69,7 @@ def main(
     transformers: conversations with radixkv and with `transformers serve --continuous-batching`, in float32.
     http: streams of the demo model against Engine.generate, and where the rest of the time goes.
     schema: decoding with and without a JSON schema.
+    retokenised: how many answers are tokenised otherwise when they come back as text, and the cached tokens that costs.
 
     Exits with 1 if a stream of the soak does not finish or pages stay leased, with 2 if the command cannot be run.
     """
@@ -96,6 +98,10 @@ def main(
             lambda advance: schema_cost.measure(batch, prompt_tokens, stream_tokens, rounds, seed, demo, advance),
         ),
     }
+    measures["retokenised"] = (
+        answers,
+        lambda advance: retokenised.measure(answers, prompt_tokens, stream_tokens, seed, demo, advance),
+    )
     figures = {name: _run(name, *measures[name]) for name in measures if name in chosen}
     found = {"cases": figures, "config": environment()}
     failures = soak.failures(figures["soak"]) if "soak" in figures else []

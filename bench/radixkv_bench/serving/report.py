@@ -14,7 +14,8 @@ THREAD_NAMES = {"loop": "event loop", "engine": "engine"}
 
 def print_tables(report: Report, console: Console) -> None:
     """A table or some lines for each case that was run."""
-    for name, show in (("transformers", _talks), ("http", _http), ("soak", _soak), ("schema", _schema)):
+    shown = {"transformers": _talks, "http": _http, "soak": _soak, "schema": _schema, "retokenised": _retokenised}
+    for name, show in shown.items():
         figures = report["cases"].get(name)
         if figures is None:
             continue
@@ -89,6 +90,19 @@ def _schema(figures: Report, console: Console) -> None:
         f"decoding: {figures['schema_tokens_a_second']:,.0f} tokens/s with the schema, "
         f"{figures['free_tokens_a_second']:,.0f} without: {figures['ratio']:.1%}",
     )
+
+
+def _retokenised(figures: Report, console: Console) -> None:
+    answers, differing, lost = figures["answers"], figures["retokenised_answers"], figures["lost_tokens"]
+    _head(
+        console, f"{answers:,} answers of the demo model at temperature 1, {figures['output_tokens']:,} tokens"
+    )
+    _say(
+        console,
+        f"{differing:,} ({differing / answers:.0%}) are tokenised otherwise when they come back; of the cached tokens "
+        f"{lost:,} are missed, {lost / max(1, differing):,.1f} for each of them",
+    )
+    _say(console, f"--keep-answer-ids: {figures['kept_answers']:,} answers keep their ids")
 
 
 def _head(console: Console, text: str) -> None:
