@@ -102,8 +102,12 @@ class KVPool(PagePool):
         """What is to be multiplied with K as it is kept: q [..., k_head_dim], unless keys are kept otherwise."""
         return q
 
+    def all_pages(self) -> list[Tensor]:
+        """What `page_tensors` gives, of all pages at once: views `[num_pages, page_size / w, w, ...]`. O(layers)."""
+        return [pages.unsqueeze(2) for pages in (*self.k, *self.v)]
+
     def page_tensors(self, page: int) -> list[Tensor]:
-        return [pages[page].unsqueeze(1) for pages in (*self.k, *self.v)]
+        return [pages[page] for pages in self.all_pages()]
 
     def bytes_of(self, pages: NDArray[np.int32], num_tokens: int) -> int:
         """KV bytes of the first `num_tokens` tokens in `pages`."""
@@ -155,10 +159,10 @@ class LaneKVPool(KVPool):
         v = self.v[layer].index_select(0, pages).permute(0, 2, 4, 1, 3)  # [n, page_size / w, w, heads, dim]
         return k.flatten(3, 4).flatten(0, 1), v.flatten(0, 2)
 
-    def page_tensors(self, page: int) -> list[Tensor]:
+    def all_pages(self) -> list[Tensor]:
         return [
-            *(k[page].permute(2, 0, 1, 3).unsqueeze(1) for k in self.k),  # [page_size, 1, heads, dim / w, w]
-            *(v[page].permute(1, 3, 0, 2) for v in self.v),  # [page_size / w, w, heads, dim]
+            *(k.permute(0, 3, 1, 2, 4).unsqueeze(2) for k in self.k),  # [num_pages, page_size, 1, heads, dim / w, w]
+            *(v.permute(0, 2, 4, 1, 3) for v in self.v),  # [num_pages, page_size / w, w, heads, dim]
         ]
 
     def _tensors(self, layer: LayerKV) -> tuple[Tensor, Tensor]:
