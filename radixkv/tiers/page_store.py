@@ -50,6 +50,8 @@ class FoundPage(NamedTuple):
 class PageStore(Protocol):
     """A bounded store of pages of one shape. Thread-safe; every method but `find` and `stats` may block on its medium.
 
+    `find` of a store on another machine waits for an answer, too: `finds_at_once` tells.
+
     A store loses pages when it must (its bound, a fault of its medium) and never gives wrong ones: what is damaged is
     a miss with a reason.
     """
@@ -67,6 +69,11 @@ class PageStore(Protocol):
     @property
     def payload_bytes(self) -> int:
         """Bytes of each payload."""
+        ...
+
+    @property
+    def finds_at_once(self) -> bool:
+        """Whether `find` reads memory alone. If not, call it away from the thread that steps."""
         ...
 
     def find(self, parent_key: bytes, tokens: bytes) -> list[FoundPage]:

@@ -1,0 +1,443 @@
+"""Pages on disk: bounded, checked, and there again after a restart.
+
+The index is in memory, and in a file of records of fixed size that are written in place (`page_record`); payloads lie
+in a second file, in slots of fixed size (`slot_files`). There is no log to compact and nothing to fragment, so the
+files have their final size from the start of their last slot on. Why not an embedded database: those that map their
+files (LMDB) end the process with SIGBUS or an abort when a file was cut short or a page of theirs damaged, and a cache
+must survive that.
+
+A page is written in this order: its slot's old record is freed, the payload is written, then the record. A process
+that is killed in between loses that page alone. After a power cut the medium may hold any of these writes and not the
+others; then a checksum does not fit, and the page is missed. Nothing waits for the medium but `close`.
+
+Pages give way from the end of a chain on, so that what is there can be found (`PageIndex`). One that is damaged takes
+those after it out of reach; they are found again when it has been computed and written again, or give way in time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+from weakref import WeakSet
+
+from radixkv.cache.page_keys import root_key
+from radixkv.errors import ClosedError, ConfigError, InvariantError, TierError
+from radixkv.tiers.disk_opening import fit_to_limit, load_records, other_fingerprint
+from radixkv.tiers.fingerprint import Fingerprint
+from radixkv.tiers.memory_store import found_whole
+from radixkv.tiers.name_table import NameTable
+from radixkv.tiers.page_index import PageIndex, StoredPage
+from radixkv.tiers.page_record import RecordFormat, payload_checksum
+from radixkv.tiers.page_slots import PageSlots, WritePlan, check_page
+from radixkv.tiers.page_store import FoundPage, NewPage, PageFacts, StoreStats
+from radixkv.tiers.slot_files import SlotFiles
+from radixkv.tiers.store_folder import (
+    DESCRIPTION,
+    Description,
+    StoreFolder,
+    folder_bytes,
+    store_identity,
+    write_description,
+)
+
+logger = logging.getLogger(__name__)
+
+DAMAGED, EVICTED, UNREADABLE = "damaged", "evicted", "unreadable"
+_SLACK_BYTES = 4096  # of the bound: the marker, and what a file system rounds up
+
+
+class CheckedPage(NamedTuple):
+    """A page of a store, and whether its payload is what was written."""
+
+    page: FoundPage
+    facts: PageFacts
+    is_right: bool
+
+
+class DiskStore:
+    """A `PageStore` in a folder. See the module's docstring.
+
+    Invariants: the files of the folder, those of stores with other fingerprints included, never take more than
+    `capacity_bytes`. `_slots` keeps its own invariants. `_lock` is held for moments only, never while the medium is
+    waited for.
+    """
+
+    finds_at_once = True
+    name = "disk"
+
+    def __init__(
+        self,
+        path: str | Path,
+        fingerprint: Fingerprint,
+        payload_bytes: int,
+        capacity_bytes: int,
+        *,
+        policy: str = "lru",
+        read_only: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Open the store of `fingerprint` in the folder `path`, made if need be. O(pages).
+
+        Stores of other fingerprints in that folder give way first, whole, when this one needs their room.
+
+        Args:
+            read_only: open what is there as it is now, without owning the folder; nothing can be written then.
+
+        Raises: TierError if it cannot be opened or has an owner, ConfigError if not even one page fits the capacity.
+        """
+        if payload_bytes < 1:
+            raise ConfigError(f"payload_bytes must be at least 1, not {payload_bytes}")
+        self.page_size, self.payload_bytes, self.capacity_bytes = fingerprint.page_size, payload_bytes, capacity_bytes
+        self.fingerprint = fingerprint
+        self.notes: list[str] = []
+        """What to tell about how it was opened, a line each: another fingerprint, damaged records."""
+        self._clock = clock
+        self._io, self._lock = Lock(), Lock()  # taken in this order
+        self._index = PageIndex(fingerprint.page_size, policy)
+        self._slots = PageSlots(self._index, limit=0)
+        self._misses: Counter[str] = Counter()
+        self._pages_read = self._pages_written = self._pages_evicted = self._errors = 0
+        self._last_error: str | None = None
+        self._is_closed = False
+        self._pid = os.getpid()
+        self._folder = StoreFolder(path, read_only=read_only)
+        try:
+            self._open(store_identity(fingerprint, payload_bytes))
+        except OSError as error:
+            self._folder.close()
+            raise TierError(f"the store {path} cannot be opened: {error.strerror}") from error
+        except BaseException:
+            self._folder.close()
+            raise
+        for line in self.notes:
+            logger.warning("%s", line)
+        _OPEN.add(self)
+
+    # Opening
+
+    def _open(self, identity: bytes) -> None:
+        self._path = self._folder.store_path(identity)
+        described = Description(self._path, self.fingerprint, self.payload_bytes, self.capacity_bytes)
+        if not self._path.exists():
+            note = other_fingerprint(self._folder, self.fingerprint, self.payload_bytes)
+            self.notes += [] if note is None else [note]
+            if self._folder.read_only:
+                raise TierError(note or f"there is no store at {self._folder.path}")
+            self._path.mkdir(mode=0o700)
+        if not self._folder.read_only:
+            write_description(described)
+        self._format = RecordFormat(self.page_size, identity)
+        self._names_bytes = 4096 + self.capacity_bytes // 256
+        self._names = NameTable(self._path, self._names_bytes)
+        self._files = SlotFiles(
+            self._path, self._format.record_bytes, self.payload_bytes, read_only=self._folder.read_only
+        )
+        try:
+            self._load()
+        except BaseException:
+            self._files.close()
+            raise
+
+    def _load(self) -> None:
+        now_s = self._clock()
+        unfit = load_records(self._index, self._files, self._format, self._names.names, now_s)
+        self._slots.start(self._files.num_slots)
+        if self._folder.read_only:
+            self._slots.limit = self._slots.used
+        else:
+            for slot in unfit:
+                self._files.write_record(slot, self._format.free)
+            self._slots.limit = self._slots_that_fit()
+            self._take_room_of_others(self._slots.used)
+            self._check_capacity()
+            self._pages_evicted = fit_to_limit(self._slots, self._files, self._format, now_s)
+        if unfit:
+            self._misses[DAMAGED] = len(unfit)
+            self.notes.append(f"{len(unfit)} damaged records of {self._path} are left out")
+
+    def _check_capacity(self) -> None:
+        if self._slots.limit < 1:
+            slot_bytes = self._format.record_bytes + self.payload_bytes
+            more = (1 - self._slots.limit) * slot_bytes * 64 // 63 + 64  # of which names take a share
+            raise ConfigError(
+                f"a store of pages of {self.payload_bytes:,} bytes needs about {self.capacity_bytes + more:,} bytes; "
+                f"its bound is {self.capacity_bytes:,}"
+            )
+
+    def _slots_that_fit(self) -> int:
+        """Slots that the bound leaves beside the stores of other fingerprints."""
+        description = self._path / DESCRIPTION
+        overhead = _SLACK_BYTES + 2 * self._names_bytes + 2 * description.stat().st_size  # twice: while it is replaced
+        overhead += self._folder.other_bytes(self._path)
+        return (self.capacity_bytes - overhead) // (self._format.record_bytes + self.payload_bytes)
+
+    def _take_room_of_others(self, num_slots: int) -> None:
+        """Delete stores of other fingerprints, the longest unused first, until `num_slots` fit or none is left."""
+        while max(num_slots, 1) > self._slots.limit and (other := self._folder.longest_unused(self._path)) is not None:
+            self._folder.delete(other)
+            self._slots.limit = self._slots_that_fit()
+
+    # Finding and reading
+
+    def find(self, parent_key: bytes, tokens: bytes) -> list[FoundPage]:
+        """As `PageStore.find`. Raises: ClosedError; TierError in a forked child."""
+        self._check_open()
+        with self._lock:
+            return self._index.find(parent_key, tokens)
+
+    def read(self, pages: Sequence[FoundPage]) -> list[bytes | None]:
+        """As `PageStore.read`; in the order of the file, whatever the order of `pages`.
+
+        Raises: ClosedError; TierError in a forked child.
+        """
+        self._check_open()
+        with self._lock:
+            stored = [self._index.get(page.parent_key, page.tokens) for page in pages]
+        payloads: list[bytes | None] = [None] * len(stored)
+        order = sorted((page.slot, number, page) for number, page in enumerate(stored) if page is not None)
+        with suppress(OSError):  # the reads below tell
+            self._files.expect([slot for slot, _, _ in order])
+        for _, number, page in order:
+            payloads[number] = self._read_one(page)
+        with self._lock:
+            self._misses[EVICTED] += stored.count(None)
+            self._pages_read += sum(payload is not None for payload in payloads)
+        return payloads
+
+    def _read_one(self, page: StoredPage) -> bytes | None:
+        try:
+            payload = self._files.payload(page.slot)
+        except OSError as error:
+            self._count_error(error)
+            with self._lock:
+                self._misses[UNREADABLE] += 1
+            return None
+        if self._is_right(page, payload):
+            return payload
+        with self._io, self._lock:  # it may have given way while it was read
+            is_there = self._index.get(page.parent_key, page.tokens) is page
+            self._misses[DAMAGED if is_there else EVICTED] += 1
+            if is_there:
+                self._drop(page)
+        return None
+
+    def _is_right(self, page: StoredPage, payload: bytes) -> bool:
+        return len(payload) == self.payload_bytes and payload_checksum(payload) == page.checksum
+
+    def _drop(self, page: StoredPage) -> None:
+        """Take a page out; its slot is free. With both locks held."""
+        self._slots.drop(page)
+        if self._folder.read_only:
+            return
+        try:
+            self._files.write_record(page.slot, self._format.free)
+        except OSError as error:  # it would be found out again
+            self._errors, self._last_error = self._errors + 1, str(error)
+
+    def hottest(self, max_pages: int) -> list[tuple[FoundPage, PageFacts]]:
+        """As `PageStore.hottest`. O(pages × log pages)."""
+        self._check_open()
+        with self._lock:
+            return [(found_whole(page), page.facts) for page in self._index.hottest(max_pages, self._clock())]
+
+    def check(self) -> Iterator[CheckedPage]:
+        """Read every page and compare it with its checksum; changes nothing. Another process may write meanwhile.
+
+        Raises: ClosedError, OSError.
+        """
+        self._check_open()
+        with self._lock:
+            pages = sorted(self._index, key=lambda page: page.slot)
+        for page in pages:
+            record = self._format.pack(page)
+            is_right = self._is_right(page, self._files.payload(page.slot))
+            if is_right or self._files.record(page.slot) == record:  # else it gave way or was used since
+                yield CheckedPage(found_whole(page), page.facts, is_right)
+
+    # Writing
+
+    def write(self, pages: Sequence[NewPage]) -> None:
+        """As `PageStore.write`.
+
+        A page for which there is no room because all others are kept, of a higher priority, or before it in its own
+        chain, counts as evicted at once. The medium's failure may cost the pages that were giving way.
+
+        Raises: TierError, InvalidPagesError, ClosedError.
+        """
+        for page in pages:
+            check_page(page, self.page_size, self.payload_bytes)
+        checksums = [payload_checksum(page.payload) for page in pages]
+        with self._writing():
+            self._store(list(zip(pages, checksums, strict=True)))
+
+    def _store(self, pages: list[tuple[NewPage, bytes]]) -> None:
+        named = [(page, checksum) for page, checksum in pages if self._has_name(page.facts)]
+        with self._lock:
+            new = sum(self._index.get(page.parent_key, page.tokens) is None for page, _ in named)
+        self._take_room_of_others(self._slots.used - self._slots.num_free + new)
+        with self._lock:
+            plan = self._slots.plan(named, self._clock())
+        recorded: list[int] = []
+        try:
+            self._carry_out(plan, recorded)
+        except BaseException:
+            for slot in recorded:
+                with suppress(OSError):  # what is left of the plan on disk is right, or found to be damaged
+                    self._files.write_record(slot, self._format.free)
+            with self._lock:
+                self._slots.undo(plan)
+                self._pages_evicted += len(plan.gone & set(plan.giving_way))
+            raise
+        with self._lock:
+            self._slots.commit(plan)
+            self._pages_written += len(plan.new)
+            self._pages_evicted += len(plan.giving_way) + plan.left_out + len(pages) - len(named)
+
+    def _has_name(self, facts: PageFacts) -> bool:
+        root = root_key(*facts.namespace)
+        if root in self._names.names:
+            return True
+        with self._lock:
+            used_roots = {page.root for page in self._index} if self._names.num_bytes > self._names_bytes // 2 else ()
+        return self._names.add(root, facts.namespace, used_roots or self._names.names)
+
+    def _carry_out(self, plan: WritePlan, recorded: list[int]) -> None:
+        """Write a plan to the files: first what grows them, so that a full disk is noticed before a page gives way."""
+        for page, payload in sorted(plan.new, key=lambda new: (new[0].slot in plan.giving_way, new[0].slot)):
+            self._files.write_record(page.slot, self._format.free)  # a payload without a record would be a lost one
+            plan.gone.add(page.slot)
+            self._files.write_payload(page.slot, payload)
+        for page, _ in plan.new:
+            recorded.append(page.slot)
+            self._files.write_record(page.slot, self._format.pack(page))
+        for page in plan.updated:
+            self._files.write_record(page.slot, self._format.pack(page))
+
+    def touch(self, pages: Iterable[tuple[bytes, bytes, PageFacts]]) -> None:
+        """As `PageStore.touch`. Raises: TierError, ClosedError."""
+        with self._writing():
+            for parent_key, tokens, facts in pages:
+                with self._lock:
+                    page = self._index.get(parent_key, tokens)
+                if page is not None and self._has_name(facts):
+                    with self._lock:
+                        self._index.update(page, facts)
+                    self._files.write_record(page.slot, self._format.pack(page))
+
+    def remove(self, parent_key: bytes) -> int:
+        """As `PageStore.remove`. Raises: TierError, ClosedError."""
+        with self._writing():
+            with self._lock:
+                pages = self._index.below(parent_key)
+                for page in pages:
+                    self._slots.drop(page)
+            for page in pages:
+                self._files.write_record(page.slot, self._format.free)
+            return len(pages)
+
+    # The rest
+
+    @property
+    def capacity_pages(self) -> int:
+        """Pages that it holds at most, as long as stores of other fingerprints keep their room."""
+        return self._slots.limit
+
+    @property
+    def policy(self) -> str:
+        """The order in which pages give way."""
+        return self._index.policy
+
+    @property
+    def path(self) -> Path:
+        """The folder of this store, within the one that it was opened with."""
+        return self._path
+
+    def stats(self) -> StoreStats:
+        """As `PageStore.stats`; `bytes` are those of the pages that are there."""
+        with self._lock:
+            return StoreStats(
+                pages=len(self._index),
+                bytes=len(self._index) * (self._format.record_bytes + self.payload_bytes),
+                capacity_bytes=self.capacity_bytes,
+                pages_read=self._pages_read,
+                pages_written=self._pages_written,
+                pages_evicted=self._pages_evicted,
+                misses={reason: count for reason, count in self._misses.items() if count},
+                errors=self._errors,
+                last_error=self._last_error,
+            )
+
+    def check_invariants(self) -> None:
+        """Prove the invariants. O(pages × log pages). Raises: InvariantError."""
+        with self._io, self._lock:
+            self._slots.check_invariants()
+            taken = folder_bytes(self._path) + self._folder.other_bytes(self._path)
+            if taken > self.capacity_bytes:
+                raise InvariantError(f"the files take {taken} of {self.capacity_bytes} bytes")
+
+    def close(self) -> None:
+        """As `PageStore.close`. Raises: TierError if the medium does not take what was written."""
+        if self._is_closed or os.getpid() != self._pid:
+            return
+        with self._io, self._lock:
+            self._is_closed = True
+            try:
+                if not self._folder.read_only:
+                    self._names.keep({page.root for page in self._index})
+                    self._files.sync()
+            except OSError as error:
+                raise TierError(f"the store {self._path} failed as it was closed: {error.strerror}") from error
+            finally:
+                self._let_go()
+
+    def _let_go(self) -> None:
+        _OPEN.discard(self)
+        self._files.close()
+        self._folder.close()
+
+    def let_go_in_child(self) -> None:
+        """Leave the store to the parent, in a process that was forked from it."""
+        self._let_go()
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise TierError(f"the store {self._path} belongs to process {self._pid}, from which this one was forked")
+        if self._is_closed:
+            raise ClosedError(f"the store {self._path} is closed")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """The right to write, until the block ends. Errors of the medium are counted and become a TierError."""
+        self._check_open()
+        if self._folder.read_only:
+            raise TierError(f"the store {self._path} was opened to be read only")
+        with self._io:
+            self._check_open()
+            try:
+                yield
+            except OSError as error:
+                self._count_error(error)
+                raise TierError(f"the store {self._path} cannot be written: {error.strerror}") from error
+
+    def _count_error(self, error: OSError) -> None:
+        with self._lock:
+            self._errors += 1
+            self._last_error = error.strerror or str(error)
+
+
+_OPEN: WeakSet[DiskStore] = WeakSet()  # of this process: fork has no other way to tell them
+
+
+def _let_go_in_child() -> None:
+    for store in list(_OPEN):
+        store.let_go_in_child()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)

@@ -1,0 +1,270 @@
+"""The index of a store of pages, in memory: finds chains of pages, and tells which page gives way first.
+
+Pages lie ordered by `parent key ‖ tokens`. So the pages after one parent are neighbours, and of two byte strings in
+order, none between them shares less with either than they share with each other: the page that shares the most
+tokens with what is asked for lies directly before or after it.
+
+A page that others follow never gives way before them. A page whose parent is not there can come in, because caches
+evict from the end of a sequence; it is found as soon as its parent comes, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from sortedcontainers import SortedDict, SortedList
+
+from radixkv.cache.page_keys import page_key, root_key
+from radixkv.cache.token_ids import TOKEN_BYTES
+from radixkv.config.checks import checked_choice
+from radixkv.errors import InvariantError
+from radixkv.tiers.page_store import FoundPage, PageFacts
+
+STORE_POLICIES = ("lru", "lfu", "priority")
+"""Orders in which pages give way. Kept pages go last and low priorities first in each; "priority" adds nothing to
+"lru", and is here for caches of that policy."""
+
+Rank = tuple[int, int, float]
+
+
+class StoredPage:
+    """A page of a store: its key, its facts, and where its payload lies."""
+
+    __slots__ = ("checksum", "facts", "key", "parent_key", "place", "rank", "root", "slot", "tokens")
+
+    def __init__(
+        self,
+        parent_key: bytes,
+        tokens: bytes,
+        facts: PageFacts,
+        *,
+        slot: int = 0,
+        checksum: bytes = b"",
+        root: bytes | None = None,
+    ) -> None:
+        self.parent_key = parent_key
+        self.tokens = tokens
+        self.facts = facts
+        self.slot = slot
+        self.checksum = checksum
+        self.root = root_key(*facts.namespace) if root is None else root
+        self.place = parent_key + tokens
+        self.key: bytes | None = None  # of a whole page in an index: what pages after it have as their parent
+        self.rank: Rank = (0, 0, 0.0)
+
+
+class PageIndex:
+    """The pages of a store by key, and the order in which they give way. Not thread-safe.
+
+    Invariants, which `check_invariants` proves:
+
+    - `_after` counts the pages that follow each key, and what holds it (`hold`); keys with none are not in it.
+    - a page is in exactly one of `_unkept` and `_kept` if no page follows it, and in neither otherwise.
+    """
+
+    def __init__(self, page_size: int, policy: str = "lru") -> None:
+        """An empty index. Raises: ConfigError for an unknown policy."""
+        self.page_size = page_size
+        self.policy = checked_choice("policy", policy, STORE_POLICIES)
+        self._page_bytes = page_size * TOKEN_BYTES
+        self._pages: SortedDict[bytes, StoredPage] = SortedDict()  # by place
+        self._whole: dict[bytes, StoredPage] = {}  # whole pages by their own key
+        self._after: dict[bytes, int] = {}
+        self._unkept: SortedList[tuple[Rank, bytes]] = SortedList()
+        self._kept: SortedList[tuple[float, Rank, bytes]] = SortedList()  # soonest free first
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def __iter__(self) -> Iterator[StoredPage]:
+        """All pages, those of one parent together."""
+        return iter(self._pages.values())
+
+    def get(self, parent_key: bytes, tokens: bytes) -> StoredPage | None:
+        """The page of exactly these tokens. O(1)."""
+        page: StoredPage | None = self._pages.get(parent_key + tokens)
+        return page
+
+    def find(self, parent_key: bytes, tokens: bytes) -> list[FoundPage]:
+        """As `PageStore.find`. O(pages found × page_size + log of all pages)."""
+        found: list[FoundPage] = []
+        for start in range(0, len(tokens), self._page_bytes):
+            wanted = tokens[start : start + self._page_bytes]
+            page = self.get(parent_key, wanted) if len(wanted) == self._page_bytes else None
+            if page is None:
+                closest = self._closest(parent_key, wanted)
+                return found if closest is None else [*found, closest]
+            found.append(FoundPage(parent_key, page.tokens, self.page_size))
+            parent_key = page_key(parent_key, wanted)
+        return found
+
+    def _closest(self, parent_key: bytes, wanted: bytes) -> FoundPage | None:
+        """The page after `parent_key` that shares the most first tokens with `wanted`; None if none shares any."""
+        position = self._pages.bisect_left(parent_key + wanted)
+        best = None
+        for neighbour in (position - 1, position):
+            if 0 <= neighbour < len(self._pages):
+                page = self._pages.peekitem(neighbour)[1]
+                shared = shared_tokens(page.tokens, wanted) if page.parent_key == parent_key else 0
+                if shared > (best.num_tokens if best else 0):
+                    best = FoundPage(parent_key, page.tokens, shared)
+        return best
+
+    def add(self, page: StoredPage) -> None:
+        """Take in a page that is not there. O(log pages)."""
+        self._pages[page.place] = page
+        if len(page.tokens) == self._page_bytes:
+            page.key = page_key(page.parent_key, page.tokens)
+            self._whole[page.key] = page
+        self.hold(page.parent_key)
+        if page.key not in self._after:
+            self._queue(page)
+
+    def discard(self, page: StoredPage) -> None:
+        """Take out a page that is there; pages that follow it stay. O(log pages)."""
+        del self._pages[page.place]
+        if page.key is not None:
+            del self._whole[page.key]
+        if page.key not in self._after:
+            self._unqueue(page)
+        self.let_go(page.parent_key)
+
+    def update(self, page: StoredPage, facts: PageFacts) -> None:
+        """Give a page that is there other facts. O(log pages)."""
+        is_queued = page.key not in self._after
+        if is_queued:
+            self._unqueue(page)
+        page.facts, page.root = facts, root_key(*facts.namespace)
+        if is_queued:
+            self._queue(page)
+
+    def hold(self, key: bytes) -> None:
+        """Keep the page of that key, if it is there or comes, from giving way until `let_go`."""
+        count = self._after.get(key, 0)
+        if count == 0 and key in self._whole:
+            self._unqueue(self._whole[key])
+        self._after[key] = count + 1
+
+    def let_go(self, key: bytes) -> None:
+        """Undo one `hold`."""
+        self._after[key] -= 1
+        if self._after[key] == 0:
+            del self._after[key]
+            if key in self._whole:
+                self._queue(self._whole[key])
+
+    def first_to_go(self, now_s: float) -> StoredPage | None:
+        """The page that gives way first; None if there is none, or each is held. O(log pages).
+
+        Pages whose `kept_until_s` is not over go last, those that are free soonest first.
+        """
+        while self._kept and self._kept[0][0] <= now_s:
+            _, rank, place = self._kept.pop(0)
+            self._pages[place].rank = rank
+            self._unkept.add((rank, place))
+        if self._unkept:
+            return self._page(self._unkept[0][1])
+        return self._page(self._kept[0][2]) if self._kept else None
+
+    def gives_way_to(self, page: StoredPage, newcomer: PageFacts, now_s: float) -> bool:
+        """Whether the store should give up `page` to hold a page of the facts `newcomer`.
+
+        It should not if `page` alone is kept, or has a higher priority. How recently each was used is no reason: clocks
+        are set back at times.
+        """
+        worth, offered = ((_is_kept(facts, now_s), facts.priority) for facts in (page.facts, newcomer))
+        return offered >= worth
+
+    def below(self, parent_key: bytes) -> list[StoredPage]:
+        """All pages that follow `parent_key`, directly or not, parents first. O(their number × log of all pages)."""
+        found: list[StoredPage] = []
+        keys = [parent_key]
+        while keys:
+            key = keys.pop()
+            for place in self._pages.irange(key, key + b"\xff" * (self._page_bytes + 1)):
+                page = self._pages[place]
+                if page.parent_key == key:
+                    found.append(page)
+                    if page.key is not None and page.key in self._after:
+                        keys.append(page.key)
+        return found
+
+    def hottest(self, max_pages: int, now_s: float) -> list[StoredPage]:
+        """As `PageStore.hottest`: last to go, first listed; each with what is missing of the pages before it.
+
+        Pages that cannot be reached from their namespace's first page are left out. O(pages × log pages).
+        """
+        by_worth = sorted(self._pages.values(), key=lambda page: self._worth(page, now_s), reverse=True)
+        reached: dict[bytes, bool] = {}  # by place: whether it is listed, or else cannot be reached
+        listed: list[StoredPage] = []
+        for page in by_worth:
+            chain = []
+            before: StoredPage | None = page
+            while before is not None and before.place not in reached:
+                chain.append(before)
+                before = self._whole.get(before.parent_key)
+            if not chain:
+                continue
+            is_reached = _is_first(chain[-1]) if before is None else reached[before.place]
+            reached.update((member.place, is_reached) for member in chain)
+            if is_reached:
+                listed += reversed(chain)
+            if len(listed) >= max_pages:
+                break
+        return listed[:max_pages]
+
+    def check_invariants(self) -> None:
+        """Prove the invariants. O(pages × log pages). Raises: InvariantError."""
+        after: dict[bytes, int] = {}
+        for page in self:
+            after[page.parent_key] = after.get(page.parent_key, 0) + 1
+        queued = {place for _, place in self._unkept} | {place for _, _, place in self._kept}
+        expected = {page.place for page in self if page.key not in self._after}
+        if after != self._after or queued != expected or len(queued) != len(self._unkept) + len(self._kept):
+            raise InvariantError(f"the index of {len(self)} pages contradicts itself: {len(queued)} can give way")
+
+    def _page(self, place: bytes) -> StoredPage:
+        page: StoredPage = self._pages[place]
+        return page
+
+    def _rank(self, facts: PageFacts) -> Rank:
+        return (facts.priority, facts.hits if self.policy == "lfu" else 0, facts.used_s)
+
+    def _worth(self, page: StoredPage, now_s: float) -> tuple[bool, Rank]:
+        return (_is_kept(page.facts, now_s), self._rank(page.facts))
+
+    def _queue(self, page: StoredPage) -> None:
+        page.rank = self._rank(page.facts)
+        if page.facts.kept_until_s is None:
+            self._unkept.add((page.rank, page.place))
+        else:
+            self._kept.add((page.facts.kept_until_s, page.rank, page.place))
+
+    def _unqueue(self, page: StoredPage) -> None:
+        kept_until_s = page.facts.kept_until_s
+        waiting = None if kept_until_s is None else (kept_until_s, page.rank, page.place)
+        if waiting is not None and waiting in self._kept:
+            self._kept.remove(waiting)
+        else:
+            self._unkept.remove((page.rank, page.place))
+
+
+def _is_kept(facts: PageFacts, now_s: float) -> bool:
+    return facts.kept_until_s is not None and facts.kept_until_s > now_s
+
+
+def _is_first(page: StoredPage) -> bool:
+    """Whether it is the first page of a namespace whose names are known."""
+    return page.parent_key == page.root == root_key(*page.facts.namespace)
+
+
+def shared_tokens(left: bytes, right: bytes) -> int:
+    """How many first tokens (little-endian int32) two byte strings share.
+
+    >>> shared_tokens(bytes(8) + b"x", bytes(12))
+    2
+    """
+    num_tokens = min(len(left), len(right)) // TOKEN_BYTES
+    differs = np.frombuffer(left, np.int32, num_tokens) != np.frombuffer(right, np.int32, num_tokens)
+    return int(differs.argmax()) if differs.any() else num_tokens
