@@ -29,6 +29,12 @@ class PageBytes:
         self._sizes = [pages[0].numel() * pages.element_size() for pages in self._views]
         self.payload_bytes = sum(self._sizes)
 
+    @property
+    def layout(self) -> str:
+        """What a payload is: the kinds and shapes of values in order."""
+        kinds = [(str(view.dtype).removeprefix("torch."), tuple(view.shape[1:])) for view in self._views]
+        return "; ".join(f"{kind} {'x'.join(map(str, shape))}" for kind, shape in kinds)
+
     def read(self, pages: NDArray[np.int32], *, last_tokens: int | None = None) -> NDArray[np.uint8]:
         """A copy of the bytes of `pages`, [n, payload_bytes]. O(bytes).
 

@@ -1,0 +1,157 @@
+"""What lies below the pool, as the scheduler and the core see it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radixkv.cache.namespace import Namespace
+from radixkv.cache.prefix_cache import PrefixCache
+from radixkv.config import TierWrites
+from radixkv.engine.handing_down import HandDown
+from radixkv.engine.loading import BelowPool, Loader
+from radixkv.engine.request import Request
+from radixkv.engine.tier_stores import storable
+from radixkv.errors import ConfigError
+from radixkv.memory.page_bytes import PageBytes
+from radixkv.memory.page_pool import PagePool
+from radixkv.tiers.arrivals import Arrivals
+from radixkv.tiers.page_store import PageStore
+from radixkv.tiers.tier import Tier, TierStats
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 10.0  # what is not written by then is lost
+
+
+class LowerTiers:
+    """The tiers below a pool: what requests load from them, and what goes down to them. The fastest comes first.
+
+    Belongs to the engine's thread; what blocks runs in the threads of the tiers. Of an engine without tiers it does
+    nothing.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[PageStore],
+        pool: PagePool | None,
+        cache: PrefixCache | None,
+        writes: TierWrites = "through",
+        *,
+        max_write_bytes_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        close_timeout_s: float = CLOSE_TIMEOUT_S,
+    ) -> None:
+        """Takes over `stores`, and closes them in the end.
+
+        Raises: ConfigError if they do not fit the pool, or its pages cannot be stored.
+        """
+        self.arrivals = Arrivals()
+        self._close_timeout_s = close_timeout_s
+        self._tiers: list[Tier] = []
+        self._loader: Loader | None = None
+        self._down: HandDown | None = None
+        if not stores or pool is None or cache is None:
+            return
+        page_bytes = PageBytes(storable(pool))
+        for store in stores:
+            _check_fits(store, cache.page_size, page_bytes.payload_bytes)
+        self._tiers = [Tier(store, self.arrivals, max_write_bytes_s=max_write_bytes_s, clock=clock) for store in stores]
+        self._loader = Loader(self._tiers, page_bytes, cache.page_size, clock=clock)
+        self._down = HandDown(self._tiers, page_bytes, cache, writes)
+
+    @classmethod
+    def none(cls) -> LowerTiers:
+        """No tiers."""
+        return cls((), None, None)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds of the engine's time that copying to and from the tiers took so far."""
+        if self._loader is None or self._down is None:
+            return 0.0
+        return self._loader.busy_s + self._down.busy_s
+
+    def begin_load(self, request: Request) -> bool:
+        """Begin to load what lies below for a request that was just given its pages. Returns False if nothing is to be
+        waited for.
+        """
+        return self._loader is not None and self._loader.begin(request)
+
+    def receive(self, request: Request) -> bool:
+        """Copy what has arrived for a request that loads. Returns True once it waits no more."""
+        assert self._loader is not None, "nothing can be loading"
+        return self._loader.receive(request)
+
+    def end_load(self, request: Request) -> None:
+        """Let a request wait no more. Idempotent."""
+        if self._loader is not None:
+            self._loader.end(request)
+
+    def have_news(self, loading: Sequence[Request]) -> bool:
+        """Whether something came for one of the requests that load, or one has waited long enough. O(loading)."""
+        return self._loader is not None and any(map(self._loader.has_news, loading))
+
+    def wait_s(self, loading: Sequence[Request]) -> float | None:
+        """Seconds until one of these requests has waited long enough; None if there is none."""
+        return self._loader.wait_s(loading) if self._loader is not None and loading else None
+
+    def shared(self, request: Request) -> None:
+        """A request has shared what it computed so far, and may go on."""
+        if self._down is not None:
+            _without_raising(self._down.shared, request)
+
+    def ends(self, request: Request) -> None:
+        """A request has shared what it computed, and is about to give its pages back."""
+        if self._down is not None:
+            _without_raising(self._down.ends, request)
+
+    def computed(self, first: int, last: int, seconds: float) -> None:
+        """The tokens `[first, last)` of a prompt took so long to compute."""
+        if self._loader is not None:
+            self._loader.prefill.record(first, last, seconds)
+
+    def poll(self) -> None:
+        """Do what is to be done now and then. O(tiers)."""
+        for tier in self._tiers:
+            tier.poll()
+
+    def below(self, ids: NDArray[np.int32], namespace: Namespace, cached_tokens: int) -> list[BelowPool]:
+        """What each tier holds of `ids` beyond the first `cached_tokens`, which are in the pool. O(tokens)."""
+        return [] if self._loader is None else self._loader.below(ids, namespace, cached_tokens)
+
+    def stats(self) -> tuple[TierStats, ...]:
+        """What each tier did so far. O(tiers)."""
+        return tuple(tier.stats() for tier in self._tiers)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all that was handed down is written. Returns False if that took too long."""
+        return all(tier.writer.flush(timeout_s) for tier in self._tiers)
+
+    def close(self) -> None:
+        """Write what is left, and close the stores. One that hangs is left to itself. Idempotent."""
+        if self._down is not None:
+            self._down.close()
+        for tier in self._tiers:
+            tier.close(self._close_timeout_s)
+        self._loader = self._down = None
+
+
+def _without_raising(hand_down: Callable[[Request], object], request: Request) -> None:
+    """Hand pages of a request down; if that fails they are lost below, and the request goes on."""
+    try:
+        hand_down(request)
+    except Exception:
+        logger.exception("what request %d computed cannot be handed down", request.id)
+
+
+def _check_fits(store: PageStore, page_size: int, payload_bytes: int) -> None:
+    if (store.page_size, store.payload_bytes) != (page_size, payload_bytes):
+        raise ConfigError(
+            f"the pages of the {store.name} tier must hold {page_size} tokens in {payload_bytes} bytes, as the pool's "
+            f"do; they hold {store.page_size} in {store.payload_bytes}"
+        )
