@@ -235,7 +235,7 @@ class EngineConfig:
             raise ConfigError("kv_cache_tokens and mem_fraction both set the pool's size; give one of them")
         if not self.prefix_cache and (self.disk_cache or self.host_cache_gb or self.shared_cache):
             raise ConfigError(
-                "disk_cache, host_cache_gb and shared_cache need the prefix cache; leave out prefix_cache"
+                "disk_cache, host_cache_gb and shared_cache need the prefix cache; leave out prefix_cache=False"
             )
         if (self.max_running_requests or 1) > self.max_batch_tokens:
             raise ConfigError(

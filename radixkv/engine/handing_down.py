@@ -71,7 +71,7 @@ class HandDown:
     def _hand_down(self, request: Request, *, is_end: bool) -> None:
         started_at = time.perf_counter()
         lease, _ = request.running()
-        num_tokens = min(request.num_computed, lease.committed_tokens)
+        num_tokens = request.num_shared
         if self._writes == "selective":
             num_tokens = min(num_tokens, lease.cached_tokens) // self._page_size * self._page_size
         num_pages = num_tokens // self._page_size

@@ -160,6 +160,7 @@ class Request:
     lease: Lease | None = None
     row: int | None = None
     num_computed: int = 0
+    num_shared: int = 0  # leading tokens that were found in the cache, or committed to it since
     cached_tokens: int | None = None  # of the first admission
     cache_write_tokens: int = 0
     num_accounted: int = 0  # prompt tokens that are counted as cached, as written, or as stored by others

@@ -354,7 +354,7 @@ class Scheduler:
             return False
         request.lease = lease
         request.row = row
-        request.num_computed = lease.cached_tokens
+        request.num_computed = request.num_shared = lease.cached_tokens
         if request.cached_tokens is None:
             request.was_found(lease.cached_tokens)
         request.awaited = None
@@ -385,12 +385,13 @@ class Scheduler:
             return
         num_prompt = min(request.num_computed, len(request.prompt_ids))
         if request.num_accounted >= num_prompt:
-            request.lease.commit(request.computed_ids)
+            request.num_shared = request.lease.commit(request.computed_ids)
             return
         extra_key, cache_salt = request.cache_options.namespace
         prompt_ids = request.prompt_ids[:num_prompt]
         held_tokens, _ = self._cache.cached_path(prompt_ids, extra_key=extra_key, cache_salt=cache_salt)
-        request.wrote(held_tokens, request.lease.commit(request.computed_ids))
+        request.num_shared = request.lease.commit(request.computed_ids)
+        request.wrote(held_tokens, request.num_shared)
 
     def _leave(self, request: Request) -> None:
         """A request runs or loads no more; what it holds is given back."""
