@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
-from radixkv.cache.page_keys import page_key
+from radixkv.cache.page_keys import page_key, root_key
 from radixkv.errors import TierError
 from radixkv.tiers.page_store import FoundPage, NewPage, PageFacts, StoreStats
 
@@ -75,8 +75,15 @@ class MemoryStore:
 
     def hottest(self, max_pages: int) -> list[tuple[FoundPage, PageFacts]]:
         with self._lock:
-            ordered = sorted(self.pages.items(), key=lambda item: -item[1][1].used_s)
-            return [(FoundPage(*key, len(key[1]) // TOKEN_BYTES), facts) for key, (_, facts) in ordered][:max_pages]
+            left = sorted(self.pages.items(), key=lambda item: -item[1][1].used_s)
+        chosen: list[tuple[FoundPage, PageFacts]] = []
+        known = {root_key(*facts.namespace) for _, (_, facts) in left}
+        while ready := next((item for item in left if item[0][0] in known), None):
+            left.remove(ready)
+            (parent_key, tokens), (_, facts) = ready
+            known.add(page_key(parent_key, tokens))
+            chosen.append((FoundPage(parent_key, tokens, len(tokens) // TOKEN_BYTES), facts))
+        return chosen[:max_pages]
 
     def stats(self) -> StoreStats:
         size = len(self.pages) * self.payload_bytes

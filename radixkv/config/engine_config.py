@@ -174,7 +174,7 @@ class EngineConfig:
             unset="KV is kept in the pool alone",
         ),
     ] = None
-    disk_cache_gb: Annotated[float, Setting("Size of `disk_cache` at most.", unit="GB", above=0, maximum=MAX_COUNT)] = (
+    disk_cache_gb: Annotated[float, Setting("Size of `disk_cache` at most.", unit="GB", above=0, maximum=1_000_000)] = (
         16.0
     )
     host_cache_gb: Annotated[
@@ -183,7 +183,7 @@ class EngineConfig:
             "Size of the host memory that keeps KV below the pool of a GPU. On the CPU the pool is host memory itself.",
             unit="GB",
             above=0,
-            maximum=MAX_COUNT,
+            maximum=1_000_000,
             unset="none",
         ),
     ] = None
@@ -209,7 +209,7 @@ class EngineConfig:
             "Rate of writing to each tier at most; what comes faster than its queue can hold is dropped.",
             unit="MB/s",
             above=0,
-            maximum=MAX_COUNT,
+            maximum=1_000_000,
             unset="no bound",
         ),
     ] = None

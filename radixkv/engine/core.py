@@ -43,6 +43,7 @@ class EngineCore:
             parts.cache,
             config.tier_writes,
             max_write_bytes_s=None if config.tier_write_mb_s is None else config.tier_write_mb_s * 1e6,
+            warm_start_share=config.warm_start_share,
             clock=parts.clock,
         )
         self._clock = parts.clock
@@ -163,6 +164,11 @@ class EngineCore:
         self._check_open()
         cache = self._parts.cache
         return cache.keep(ids, keep_for_s, extra_key=namespace.extra_key, cache_salt=namespace.cache_salt)
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether nothing more comes from the tiers to fill the pool at its start."""
+        return self._tiers.is_warm
 
     def flush_tiers(self, timeout_s: float) -> bool:
         """Wait until what was handed down to the tiers is written. Returns False if it took too long.

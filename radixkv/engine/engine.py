@@ -282,6 +282,21 @@ class Engine:
             self._deliver(self._core.close())
             self._core.arrivals.notify()
 
+    @property
+    def is_warm(self) -> bool:
+        """Whether nothing more comes from `disk_cache` to fill the pool at its start."""
+        return self._core.is_warm
+
+    def step_tiers(self, timeout_s: float = 0.0) -> None:
+        """Take in what the tiers brought, after waiting for it for so long at most. Raises: ClosedError.
+
+        An engine without requests runs no steps: call this to let it fill its pool before the first one comes.
+        """
+        arrivals, seen = self._core.arrivals, self._core.arrivals.count
+        if not self._core.has_work:
+            arrivals.wait(seen, timeout_s)
+        self.step()
+
     def flush_tiers(self, timeout_s: float = 60.0) -> bool:
         """Wait until what was handed down to the tiers below the pool is written. Returns False if it took too long.
 

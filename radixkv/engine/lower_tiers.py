@@ -16,12 +16,14 @@ from radixkv.engine.handing_down import HandDown
 from radixkv.engine.loading import BelowPool, Loader
 from radixkv.engine.request import Request
 from radixkv.engine.tier_stores import storable
+from radixkv.engine.warm_fill import WarmFill
 from radixkv.errors import ConfigError
 from radixkv.memory.page_bytes import PageBytes
 from radixkv.memory.page_pool import PagePool
 from radixkv.tiers.arrivals import Arrivals
 from radixkv.tiers.page_store import PageStore
 from radixkv.tiers.tier import Tier, TierStats
+from radixkv.tiers.warm_start import WarmStart
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class LowerTiers:
         writes: TierWrites = "through",
         *,
         max_write_bytes_s: float | None = None,
+        warm_start_share: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         close_timeout_s: float = CLOSE_TIMEOUT_S,
     ) -> None:
@@ -55,6 +58,7 @@ class LowerTiers:
         self._tiers: list[Tier] = []
         self._loader: Loader | None = None
         self._down: HandDown | None = None
+        self._warm: WarmFill | None = None
         if not stores or pool is None or cache is None:
             return
         page_bytes = PageBytes(storable(pool))
@@ -63,6 +67,10 @@ class LowerTiers:
         self._tiers = [Tier(store, self.arrivals, max_write_bytes_s=max_write_bytes_s, clock=clock) for store in stores]
         self._loader = Loader(self._tiers, page_bytes, cache.page_size, clock=clock)
         self._down = HandDown(self._tiers, page_bytes, cache, writes)
+        warm_pages = int(warm_start_share * cache.num_pages)
+        for store in stores:
+            if store.name == "disk" and warm_pages:  # what the host's memory holds is gone, the others' is not ours
+                self._warm = WarmFill(WarmStart(store, warm_pages, self.arrivals), cache, page_bytes)
 
     @classmethod
     def none(cls) -> LowerTiers:
@@ -116,9 +124,21 @@ class LowerTiers:
             self._loader.prefill.record(first, last, seconds)
 
     def poll(self) -> None:
-        """Do what is to be done now and then. O(tiers)."""
+        """Do what is to be done now and then: fill some more of an empty pool, take note of probes. O(tiers) else."""
+        if self._warm is not None and not self._warm.step():
+            self._warm = None
         for tier in self._tiers:
             tier.poll()
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether nothing more comes to fill the pool at its start."""
+        return self._warm is None
+
+    @property
+    def has_warm_pages(self) -> bool:
+        """Whether `poll` would fill pages of the pool."""
+        return self._warm is not None and self._warm.has_work
 
     def below(self, ids: NDArray[np.int32], namespace: Namespace, cached_tokens: int) -> list[BelowPool]:
         """What each tier holds of `ids` beyond the first `cached_tokens`, which are in the pool. O(tokens)."""
@@ -136,9 +156,11 @@ class LowerTiers:
         """Write what is left, and close the stores. One that hangs is left to itself. Idempotent."""
         if self._down is not None:
             self._down.close()
+        if self._warm is not None:
+            self._warm.close(self._close_timeout_s)
         for tier in self._tiers:
             tier.close(self._close_timeout_s)
-        self._loader = self._down = None
+        self._loader = self._down = self._warm = None
 
 
 def _without_raising(hand_down: Callable[[Request], object], request: Request) -> None:

@@ -100,6 +100,8 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether `next_batch` would do something now, not only once a load has come."""
+        if self._tiers.has_warm_pages:
+            return True
         if not (self.running or self.waiting or self.loading):
             return False
         return not self._waits_for_load or self._tiers.have_news(self.loading)
