@@ -16,6 +16,7 @@ from oracles import GreedyOracle
 from page_stores import Hanging, MemoryStore, failing
 from prompts import random_ids
 from radixkv import AsyncEngine, EngineConfig, RequestOutput, SamplingParams
+from radixkv.cache.namespace import Namespace
 from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.assembly import EngineParts, assemble
 from radixkv.engine.core import EngineCore
@@ -88,7 +89,7 @@ def make_core(clock: Clock) -> Iterator[Callable[..., Core]]:
     cores: list[Core] = []
 
     def make(store: MemoryStore, around: Around | None = None, **settings: object) -> Core:
-        config = EngineConfig(**{"page_size": 4, "kv_cache_tokens": 256, **settings})  # type: ignore[arg-type]
+        config = EngineConfig(**{"page_size": 4, "kv_cache_tokens": 256, "warm_start_share": 0, **settings})  # type: ignore[arg-type]
         parts = assemble(served_model("llama"), None, config)
         if around is not None:
             parts = replace(parts, runner=TamperedRunner(parts.runner, around))
@@ -343,7 +344,7 @@ def test_an_engine_is_closed_while_a_request_loads(make_core: MakeCore, filled: 
 
 
 def test_an_engine_in_a_thread_waits_for_loads_and_wakes_with_them(filled: MemoryStore, oracle: GreedyOracle) -> None:
-    parts = assemble(served_model("llama"), None, EngineConfig(page_size=4, kv_cache_tokens=256))
+    parts = assemble(served_model("llama"), None, EngineConfig(page_size=4, kv_cache_tokens=256, warm_start_share=0))
 
     async def main() -> RequestOutput:
         async with AsyncEngine.from_parts(replace(parts, stores=(filled,))) as engine:
@@ -381,6 +382,8 @@ def test_a_tier_slower_than_computing_turns_itself_off_until_a_probe_finds_it_fa
         assert core.generate(prompt).cached_tokens == 0
         stats = core.core.stats().tiers[0]
         assert stats.is_slow
+        core.core.reset_cache()
+        assert core.core.explain(prompt, Namespace()).below == (("disk", 60, "slower than computing"),)
     assert stats.slower == 2
     clock.now_s += 10
     store.before_read = lambda: None

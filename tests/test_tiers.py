@@ -12,6 +12,7 @@ from oracles import GreedyOracle
 from page_stores import MemoryStore
 from prompts import random_ids
 from radixkv import Engine, EngineConfig, RequestOutput, SamplingParams
+from radixkv.cache.insight.explanation import BelowPool
 from radixkv.engine.assembly import assemble
 from radixkv.errors import ConfigError
 from radixkv.memory.page_bytes import PageBytes
@@ -44,7 +45,7 @@ def checked(engine: Engine) -> Engine:
 
 
 def with_stores(make_engine: MakeEngine, *stores: MemoryStore, **settings: Any) -> Engine:
-    return checked(make_engine(parts={"stores": stores}, **settings))
+    return checked(make_engine(parts={"stores": stores}, **{"warm_start_share": 0, **settings}))
 
 
 def written(engine: Engine) -> None:
@@ -244,7 +245,7 @@ def test_a_session_goes_on_after_its_pages_were_evicted(demo_engine: Engine) -> 
     ],
 )
 def test_every_kind_of_pool_comes_back_as_it_was(family: str, settings: dict[str, Any]) -> None:
-    config = EngineConfig(kv_cache_tokens=256, **settings)
+    config = EngineConfig(kv_cache_tokens=256, warm_start_share=0, **settings)
     prompt = random_ids(1, 37)
     answers = []
     store: MemoryStore | None = None
@@ -270,3 +271,18 @@ def test_layers_that_see_a_window_are_refused() -> None:
 def test_a_store_of_other_pages_is_refused(make_engine: MakeEngine) -> None:
     with pytest.raises(ConfigError, match=r"must hold 4 tokens in 1024 bytes.* they hold 8 in 64"):
         make_engine(parts={"stores": (MemoryStore(8, 64),)})
+
+
+def test_an_explanation_tells_what_lies_below_the_pool(make_engine: MakeEngine, store: MemoryStore) -> None:
+    engine = with_stores(make_engine, store)
+    prompt = random_ids(1, 30)
+    assert engine.explain(prompt).below == ()
+    engine.generate(prompt, PARAMS, extra_key="a")
+    written(engine)
+    assert engine.explain(prompt, extra_key="a").below == (), "it is in the pool"
+    engine.reset_cache()
+    explanation = engine.explain(prompt, extra_key="a")
+    assert explanation.below == (("disk", 30, "loaded"),)
+    assert str(explanation).endswith("; 30 are on disk, to be loaded")
+    assert engine.explain(prompt).below == ()
+    assert str(BelowPool("disk", 30, "slower than computing")) == "30 are on disk, not loaded: slower than computing"

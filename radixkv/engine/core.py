@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
-from radixkv.cache.token_ids import TokenIds
+from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.engine.assembly import EngineParts
 from radixkv.engine.executor import Executor
 from radixkv.engine.lower_tiers import LowerTiers
@@ -153,11 +153,13 @@ class EngineCore:
         return ResetCache(held - kept, kept)
 
     def explain(self, ids: TokenIds, namespace: Namespace, *, as_admin: bool = False) -> Explanation:
-        """As `PrefixCache.explain`, or `explain_as_admin`. Raises: as these; ClosedError."""
+        """As `PrefixCache.explain` or `explain_as_admin`, with what lies below. Raises: as these; ClosedError."""
         self._check_open()
         cache = self._parts.cache
         explain = cache.explain_as_admin if as_admin else cache.explain
-        return explain(ids, extra_key=namespace.extra_key, cache_salt=namespace.cache_salt)
+        explanation = explain(ids, extra_key=namespace.extra_key, cache_salt=namespace.cache_salt)
+        below = self._tiers.below(token_array(ids), namespace, explanation.cached_tokens)
+        return explanation._replace(below=tuple(below))
 
     def keep(self, ids: TokenIds, keep_for_s: float, namespace: Namespace) -> int:
         """As `PrefixCache.keep`. Raises: as this; ClosedError."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from radixkv.cache.insight.explanation import BelowPool
 from radixkv.cache.namespace import Namespace
 from radixkv.engine.request import Request
 from radixkv.memory.page_bytes import PageBytes
@@ -43,18 +45,6 @@ class RequestLoad:
         """When it is given up, if nothing comes before."""
         by_silence = self.load.last_arrival_at + MOST_SILENCE_S
         return by_silence if self.patience_s is None else min(by_silence, self.load.started_at + self.patience_s)
-
-
-class BelowPool:
-    """How much of a prompt a tier holds beyond the pool, and whether a request would load it.
-
-    `tokens` of the prompt would be there in all. `reason` is "loaded", "slower than computing" or "unavailable".
-    """
-
-    __slots__ = ("reason", "tier", "tokens")
-
-    def __init__(self, tier: str, tokens: int, reason: str) -> None:
-        self.tier, self.tokens, self.reason = tier, tokens, reason
 
 
 class Loader:
@@ -150,9 +140,9 @@ class Loader:
             ends = self._ends(pages, cached_tokens)
             if not ends or ends[-1] <= cached_tokens:
                 continue
-            reason = "loaded"
             compute_s = self.prefill.seconds(cached_tokens, ends[-1])
             load_s = tier.rate.seconds(tier.num_bytes(len(pages)))
+            reason: Literal["loaded", "slower than computing", "unavailable"] = "loaded"
             if not tier.reader.is_available:
                 reason = "unavailable"
             elif load_s is not None and compute_s is not None and load_s >= compute_s:

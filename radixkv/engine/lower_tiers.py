@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from radixkv.cache.insight.explanation import BelowPool
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.config import TierWrites
 from radixkv.engine.handing_down import HandDown
-from radixkv.engine.loading import BelowPool, Loader
+from radixkv.engine.loading import Loader
 from radixkv.engine.request import Request
 from radixkv.engine.tier_stores import storable
 from radixkv.engine.warm_fill import WarmFill
