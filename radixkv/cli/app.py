@@ -27,6 +27,7 @@ COMMANDS = {  # each is a function of the module of its name; what it does is th
     "tree": "Run prompts, then draw the radix tree: which beginnings they share, and what is kept of them.",
     "size": "Tell what a model's KV cache costs, per token, sequence and batch, and the largest batch a memory holds.",
     "replay": "Replay a trace of requests through the radix tree, and tell what each policy hits at each size.",
+    "cache": "Look after KV on disk: what it holds, whether it is right, what is pruned, exported and imported.",
     "explain": "Cache the prompts of one file; then explain how far each of another is found, and why not further.",
 }
 EXIT_ERROR = 2
@@ -54,6 +55,9 @@ class Commands(TyperGroup):
         if self._lists:
             return TyperCommand(cmd_name, help=COMMANDS[cmd_name])
         module = importlib.import_module(f"radixkv.cli.{cmd_name}")
+        group = getattr(module, f"{cmd_name.upper()}_COMMANDS", None)
+        if group is not None:
+            return typer.main.get_command(group)
         single = typer.Typer(**_STYLE)
         single.command(cmd_name, epilog=getattr(module, f"{cmd_name.upper()}_EPILOG"))(getattr(module, cmd_name))
         return typer.main.get_command(single)

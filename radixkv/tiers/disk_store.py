@@ -212,8 +212,9 @@ class DiskStore:
         return payloads
 
     def _read_one(self, page: StoredPage) -> bytes | None:
+        slot = page.slot
         try:
-            payload = self._files.payload(page.slot)
+            payload = self._files.payload(slot)
         except OSError as error:
             self._count_error(error)
             with self._lock:
@@ -222,7 +223,7 @@ class DiskStore:
         if self._is_right(page, payload):
             return payload
         with self._io, self._lock:  # it may have given way while it was read
-            is_there = self._index.get(page.parent_key, page.tokens) is page
+            is_there = self._index.get(page.parent_key, page.tokens) is page and page.slot == slot
             self._misses[DAMAGED if is_there else EVICTED] += 1
             if is_there:
                 self._drop(page)
@@ -336,11 +337,37 @@ class DiskStore:
         with self._writing():
             with self._lock:
                 pages = self._index.below(parent_key)
-                for page in pages:
-                    self._slots.drop(page)
+            return self._give_up(pages)
+
+    def remove_unused(self, time_s: float) -> int:
+        """Forget what was not used after `time_s` and is not kept. Returns how many pages. O(pages).
+
+        Raises: TierError, ClosedError.
+        """
+        with self._writing():
+            with self._lock:
+                pages = self._index.unused_since(time_s, self._clock())
+            return self._give_up(pages)
+
+    def _give_up(self, pages: list[StoredPage]) -> int:
+        with self._lock:
             for page in pages:
-                self._files.write_record(page.slot, self._format.free)
-            return len(pages)
+                self._slots.drop(page)
+        for page in pages:
+            self._files.write_record(page.slot, self._format.free)
+        return len(pages)
+
+    def compact(self) -> None:
+        """Give the room of free slots back to the file system; all else waits meanwhile. O(bytes that move).
+
+        Raises: TierError, ClosedError.
+        """
+        with self._writing(), self._lock:
+            limit, self._slots.limit = self._slots.limit, len(self._index)
+            try:
+                fit_to_limit(self._slots, self._files, self._format, self._clock())
+            finally:
+                self._slots.limit = limit
 
     # The rest
 
@@ -355,9 +382,20 @@ class DiskStore:
         return self._index.policy
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of the files of this store, free slots included."""
+        return folder_bytes(self._path)
+
+    @property
     def path(self) -> Path:
         """The folder of this store, within the one that it was opened with."""
         return self._path
+
+    def pages(self) -> list[tuple[FoundPage, PageFacts]]:
+        """All pages, those of one parent together; the names of some may be lost, then both are None. O(pages)."""
+        self._check_open()
+        with self._lock:
+            return [(found_whole(page), page.facts) for page in self._index]
 
     def stats(self) -> StoreStats:
         """As `PageStore.stats`; `bytes` are those of the pages that are there."""

@@ -139,9 +139,7 @@ def _written(page: FoundPage, facts: PageFacts, checksum: bytes) -> list[Any]:
 def _parsed(content: list[Any], number: int, page_size: int, payload: bytes) -> tuple[NewPage, bytes]:
     try:
         parent_key, tokens, used_s, hits, priority, kept_until_s, extra_key, cache_salt, checksum = content
-        namespace = tuple(
-            None if name is None else bytes(name).decode("utf-8", "surrogatepass") for name in (extra_key, cache_salt)
-        )
+        namespace = (_name(extra_key), _name(cache_salt))
         facts = PageFacts(
             float(used_s), int(hits), int(priority), None if kept_until_s is None else float(kept_until_s), namespace
         )
@@ -151,6 +149,10 @@ def _parsed(content: list[Any], number: int, page_size: int, payload: bytes) -> 
     if len(parent_key) != KEY_BYTES or rest or not 1 <= num_tokens <= page_size:
         raise TierError(f"page {number} of the archive is damaged")
     return NewPage(parent_key, tokens, payload, facts), checksum
+
+
+def _name(written: bytes | None) -> str | None:
+    return None if written is None else bytes(written).decode("utf-8", "surrogatepass")
 
 
 def _write_block(file: BinaryIO, number: int, content: object) -> None:

@@ -190,6 +190,17 @@ class PageIndex:
                         keys.append(page.key)
         return found
 
+    def unused_since(self, time_s: float, now_s: float) -> list[StoredPage]:
+        """Pages that were not used after `time_s` and are not kept, and that no other page follows. O(pages)."""
+        needed: set[bytes] = set()
+        for page in self:
+            here: StoredPage | None = page
+            if page.facts.used_s > time_s or _is_kept(page.facts, now_s):
+                while here is not None and here.place not in needed:
+                    needed.add(here.place)
+                    here = self._whole.get(here.parent_key)
+        return [page for page in self if page.place not in needed]
+
     def hottest(self, max_pages: int, now_s: float) -> list[StoredPage]:
         """As `PageStore.hottest`: last to go, first listed; each with what is missing of the pages before it.
 
