@@ -27,15 +27,6 @@ def test_the_bytes_of_pages_fill_pages_of_another_pool(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", POOLS)
-def test_the_bytes_of_a_page_are_its_tensors_in_order(kind: str) -> None:
-    pool = POOLS[kind]()
-    fill(pool, 1, seed=1)
-    (payload,) = PageBytes(pool).read(np.array([1], np.int32))
-    tensors = [tensor.contiguous().flatten().view(torch.uint8) for tensor in pool.page_tensors(1) if tensor.numel()]
-    assert payload.tobytes() == torch.cat(tensors).numpy().tobytes()
-
-
-@pytest.mark.parametrize("kind", POOLS)
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 7, PAGE_SIZE])
 def test_what_lies_after_the_tokens_of_a_last_page_is_zero(kind: str, num_tokens: int) -> None:
     """It may be another request's: nothing of it leaves the pool."""

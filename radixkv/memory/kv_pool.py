@@ -102,12 +102,12 @@ class KVPool(PagePool):
         """What is to be multiplied with K as it is kept: q [..., k_head_dim], unless keys are kept otherwise."""
         return q
 
-    def all_pages(self) -> list[Tensor]:
-        """What `page_tensors` gives, of all pages at once: views `[num_pages, page_size / w, w, ...]`. O(layers)."""
-        return [pages.unsqueeze(2) for pages in (*self.k, *self.v)]
-
     def page_tensors(self, page: int) -> list[Tensor]:
-        return [pages[page] for pages in self.all_pages()]
+        return [pages[page].unsqueeze(1) for pages in (*self.k, *self.v)]
+
+    def page_blocks(self) -> list[Tensor]:
+        """Views of all that the pool keeps, [num_pages, values of a page]: a page is contiguous in each. O(layers)."""
+        return [pages.flatten(1) for pages in (*self.k, *self.v)]
 
     def bytes_of(self, pages: NDArray[np.int32], num_tokens: int) -> int:
         """KV bytes of the first `num_tokens` tokens in `pages`."""
@@ -159,11 +159,18 @@ class LaneKVPool(KVPool):
         v = self.v[layer].index_select(0, pages).permute(0, 2, 4, 1, 3)  # [n, page_size / w, w, heads, dim]
         return k.flatten(3, 4).flatten(0, 1), v.flatten(0, 2)
 
-    def all_pages(self) -> list[Tensor]:
+    def page_tensors(self, page: int) -> list[Tensor]:
         return [
-            *(k.permute(0, 3, 1, 2, 4).unsqueeze(2) for k in self.k),  # [num_pages, page_size, 1, heads, dim / w, w]
-            *(v.permute(0, 2, 4, 1, 3) for v in self.v),  # [num_pages, page_size / w, w, heads, dim]
+            *(k[page].permute(2, 0, 1, 3).unsqueeze(1) for k in self.k),  # [page_size, 1, heads, dim / w, w]
+            *(v[page].permute(1, 3, 0, 2) for v in self.v),  # [page_size / w, w, heads, dim]
         ]
+
+    def page_blocks(self) -> list[Tensor]:
+        blocks = []
+        for k, v in zip(self.k, self.v, strict=True):  # which alternate head by head in the same memory
+            size = k[0].numel() + v[0].numel()
+            blocks.append(k.as_strided((self.num_pages, size), (size, 1)))
+        return blocks
 
     def _tensors(self, layer: LayerKV) -> tuple[Tensor, Tensor]:
         k_shape, v_shape = self._k_shape(layer), self._v_shape(layer)

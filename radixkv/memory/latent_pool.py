@@ -74,8 +74,11 @@ class LatentKVPool(KVPool):
         k = self.k[layer].index_select(0, pages).flatten(0, 1)
         return k, k[..., : self.v[layer].shape[-1]]
 
-    def all_pages(self) -> list[Tensor]:
-        return [pages.unsqueeze(2) for pages in self.k]
+    def page_tensors(self, page: int) -> list[Tensor]:
+        return [pages[page].unsqueeze(1) for pages in self.k]
+
+    def page_blocks(self) -> list[Tensor]:
+        return [pages.flatten(1) for pages in self.k]
 
 
 def _latent_dim(layer: LayerKV) -> int:

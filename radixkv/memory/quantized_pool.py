@@ -79,8 +79,11 @@ class QuantizedKVPool(KVPool):
         (k_codes, _), (v_codes, _) = self.encode_kv(k, v)
         return k_codes, v_codes
 
-    def all_pages(self) -> list[Tensor]:
-        return [*self._codes.all_pages(), *self._scales.all_pages()]
+    def page_tensors(self, page: int) -> list[Tensor]:
+        return [*self._codes.page_tensors(page), *self._scales.page_tensors(page)]
+
+    def page_blocks(self) -> list[Tensor]:
+        return [*self._codes.page_blocks(), *self._scales.page_blocks()]
 
     def encode_kv(self, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Codes and scales of k and of v, [tokens, num_kv_heads, head_dim] each."""
@@ -134,10 +137,14 @@ class _ScalePages:
             k, v = k.permute(0, 3, 1, 2), v.permute(0, 3, 1, 2)
         return k.flatten(0, 1), v.flatten(0, 1)
 
-    def all_pages(self) -> list[Tensor]:
-        """As `KVPool.all_pages`."""
-        tokens_at = 3 if self._in_lanes else 1
-        return [pages.movedim(tokens_at, 1).unsqueeze(2) for pages in (*self.k, *self.v)]
+    def page_tensors(self, page: int) -> list[Tensor]:
+        """As `PagePool.page_tensors`."""
+        tokens_at = 2 if self._in_lanes else 0
+        return [pages[page].movedim(tokens_at, 0).unsqueeze(1) for pages in (*self.k, *self.v)]
+
+    def page_blocks(self) -> list[Tensor]:
+        """As `KVPool.page_blocks`."""
+        return [pages.flatten(1) for pages in (*self.k, *self.v) if pages.numel()]
 
     def _empty(self, num_pages: int, num_kv_heads: int, num_scales: int, device: torch.device) -> Tensor:
         shape = (self._page_size, num_kv_heads, num_scales)
