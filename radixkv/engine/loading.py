@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,12 @@ from radixkv.memory.page_bytes import PageBytes
 from radixkv.tiers.load_choice import PrefillRate
 from radixkv.tiers.page_chain import PageChain, as_bytes
 from radixkv.tiers.page_store import FoundPage
-from radixkv.tiers.reader import Load
+from radixkv.tiers.reader import Load, Lookup
 from radixkv.tiers.tier import Tier
 
 LEAST_PATIENCE_S = 0.25  # a load is waited for as long as computing would take, but not less
 MOST_SILENCE_S = 2.0  # and given up when nothing came for so long
+LOOKUP_PATIENCE_S = 0.5  # for the answer of a tier on another machine
 MEASURED_TOKENS = 128  # of a long load are computed where it is not known how long that takes
 
 
@@ -47,6 +48,17 @@ class RequestLoad:
         return by_silence if self.patience_s is None else min(by_silence, self.load.started_at + self.patience_s)
 
 
+class RequestLookup(NamedTuple):
+    """What a request waits for: the answer of a tier that does not tell at once what it has."""
+
+    tier: Tier
+    load: Lookup
+
+    def deadline(self) -> float:
+        """When it is given up."""
+        return self.load.started_at + LOOKUP_PATIENCE_S
+
+
 class Loader:
     """Finds what requests can load, and copies it into their pages as it arrives.
 
@@ -67,32 +79,67 @@ class Loader:
         self.busy_s = 0.0  # that it took of the engine's time
 
     def begin(self, request: Request) -> bool:
-        """Begin to load what lies below for a request that has its pages. Returns False if it is to compute now."""
+        """Begin to load what lies below for a request that has its pages. Returns False if it is to compute now.
+
+        Of the tiers that tell at once, the one that has the most is loaded; others are asked if these have nothing.
+        """
+        chain = chain_of(request, self._page_size)
+        candidates = []
         for tier in self._tiers:
-            pages = self._found(tier, request.findable_ids, request.num_computed, chain_of(request, self._page_size))
-            end = self._ends(pages, request.num_computed)
-            if not end or end[-1] <= request.num_computed:
-                continue
-            if not tier.reader.is_available:
-                tier.unavailable += 1
-                continue
-            compute_s = self.prefill.seconds(request.num_computed, end[-1])
-            num_bytes = tier.num_bytes(len(pages))
-            if not tier.rate.is_faster(num_bytes, compute_s, self._clock()):
-                tier.slower += 1
-                tier.probe(pages)
-                continue
-            if compute_s is None and tier.rate.seconds(num_bytes) is not None:
-                num_measured = -(-MEASURED_TOKENS // self._page_size)
-                if len(pages) > 4 * num_measured:
-                    pages, end = pages[:-num_measured], end[:-num_measured]
-            self._start(request, tier, pages, end, compute_s)
+            if tier.finds_at_once:
+                pages = self._found(tier, request.findable_ids, request.num_computed, chain)
+                if ends := self._ends(pages, request.num_computed):
+                    candidates.append((ends[-1], tier, pages))
+        candidates.sort(key=lambda candidate: candidate[0], reverse=True)  # stable: then the fastest
+        if any(self._loads(request, tier, pages) for _, tier, pages in candidates):
             return True
-        return False
+        return any(self._asks(request, tier) for tier in self._tiers if not tier.finds_at_once)
+
+    def _loads(self, request: Request, tier: Tier, pages: Sequence[FoundPage]) -> bool:
+        """Begin to load `pages` if that is worth it."""
+        ends = self._ends(pages, request.num_computed)
+        if not ends:
+            return False
+        if not tier.reader.is_available:
+            tier.unavailable += 1
+            return False
+        compute_s = self.prefill.seconds(request.num_computed, ends[-1])
+        num_bytes = tier.num_bytes(len(pages))
+        if not tier.rate.is_faster(num_bytes, compute_s, self._clock()):
+            tier.slower += 1
+            tier.probe(pages)
+            return False
+        if compute_s is None and tier.rate.seconds(num_bytes) is not None:
+            num_measured = -(-MEASURED_TOKENS // self._page_size)
+            if len(pages) > 4 * num_measured:
+                pages, ends = pages[:-num_measured], ends[:-num_measured]
+        tier.loads += 1
+        patience_s = None if compute_s is None else max(LEAST_PATIENCE_S, compute_s)
+        first_page = request.num_computed // self._page_size
+        request.load = RequestLoad(tier, tier.reader.start(pages), first_page, request.num_computed, ends, patience_s)
+        return True
+
+    def _asks(self, request: Request, tier: Tier) -> bool:
+        """Begin to ask a tier that does not tell at once."""
+        ids = request.findable_ids
+        if len(ids) <= request.num_computed or not tier.rate.may_be_tried(self._clock()):
+            return False
+        if not tier.reader.is_available or tier.reader.keeps_waiting:
+            tier.unavailable += 1
+            return False
+        first_page = request.num_computed // self._page_size
+        chain = chain_of(request, self._page_size)
+        chain.grow(ids)
+        parent_key, tokens = chain.parent_key(first_page), as_bytes(ids[first_page * self._page_size :])
+        request.load = RequestLookup(tier, tier.reader.look_up(lambda: tier.find(parent_key, tokens)))
+        return True
 
     def receive(self, request: Request) -> bool:
         """Copy what has arrived for a request into its pages. Returns True once nothing more is waited for."""
-        waiting = _load_of(request)
+        waiting = request.load
+        if isinstance(waiting, RequestLookup):
+            return self._heard(request, waiting)
+        assert waiting is not None, request
         reader, load = waiting.tier.reader, waiting.load
         is_over = load.is_over  # before what has arrived is taken: then nothing is left
         payloads = reader.take(load)
@@ -102,9 +149,27 @@ class Loader:
             return False
         if not is_over:
             waiting.tier.given_up += 1
-            waiting.tier.rate.record(waiting.tier.num_bytes(len(load.pages)), self._clock() - load.started_at)
+            waited_s = self._clock() - load.started_at  # for at least half of it, as far as is known
+            share = max(0.5, load.num_arrived / len(load.pages))
+            waiting.tier.rate.record(waiting.tier.num_bytes(len(load.pages)), waited_s / share)
         self.end(request)
         return True
+
+    def _heard(self, request: Request, waiting: RequestLookup) -> bool:
+        """Take the answer of a tier. Returns True if there is nothing to load, or it took too long."""
+        tier, lookup = waiting.tier, waiting.load
+        if not lookup.is_over:
+            if self._clock() < waiting.deadline():
+                return False
+            tier.given_up += 1
+            self.end(request)
+            return True
+        request.load = None
+        keys = chain_of(request, self._page_size).keys[request.num_computed // self._page_size :]
+        num_whole = sum(page.num_tokens == self._page_size for page in lookup.pages)
+        tier.known.add(keys[:num_whole])
+        tier.known.discard(keys[num_whole:])
+        return not self._loads(request, tier, lookup.pages)
 
     def end(self, request: Request) -> None:
         """Wait no more; what has been copied counts. Idempotent."""
@@ -113,8 +178,13 @@ class Loader:
             return
         request.load = None
         waiting.tier.reader.give_up(waiting.load)
+        if isinstance(waiting, RequestLookup):
+            return
         if waiting.load.missed is not None:
             waiting.tier.missed += 1
+            waiting.tier.known.discard(
+                chain_of(request, self._page_size).keys[waiting.first_page + waiting.num_taken :]
+            )
         if waiting.num_taken and (waiting.load.is_whole or waiting.load.missed is not None):
             seconds = waiting.load.read_s + waiting.copy_s
             waiting.tier.rate.record(waiting.tier.num_bytes(waiting.num_taken), seconds)
@@ -126,19 +196,22 @@ class Loader:
     def has_news(self, request: Request) -> bool:
         """Whether `receive` would do something. O(1)."""
         waiting = _load_of(request)
-        return bool(waiting.load.num_waiting) or waiting.load.is_over or self._clock() >= waiting.deadline()
+        arrived = isinstance(waiting, RequestLoad) and waiting.load.num_waiting > 0
+        return arrived or waiting.load.is_over or self._clock() >= waiting.deadline()
 
     def wait_s(self, requests: Sequence[Request]) -> float:
         """How long nothing needs to be done for these requests, if nothing arrives."""
         return max(0.0, min(_load_of(request).deadline() for request in requests) - self._clock())
 
     def below(self, ids: NDArray[np.int32], namespace: Namespace, cached_tokens: int) -> list[BelowPool]:
-        """What each tier holds of `ids` beyond the first `cached_tokens`. Changes nothing. O(tokens)."""
+        """What each tier that tells at once holds of `ids` beyond the first `cached_tokens`. O(tokens)."""
         found = []
         for tier in self._tiers:
+            if not tier.finds_at_once:
+                continue
             pages = self._found(tier, ids, cached_tokens, PageChain(namespace, self._page_size))
             ends = self._ends(pages, cached_tokens)
-            if not ends or ends[-1] <= cached_tokens:
+            if not ends:
                 continue
             compute_s = self.prefill.seconds(cached_tokens, ends[-1])
             load_s = tier.rate.seconds(tier.num_bytes(len(pages)))
@@ -160,17 +233,10 @@ class Loader:
         return tier.find(chain.parent_key(first_page), as_bytes(ids[first:]))
 
     def _ends(self, pages: Sequence[FoundPage], num_cached: int) -> list[int]:
-        """Where the tokens of each of these pages end, as far as they are wanted."""
+        """Where the tokens of each of these pages end; nothing if they bring no more than is there already."""
         first = num_cached // self._page_size * self._page_size
-        return [first + number * self._page_size + page.num_tokens for number, page in enumerate(pages)]
-
-    def _start(
-        self, request: Request, tier: Tier, pages: Sequence[FoundPage], ends: list[int], compute_s: float | None
-    ) -> None:
-        tier.loads += 1
-        patience_s = None if compute_s is None else max(LEAST_PATIENCE_S, compute_s)
-        first_page = request.num_computed // self._page_size
-        request.load = RequestLoad(tier, tier.reader.start(pages), first_page, request.num_computed, ends, patience_s)
+        ends = [first + number * self._page_size + page.num_tokens for number, page in enumerate(pages)]
+        return ends if ends and ends[-1] > num_cached else []
 
     def _fill(self, request: Request, waiting: RequestLoad, payloads: Sequence[bytes]) -> None:
         started_at = time.perf_counter()
@@ -191,6 +257,6 @@ def chain_of(request: Request, page_size: int) -> PageChain:
     return request.chain
 
 
-def _load_of(request: Request) -> RequestLoad:
+def _load_of(request: Request) -> RequestLoad | RequestLookup:
     assert request.load is not None, request
     return request.load

@@ -19,7 +19,7 @@ from radixkv.engine.sampling import SamplingParams, TokenLogprobs
 from radixkv.tiers.page_chain import PageChain
 
 if TYPE_CHECKING:
-    from radixkv.engine.loading import RequestLoad
+    from radixkv.engine.loading import RequestLoad, RequestLookup
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -165,7 +165,7 @@ class Request:
     cache_write_tokens: int = 0
     num_accounted: int = 0  # prompt tokens that are counted as cached, as written, or as stored by others
     cached_by: dict[str, int] = field(default_factory=dict)  # of `cached_tokens`, by where they were
-    load: RequestLoad | None = None  # what it waits for from a tier below the pool
+    load: RequestLoad | RequestLookup | None = None  # what it waits for from a tier below the pool
     chain: PageChain | None = None  # the keys of its pages, if a tier wants them
     handed_pages: dict[str, int] = field(default_factory=dict)  # by tier: leading pages that are stored or will be
     stored_pages: dict[str, int] = field(default_factory=dict)  # by tier: leading pages that were stored before

@@ -18,6 +18,7 @@ from radixkv.tiers.disk_store import DiskStore
 from radixkv.tiers.fingerprint import Fingerprint, hash_tensors
 from radixkv.tiers.memory_store import HostStore
 from radixkv.tiers.page_store import PageStore
+from radixkv.tiers.shared_store import SharedStore
 
 GB = 1_000_000_000
 NOT_OF_KV = {"_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "id2label"}
@@ -63,13 +64,15 @@ def make_stores(config: EngineConfig, model: PreTrainedModel, pool: PagePool, we
                 )
             host = HostStore(kept.page_size, page_bytes.payload_bytes, int(config.host_cache_gb * GB))
             stores.append(host)
+        fingerprint = _fingerprint(model, kept, page_bytes, weights)
         if config.disk_cache is not None:
-            fingerprint = _fingerprint(model, kept, page_bytes, weights)
             disk = DiskStore(config.disk_cache, fingerprint, page_bytes.payload_bytes, int(config.disk_cache_gb * GB))
             undo.callback(disk.close)
             stores.append(disk)
         if config.shared_cache is not None:
-            raise ConfigError("shared_cache is not supported yet; leave it out")
+            shared = SharedStore(config.shared_cache, fingerprint, page_bytes.payload_bytes)
+            undo.callback(shared.close)
+            stores.append(shared)
         undo.pop_all()
     return tuple(stores)
 

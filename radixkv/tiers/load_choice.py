@@ -61,7 +61,7 @@ class PrefillRate:
 class LoadRate:
     """Seconds per byte of a tier, by the size of the load; and when one that was too slow is tried again.
 
-    A load that was given up counts with the time that it was waited for: it is at least that slow.
+    A load that was given up counts as one that would have taken longer than it was waited for.
     """
 
     FIRST_PROBE_S, MOST_PROBE_S = 10.0, 640.0
@@ -75,6 +75,10 @@ class LoadRate:
     def is_slow(self) -> bool:
         """Whether the last choice was against it."""
         return self._next_probe_at is not None
+
+    def may_be_tried(self, now: float) -> bool:
+        """Whether it is not slow, or was left alone long enough to be measured again."""
+        return self._next_probe_at is None or now >= self._next_probe_at
 
     def record(self, num_bytes: int, seconds: float) -> None:
         """A load took so long."""

@@ -12,6 +12,7 @@ from radixkv.tiers.backoff import Backoff
 from radixkv.tiers.page_store import FoundPage, PageStore
 
 READ_BYTES = 4 << 20  # in one call of the store, or one page if that is more
+ANSWER_S = 0.05  # that a lookup may take until others are not made
 MAX_BUFFERED_BYTES = 32 << 20  # read and not taken yet, over all loads of a store
 
 
@@ -49,6 +50,21 @@ class Load:
         return len(self._arrived)
 
 
+class Lookup:
+    """A question to a store that does not answer at once: which pages it has of a prompt.
+
+    Attributes:
+        pages: the answer, once it `is_over`.
+        started_at: by the reader's clock.
+    """
+
+    def __init__(self, find: Callable[[], list[FoundPage]], now: float) -> None:
+        self.find = find
+        self.started_at = now
+        self.pages: list[FoundPage] = []
+        self.is_over = self.is_given_up = False
+
+
 class PageReader:
     """A thread that reads the pages of loads, a chunk of each in turn.
 
@@ -69,8 +85,8 @@ class PageReader:
         self._chunk = max(1, min(READ_BYTES, max_buffered_bytes // 2) // store.payload_bytes)
         self._max_buffered = max(self._chunk, max_buffered_bytes // store.payload_bytes)  # in pages
         self._changed = threading.Condition()  # guards what follows, and the loads
-        self._loads: deque[Load] = deque()
-        self._reading: Load | None = None
+        self._loads: deque[Load | Lookup] = deque()
+        self._reading: Load | Lookup | None = None
         self._num_buffered = 0
         self._is_closing = False
         self._backoff = Backoff(f"reading from the {store.name} tier", clock)
@@ -89,6 +105,13 @@ class PageReader:
             stuck = self._reading is not None and self._reading.is_given_up
             return not (self._is_closing or stuck or self._backoff.rests)
 
+    @property
+    def keeps_waiting(self) -> bool:
+        """Whether the store has not answered a lookup for so long that it is better not asked for more now. O(1)."""
+        with self._changed:
+            lookup = self._reading if isinstance(self._reading, Lookup) else None
+            return lookup is not None and self._clock() - lookup.started_at > ANSWER_S
+
     def start(self, pages: Sequence[FoundPage]) -> Load:
         """Begin to load `pages`."""
         load = Load(pages, self._clock())
@@ -100,6 +123,17 @@ class PageReader:
                 self._changed.notify_all()
         return load
 
+    def look_up(self, find: Callable[[], list[FoundPage]]) -> Lookup:
+        """Call `find`, which raises nothing, in the reader's thread."""
+        lookup = Lookup(find, self._clock())
+        with self._changed:
+            if self._is_closing:
+                lookup.is_over = True
+            else:
+                self._loads.append(lookup)
+                self._changed.notify_all()
+        return lookup
+
     def take(self, load: Load) -> list[bytes]:
         """The payloads that arrived since the last call, in order."""
         with self._changed:
@@ -109,12 +143,13 @@ class PageReader:
             self._changed.notify_all()
         return payloads
 
-    def give_up(self, load: Load) -> None:
+    def give_up(self, load: Load | Lookup) -> None:
         """Nobody waits for `load` any more. Idempotent."""
         with self._changed:
             load.is_given_up = True
-            self._num_buffered -= len(load._arrived)
-            load._arrived.clear()
+            if isinstance(load, Load):
+                self._num_buffered -= len(load._arrived)
+                load._arrived.clear()
             if load in self._loads:
                 self._loads.remove(load)
             self._changed.notify_all()
@@ -135,6 +170,12 @@ class PageReader:
 
     def _run(self) -> None:
         while (load := self._next_load()) is not None:
+            if isinstance(load, Lookup):
+                load.pages = load.find()
+                with self._changed:
+                    load.is_over, self._reading = True, None
+                self._arrivals.notify()
+                continue
             wanted = load.pages[load.num_arrived : load.num_arrived + self._chunk]
             started_at = self._clock()
             payloads: list[bytes | None] = []
@@ -152,7 +193,7 @@ class PageReader:
                 self._changed.notify_all()
             self._arrivals.notify()
 
-    def _next_load(self) -> Load | None:
+    def _next_load(self) -> Load | Lookup | None:
         with self._changed:
             while not self._is_closing:
                 if self._loads and self._num_buffered + self._chunk <= self._max_buffered:

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from radixkv.cache.token_ids import TOKEN_BYTES
 from radixkv.tiers.arrivals import Arrivals
 from radixkv.tiers.backoff import Backoff
+from radixkv.tiers.known_keys import KnownKeys
 from radixkv.tiers.load_choice import LoadRate
 from radixkv.tiers.page_chain import fitting_pages
 from radixkv.tiers.page_store import FoundPage, PageStore, StoreStats
@@ -64,7 +66,9 @@ class Tier:
         self.store = store
         self.rate = LoadRate()
         self.reader = PageReader(store, arrivals, clock=clock)
-        self.writer = PageWriter(store, max_bytes_s=max_write_bytes_s, clock=clock)
+        self.known = KnownKeys()  # of a store that does not find at once
+        on_written = None if store.finds_at_once else self.known.add
+        self.writer = PageWriter(store, max_bytes_s=max_write_bytes_s, clock=clock, on_written=on_written)
         self.loaded_tokens = self.loaded_pages = self.loads = 0
         self.slower = self.unavailable = self.given_up = self.missed = 0
         self._clock = clock
@@ -97,10 +101,27 @@ class Tier:
             self._finding.worked()
         return pages
 
-    def num_stored(self, parent_key: bytes, tokens: bytes) -> int:
-        """How many of the whole pages that hold `tokens` after `parent_key` are stored whole, from the first on."""
-        page_size = self.page_size
-        return sum(page.num_tokens == page_size for page in self.find(parent_key, tokens))
+    @property
+    def finds_at_once(self) -> bool:
+        """Whether `find` reads memory alone. If not, the reader's thread calls it, and `known` tells what it found."""
+        return self.store.finds_at_once
+
+    def num_stored(self, parent_key: bytes, tokens: bytes, keys: Sequence[bytes]) -> int:
+        """How many of the first pages of a sequence are stored whole, as far as can be told at once. O(pages).
+
+        Args:
+            tokens: of whole pages after `parent_key`, and `keys` those of these pages.
+        """
+        if not self.finds_at_once:
+            return next((number for number, key in enumerate(keys) if key not in self.known), len(keys))
+        return sum(page.num_tokens == self.page_size for page in self.find(parent_key, tokens))
+
+    def has_tail(self, parent_key: bytes, tokens: bytes, key: bytes) -> bool:
+        """Whether the page of a sequence that `tokens` fill in part is stored, as far as can be told at once."""
+        if not self.finds_at_once:
+            return key in self.known
+        found = self.find(parent_key, tokens)
+        return bool(found) and found[0].num_tokens * TOKEN_BYTES >= len(tokens)
 
     def num_bytes(self, num_pages: int) -> int:
         """Bytes of so many pages."""

@@ -70,8 +70,11 @@ class PageWriter:
         max_queued_bytes: int = MAX_QUEUED_BYTES,
         max_bytes_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
+        on_written: Callable[[Sequence[bytes]], object] | None = None,
     ) -> None:
+        """`on_written` is called with the keys of pages that were written, in the writer's thread."""
         self._store = store
+        self._on_written = on_written
         self._max_queued_bytes = max(max_queued_bytes, store.payload_bytes)
         self._clock = clock
         self._pace = Pace(max_bytes_s, clock())
@@ -154,6 +157,8 @@ class PageWriter:
         while (work := self._next_work()) is not None:
             queued, touches = work
             error = self._write(queued, touches)
+            if error is None and queued and self._on_written is not None:
+                self._on_written([page.record.key for page in queued])
             with self._changed:
                 self._keys.difference_update(page.record.key for page in queued)
                 if error is None:
