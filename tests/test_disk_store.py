@@ -211,6 +211,16 @@ def test_a_path_that_is_no_store_is_left_alone(tmp_path: Path, kind: str, messag
     assert folder_size(tmp_path) == len("years of work")
 
 
+def test_an_empty_folder_and_a_new_file_system_can_be_stores(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir()
+    store = open_store(tmp_path)
+    store.write(chain(range(4)))
+    store.close()
+    store = open_store(tmp_path)
+    assert found_tokens(store, range(4)) == 4
+    store.close()
+
+
 def test_what_is_not_there_cannot_be_read_only(tmp_path: Path) -> None:
     with pytest.raises(TierError, match="there is no store at"):
         open_store(tmp_path / "kv", read_only=True)

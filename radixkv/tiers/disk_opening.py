@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from radixkv.errors import TierError
 from radixkv.tiers.fingerprint import Fingerprint, differences
-from radixkv.tiers.page_index import PageIndex
+from radixkv.tiers.page_index import PageIndex, StoredPage
 from radixkv.tiers.page_record import DamagedRecordError, Namespaces, RecordFormat
 from radixkv.tiers.page_slots import PageSlots
 from radixkv.tiers.slot_files import SlotFiles
@@ -21,6 +21,7 @@ def load_records(
     Raises: OSError.
     """
     num_payloads = files.num_payloads
+    pages: dict[bytes, StoredPage] = {}
     unfit = []
     for slot, record in enumerate(files.records()):
         try:
@@ -30,11 +31,12 @@ def load_records(
             continue
         if page is None:
             continue
-        if slot >= num_payloads or index.get(page.parent_key, page.tokens) is not None:  # a twin: of an older file
+        if slot >= num_payloads or page.place in pages:  # a twin: of an older file
             unfit.append(slot)
             continue
         page.facts = page.facts._replace(used_s=min(page.facts.used_s, now_s))  # of a clock that went wrong
-        index.add(page)
+        pages[page.place] = page
+    index.fill(pages)
     return unfit + list(range(files.num_records, num_payloads))  # whose records are gone
 
 

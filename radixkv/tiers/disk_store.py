@@ -19,18 +19,18 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Lock
+from threading import Condition, Lock
 from typing import NamedTuple
-from weakref import WeakSet
 
 from radixkv.cache.page_keys import root_key
 from radixkv.errors import ClosedError, ConfigError, InvariantError, TierError
 from radixkv.tiers.disk_opening import fit_to_limit, load_records, other_fingerprint
 from radixkv.tiers.fingerprint import Fingerprint
+from radixkv.tiers.folder_bound import FolderBound
+from radixkv.tiers.forking import leave_to_parent
 from radixkv.tiers.memory_store import found_whole
 from radixkv.tiers.name_table import NameTable
 from radixkv.tiers.page_index import PageIndex, StoredPage
@@ -38,8 +38,8 @@ from radixkv.tiers.page_record import RecordFormat, payload_checksum
 from radixkv.tiers.page_slots import PageSlots, WritePlan, check_page
 from radixkv.tiers.page_store import FoundPage, NewPage, PageFacts, StoreStats
 from radixkv.tiers.slot_files import SlotFiles
+from radixkv.tiers.store_counts import StoreCounts
 from radixkv.tiers.store_folder import (
-    DESCRIPTION,
     Description,
     StoreFolder,
     folder_bytes,
@@ -50,7 +50,6 @@ from radixkv.tiers.store_folder import (
 logger = logging.getLogger(__name__)
 
 DAMAGED, EVICTED, UNREADABLE = "damaged", "evicted", "unreadable"
-_SLACK_BYTES = 4096  # of the bound: the marker, and what a file system rounds up
 
 
 class CheckedPage(NamedTuple):
@@ -100,11 +99,10 @@ class DiskStore:
         """What to tell about how it was opened, a line each: another fingerprint, damaged records."""
         self._clock = clock
         self._io, self._lock = Lock(), Lock()  # taken in this order
+        self._readers, self._no_reader = 0, Condition(self._lock)
         self._index = PageIndex(fingerprint.page_size, policy)
         self._slots = PageSlots(self._index, limit=0)
-        self._misses: Counter[str] = Counter()
-        self._pages_read = self._pages_written = self._pages_evicted = self._errors = 0
-        self._last_error: str | None = None
+        self._counts = StoreCounts()
         self._is_closed = False
         self._pid = os.getpid()
         self._folder = StoreFolder(path, read_only=read_only)
@@ -118,7 +116,7 @@ class DiskStore:
             raise
         for line in self.notes:
             logger.warning("%s", line)
-        _OPEN.add(self)
+        leave_to_parent(self)
 
     # Opening
 
@@ -134,8 +132,10 @@ class DiskStore:
         if not self._folder.read_only:
             write_description(described)
         self._format = RecordFormat(self.page_size, identity)
-        self._names_bytes = 4096 + self.capacity_bytes // 256
-        self._names = NameTable(self._path, self._names_bytes)
+        self._bound = FolderBound(
+            self._folder, self._path, self.capacity_bytes, self._format.record_bytes + self.payload_bytes
+        )
+        self._names = NameTable(self._path, self._bound.names_bytes)
         self._files = SlotFiles(
             self._path, self._format.record_bytes, self.payload_bytes, read_only=self._folder.read_only
         )
@@ -154,35 +154,12 @@ class DiskStore:
         else:
             for slot in unfit:
                 self._files.write_record(slot, self._format.free)
-            self._slots.limit = self._slots_that_fit()
-            self._take_room_of_others(self._slots.used)
-            self._check_capacity()
-            self._pages_evicted = fit_to_limit(self._slots, self._files, self._format, now_s)
+            self._slots.limit = self._bound.make_room(max(self._slots.used, 1))
+            self._bound.check()
+            self._counts.written(0, fit_to_limit(self._slots, self._files, self._format, now_s))
         if unfit:
-            self._misses[DAMAGED] = len(unfit)
+            self._counts.missed(DAMAGED, len(unfit))
             self.notes.append(f"{len(unfit)} damaged records of {self._path} are left out")
-
-    def _check_capacity(self) -> None:
-        if self._slots.limit < 1:
-            slot_bytes = self._format.record_bytes + self.payload_bytes
-            more = (1 - self._slots.limit) * slot_bytes * 64 // 63 + 64  # of which names take a share
-            raise ConfigError(
-                f"a store of pages of {self.payload_bytes:,} bytes needs about {self.capacity_bytes + more:,} bytes; "
-                f"its bound is {self.capacity_bytes:,}"
-            )
-
-    def _slots_that_fit(self) -> int:
-        """Slots that the bound leaves beside the stores of other fingerprints."""
-        description = self._path / DESCRIPTION
-        overhead = _SLACK_BYTES + 2 * self._names_bytes + 2 * description.stat().st_size  # twice: while it is replaced
-        overhead += self._folder.other_bytes(self._path)
-        return (self.capacity_bytes - overhead) // (self._format.record_bytes + self.payload_bytes)
-
-    def _take_room_of_others(self, num_slots: int) -> None:
-        """Delete stores of other fingerprints, the longest unused first, until `num_slots` fit or none is left."""
-        while max(num_slots, 1) > self._slots.limit and (other := self._folder.longest_unused(self._path)) is not None:
-            self._folder.delete(other)
-            self._slots.limit = self._slots_that_fit()
 
     # Finding and reading
 
@@ -193,22 +170,24 @@ class DiskStore:
             return self._index.find(parent_key, tokens)
 
     def read(self, pages: Sequence[FoundPage]) -> list[bytes | None]:
-        """As `PageStore.read`; in the order of the file, whatever the order of `pages`.
+        """As `PageStore.read`; in the order of the file, whatever the order of `pages`, as the system reads ahead then.
+
+        Ask for a few MiB at a time: memory that is used again is faster than memory that the system must clear first.
 
         Raises: ClosedError; TierError in a forked child.
         """
-        self._check_open()
+        with self._reading():
+            return self._read(pages)
+
+    def _read(self, pages: Sequence[FoundPage]) -> list[bytes | None]:
         with self._lock:
             stored = [self._index.get(page.parent_key, page.tokens) for page in pages]
         payloads: list[bytes | None] = [None] * len(stored)
         order = sorted((page.slot, number, page) for number, page in enumerate(stored) if page is not None)
-        with suppress(OSError):  # the reads below tell
-            self._files.expect([slot for slot, _, _ in order])
         for _, number, page in order:
             payloads[number] = self._read_one(page)
-        with self._lock:
-            self._misses[EVICTED] += stored.count(None)
-            self._pages_read += sum(payload is not None for payload in payloads)
+        self._counts.missed(EVICTED, stored.count(None))
+        self._counts.read(len(payloads) - payloads.count(None))
         return payloads
 
     def _read_one(self, page: StoredPage) -> bytes | None:
@@ -216,15 +195,14 @@ class DiskStore:
         try:
             payload = self._files.payload(slot)
         except OSError as error:
-            self._count_error(error)
-            with self._lock:
-                self._misses[UNREADABLE] += 1
+            self._counts.failed(_line(error))
+            self._counts.missed(UNREADABLE)
             return None
         if self._is_right(page, payload):
             return payload
         with self._io, self._lock:  # it may have given way while it was read
             is_there = self._index.get(page.parent_key, page.tokens) is page and page.slot == slot
-            self._misses[DAMAGED if is_there else EVICTED] += 1
+            self._counts.missed(DAMAGED if is_there else EVICTED)
             if is_there:
                 self._drop(page)
         return None
@@ -240,13 +218,16 @@ class DiskStore:
         try:
             self._files.write_record(page.slot, self._format.free)
         except OSError as error:  # it would be found out again
-            self._errors, self._last_error = self._errors + 1, str(error)
+            self._counts.failed(_line(error))
 
     def hottest(self, max_pages: int) -> list[tuple[FoundPage, PageFacts]]:
-        """As `PageStore.hottest`. O(pages × log pages)."""
+        """As `PageStore.hottest`. O(pages × log pages), of which others wait for O(pages)."""
         self._check_open()
         with self._lock:
-            return [(found_whole(page), page.facts) for page in self._index.hottest(max_pages, self._clock())]
+            pages = list(self._index)
+        by_worth = self._index.by_worth(pages, self._clock())
+        with self._lock:
+            return [(found_whole(page), page.facts) for page in self._index.chains(by_worth, max_pages)]
 
     def check(self) -> Iterator[CheckedPage]:
         """Read every page and compare it with its checksum; changes nothing. Another process may write meanwhile.
@@ -257,9 +238,11 @@ class DiskStore:
         with self._lock:
             pages = sorted(self._index, key=lambda page: page.slot)
         for page in pages:
-            record = self._format.pack(page)
-            is_right = self._is_right(page, self._files.payload(page.slot))
-            if is_right or self._files.record(page.slot) == record:  # else it gave way or was used since
+            with self._reading():
+                record = self._format.pack(page)
+                is_right = self._is_right(page, self._files.payload(page.slot))
+                is_there = is_right or self._files.record(page.slot) == record  # else it gave way or was used since
+            if is_there:
                 yield CheckedPage(found_whole(page), page.facts, is_right)
 
     # Writing
@@ -279,11 +262,13 @@ class DiskStore:
             self._store(list(zip(pages, checksums, strict=True)))
 
     def _store(self, pages: list[tuple[NewPage, bytes]]) -> None:
-        named = [(page, checksum) for page, checksum in pages if self._has_name(page.facts)]
+        roots = {root_key(*page.facts.namespace) for page, _ in pages}
+        named = [(page, checksum) for page, checksum in pages if self._has_name(page.facts, roots)]
         with self._lock:
             new = sum(self._index.get(page.parent_key, page.tokens) is None for page, _ in named)
-        self._take_room_of_others(self._slots.used - self._slots.num_free + new)
+        limit = self._bound.make_room(self._slots.used - self._slots.num_free + new)
         with self._lock:
+            self._slots.limit = limit
             plan = self._slots.plan(named, self._clock())
         recorded: list[int] = []
         try:
@@ -294,20 +279,19 @@ class DiskStore:
                     self._files.write_record(slot, self._format.free)
             with self._lock:
                 self._slots.undo(plan)
-                self._pages_evicted += len(plan.gone & set(plan.giving_way))
+            self._counts.written(0, len(plan.gone & set(plan.giving_way)))
             raise
         with self._lock:
             self._slots.commit(plan)
-            self._pages_written += len(plan.new)
-            self._pages_evicted += len(plan.giving_way) + plan.left_out + len(pages) - len(named)
+        self._counts.written(len(plan.new), len(plan.giving_way) + plan.left_out + len(pages) - len(named))
 
-    def _has_name(self, facts: PageFacts) -> bool:
-        root = root_key(*facts.namespace)
-        if root in self._names.names:
-            return True
+    def _has_name(self, facts: PageFacts, roots: set[bytes]) -> bool:
+        """Whether the names of a namespace are written down, or could be now; those of `roots` are needed, too."""
+        return self._names.add(root_key(*facts.namespace), facts.namespace, lambda: self._used_roots() | roots)
+
+    def _used_roots(self) -> set[bytes]:
         with self._lock:
-            used_roots = {page.root for page in self._index} if self._names.num_bytes > self._names_bytes // 2 else ()
-        return self._names.add(root, facts.namespace, used_roots or self._names.names)
+            return {page.root for page in self._index}
 
     def _carry_out(self, plan: WritePlan, recorded: list[int]) -> None:
         """Write a plan to the files: first what grows them, so that a full disk is noticed before a page gives way."""
@@ -327,7 +311,7 @@ class DiskStore:
             for parent_key, tokens, facts in pages:
                 with self._lock:
                     page = self._index.get(parent_key, tokens)
-                if page is not None and self._has_name(facts):
+                if page is not None and self._has_name(facts, set()):
                     with self._lock:
                         self._index.update(page, facts)
                     self._files.write_record(page.slot, self._format.pack(page))
@@ -399,18 +383,9 @@ class DiskStore:
 
     def stats(self) -> StoreStats:
         """As `PageStore.stats`; `bytes` are those of the pages that are there."""
-        with self._lock:
-            return StoreStats(
-                pages=len(self._index),
-                bytes=len(self._index) * (self._format.record_bytes + self.payload_bytes),
-                capacity_bytes=self.capacity_bytes,
-                pages_read=self._pages_read,
-                pages_written=self._pages_written,
-                pages_evicted=self._pages_evicted,
-                misses={reason: count for reason, count in self._misses.items() if count},
-                errors=self._errors,
-                last_error=self._last_error,
-            )
+        num_pages = len(self._index)
+        slot_bytes = self._format.record_bytes + self.payload_bytes
+        return self._counts.stats(num_pages, num_pages * slot_bytes, self.capacity_bytes)
 
     def check_invariants(self) -> None:
         """Prove the invariants. O(pages × log pages). Raises: InvariantError."""
@@ -420,12 +395,21 @@ class DiskStore:
             if taken > self.capacity_bytes:
                 raise InvariantError(f"the files take {taken} of {self.capacity_bytes} bytes")
 
+    def flush(self) -> None:
+        """Wait until the medium has all that was written. Raises: TierError, ClosedError."""
+        with self._writing():
+            self._files.sync()
+
     def close(self) -> None:
         """As `PageStore.close`. Raises: TierError if the medium does not take what was written."""
-        if self._is_closed or os.getpid() != self._pid:
+        if os.getpid() != self._pid:
             return
-        with self._io, self._lock:
+        with self._lock:
+            if self._is_closed:
+                return
             self._is_closed = True
+            self._no_reader.wait_for(lambda: self._readers == 0)  # the files' numbers may be those of others after
+        with self._io, self._lock:
             try:
                 if not self._folder.read_only:
                     self._names.keep({page.root for page in self._index})
@@ -436,19 +420,33 @@ class DiskStore:
                 self._let_go()
 
     def _let_go(self) -> None:
-        _OPEN.discard(self)
         self._files.close()
         self._folder.close()
 
     def let_go_in_child(self) -> None:
         """Leave the store to the parent, in a process that was forked from it."""
-        self._let_go()
+        if not self._is_closed:
+            self._let_go()
 
     def _check_open(self) -> None:
         if os.getpid() != self._pid:
             raise TierError(f"the store {self._path} belongs to process {self._pid}, from which this one was forked")
         if self._is_closed:
             raise ClosedError(f"the store {self._path} is closed")
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """The right to read: the files stay open until the block ends."""
+        self._check_open()  # before the lock, which a forked child may find taken
+        with self._lock:
+            self._check_open()
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._readers -= 1
+                self._no_reader.notify_all()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -461,21 +459,9 @@ class DiskStore:
             try:
                 yield
             except OSError as error:
-                self._count_error(error)
+                self._counts.failed(_line(error))
                 raise TierError(f"the store {self._path} cannot be written: {error.strerror}") from error
 
-    def _count_error(self, error: OSError) -> None:
-        with self._lock:
-            self._errors += 1
-            self._last_error = error.strerror or str(error)
 
-
-_OPEN: WeakSet[DiskStore] = WeakSet()  # of this process: fork has no other way to tell them
-
-
-def _let_go_in_child() -> None:
-    for store in list(_OPEN):
-        store.let_go_in_child()
-
-
-os.register_at_fork(after_in_child=_let_go_in_child)
+def _line(error: OSError) -> str:
+    return error.strerror or str(error)

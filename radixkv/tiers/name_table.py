@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 
@@ -42,8 +42,10 @@ class NameTable:
             else:
                 self.names[root_key(*namespace)] = namespace
 
-    def add(self, root: bytes, namespace: Namespace, used_roots: Iterable[bytes]) -> bool:
-        """Write the names of a namespace. False if the file would be too long, even with `used_roots` alone.
+    def add(self, root: bytes, namespace: Namespace, used_roots: Callable[[], set[bytes]]) -> bool:
+        """Write the names of a namespace, unless they are known. O(1) unless the file is full.
+
+        Returns: False if the file would be too long, even with those of `used_roots()` alone.
 
         Raises: OSError; the table is as before then.
         """
@@ -51,7 +53,7 @@ class NameTable:
             return True
         line = _line(namespace)
         if self.num_bytes + 1 + len(line) > self._max_bytes:
-            self.keep(set(used_roots))
+            self.keep(used_roots())
             if self.num_bytes + len(line) > self._max_bytes:
                 return False
         self._append(line if self._ends_cleanly else b"\n" + line)

@@ -10,7 +10,7 @@ evict from the end of a sequence; it is found as soon as its parent comes, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from sortedcontainers import SortedDict, SortedList
@@ -87,16 +87,16 @@ class PageIndex:
         return page
 
     def find(self, parent_key: bytes, tokens: bytes) -> list[FoundPage]:
-        """As `PageStore.find`. O(pages found × page_size + log of all pages)."""
+        """As `PageStore.find`. O(pages found + log of all pages)."""
         found: list[FoundPage] = []
         for start in range(0, len(tokens), self._page_bytes):
             wanted = tokens[start : start + self._page_bytes]
-            page = self.get(parent_key, wanted) if len(wanted) == self._page_bytes else None
-            if page is None:
+            page = self._pages.get(parent_key + wanted)
+            if page is None or page.key is None:
                 closest = self._closest(parent_key, wanted)
                 return found if closest is None else [*found, closest]
             found.append(FoundPage(parent_key, page.tokens, self.page_size))
-            parent_key = page_key(parent_key, wanted)
+            parent_key = page.key
         return found
 
     def _closest(self, parent_key: bytes, wanted: bytes) -> FoundPage | None:
@@ -110,6 +110,23 @@ class PageIndex:
                 if shared > (best.num_tokens if best else 0):
                     best = FoundPage(parent_key, page.tokens, shared)
         return best
+
+    def fill(self, pages: dict[bytes, StoredPage]) -> None:
+        """Take in pages, given by place, while there are none. O(pages × log pages), a few times as fast as `add`."""
+        assert not self._pages, "an index is filled once"
+        for page in pages.values():
+            if len(page.tokens) == self._page_bytes:
+                page.key = page_key(page.parent_key, page.tokens)
+                self._whole[page.key] = page
+            self._after[page.parent_key] = self._after.get(page.parent_key, 0) + 1
+        self._pages.update(pages)
+        last = [page for page in pages.values() if page.key not in self._after]
+        for page in last:
+            page.rank = self._rank(page.facts)
+        self._unkept.update((page.rank, page.place) for page in last if page.facts.kept_until_s is None)
+        self._kept.update(
+            (page.facts.kept_until_s, page.rank, page.place) for page in last if page.facts.kept_until_s is not None
+        )
 
     def add(self, page: StoredPage) -> None:
         """Take in a page that is not there. O(log pages)."""
@@ -206,12 +223,19 @@ class PageIndex:
 
         Pages that cannot be reached from their namespace's first page are left out. O(pages × log pages).
         """
-        by_worth = sorted(self._pages.values(), key=lambda page: self._worth(page, now_s), reverse=True)
+        return self.chains(self.by_worth(list(self), now_s), max_pages)
+
+    def by_worth(self, pages: list[StoredPage], now_s: float) -> list[StoredPage]:
+        """`pages`, the last to go first. Reads nothing of the index, so it needs no lock. O(pages × log pages)."""
+        return sorted(pages, key=lambda page: (_is_kept(page.facts, now_s), self._rank(page.facts)), reverse=True)
+
+    def chains(self, by_worth: Iterable[StoredPage], max_pages: int) -> list[StoredPage]:
+        """`hottest`, of pages in that order; those that are not there any more are left out. O(pages looked at)."""
         reached: dict[bytes, bool] = {}  # by place: whether it is listed, or else cannot be reached
         listed: list[StoredPage] = []
         for page in by_worth:
             chain = []
-            before: StoredPage | None = page
+            before: StoredPage | None = self._pages.get(page.place)
             while before is not None and before.place not in reached:
                 chain.append(before)
                 before = self._whole.get(before.parent_key)
@@ -241,9 +265,6 @@ class PageIndex:
 
     def _rank(self, facts: PageFacts) -> Rank:
         return (facts.priority, facts.hits if self.policy == "lfu" else 0, facts.used_s)
-
-    def _worth(self, page: StoredPage, now_s: float) -> tuple[bool, Rank]:
-        return (_is_kept(page.facts, now_s), self._rank(page.facts))
 
     def _queue(self, page: StoredPage) -> None:
         page.rank = self._rank(page.facts)

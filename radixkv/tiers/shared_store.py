@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import Lock
 from typing import Any
@@ -32,6 +31,7 @@ from radixkv.tiers.page_record import NO_NAMES, DamagedRecordError, RecordFormat
 from radixkv.tiers.page_slots import check_page
 from radixkv.tiers.page_store import FoundPage, NewPage, PageFacts, StoreStats
 from radixkv.tiers.requirements import optional_module
+from radixkv.tiers.store_counts import StoreCounts
 from radixkv.tiers.store_folder import store_identity
 
 logger = logging.getLogger(__name__)
@@ -94,10 +94,8 @@ class SharedStore:
             )
         except ValueError as error:
             raise ConfigError(f"the URL of the shared store is wrong: {error}") from None
-        self._reading, self._writing, self._lock = Lock(), Lock(), Lock()
-        self._misses: Counter[str] = Counter()
-        self._pages_read = self._pages_written = self._errors = 0
-        self._last_error: str | None = None
+        self._reading, self._writing = Lock(), Lock()
+        self._counts = StoreCounts()
         self._is_closed = False
 
     def find(self, parent_key: bytes, tokens: bytes) -> list[FoundPage]:
@@ -111,8 +109,9 @@ class SharedStore:
                 return self._find(parent_key, tokens)
             except self._failures as error:
                 self._failed(error)
+                self._counts.missed(UNREACHABLE)
             except _PausedError:
-                self._count(PAUSED)
+                self._counts.missed(PAUSED)
             return []
 
     def _find(self, parent_key: bytes, tokens: bytes) -> list[FoundPage]:
@@ -161,17 +160,16 @@ class SharedStore:
                             [("GET", self._page_name(self._key(page.parent_key, page.tokens))) for page in batch]
                         )
                     except self._failures as error:
-                        self._failed(error, count=False)
+                        self._failed(error)
                         reason = UNREACHABLE
                     except _PausedError:
                         reason = PAUSED
                 if reason is not None:
-                    self._count(reason, len(pages) - start)
+                    self._counts.missed(reason, len(pages) - start)
                     break
                 payloads[start : start + len(batch)] = self._checked_all(batch, answers)
                 start += len(batch)
-        with self._lock:
-            self._pages_read += len(pages) - payloads.count(None)
+        self._counts.read(len(pages) - payloads.count(None))
         return payloads
 
     def _checked_all(self, pages: Sequence[FoundPage], answers: Sequence[bytes | None]) -> list[bytes | None]:
@@ -182,16 +180,16 @@ class SharedStore:
         stale: list[tuple[Any, ...]] = []
         for page, answer, payload in zip(pages, answers, payloads, strict=True):
             if answer is None:
-                self._count(GONE)
+                self._counts.missed(GONE)
                 stale.append(("ZREM", self._children_name(page.parent_key), page.tokens))
             elif payload is None:
-                self._count(DAMAGED)
+                self._counts.missed(DAMAGED)
                 stale.append(("UNLINK", self._page_name(self._key(page.parent_key, page.tokens))))
         if stale:
             try:
                 self._ask(stale)
             except self._failures as error:
-                self._failed(error, count=False)
+                self._failed(error)
             except _PausedError:
                 pass  # they are found out again
         return payloads
@@ -227,13 +225,12 @@ class SharedStore:
                 for name, page in new:
                     commands += self._commands(name, page)
                 self._ask_to_write(commands)
-                with self._lock:
-                    self._pages_written += len(new)
+                self._counts.written(len(new), 0)
 
     def _commands(self, name: bytes, page: NewPage) -> Iterator[tuple[Any, ...]]:
         stored = StoredPage(page.parent_key, page.tokens, page.facts, checksum=payload_checksum(page.payload))
         children = self._children_name(page.parent_key)
-        yield "SET", name, self._format.pack(stored) + page.payload, "EX", self._expire_s
+        yield "SET", name, b"".join((self._format.pack(stored), page.payload)), "EX", self._expire_s
         yield "ZADD", children, 0, page.tokens
         yield "EXPIRE", children, self._expire_s
         yield "ZREMRANGEBYRANK", children, _MAX_CHILDREN, -1
@@ -280,18 +277,7 @@ class SharedStore:
 
     def stats(self) -> StoreStats:
         """As `PageStore.stats`. What the server holds, and of how much, is the server's to tell: 0 here."""
-        with self._lock:
-            return StoreStats(
-                pages=0,
-                bytes=0,
-                capacity_bytes=0,
-                pages_read=self._pages_read,
-                pages_written=self._pages_written,
-                pages_evicted=0,
-                misses={reason: count for reason, count in self._misses.items() if count},
-                errors=self._errors,
-                last_error=self._last_error,
-            )
+        return self._counts.stats(0, 0, 0)
 
     def close(self) -> None:
         """As `PageStore.close`."""
@@ -341,25 +327,16 @@ class SharedStore:
         try:
             return self._ask(commands)
         except self._failures as error:
-            self._failed(error, count=False)
+            self._failed(error)
             raise TierError(f"the shared store {self._place} cannot be written: {_line(error)}") from error
         except _PausedError:
             raise TierError(
                 f"the shared store {self._place} is left alone for {self._breaker.pause_left_s:.1f} s after failures"
             ) from None
 
-    def _failed(self, error: Exception, *, count: bool = True) -> None:
-        with self._lock:
-            is_new = self._last_error != _line(error)
-            self._errors += 1
-            self._last_error = _line(error)
-            self._misses[UNREACHABLE] += count
-        if is_new:
+    def _failed(self, error: Exception) -> None:
+        if self._counts.failed(_line(error)):
             logger.warning("the shared store %s fails: %s", self._place, _line(error))
-
-    def _count(self, reason: str, num_pages: int = 1) -> None:
-        with self._lock:
-            self._misses[reason] += num_pages
 
     def _check_open(self) -> None:
         if self._is_closed:

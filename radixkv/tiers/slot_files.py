@@ -7,7 +7,7 @@ short is then a short read, not a SIGBUS that ends the process.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 INDEX = "index"
@@ -68,13 +68,6 @@ class SlotFiles:
         """One payload; shorter than one if the file ends in it or before it."""
         return _read(self._payloads, self.payload_bytes, slot * self.payload_bytes)
 
-    def expect(self, slots: Sequence[int]) -> None:
-        """Let the system read ahead the payloads of `slots`, which are in order."""
-        for first, count in _runs(slots):
-            os.posix_fadvise(
-                self._payloads, first * self.payload_bytes, count * self.payload_bytes, os.POSIX_FADV_WILLNEED
-            )
-
     def write_record(self, slot: int, record: bytes) -> None:
         """Write one record."""
         _write(self._index, record, slot * self.record_bytes)
@@ -115,17 +108,3 @@ def _write(file: int, data: bytes, offset: int) -> None:
     while view:
         written = os.pwrite(file, view, offset)
         view, offset = view[written:], offset + written
-
-
-def _runs(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Neighbouring slots as (first, count)."""
-    first, count = 0, 0
-    for slot in slots:
-        if count and slot == first + count:
-            count += 1
-            continue
-        if count:
-            yield first, count
-        first, count = slot, 1
-    if count:
-        yield first, count

@@ -79,8 +79,11 @@ class StoreFolder:
                 raise TierError(f"there is no store at {self.path}")
         elif not self.path.is_dir():
             raise TierError(f"a store is a folder; {self.path} is none")
-        elif not (self.path / MARKER).is_file() and (self.read_only or any(self.path.iterdir())):
+        elif not (self.path / MARKER).is_file() and (self.read_only or not self._is_empty()):
             raise TierError(f"{self.path} is no store of radixkv; give the path of one, or of a new or empty folder")
+
+    def _is_empty(self) -> bool:
+        return all(entry.name == "lost+found" for entry in self.path.iterdir())  # which a new file system has
 
     def _take_lock(self) -> None:
         lock = os.open(self.path / MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -1,0 +1,1 @@
+"""bench/tiers_store.py."""
