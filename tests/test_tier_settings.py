@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +70,27 @@ def test_settings_that_cannot_be_met_say_why(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="tier_writes must be one of through, selective, back"):
         EngineConfig(tier_writes="never")  # type: ignore[arg-type]
     make_engine(tmp_path).close()
+
+
+UNCLOSED = """
+from radixkv import Engine, EngineConfig, SamplingParams
+from tiny_models import tiny_model
+config = EngineConfig(page_size=4, kv_cache_tokens=256, disk_cache=PATH, disk_cache_gb=0.01)
+
+def main():
+    engine = Engine(tiny_model("llama"), None, config)
+    engine.generate(PROMPT, SamplingParams(max_tokens=6, ignore_eos=True))
+    return engine
+
+KEPT
+"""
+
+
+@pytest.mark.parametrize("kept", ["engine = main()", "main()"])
+def test_an_engine_that_nobody_closed_writes_what_is_left_as_its_process_ends(tmp_path: Path, kept: str) -> None:
+    code = UNCLOSED.replace("PATH", repr(str(tmp_path))).replace("PROMPT", repr(PROMPT)).replace("KEPT", kept)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=Path(__file__).parent)
+    with make_engine(tmp_path) as engine:
+        (output,) = engine.generate(PROMPT, PARAMS)
+    assert output.cached_tokens == 36
+    assert output.token_ids == oracle_of("llama").continuation(PROMPT, 6)

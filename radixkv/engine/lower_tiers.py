@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -60,12 +62,16 @@ class LowerTiers:
         self._loader: Loader | None = None
         self._down: HandDown | None = None
         self._warm: WarmFill | None = None
+        self._finalizer: weakref.finalize[[Sequence[Tier]], LowerTiers] | None = None
         if not stores or pool is None or cache is None:
             return
         page_bytes = PageBytes(storable(pool))
         for store in stores:
             _check_fits(store, cache.page_size, page_bytes.payload_bytes)
         self._tiers = [Tier(store, self.arrivals, max_write_bytes_s=max_write_bytes_s, clock=clock) for store in stores]
+        self._finalizer = weakref.finalize(self, _leave, self._tiers)
+        self._finalizer.atexit = False  # `_close_all` waits for the writers then
+        _OPEN.add(self)
         self._loader = Loader(self._tiers, page_bytes, cache.page_size, clock=clock)
         self._down = HandDown(self._tiers, page_bytes, cache, writes)
         warm_pages = int(warm_start_share * cache.num_pages)
@@ -162,6 +168,29 @@ class LowerTiers:
         for tier in self._tiers:
             tier.close(self._close_timeout_s)
         self._loader = self._down = self._warm = None
+        _OPEN.discard(self)
+        if self._finalizer is not None:
+            self._finalizer.detach()
+
+
+_OPEN: weakref.WeakSet[LowerTiers] = weakref.WeakSet()
+_LEFT: list[Tier] = []  # of engines that were dropped without `close`
+
+
+def _leave(tiers: Sequence[Tier]) -> None:
+    """An engine was dropped: ask the threads of its tiers to end. Waits for nothing, as finalisers run anywhere."""
+    for tier in tiers:
+        tier.stop()
+        _LEFT.append(tier)
+
+
+@atexit.register
+def _close_all() -> None:
+    """At the end of the process write what was handed down, also of engines that nobody closed."""
+    for open_tiers in list(_OPEN):
+        open_tiers.close()
+    for tier in _LEFT:
+        tier.close(CLOSE_TIMEOUT_S)
 
 
 def _without_raising(hand_down: Callable[[Request], object], request: Request) -> None:

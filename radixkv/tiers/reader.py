@@ -154,8 +154,8 @@ class PageReader:
                 self._loads.remove(load)
             self._changed.notify_all()
 
-    def close(self, timeout_s: float) -> bool:
-        """Give up all loads and end the thread. Returns False if the store hangs: the thread ends with its call."""
+    def stop(self) -> None:
+        """Give up all loads; the thread ends soon. Waits for nothing."""
         with self._changed:
             self._is_closing = True
             for load in (*self._loads, self._reading):
@@ -163,6 +163,10 @@ class PageReader:
                     load.is_given_up = True
             self._loads.clear()
             self._changed.notify_all()
+
+    def close(self, timeout_s: float) -> bool:
+        """Give up all loads and end the thread. Returns False if the store hangs: the thread ends with its call."""
+        self.stop()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 

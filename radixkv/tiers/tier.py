@@ -173,6 +173,11 @@ class Tier:
             is_slow=self.rate.is_slow,
         )
 
+    def stop(self) -> None:
+        """Ask the threads to end once they have written what is left. Waits for nothing."""
+        self.reader.stop()
+        self.writer.stop()
+
     def close(self, timeout_s: float) -> None:
         """Write what is left and let go of the store. A store that hangs is left to its threads, which end with it."""
         read, written = self.reader.close(timeout_s), self.writer.close(timeout_s)

@@ -138,12 +138,16 @@ class PageWriter:
         with self._changed:
             return self._changed.wait_for(lambda: not self._has_work and not self._is_busy, timeout_s)
 
-    def close(self, timeout_s: float) -> bool:
-        """Write what is left, and end the thread. Returns False if that took too long: the thread ends by itself."""
+    def stop(self) -> None:
+        """Take nothing more; the thread ends once what is left is written. Waits for nothing."""
         with self._changed:
             self._is_closing = True
             self._pace = Pace(None, 0.0)
             self._changed.notify_all()
+
+    def close(self, timeout_s: float) -> bool:
+        """Write what is left, and end the thread. Returns False if that took too long: the thread ends by itself."""
+        self.stop()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
