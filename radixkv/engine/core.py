@@ -134,6 +134,7 @@ class EngineCore:
             waiting=len(self._scheduler.waiting),
             loading=len(self._scheduler.loading),
             tiers=self._tiers.stats(),
+            tiers_busy_s=self._tiers.busy_s,
             steps=self._steps,
             computed_tokens=self._executor.computed_tokens,
             generated_tokens=self._executor.generated_tokens,

@@ -116,7 +116,7 @@ class EngineStats(NamedTuple):
     running request had its pages taken back. `peak_used_pages` includes unused prefixes that are kept.
     `kv_bytes_per_token` counts a token that every layer keeps; `pool_bytes` is the size of the KV pool.
     `loading` requests have their pages and wait for what a tier below the pool has of their prompts; `tiers` tell of
-    each of these.
+    each of these, and `tiers_busy_s` is the part of the engine's own time that copying to and from them took.
     """
 
     cache: CacheStats
@@ -131,6 +131,7 @@ class EngineStats(NamedTuple):
     pool_bytes: int
     loading: int = 0
     tiers: tuple[TierStats, ...] = ()
+    tiers_busy_s: float = 0.0
 
     @property
     def loaded_tokens(self) -> int:

@@ -368,10 +368,15 @@ class Scheduler:
     def _receive(self) -> None:
         """Take in what has been loaded; requests that wait for nothing more run."""
         for request in list(self.loading):
-            if self._tiers.receive(request):
+            try:
+                if not self._tiers.receive(request):
+                    continue
                 self.loading.remove(request)
                 self.running.append(request)
                 self._share(request)
+            except Exception as error:  # of this request alone, as where what it computed is shared
+                request.finish("error", error)
+                self.release(request)
 
     # -- pages -------------------------------------------------------------------------------------------------------
 

@@ -112,10 +112,11 @@ def working_set(model: PreTrainedModel, sizes: Sizes) -> Figures:
 
 def idle_cost(model: PreTrainedModel, sizes: Sizes) -> Figures:
     """Prompts of which nothing is stored: the time of all with a tier against without one, and the steps of decodes
-    while pages are written.
+    while pages are written. The share of the engine's own time that copies for the tier took is told, too.
     """
     seconds: dict[str, list[float]] = {"none": [], "through": [], "selective": [], "back": []}
     steps: dict[str, list[float]] = {name: [] for name in seconds}
+    busy: dict[str, list[float]] = {name: [] for name in seconds}
     params = SamplingParams(max_tokens=sizes.new_tokens * 4, ignore_eos=True)
     for number in range(sizes.rounds + 1):
         names = list(seconds)
@@ -129,11 +130,13 @@ def idle_cost(model: PreTrainedModel, sizes: Sizes) -> Figures:
                         engine.generate(sizes.prompt(10 * number + part), params)
                     if number:  # the first round warms up
                         seconds[name].append(time.perf_counter() - started_at)
+                        busy[name].append(engine.stats().tiers_busy_s / seconds[name][-1])
                         steps[name] += durations
     figures = {}
     for name in ("through", "selective", "back"):
         pairs = zip(seconds[name], seconds["none"], strict=True)
         figures[f"time, {name} / without"] = median(one / other for one, other in pairs)
+        figures[f"share of the engine's time, {name}"] = median(busy[name])
         figures[f"p99 of steps, {name} / without"] = _p99(steps[name]) / _p99(steps["none"])
     return figures
 
