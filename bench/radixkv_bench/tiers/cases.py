@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
@@ -115,28 +115,28 @@ def idle_cost(model: PreTrainedModel, sizes: Sizes) -> Figures:
     while pages are written. The share of the engine's own time that copies for the tier took is told, too.
     """
     seconds: dict[str, list[float]] = {"none": [], "through": [], "selective": [], "back": []}
-    steps: dict[str, list[float]] = {name: [] for name in seconds}
-    busy: dict[str, list[float]] = {name: [] for name in seconds}
+    steps: dict[str, list[float]] = {}
     params = SamplingParams(max_tokens=sizes.new_tokens * 4, ignore_eos=True)
-    for number in range(sizes.rounds + 1):
-        names = list(seconds)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            with tempfile.TemporaryDirectory() as folder:
-                tier = {} if name == "none" else {"disk_cache": folder, "tier_writes": name}
-                with Engine(model, None, _settings(sizes, 2 * sizes.prompt_tokens, **tier)) as engine:
-                    durations = _timed_steps(engine)
-                    started_at = time.perf_counter()
-                    for part in range(3):
-                        engine.generate(sizes.prompt(10 * number + part), params)
-                    if number:  # the first round warms up
-                        seconds[name].append(time.perf_counter() - started_at)
-                        busy[name].append(engine.stats().tiers_busy_s / seconds[name][-1])
-                        steps[name] += durations
+    with ExitStack() as opened:
+        engines = {}
+        for name in seconds:
+            folder = opened.enter_context(tempfile.TemporaryDirectory())
+            tier = {} if name == "none" else {"disk_cache": folder, "tier_writes": name}
+            engine = Engine(model, None, _settings(sizes, 2 * sizes.prompt_tokens, **tier))
+            engines[name] = opened.enter_context(engine)
+            engine.generate(sizes.prompt(999), params)  # the first steps of any engine take longer
+            steps[name] = _timed_steps(engine)
+        for number in range(3 * sizes.rounds):
+            for name, engine in engines.items():
+                engine.reset_cache()
+                started_at = time.perf_counter()
+                engine.generate(sizes.prompt(number), params)
+                seconds[name].append(time.perf_counter() - started_at)
+        busy = {name: engine.stats().tiers_busy_s for name, engine in engines.items()}
     figures = {}
     for name in ("through", "selective", "back"):
-        pairs = zip(seconds[name], seconds["none"], strict=True)
-        figures[f"time, {name} / without"] = median(one / other for one, other in pairs)
-        figures[f"share of the engine's time, {name}"] = median(busy[name])
+        figures[f"time, {name} / without"] = median(seconds[name]) / median(seconds["none"])
+        figures[f"share of the engine's time, {name}"] = busy[name] / sum(seconds[name])
         figures[f"p99 of steps, {name} / without"] = _p99(steps[name]) / _p99(steps["none"])
     return figures
 
