@@ -223,13 +223,17 @@ class Stored(NamedTuple):
 class Removed(NamedTuple):
     """The pages of `run` cannot be found in `medium` any more.
 
-    `last_use_tick` counts uses of the tree (`RadixTree.tick`).
+    `last_use_tick` counts uses of the tree (`RadixTree.tick`); `hits`, `priority` and `keep_until` are those of the
+    node that held them in the pool.
     """
 
     run: PageRun
     medium: Medium
     cause: RemovalCause
     last_use_tick: int
+    hits: int = 0
+    priority: int = 0
+    keep_until: float = 0.0
 
 
 class Cleared(NamedTuple):

@@ -197,6 +197,11 @@ class Lease:
             cache.committed(tokens, self._namespace)
         return len(tokens) if is_shared else whole_tokens
 
+    def recall_hits(self, hits: int) -> None:
+        """Let what it pins count as found by so many requests at least, as it was before this process. O(depth)."""
+        self._check_open()
+        self._cache.tree.recall_hits(self._node, hits)
+
     def release(self) -> None:
         """Unpin the prefix and give up the pages; what was not committed becomes free. Idempotent. O(pages + depth).
 

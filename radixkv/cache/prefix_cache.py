@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from radixkv.cache.allocator import TokenToKVPoolAllocator
 from radixkv.cache.cache_stats import CacheStats, SizeEstimate
 from radixkv.cache.checks import check_cache
-from radixkv.cache.events import Observer
+from radixkv.cache.events import Observer, PageRun, run_of
 from radixkv.cache.eviction.policies import resolve_policy
 from radixkv.cache.eviction.policy import EvictionPolicy
 from radixkv.cache.held_prefix import HeldPrefix, held_prefix
@@ -438,6 +438,10 @@ class PrefixCache:
     def nodes(self) -> Iterator[tuple[int, TreeNode]]:
         """Depth and node of all that is cached, parents first; the cache must not be changed meanwhile. O(nodes)."""
         return self.tree.nodes()
+
+    def cached_runs(self) -> Iterator[tuple[TreeNode, PageRun]]:
+        """The nodes of all that is cached with their pages as values, parents first. O(nodes)."""
+        return ((node, run_of(node, self.page_size)) for _, node in self.nodes() if not node.is_root)
 
     def cached_path(
         self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None

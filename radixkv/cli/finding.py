@@ -46,6 +46,7 @@ def as_json(finding: Finding) -> str:
     """All that is known, as one object on one line."""
     explanation, likest, loss = finding.explanation, finding.likest, finding.loss
     fields = {"prompt": finding.number, "place": finding.place, **explanation._asdict()}
+    fields["below"] = [tier._asdict() for tier in explanation.below]
     if explanation.other_namespaces is not None:
         fields["other_namespaces"] = explanation.other_namespaces._asdict()
     if loss is not None and explanation.eviction is not None:

@@ -6,7 +6,7 @@ Checks, error messages, docstrings, flags of the command line, tables of docs/ap
 from __future__ import annotations
 
 from radixkv.config.cache_config import CacheConfig
-from radixkv.config.engine_config import KV_CACHE_DTYPES, SCHEDULE_POLICIES, EngineConfig, SchedulePolicy
+from radixkv.config.engine_config import KV_CACHE_DTYPES, SCHEDULE_POLICIES, EngineConfig, SchedulePolicy, TierWrites
 from radixkv.config.limits import MAX_COUNT
 from radixkv.config.sampling_params import MAX_LOGPROBS, SamplingParams
 from radixkv.config.schema import schema_of
@@ -22,5 +22,6 @@ __all__ = [
     "SamplingParams",
     "SchedulePolicy",
     "ServerConfig",
+    "TierWrites",
     "schema_of",
 ]

@@ -11,6 +11,7 @@ from radixkv.errors import ConfigError
 
 SchedulePolicy = Literal["lpm", "fcfs"]
 SCHEDULE_POLICIES: tuple[SchedulePolicy, ...] = get_args(SchedulePolicy)
+TierWrites = Literal["through", "selective", "back"]
 KV_CACHE_DTYPES = ("auto", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 
 
@@ -165,6 +166,63 @@ class EngineConfig:
         bool,
         Setting("False computes every prompt from its first token, to measure what the cache brings."),
     ] = True
+    disk_cache: Annotated[
+        str | None,
+        Setting(
+            "Folder in which KV outlives the pool and the process: prefixes that were evicted, or computed before a "
+            "restart, are loaded from there where that is faster than computing them. One engine at a time owns it.",
+            unset="KV is kept in the pool alone",
+        ),
+    ] = None
+    disk_cache_gb: Annotated[float, Setting("Size of `disk_cache` at most.", unit="GB", above=0, maximum=1_000_000)] = (
+        16.0
+    )
+    host_cache_gb: Annotated[
+        float | None,
+        Setting(
+            "Size of the host memory that keeps KV below the pool of a GPU. On the CPU the pool is host memory itself.",
+            unit="GB",
+            above=0,
+            maximum=1_000_000,
+            unset="none",
+        ),
+    ] = None
+    shared_cache: Annotated[
+        str | None,
+        Setting(
+            "Address of a Valkey or Redis server through which engines load what others computed, as in "
+            "redis://host:6379/0.",
+            unset="nothing is shared",
+        ),
+    ] = None
+    tier_writes: Annotated[
+        TierWrites,
+        Setting(
+            "When pages go down to `disk_cache`, `host_cache_gb` and `shared_cache`: through (as soon as they are "
+            "computed), selective (when a request finds them a second time) or back (when they are evicted, and when "
+            "the engine is closed)."
+        ),
+    ] = "through"
+    tier_write_mb_s: Annotated[
+        float | None,
+        Setting(
+            "Rate of writing to each tier at most; what comes faster than its queue can hold is dropped.",
+            unit="MB/s",
+            above=0,
+            maximum=1_000_000,
+            unset="no bound",
+        ),
+    ] = None
+    warm_start_share: Annotated[
+        float,
+        Setting(
+            "Share of the pool that is filled with the hottest prefixes of `disk_cache` after the start, while nothing "
+            "else needs the pages.",
+            unit="share",
+            minimum=0,
+            maximum=1,
+        ),
+    ] = 0.5
     seed: Annotated[int, Setting("Source of the seeds of requests that have none of their own.", minimum=0)] = 0
 
     def __post_init__(self) -> None:
@@ -175,6 +233,10 @@ class EngineConfig:
             raise ConfigError(f"window={self.window} does not run in CUDA graphs; leave out cuda_graphs or window")
         if self.mem_fraction is not None and self.kv_cache_tokens is not None:
             raise ConfigError("kv_cache_tokens and mem_fraction both set the pool's size; give one of them")
+        if not self.prefix_cache and (self.disk_cache or self.host_cache_gb or self.shared_cache):
+            raise ConfigError(
+                "disk_cache, host_cache_gb and shared_cache need the prefix cache; leave out prefix_cache=False"
+            )
         if (self.max_running_requests or 1) > self.max_batch_tokens:
             raise ConfigError(
                 f"max_running_requests ({self.max_running_requests}) must not exceed max_batch_tokens "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -18,12 +20,14 @@ from radixkv.engine.kv_memory import KVMemory, Pool, make_kv_memory
 from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.engine.runner import ModelRunner, Runner
 from radixkv.engine.sampling import Sampler
+from radixkv.engine.tier_stores import asks_for_tiers, hash_weights, make_stores
 from radixkv.errors import ConfigError
 from radixkv.models.fused_decoder import fuse
 from radixkv.models.loader import eos_token_ids, max_context_tokens
 from radixkv.models.probe import plug_in_paged_attention
 from radixkv.models.skinny_linear import speed_up_linears
 from radixkv.models.streaming import MAX_CONTEXT_TOKENS, Streaming
+from radixkv.tiers.page_store import PageStore
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +44,8 @@ class EngineParts:
         limit: the most tokens of a request.
         vocab_size: ids that the model has embeddings for.
         eos_ids: ids that end an output.
+        stores: of pages below the pool, the fastest first; the core closes them.
+        clock: seconds, by which the speed of loads is measured and their time runs out.
     """
 
     config: ResolvedConfig
@@ -54,6 +60,8 @@ class EngineParts:
     limit: ContextLimit
     vocab_size: int
     eos_ids: frozenset[int]
+    stores: tuple[PageStore, ...] = ()
+    clock: Callable[[], float] = time.monotonic
 
     def new_intake(self) -> Intake:
         """What makes requests for a core over these parts; each core needs one of its own."""
@@ -71,11 +79,13 @@ def assemble(model: PreTrainedModel, tokenizer: Any | None = None, config: Engin
 
     The model's attention runs on pages from now on; on the CPU its linear layers take few tokens through our kernel.
 
-    Raises: UnsupportedModelError, UnsupportedBackendError, ConfigError.
+    Raises: UnsupportedModelError, UnsupportedBackendError, ConfigError; TierError if a store below the pool cannot be
+        opened.
     """
     if isinstance(model, str | PathLike):
         raise ConfigError(f"model must be a loaded model, not {model!r}; to load one, use from_pretrained({model!r})")
     config = config or EngineConfig()
+    weights = hash_weights(model) if asks_for_tiers(config) else ""  # before anything is laid out anew
     layers = plug_in_paged_attention(model.eval())
     speed_up_linears(model)
     fused = fuse(model, layers) if config.fused_layers else None
@@ -102,6 +112,7 @@ def assemble(model: PreTrainedModel, tokenizer: Any | None = None, config: Engin
     graphs = None
     if on_gpu and streaming is None:
         graphs = make_graphs(model, memory.backend, resolved, scratch_page=memory.sizes.num_pages)
+    stores = make_stores(config, model, memory.pool, weights)
     return EngineParts(
         config=resolved,
         model=model,
@@ -115,6 +126,7 @@ def assemble(model: PreTrainedModel, tokenizer: Any | None = None, config: Engin
         limit=limit,
         vocab_size=model.config.get_text_config().vocab_size,
         eos_ids=eos_token_ids(model),
+        stores=stores,
     )
 
 

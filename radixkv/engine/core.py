@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
-from radixkv.cache.token_ids import TokenIds
+from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.engine.assembly import EngineParts
 from radixkv.engine.executor import Executor
+from radixkv.engine.lower_tiers import LowerTiers
 from radixkv.engine.request import Progress, Request
 from radixkv.engine.results import EngineStats, ResetCache
-from radixkv.engine.scheduler import Scheduler
+from radixkv.engine.scheduler import Scheduler, Span
 from radixkv.errors import ClosedError
 from radixkv.memory.req_to_token import ReqToTokenPool
+from radixkv.tiers.arrivals import Arrivals
 
 
 class EngineCore:
@@ -33,7 +37,17 @@ class EngineCore:
             max_tokens=config.max_context_tokens,
             page_size=config.page_size,
         )
-        self._scheduler = Scheduler(config, parts.cache, table)
+        self._tiers = LowerTiers(
+            parts.stores,
+            parts.pool,
+            parts.cache,
+            config.tier_writes,
+            max_write_bytes_s=None if config.tier_write_mb_s is None else config.tier_write_mb_s * 1e6,
+            warm_start_share=config.warm_start_share,
+            clock=parts.clock,
+        )
+        self._clock = parts.clock
+        self._scheduler = Scheduler(config, parts.cache, table, self._tiers)
         self._executor = Executor(parts.runner, self._scheduler, parts.sampler, parts.device_sampler)
         self._steps = self._peak_used_pages = 0
         self._closed = False
@@ -45,13 +59,28 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do something."""
-        return bool(self._scheduler.running or self._scheduler.waiting)
+        """Whether a step would do something now. If not, and `waits_for_tiers`, it would once a load has come."""
+        return self._scheduler.has_work
+
+    @property
+    def waits_for_tiers(self) -> bool:
+        """Whether requests load what lies below the pool; `arrivals` tells when something came."""
+        return bool(self._scheduler.loading)
+
+    @property
+    def arrivals(self) -> Arrivals:
+        """What its tiers brought so far: a driver without work waits for more, for `wait_s` at most."""
+        return self._tiers.arrivals
+
+    @property
+    def wait_s(self) -> float | None:
+        """Seconds until a step has something to do although nothing came; None if that is never."""
+        return self._tiers.wait_s(self._scheduler.loading)
 
     @property
     def requests(self) -> list[Request]:
-        """Requests that have not ended: those that run, then those that wait for pages."""
-        return [*self._scheduler.running, *self._scheduler.waiting]
+        """Requests that have not ended: those that run, those that load, then those that wait for pages."""
+        return self._scheduler.requests
 
     @property
     def num_waiting(self) -> int:
@@ -83,7 +112,9 @@ class EngineCore:
         Raises: ClosedError. A request that fails ends with its error in its output; the others go on.
         """
         self._check_open()
+        started_at, busy_s = self._clock(), self._tiers.busy_s
         batch = self._executor.step()
+        self._note_speed(batch, self._clock() - started_at - (self._tiers.busy_s - busy_s))
         if batch:
             self._steps += 1
             self._peak_used_pages = max(self._peak_used_pages, self._parts.cache.used_pages)
@@ -101,6 +132,9 @@ class EngineCore:
             cache=self._parts.cache.stats(),
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
+            loading=len(self._scheduler.loading),
+            tiers=self._tiers.stats(),
+            tiers_busy_s=self._tiers.busy_s,
             steps=self._steps,
             computed_tokens=self._executor.computed_tokens,
             generated_tokens=self._executor.generated_tokens,
@@ -120,17 +154,32 @@ class EngineCore:
         return ResetCache(held - kept, kept)
 
     def explain(self, ids: TokenIds, namespace: Namespace, *, as_admin: bool = False) -> Explanation:
-        """As `PrefixCache.explain`, or `explain_as_admin`. Raises: as these; ClosedError."""
+        """As `PrefixCache.explain` or `explain_as_admin`, with what lies below. Raises: as these; ClosedError."""
         self._check_open()
         cache = self._parts.cache
         explain = cache.explain_as_admin if as_admin else cache.explain
-        return explain(ids, extra_key=namespace.extra_key, cache_salt=namespace.cache_salt)
+        explanation = explain(ids, extra_key=namespace.extra_key, cache_salt=namespace.cache_salt)
+        below = self._tiers.below(token_array(ids), namespace, explanation.cached_tokens)
+        return explanation._replace(below=tuple(below))
 
     def keep(self, ids: TokenIds, keep_for_s: float, namespace: Namespace) -> int:
         """As `PrefixCache.keep`. Raises: as this; ClosedError."""
         self._check_open()
         cache = self._parts.cache
         return cache.keep(ids, keep_for_s, extra_key=namespace.extra_key, cache_salt=namespace.cache_salt)
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether nothing more comes from the tiers to fill the pool at its start."""
+        return self._tiers.is_warm
+
+    def flush_tiers(self, timeout_s: float) -> bool:
+        """Wait until what was handed down to the tiers is written. Returns False if it took too long.
+
+        Safe to call from any thread. Raises: ClosedError.
+        """
+        self._check_open()
+        return self._tiers.flush(timeout_s)
 
     def close(self) -> list[Progress]:
         """Abort all requests and forget the cache. Idempotent.
@@ -139,8 +188,8 @@ class EngineCore:
         """
         if self._closed:
             return []
-        requests = (*self._scheduler.running, *self._scheduler.waiting)
-        progress = [self._abort(request) for request in requests]
+        progress = [self._abort(request) for request in self._scheduler.requests]
+        self._tiers.close()
         self._parts.cache.reset()
         self._closed = True
         return [piece for piece in progress if piece is not None]
@@ -149,6 +198,15 @@ class EngineCore:
         """Prove the invariants of the cache and the scheduler. For tests. Raises: InvariantError."""
         self._parts.cache.check_invariants()
         self._scheduler.check_invariants()
+
+    def _note_speed(self, batch: Sequence[Span], seconds: float) -> None:
+        """Tell the tiers how long the prompts of a step took to compute."""
+        chunks = [span for span in batch if span.first < len(span.request.prompt_ids)]
+        num_tokens = sum(span.last - span.first for span in chunks)
+        if 4 * num_tokens >= 3 * sum(span.last - span.first for span in batch):
+            for span in chunks:
+                share = (span.last - span.first) / num_tokens
+                self._tiers.computed(span.first, span.last, seconds * share)
 
     def _abort(self, request: Request) -> Progress | None:
         request.finish("abort")

@@ -86,6 +86,7 @@ class CoreThread:
         self._num_queued = 0  # requests in the inbox
         self._num_waiting = 0  # requests in the core without pages, as of its last step
         self._end: Exception | None = None  # why nothing more is accepted
+        core.arrivals.listen(self._wake_up)
         self._thread = threading.Thread(target=self._run, name="radixkv-engine", daemon=True)
         self._thread.start()
 
@@ -154,7 +155,7 @@ class CoreThread:
         """Do what came, waiting for it if there is nothing to step; False once the thread is to end."""
         with self._wake:
             while not self._inbox and self._end is None and not self._core.has_work:
-                self._wake.wait()
+                self._wake.wait(self._core.wait_s)
             operations, self._inbox = self._inbox, []
             self._num_queued = 0
             goes_on = self._end is None
@@ -163,6 +164,11 @@ class CoreThread:
         with self._wake:
             self._num_waiting = self._core.num_waiting
         return goes_on
+
+    def _wake_up(self) -> None:
+        """A tier has brought something; it calls this in a thread of its own."""
+        with self._wake:
+            self._wake.notify()
 
     def _add(self, core: EngineCore, requests: Sequence[Request]) -> None:
         for request in requests:

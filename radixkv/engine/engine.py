@@ -207,6 +207,7 @@ class Engine:
         with self.exclusive():
             progress = self._core.abort(request_id)
             self._deliver(progress)
+            self._core.arrivals.notify()  # of the end of what they wait for
         return bool(progress)
 
     def session(
@@ -279,6 +280,29 @@ class Engine:
         """Abort all requests and forget the cache; callers that wait get what there is. Idempotent."""
         with self.exclusive():
             self._deliver(self._core.close())
+            self._core.arrivals.notify()
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether nothing more comes from `disk_cache` to fill the pool at its start."""
+        return self._core.is_warm
+
+    def step_tiers(self, timeout_s: float = 0.0) -> None:
+        """Take in what the tiers brought, after waiting for it for so long at most. Raises: ClosedError.
+
+        An engine without requests runs no steps: call this to let it fill its pool before the first one comes.
+        """
+        arrivals, seen = self._core.arrivals, self._core.arrivals.count
+        if not self._core.has_work:
+            arrivals.wait(seen, timeout_s)
+        self.step()
+
+    def flush_tiers(self, timeout_s: float = 60.0) -> bool:
+        """Wait until what was handed down to the tiers below the pool is written. Returns False if it took too long.
+
+        Raises: ClosedError.
+        """
+        return self._core.flush_tiers(timeout_s)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.int32]:
         """Ids of `text`, by default as a prompt: with the tokenizer's own beginning of sequence.
@@ -342,14 +366,20 @@ class Engine:
             with self.exclusive():
                 if taken := outbox.take():
                     return taken
-                assert self._core.has_work, "a caller waits for a request that neither waits nor runs"
-                self.step()
+                arrivals, seen = self._core.arrivals, self._core.arrivals.count
+                if self._core.has_work:
+                    self.step()
+                    continue
+                assert self._core.waits_for_tiers, "a caller waits for a request that neither waits, loads nor runs"
+                timeout_s = self._core.wait_s
+            arrivals.wait(seen, timeout_s)
 
     def _abort_all(self, requests: Sequence[Request]) -> None:
         """Abort those of `requests` that have not ended, since nobody waits for them any more."""
         for request in requests:
             if self._outboxes.pop(request.id, None) is not None and not request.is_finished:
                 self._core.abort(request.id)
+        self._core.arrivals.notify()  # others may have waited for what these held
 
     def _stream(self, ids: NDArray[np.int32], params: SamplingParams, options: CacheOptions) -> Generator[Progress]:
         requests = self._intake.make(ids, params, options, streams=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,10 @@ from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.detokenizer import Detokenizer, decode
 from radixkv.engine.logit_edits import LogitEdits
 from radixkv.engine.sampling import SamplingParams, TokenLogprobs
+from radixkv.tiers.page_chain import PageChain
+
+if TYPE_CHECKING:
+    from radixkv.engine.loading import RequestLoad, RequestLookup
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -72,6 +76,7 @@ class RequestOutput:
         prompt_token_ids: the ids of the prompt.
         cached_tokens: leading prompt tokens whose KV was found, not computed. Choices after the first find what it
             computed; `usage` counts the prompt once.
+        cached_by: `cached_tokens` by where they were found: "pool", and the tiers below it, "host", "disk", "shared".
         cache_write_tokens: prompt tokens that this output stored in the cache, and that were not there before.
         finish_reason: "stop" (end of sequence, stop id or stop string), "length" (max_tokens, context or pool),
             "abort" or "error".
@@ -98,6 +103,7 @@ class RequestOutput:
     cache_write_tokens: int = 0
     choice_index: int = 0
     others: tuple[RequestOutput, ...] = ()
+    cached_by: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def choices(self) -> tuple[RequestOutput, ...]:
@@ -156,9 +162,15 @@ class Request:
     lease: Lease | None = None
     row: int | None = None
     num_computed: int = 0
+    num_shared: int = 0  # leading tokens that were found in the cache, or committed to it since
     cached_tokens: int | None = None  # of the first admission
     cache_write_tokens: int = 0
     num_accounted: int = 0  # prompt tokens that are counted as cached, as written, or as stored by others
+    cached_by: dict[str, int] = field(default_factory=dict)  # of `cached_tokens`, by where they were
+    load: RequestLoad | RequestLookup | None = None  # what it waits for from a tier below the pool
+    chain: PageChain | None = None  # the keys of its pages, if a tier wants them
+    handed_pages: dict[str, int] = field(default_factory=dict)  # by tier: leading pages that are stored or will be
+    stored_pages: dict[str, int] = field(default_factory=dict)  # by tier: leading pages that were stored before
     awaited: tuple[Request, int] | None = None  # one that computes what both begin with, and how many tokens that is
     retractions: int = 0
     started_at: float | None = None
@@ -227,8 +239,26 @@ class Request:
         self.cache_write_tokens += max(0, last - first)
         self.num_accounted = max(self.num_accounted, last)
 
+    def was_found(self, cached_tokens: int) -> None:
+        """Count prompt tokens as found in the pool, at its first admission."""
+        self.cached_tokens = self.num_accounted = cached_tokens
+        self.cached_by["pool"] = cached_tokens
+
+    def was_loaded(self, tier: str, first_token: int) -> None:
+        """Count prompt tokens as found in `tier`: those from `first_token` to what is computed now.
+
+        No token counts twice: what it had computed before it was retracted is not found.
+        """
+        first = max(first_token, self.num_accounted)
+        last = min(self.num_computed, len(self.prompt_ids))
+        if last > first:
+            assert self.cached_tokens is not None, self
+            self.cached_tokens += last - first
+            self.cached_by[tier] = self.cached_by.get(tier, 0) + last - first
+            self.num_accounted = last
+
     def running(self) -> tuple[Lease, int]:
-        """Its lease and its row in the table of pages; only for a running request."""
+        """Its lease and its row in the table of pages; only for a request that runs or loads."""
         assert self.lease is not None, self
         assert self.row is not None, self
         return self.lease, self.row
@@ -308,6 +338,7 @@ class Request:
             token_ids=list(self.output_ids),
             prompt_token_ids=self.prompt_ids.tolist(),
             cached_tokens=self.cached_tokens or 0,
+            cached_by=dict(self.cached_by),
             finish_reason=self.finish_reason,
             metrics=self.metrics(),
             error=self.error,

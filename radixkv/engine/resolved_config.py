@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from types import NoneType
 from typing import get_args, get_type_hints
 
-from radixkv.config import EngineConfig, SchedulePolicy
+from radixkv.config import EngineConfig, SchedulePolicy, TierWrites
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +14,8 @@ class ResolvedConfig:
     """As `EngineConfig`, with a value for each setting that was "auto" or None.
 
     What may still be None says that there is no such thing: `window_cache_tokens` if every layer keeps every page,
-    `window` without StreamingLLM, `long_extends` where the backend has one way.
+    `window` without StreamingLLM, `long_extends` where the backend has one way, `disk_cache` and the other tiers, and a
+    bound of the rate at which they are written.
     """
 
     dtype: str
@@ -36,6 +37,13 @@ class ResolvedConfig:
     cuda_graphs: bool | None
     fused_layers: bool
     prefix_cache: bool
+    disk_cache: str | None
+    disk_cache_gb: float
+    host_cache_gb: float | None
+    shared_cache: str | None
+    tier_writes: TierWrites
+    tier_write_mb_s: float | None
+    warm_start_share: float
     seed: int
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from radixkv.cache.cache_stats import CacheStats, SizeEstimate
 from radixkv.engine.request import Progress, Request, RequestOutput
+from radixkv.tiers.tier import TierStats
 
 
 class Outbox:
@@ -115,6 +116,8 @@ class EngineStats(NamedTuple):
     `computed_tokens` went through the model; `generated_tokens` were sampled; `retractions` counts how often a
     running request had its pages taken back. `peak_used_pages` includes unused prefixes that are kept.
     `kv_bytes_per_token` counts a token that every layer keeps; `pool_bytes` is the size of the KV pool.
+    `loading` requests have their pages and wait for what a tier below the pool has of their prompts; `tiers` tell of
+    each of these, and `tiers_busy_s` is the part of the engine's own time that copying to and from them took.
     """
 
     cache: CacheStats
@@ -127,10 +130,18 @@ class EngineStats(NamedTuple):
     peak_used_pages: int
     kv_bytes_per_token: int
     pool_bytes: int
+    loading: int = 0
+    tiers: tuple[TierStats, ...] = ()
+    tiers_busy_s: float = 0.0
+
+    @property
+    def loaded_tokens(self) -> int:
+        """Tokens that were loaded from tiers below the pool in place of being computed."""
+        return sum(tier.loaded_tokens for tier in self.tiers)
 
     @property
     def hit_rate(self) -> float:
-        """Share of the prompt tokens that were found in the cache."""
+        """Share of the prompt tokens that were found in the pool."""
         return self.cache.hit_rate
 
     @property

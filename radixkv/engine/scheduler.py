@@ -13,6 +13,7 @@ import numpy as np
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import common_tokens
+from radixkv.engine.lower_tiers import LowerTiers
 from radixkv.engine.request import Request
 from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.engine.waiting_queue import WaitingQueue
@@ -61,17 +62,28 @@ class Scheduler:
     - Waiting requests are admitted by longest cached prefix ("lpm") or in order of arrival ("fcfs"). Under "lpm" a
       request that `max_skips` later ones have overtaken goes first, so none starves.
     - A waiting request that shares a longer prefix with one whose prompt is being computed waits for it and hits.
+    - A request that is admitted and finds more of its prompt in a tier below the pool loads it first: it has its pages,
+      and runs when what came is in them. It is the first to be retracted when pages are short.
 
-    Invariant, proved by `check_invariants`: running requests, and they alone, hold a lease and a row, where the lease
-    keeps its pages.
+    Invariant, proved by `check_invariants`: requests that run or load, and they alone, hold a lease and a row, where
+    the lease keeps its pages.
     """
 
-    def __init__(self, config: ResolvedConfig, cache: PrefixCache, req_to_token: ReqToTokenPool) -> None:
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        cache: PrefixCache,
+        req_to_token: ReqToTokenPool,
+        tiers: LowerTiers | None = None,
+    ) -> None:
         self._config = config
         self._cache = cache
         self._req_to_token = req_to_token
+        self._tiers = LowerTiers.none() if tiers is None else tiers
         self.waiting = WaitingQueue(config, cache)
         self.running: list[Request] = []  # in order of admission
+        self.loading: list[Request] = []  # in order of admission
+        self._waits_for_load = False  # whether the last batch was empty, and a load must come first
         self.num_retractions = 0
         self._ended: list[Request] = []  # and not yet reported by `take_ended`
 
@@ -83,17 +95,33 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. O(log waiting)."""
         self.waiting.add(request)
+        self._waits_for_load = False
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `next_batch` would do something now, not only once a load has come."""
+        if self._tiers.has_warm_pages:
+            return True
+        if not (self.running or self.waiting or self.loading):
+            return False
+        return not self._waits_for_load or self._tiers.have_news(self.loading)
 
     def find(self, request_id: int) -> Request | None:
-        """The waiting or running request of that id; None if there is none. O(running)."""
-        return self.waiting.find(request_id) or next((r for r in self.running if r.id == request_id), None)
+        """The waiting, loading or running request of that id; None if there is none. O(running)."""
+        with_pages = (*self.running, *self.loading)
+        return self.waiting.find(request_id) or next((r for r in with_pages if r.id == request_id), None)
 
     def find_choices(self, request_id: int) -> list[Request]:
-        """The waiting and running choices of the request to which that choice belongs, also if it has ended itself.
+        """The choices of the request to which that choice belongs, also if it has ended itself, that have not ended.
 
         O(waiting + running).
         """
-        return [request for request in (*self.running, *self.waiting) if request_id in request.choice_ids]
+        return [request for request in self.requests if request_id in request.choice_ids]
+
+    @property
+    def requests(self) -> list[Request]:
+        """Requests that have not ended: those that run, those that load, then those that wait for pages."""
+        return [*self.running, *self.loading, *self.waiting]
 
     def take_ended(self) -> list[Request]:
         """The requests that ended since the last call."""
@@ -104,10 +132,13 @@ class Scheduler:
         """Choose the next step's tokens, take the pages they need, and retract or admit requests as that allows."""
         for request in [r for r in self.running if r.is_finished]:
             self.release(request)
+        self._tiers.poll()
+        self._receive()
         batch = self._fill()
         while not batch and self.running:
             self._make_way()
             batch = self._fill()
+        self._waits_for_load = not batch and bool(self.loading)
         now = time.perf_counter()
         for span in batch:
             span.request.started_at = span.request.started_at or now
@@ -123,7 +154,7 @@ class Scheduler:
                 budget = self._add_chunk(batch, request, budget)
         if budget == 0 or not self.waiting or not self._req_to_token.num_free:
             return batch
-        in_progress = self._by_head(prefills)
+        in_progress = self._by_head([*prefills, *(r for r in self.loading if r.num_pending > 1)])
         for request in self.waiting.candidates():
             if budget == 0 or not self._req_to_token.num_free:
                 break
@@ -134,7 +165,8 @@ class Scheduler:
                 continue
             if not self._has_room(request, cached_tokens, budget) or not self._start(request):
                 break  # nobody overtakes it on the way to free pages
-            budget = self._add_chunk(batch, request, budget)
+            if request.load is None:
+                budget = self._add_chunk(batch, request, budget)
             in_progress.setdefault(_head(request), []).append(request)
         return batch
 
@@ -146,7 +178,7 @@ class Scheduler:
 
         Returns: None if it is not certain.
         """
-        if self.waiting or len(requests) != len(self.running):
+        if self.waiting or self.loading or len(requests) != len(self.running):
             return None
         for request in requests:
             assert request.lease is not None, request
@@ -171,20 +203,20 @@ class Scheduler:
         if request in self.waiting:
             self.waiting.remove(request)
             self._ended.append(request)
-        if request in self.running:
+        if request.lease is not None:
             try:
+                self._tiers.end_load(request)
                 if request.finish_reason != "error":
-                    self._share(request)
+                    self._share(request, is_end=True)
             except Exception:  # its output is whole; what it computed is forgotten
                 logger.exception("what request %d computed cannot be shared", request.id)
             finally:
-                self.running.remove(request)
-                self._give_back(request)
+                self._leave(request)
                 self._ended.append(request)
 
     def check_invariants(self) -> None:
         """Prove the invariant of the class docstring. For tests."""
-        for request in self.running:
+        for request in (*self.running, *self.loading):
             assert request.lease is not None, request
             assert request.row is not None, request
             assert np.shares_memory(request.lease.pages, self._req_to_token.row(request.row)), "another's row"
@@ -193,7 +225,8 @@ class Scheduler:
         for request in self.waiting:
             assert request.lease is None, request
             assert request.row is None, request
-        rows = len(self.running) + self._req_to_token.num_free
+        assert all((request.load is not None) == (request in self.loading) for request in self.requests), self.loading
+        rows = len(self.running) + len(self.loading) + self._req_to_token.num_free
         assert rows == len(self._req_to_token.table), "a row was lost"
 
     # -- running requests --------------------------------------------------------------------------------------------
@@ -217,7 +250,9 @@ class Scheduler:
             return
 
     def _cheapest_to_retract(self) -> Request:
-        """Of all running requests but the oldest, the one with the fewest tokens of its own to compute again."""
+        """One that loads; else of all running requests but the oldest, the one with the fewest tokens of its own."""
+        if self.loading:
+            return self.loading[-1]
         oldest = min(self.running, key=lambda r: r.id)
         candidates = [r for r in self.running if r is not oldest]
         if not candidates:  # pages are leased by somebody outside: end it rather than wait for what may never come
@@ -225,9 +260,9 @@ class Scheduler:
         return min(candidates, key=lambda r: (r.num_computed - self._found(r), -r.id))
 
     def _retract(self, request: Request) -> None:
+        self._tiers.end_load(request)
         self._share(request)  # evictable now; if nobody needs the room before it resumes, nothing is lost
-        self.running.remove(request)
-        self._give_back(request)
+        self._leave(request)
         request.num_computed = 0
         request.retractions += 1
         self.num_retractions += 1
@@ -294,17 +329,17 @@ class Scheduler:
 
     def _has_room(self, request: Request, cached_tokens: int, budget: int) -> bool:
         """Whether its prompt fits, and a page for each running request besides: else one would be retracted soon."""
-        if not self.running:
+        if not self.running and not self.loading:
             return True
         return self._cache.has_room(
             request.num_tokens,
             cached_tokens=cached_tokens,
             next_tokens=min(request.num_tokens - cached_tokens, budget),
-            spare_pages=len(self.running),
+            spare_pages=len(self.running) + len(self.loading),
         )
 
     def _start(self, request: Request) -> bool:
-        """Move a waiting request to the running ones; False if its pages cannot be had."""
+        """Move a waiting request to the running ones, or to those that load; False if its pages cannot be had."""
         limit = len(request.findable_ids) if self._config.prefix_cache else 0
         acquire = self._cache.acquire if request.cached_tokens is None else self._cache.resume  # counted once
         row = self._req_to_token.alloc()
@@ -316,38 +351,61 @@ class Scheduler:
                 lease = acquire(request.token_ids, max_cached_tokens=limit, row=pages, **options)
                 undo.pop_all()
         except OutOfPagesError as error:
-            if not self.running:  # nothing will free a page: pages are leased by somebody outside
+            if not self.running and not self.loading:  # nothing will free a page: pages are leased by somebody outside
                 request.finish("error", error)
                 self.release(request)
             return False
         request.lease = lease
         request.row = row
-        request.num_computed = lease.cached_tokens
+        request.num_computed = request.num_shared = lease.cached_tokens
         if request.cached_tokens is None:
-            request.cached_tokens = request.num_accounted = lease.cached_tokens
+            request.was_found(lease.cached_tokens)
         request.awaited = None
         self.waiting.admitted(request)
-        self.running.append(request)
+        loads = self._tiers.begin_load(request)
+        (self.loading if loads else self.running).append(request)
         return True
+
+    def _receive(self) -> None:
+        """Take in what has been loaded; requests that wait for nothing more run."""
+        for request in list(self.loading):
+            try:
+                if not self._tiers.receive(request):
+                    continue
+                self.loading.remove(request)
+                self.running.append(request)
+                self._share(request)
+            except Exception as error:  # of this request alone, as where what it computed is shared
+                request.finish("error", error)
+                self.release(request)
 
     # -- pages -------------------------------------------------------------------------------------------------------
 
-    def _share(self, request: Request) -> None:
-        """Commit what was computed, so that others can hit it."""
+    def _share(self, request: Request, *, is_end: bool = False) -> None:
+        """Commit what was computed, so that others can hit it, and let it go down to the tiers."""
+        if self._config.prefix_cache:
+            self._commit(request)
+            (self._tiers.ends if is_end else self._tiers.shared)(request)
+
+    def _commit(self, request: Request) -> None:
         assert request.lease is not None, request
-        if not self._config.prefix_cache or request.num_computed <= request.lease.committed_tokens:
+        if request.num_computed <= request.lease.committed_tokens:
             return
         num_prompt = min(request.num_computed, len(request.prompt_ids))
         if request.num_accounted >= num_prompt:
-            request.lease.commit(request.computed_ids)
+            request.num_shared = request.lease.commit(request.computed_ids)
             return
         extra_key, cache_salt = request.cache_options.namespace
         prompt_ids = request.prompt_ids[:num_prompt]
         held_tokens, _ = self._cache.cached_path(prompt_ids, extra_key=extra_key, cache_salt=cache_salt)
-        request.wrote(held_tokens, request.lease.commit(request.computed_ids))
+        request.num_shared = request.lease.commit(request.computed_ids)
+        request.wrote(held_tokens, request.num_shared)
 
-    def _give_back(self, request: Request) -> None:
+    def _leave(self, request: Request) -> None:
+        """A request runs or loads no more; what it holds is given back."""
         assert request.lease is not None, request
+        self._waits_for_load = False
+        (self.loading if request in self.loading else self.running).remove(request)
         assert request.row is not None, request
         request.lease.release()
         self._req_to_token.free(request.row)

@@ -105,6 +105,10 @@ class KVPool(PagePool):
     def page_tensors(self, page: int) -> list[Tensor]:
         return [pages[page].unsqueeze(1) for pages in (*self.k, *self.v)]
 
+    def page_blocks(self) -> list[Tensor]:
+        """Views of all that the pool keeps, [num_pages, values of a page]: a page is contiguous in each. O(layers)."""
+        return [pages.flatten(1) for pages in (*self.k, *self.v)]
+
     def bytes_of(self, pages: NDArray[np.int32], num_tokens: int) -> int:
         """KV bytes of the first `num_tokens` tokens in `pages`."""
         return num_tokens * self.bytes_per_token
@@ -160,6 +164,13 @@ class LaneKVPool(KVPool):
             *(k[page].permute(2, 0, 1, 3).unsqueeze(1) for k in self.k),  # [page_size, 1, heads, dim / w, w]
             *(v[page].permute(1, 3, 0, 2) for v in self.v),  # [page_size / w, w, heads, dim]
         ]
+
+    def page_blocks(self) -> list[Tensor]:
+        blocks = []
+        for k, v in zip(self.k, self.v, strict=True):  # which alternate head by head in the same memory
+            size = k[0].numel() + v[0].numel()
+            blocks.append(k.as_strided((self.num_pages, size), (size, 1)))
+        return blocks
 
     def _tensors(self, layer: LayerKV) -> tuple[Tensor, Tensor]:
         k_shape, v_shape = self._k_shape(layer), self._v_shape(layer)

@@ -77,6 +77,9 @@ class LatentKVPool(KVPool):
     def page_tensors(self, page: int) -> list[Tensor]:
         return [pages[page].unsqueeze(1) for pages in self.k]
 
+    def page_blocks(self) -> list[Tensor]:
+        return [pages.flatten(1) for pages in self.k]
+
 
 def _latent_dim(layer: LayerKV) -> int:
     assert isinstance(layer, LatentKV), f"{layer} keeps no latent"

@@ -82,6 +82,9 @@ class QuantizedKVPool(KVPool):
     def page_tensors(self, page: int) -> list[Tensor]:
         return [*self._codes.page_tensors(page), *self._scales.page_tensors(page)]
 
+    def page_blocks(self) -> list[Tensor]:
+        return [*self._codes.page_blocks(), *self._scales.page_blocks()]
+
     def encode_kv(self, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Codes and scales of k and of v, [tokens, num_kv_heads, head_dim] each."""
         return encode(self._code, self.queries(k)), encode(self._code, v)
@@ -138,6 +141,10 @@ class _ScalePages:
         """As `PagePool.page_tensors`."""
         tokens_at = 2 if self._in_lanes else 0
         return [pages[page].movedim(tokens_at, 0).unsqueeze(1) for pages in (*self.k, *self.v)]
+
+    def page_blocks(self) -> list[Tensor]:
+        """As `KVPool.page_blocks`."""
+        return [pages.flatten(1) for pages in (*self.k, *self.v) if pages.numel()]
 
     def _empty(self, num_pages: int, num_kv_heads: int, num_scales: int, device: torch.device) -> Tensor:
         shape = (self._page_size, num_kv_heads, num_scales)

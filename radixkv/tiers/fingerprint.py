@@ -32,7 +32,7 @@ class Fingerprint:
     weights: str  # a hash of their content: `hash_files` or `hash_tensors`
     dtype: str
     kv_dtype: str
-    layout: str  # what a payload is: shapes of all layers, in the order of `PagePool.page_tensors`
+    layout: str  # what a payload is: how values lie in a page of the pool, and of which layers
     page_size: int
     rotary: str  # all parameters that decide the angles
     adapter: str = ""

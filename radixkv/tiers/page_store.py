@@ -5,7 +5,7 @@ before it (`cache.page_keys`; the first one by `root_key` of its namespace) and 
 may hold fewer tokens than `page_size`: the end of a sequence. Its payload is then the whole page all the same, of
 which only the first tokens mean something.
 
-The bytes of a payload are opaque here: `PagePool.page_tensors` in order, for every kind of pool.
+The bytes of a payload are opaque here: those that a page has in the pool, layer by layer (`memory.page_bytes`).
 """
 
 from __future__ import annotations

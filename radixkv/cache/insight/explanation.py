@@ -38,6 +38,23 @@ class OtherNamespaces(NamedTuple):
         return f"{self.num_namespaces:,} other namespaces hold up to {self.most_tokens:,}"
 
 
+class BelowPool(NamedTuple):
+    """How many leading tokens of a prompt a tier below the pool holds, where it goes on from what the pool does.
+
+    `reason`: "loaded" if a request would load it, "slower than computing" if it is measured to be, or "unavailable"
+    while the tier has failed or hangs.
+    """
+
+    tier: str
+    tokens: int
+    reason: Literal["loaded", "slower than computing", "unavailable"]
+
+    def __str__(self) -> str:
+        where = {"disk": "on disk", "host": "in host memory", "shared": "in the shared cache"}.get(self.tier, self.tier)
+        would = "to be loaded" if self.reason == "loaded" else f"not loaded: {self.reason}"
+        return f"{self.tokens} are {where}, {would}"
+
+
 class Explanation(NamedTuple):
     """How far a prompt is cached, and why not further; `str` says it in one line.
 
@@ -62,6 +79,7 @@ class Explanation(NamedTuple):
         near_miss: the cached sequence that agrees with it the longest; None if nothing agrees in the first token, or
             if all tokens are cached.
         given_up_tokens: tokens after `cached_tokens` whose KV the layers with a window have lost, and others have not.
+        below: what the tiers below the pool hold beyond `cached_tokens`.
     """
 
     num_tokens: int
@@ -73,10 +91,13 @@ class Explanation(NamedTuple):
     other_namespaces: OtherNamespaces | None
     near_miss: NearMiss | None
     given_up_tokens: int
+    below: tuple[BelowPool, ...] = ()
 
     def __str__(self) -> str:
         text = f"{self.cached_tokens} of {self.num_tokens} tokens are cached"
-        return text if self.reason == "hit" else f"{text}; {self._why()}"
+        if self.reason != "hit":
+            text = f"{text}; {self._why()}"
+        return "; ".join([text, *map(str, self.below)])
 
     def _why(self) -> str:
         if self.reason == "window":

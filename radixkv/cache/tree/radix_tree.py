@@ -296,6 +296,15 @@ class RadixTree(TreeShape):
             current.hits += 1
             current = current.parent
 
+    def recall_hits(self, node: TreeNode, hits: int) -> None:
+        """Let the path to `node` count as found by so many requests at least. O(depth + log leaves)."""
+        current: TreeNode | None = node
+        while current is not None:
+            current.hits = max(current.hits, hits)
+            current = current.parent
+        if node.entry is not None:
+            self._queue.update(node)
+
     def retain(self, node: TreeNode, *, priority: int = 0, keep_for_s: float | None = None) -> None:
         """Let the path from the root to `node` outlive others. O(depth + log leaves).
 

@@ -301,7 +301,7 @@ class TreeShape:
                     self._queue.add(parent)
             finally:
                 if run is not None:
-                    self.events.send(Removed(run, "pool", cause, leaf.last_access))
+                    self.events.send(_removed(leaf, run, cause))
 
     def _trim(self, leaf: TreeNode, kept_bytes: int, cause: RemovalCause) -> None:
         """Remove the end of an unpinned leaf, but for its first pages, `kept_bytes` in page ids. O(pages removed).
@@ -325,7 +325,7 @@ class TreeShape:
                 self._queue.replace(leaf, kept)
             finally:
                 if run is not None:
-                    self.events.send(Removed(run, "pool", cause, leaf.last_access))
+                    self.events.send(_removed(leaf, run, cause))
 
     def _insert_above(self, leaf: TreeNode, kept_bytes: int) -> TreeNode:
         """A node between `leaf` and its parent that takes over its first pages; tokens are not copied if many."""
@@ -377,3 +377,7 @@ class TreeShape:
         if parent.namespace is not None and not parent.children:
             del self._roots[parent.namespace]
             parent.subscribers = None
+
+
+def _removed(leaf: TreeNode, run: PageRun, cause: RemovalCause) -> Removed:
+    return Removed(run, "pool", cause, leaf.last_access, leaf.hits, leaf.priority, leaf.keep_until)

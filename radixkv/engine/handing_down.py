@@ -1,0 +1,184 @@
+"""Hands pages of the pool down to the tiers below it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from radixkv.cache.events import Event, PageRun, Removed
+from radixkv.cache.namespace import Namespace
+from radixkv.cache.page_keys import tail_key
+from radixkv.cache.prefix_cache import PrefixCache
+from radixkv.cache.token_ids import TOKEN_BYTES
+from radixkv.config import TierWrites
+from radixkv.engine.loading import chain_of
+from radixkv.engine.request import Request
+from radixkv.memory.page_bytes import PageBytes
+from radixkv.tiers.page_chain import as_bytes
+from radixkv.tiers.page_store import PageFacts
+from radixkv.tiers.tier import Tier
+from radixkv.tiers.writer import PageRecord
+
+
+class HandDown:
+    """Copies pages for the writers of the tiers, in the engine's thread: a memcpy, bounded by their queues.
+
+    - "through": what a request computed, whole pages after each chunk of its prompt, and the rest when it ends;
+    - "selective": what a request found cached, when it ends: pages that were used a second time;
+    - "back": what is evicted, before its pages go to others; and what is left when the engine is closed.
+
+    Pages that a tier has, or that wait for its writer, are not copied again.
+
+    Attributes:
+        busy_s: seconds of the engine's time that it took.
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        page_bytes: PageBytes,
+        cache: PrefixCache,
+        writes: TierWrites,
+        *,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._tiers, self._page_bytes, self._cache, self._writes = tiers, page_bytes, cache, writes
+        self._page_size, self._wall_clock = cache.page_size, wall_clock
+        self.busy_s = 0.0
+        if writes == "back":
+            cache.add_observer(self._observe)
+
+    def shared(self, request: Request) -> None:
+        """A request has shared what it computed so far, and may go on."""
+        if self._writes == "through":
+            self._hand_down(request, is_end=False)
+
+    def ends(self, request: Request) -> None:
+        """A request has shared what it computed, and is about to give its pages back."""
+        if self._writes != "back":
+            self._hand_down(request, is_end=True)
+
+    def close(self) -> None:
+        """Hand down what would be lost, parents first."""
+        if self._writes == "back":
+            for node, run in self._cache.cached_runs():
+                self._hand_down_run(run, self._facts(node.hits, node.priority, node.keep_until, run.namespace))
+
+    # -- pages of a request ------------------------------------------------------------------------------------------
+
+    def _hand_down(self, request: Request, *, is_end: bool) -> None:
+        started_at = time.perf_counter()
+        lease, _ = request.running()
+        num_tokens = request.num_shared
+        if self._writes == "selective":
+            num_tokens = min(num_tokens, lease.cached_tokens) // self._page_size * self._page_size
+        num_pages = num_tokens // self._page_size
+        chain_of(request, self._page_size).grow(request.computed_ids[: num_pages * self._page_size])
+        facts: list[PageFacts] = []
+        for tier in self._tiers:
+            first = self._first_missing(tier, request, num_pages)
+            wanted = [page for page in range(first, num_pages) if not self._is_queued(tier, request, page)]
+            if is_end and num_tokens % self._page_size and self._wants_tail(tier, request, num_pages):
+                wanted.append(num_pages)
+            accepted = wanted[: tier.writer.num_accepted()]
+            facts = facts or self._facts_of_pages(request, num_pages + 1)
+            if accepted:
+                self._copy(tier, request, accepted, num_tokens, facts)
+            request.handed_pages[tier.name] = wanted[len(accepted)] if len(accepted) < len(wanted) else num_pages
+            if is_end:
+                tier.writer.dropped(len(wanted) - len(accepted))
+                self._touch(tier, request, min(request.stored_pages[tier.name], num_pages), facts)
+        self.busy_s += time.perf_counter() - started_at
+
+    def _first_missing(self, tier: Tier, request: Request, num_pages: int) -> int:
+        """The first page of a request that was not handed down yet and is not stored. O(pages that are new)."""
+        first = request.handed_pages.get(tier.name, 0)
+        if first < num_pages:
+            chain = chain_of(request, self._page_size)
+            tokens = as_bytes(request.computed_ids[first * self._page_size : num_pages * self._page_size])
+            first += tier.num_stored(chain.parent_key(first), tokens, chain.keys[first:num_pages])
+        request.stored_pages.setdefault(tier.name, first)
+        return first
+
+    def _is_queued(self, tier: Tier, request: Request, page: int) -> bool:
+        return tier.writer.is_queued(chain_of(request, self._page_size).keys[page])
+
+    def _wants_tail(self, tier: Tier, request: Request, page: int) -> bool:
+        """Whether the end of a request, in its page number `page`, is to be stored, too."""
+        tokens = self._tokens_of(request, page, request.num_shared)
+        parent_key = chain_of(request, self._page_size).parent_key(page)
+        return not tier.has_tail(parent_key, tokens, tail_key(parent_key, tokens))
+
+    def _tokens_of(self, request: Request, page: int, num_tokens: int) -> bytes:
+        first = page * self._page_size
+        return as_bytes(request.computed_ids[first : min(first + self._page_size, num_tokens)])
+
+    def _copy(
+        self, tier: Tier, request: Request, numbers: Sequence[int], num_tokens: int, facts: Sequence[PageFacts]
+    ) -> None:
+        """Copy pages of a request, of which `num_tokens` tokens are shared, for the tier's writer."""
+        chain = chain_of(request, self._page_size)
+        records = []
+        for page in numbers:
+            tokens, parent_key = self._tokens_of(request, page, num_tokens), chain.parent_key(page)
+            key = chain.keys[page] if page < len(chain.keys) else tail_key(parent_key, tokens)
+            records.append(PageRecord(key, parent_key, tokens, facts[page]))
+        lease, _ = request.running()
+        last_tokens = len(records[-1].tokens) // TOKEN_BYTES
+        tier.writer.hand_down(records, self._page_bytes.read(lease.pages[list(numbers)], last_tokens=last_tokens))
+
+    def _touch(self, tier: Tier, request: Request, num_pages: int, facts: Sequence[PageFacts]) -> None:
+        """Bring the facts of the first pages of a request up to date in the tier."""
+        chain = chain_of(request, self._page_size)
+        pages = range(num_pages)
+        tier.writer.touch(
+            [
+                (chain.parent_key(page), self._tokens_of(request, page, request.num_computed), facts[page])
+                for page in pages
+            ]
+        )
+
+    def _facts_of_pages(self, request: Request, num_pages: int) -> list[PageFacts]:
+        """The facts of the first pages of a request; those that the tree has not are as the last one that it has."""
+        lease, _ = request.running()
+        namespace = request.cache_options.namespace
+        facts: list[PageFacts] = []
+        for node in lease.whole_path():
+            of_node = self._facts(node.hits, node.priority, node.keep_until, namespace)
+            facts += [of_node] * (node.end // self._page_size - len(facts))
+        last = facts[-1] if facts else self._facts(0, request.cache_options.priority, 0.0, namespace)
+        return facts + [last] * (num_pages - len(facts))
+
+    def _facts(self, hits: int, priority: int, keep_until: float, namespace: Namespace) -> PageFacts:
+        """What is known of tokens that are used now; `keep_until` is a time of the cache's clock."""
+        now, left_s = self._wall_clock(), keep_until - self._cache.now_s
+        return PageFacts(now, hits, priority, now + left_s if left_s > 0 else None, namespace)
+
+    # -- pages that are evicted --------------------------------------------------------------------------------------
+
+    def _observe(self, event: Event) -> None:
+        if isinstance(event, Removed) and event.medium == "pool" and event.cause == "evicted":
+            facts = self._facts(event.hits, event.priority, event.keep_until, event.run.namespace)
+            self._hand_down_run(event.run, facts)
+
+    def _hand_down_run(self, run: PageRun, facts: PageFacts) -> None:
+        """Copy consecutive pages for the writers of the tiers that lack them."""
+        started_at = time.perf_counter()
+        pages = [(page.page_keys[0], page.parent_key, as_bytes(page.tokens)) for page in run.each_page()]
+        for tier in self._tiers:
+            keys = [key for key, _, _ in pages]
+            tail = [keys.pop()] if run.is_tail else []
+            if tail and tier.has_tail(run.parent_key, pages[0][2], tail[0]):
+                continue
+            first = 0 if tail else tier.num_stored(run.parent_key, as_bytes(run.tokens), keys)
+            wanted = [page for page in range(first, len(pages)) if not tier.writer.is_queued(pages[page][0])]
+            accepted = wanted[: tier.writer.num_accepted()]
+            tier.writer.dropped(len(wanted) - len(accepted))
+            if accepted:
+                records = [PageRecord(*pages[page], facts) for page in accepted]
+                last_tokens = len(records[-1].tokens) // TOKEN_BYTES
+                payloads = self._page_bytes.read(run.pages[np.array(accepted)], last_tokens=last_tokens)
+                tier.writer.hand_down(records, payloads)
+        self.busy_s += time.perf_counter() - started_at

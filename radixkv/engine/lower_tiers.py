@@ -1,0 +1,209 @@
+"""What lies below the pool, as the scheduler and the core see it."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import time
+import weakref
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radixkv.cache.insight.explanation import BelowPool
+from radixkv.cache.namespace import Namespace
+from radixkv.cache.prefix_cache import PrefixCache
+from radixkv.config import TierWrites
+from radixkv.engine.handing_down import HandDown
+from radixkv.engine.loading import Loader
+from radixkv.engine.request import Request
+from radixkv.engine.tier_stores import storable
+from radixkv.engine.warm_fill import WarmFill
+from radixkv.errors import ConfigError
+from radixkv.memory.page_bytes import PageBytes
+from radixkv.memory.page_pool import PagePool
+from radixkv.tiers.arrivals import Arrivals
+from radixkv.tiers.page_store import PageStore
+from radixkv.tiers.tier import Tier, TierStats
+from radixkv.tiers.warm_start import WarmStart
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 10.0  # what is not written by then is lost
+
+
+class LowerTiers:
+    """The tiers below a pool: what requests load from them, and what goes down to them. The fastest comes first.
+
+    Belongs to the engine's thread; what blocks runs in the threads of the tiers. Of an engine without tiers it does
+    nothing.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[PageStore],
+        pool: PagePool | None,
+        cache: PrefixCache | None,
+        writes: TierWrites = "through",
+        *,
+        max_write_bytes_s: float | None = None,
+        warm_start_share: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+        close_timeout_s: float = CLOSE_TIMEOUT_S,
+    ) -> None:
+        """Takes over `stores`, and closes them in the end.
+
+        Raises: ConfigError if they do not fit the pool, or its pages cannot be stored.
+        """
+        self.arrivals = Arrivals()
+        self._close_timeout_s = close_timeout_s
+        self._tiers: list[Tier] = []
+        self._loader: Loader | None = None
+        self._down: HandDown | None = None
+        self._warm: WarmFill | None = None
+        self._finalizer: weakref.finalize[[Sequence[Tier]], LowerTiers] | None = None
+        if not stores or pool is None or cache is None:
+            return
+        page_bytes = PageBytes(storable(pool))
+        for store in stores:
+            _check_fits(store, cache.page_size, page_bytes.payload_bytes)
+        self._tiers = [Tier(store, self.arrivals, max_write_bytes_s=max_write_bytes_s, clock=clock) for store in stores]
+        self._finalizer = weakref.finalize(self, _leave, self._tiers)
+        self._finalizer.atexit = False  # `_close_all` waits for the writers then
+        _OPEN.add(self)
+        self._loader = Loader(self._tiers, page_bytes, cache.page_size, clock=clock)
+        self._down = HandDown(self._tiers, page_bytes, cache, writes)
+        warm_pages = int(warm_start_share * cache.num_pages)
+        for store in stores:
+            if store.name == "disk" and warm_pages:  # what the host's memory holds is gone, the others' is not ours
+                self._warm = WarmFill(WarmStart(store, warm_pages, self.arrivals), cache, page_bytes)
+
+    @classmethod
+    def none(cls) -> LowerTiers:
+        """No tiers."""
+        return cls((), None, None)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds of the engine's time that copying to and from the tiers took so far."""
+        if self._loader is None or self._down is None:
+            return 0.0
+        return self._loader.busy_s + self._down.busy_s
+
+    def begin_load(self, request: Request) -> bool:
+        """Begin to load what lies below for a request that was just given its pages. Returns False if nothing is to be
+        waited for.
+        """
+        return self._loader is not None and self._loader.begin(request)
+
+    def receive(self, request: Request) -> bool:
+        """Copy what has arrived for a request that loads. Returns True once it waits no more."""
+        assert self._loader is not None, "nothing can be loading"
+        return self._loader.receive(request)
+
+    def end_load(self, request: Request) -> None:
+        """Let a request wait no more. Idempotent."""
+        if self._loader is not None:
+            self._loader.end(request)
+
+    def have_news(self, loading: Sequence[Request]) -> bool:
+        """Whether something came for one of the requests that load, or one has waited long enough. O(loading)."""
+        return self._loader is not None and any(map(self._loader.has_news, loading))
+
+    def wait_s(self, loading: Sequence[Request]) -> float | None:
+        """Seconds until one of these requests has waited long enough; None if there is none."""
+        return self._loader.wait_s(loading) if self._loader is not None and loading else None
+
+    def shared(self, request: Request) -> None:
+        """A request has shared what it computed so far, and may go on."""
+        if self._down is not None:
+            _without_raising(self._down.shared, request)
+
+    def ends(self, request: Request) -> None:
+        """A request has shared what it computed, and is about to give its pages back."""
+        if self._down is not None:
+            _without_raising(self._down.ends, request)
+
+    def computed(self, first: int, last: int, seconds: float) -> None:
+        """The tokens `[first, last)` of a prompt took so long to compute."""
+        if self._loader is not None:
+            self._loader.prefill.record(first, last, seconds)
+
+    def poll(self) -> None:
+        """Do what is to be done now and then: fill some more of an empty pool, take note of probes. O(tiers) else."""
+        if self._warm is not None and not self._warm.step():
+            self._warm = None
+        for tier in self._tiers:
+            tier.poll()
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether nothing more comes to fill the pool at its start."""
+        return self._warm is None
+
+    @property
+    def has_warm_pages(self) -> bool:
+        """Whether `poll` would fill pages of the pool."""
+        return self._warm is not None and self._warm.has_work
+
+    def below(self, ids: NDArray[np.int32], namespace: Namespace, cached_tokens: int) -> list[BelowPool]:
+        """What each tier holds of `ids` beyond the first `cached_tokens`, which are in the pool. O(tokens)."""
+        return [] if self._loader is None else self._loader.below(ids, namespace, cached_tokens)
+
+    def stats(self) -> tuple[TierStats, ...]:
+        """What each tier did so far. O(tiers)."""
+        return tuple(tier.stats() for tier in self._tiers)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all that was handed down is written. Returns False if that took too long."""
+        return all(tier.writer.flush(timeout_s) for tier in self._tiers)
+
+    def close(self) -> None:
+        """Write what is left, and close the stores. One that hangs is left to itself. Idempotent."""
+        if self._down is not None:
+            self._down.close()
+        if self._warm is not None:
+            self._warm.close(self._close_timeout_s)
+        for tier in self._tiers:
+            tier.close(self._close_timeout_s)
+        self._loader = self._down = self._warm = None
+        _OPEN.discard(self)
+        if self._finalizer is not None:
+            self._finalizer.detach()
+
+
+_OPEN: weakref.WeakSet[LowerTiers] = weakref.WeakSet()
+_LEFT: list[Tier] = []  # of engines that were dropped without `close`
+
+
+def _leave(tiers: Sequence[Tier]) -> None:
+    """An engine was dropped: ask the threads of its tiers to end. Waits for nothing, as finalisers run anywhere."""
+    for tier in tiers:
+        tier.stop()
+        _LEFT.append(tier)
+
+
+@atexit.register
+def _close_all() -> None:
+    """At the end of the process write what was handed down, also of engines that nobody closed."""
+    for open_tiers in list(_OPEN):
+        open_tiers.close()
+    for tier in _LEFT:
+        tier.close(CLOSE_TIMEOUT_S)
+
+
+def _without_raising(hand_down: Callable[[Request], object], request: Request) -> None:
+    """Hand pages of a request down; if that fails they are lost below, and the request goes on."""
+    try:
+        hand_down(request)
+    except Exception:
+        logger.exception("what request %d computed cannot be handed down", request.id)
+
+
+def _check_fits(store: PageStore, page_size: int, payload_bytes: int) -> None:
+    if (store.page_size, store.payload_bytes) != (page_size, payload_bytes):
+        raise ConfigError(
+            f"the pages of the {store.name} tier must hold {page_size} tokens in {payload_bytes} bytes, as the pool's "
+            f"do; they hold {store.page_size} in {store.payload_bytes}"
+        )
