@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "engine": {"errors", "config", "models", "cache", "memory", "attention", "kernels", "tiers"},
 }
 ARROWS["hf"] = {"errors", "config", "cache", "memory", "tiers"}
-ARROWS["serving"] = {"errors", "config", "engine", "cache"}
+ARROWS["serving"] = {"errors", "config", "engine", "cache", "tiers"}
 ARROWS["radixkv"] = set(ARROWS)
 ARROWS["cli"] = set(ARROWS)
 

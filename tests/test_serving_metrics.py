@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from http_server import SMALL, Running, running
-from radixkv import AsyncEngine
+from radixkv import AsyncEngine, Engine, SamplingParams
 
 DASHBOARD = Path(__file__).resolve().parents[1] / "docs" / "grafana-dashboard.json"
 VLLM = {
@@ -91,6 +91,22 @@ def test_what_the_cache_gave_up_is_told() -> None:
     assert values["radixkv_eviction_age_seconds_count", ()] == evicted
     assert values["radixkv_eviction_age_seconds_bucket", ("+Inf",)] == evicted
     assert values["radixkv_eviction_age_seconds_sum", ()] > 0
+
+
+def test_what_is_loaded_after_a_restart_is_told(tmp_path: Path) -> None:
+    settings = {**SMALL, "disk_cache": str(tmp_path / "kv"), "disk_cache_gb": 0.1, "warm_start_share": 0.0}
+    body = {"prompt": "Enter two gentlemen, and speak. " * 8, "max_tokens": 1}
+    with Engine.from_pretrained("demo", **settings) as engine:
+        engine.generate(body["prompt"], SamplingParams(max_tokens=1))
+    with running(AsyncEngine.from_pretrained("demo", **settings)) as server:
+        usage = server.http().post("/v1/completions", json=body).json()["usage"]
+        values = scraped(server)
+    cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
+    assert 0 < cached_tokens == values["radixkv_tier_loaded_tokens_total", ("disk",)]
+    assert values["radixkv_tier_requests_total", ("loads", "disk")] == 1
+    assert values["radixkv_tier_pages_total", ("loaded", "disk")] == -(-cached_tokens // SMALL["page_size"])
+    assert 0 < values["radixkv_tier_bytes", ("disk",)] <= values["radixkv_tier_capacity_bytes", ("disk",)] == 1e8
+    assert values["radixkv_tier_errors_total", ("read", "disk")] == 0
 
 
 def test_the_dashboard_asks_for_what_is_exported(server: Running) -> None:

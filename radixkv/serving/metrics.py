@@ -13,6 +13,7 @@ from radixkv.cache.insight.eviction_ages import LIMITS_S, EvictionAges
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.engine.request import RequestOutput
 from radixkv.engine.results import EngineStats
+from radixkv.serving.tier_metrics import tier_metrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -145,6 +146,7 @@ class _EngineCollector(Collector):
         if self.stats is not None:
             yield from self._as_vllm(self.stats)
             yield from _ours(self.stats)
+            yield from tier_metrics(self.stats.tiers)
 
     def _as_vllm(self, stats: EngineStats) -> Iterator[Metric]:
         cache = stats.cache
