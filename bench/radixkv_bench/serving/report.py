@@ -94,9 +94,7 @@ def _schema(figures: Report, console: Console) -> None:
 
 def _retokenised(figures: Report, console: Console) -> None:
     answers, differing, lost = figures["answers"], figures["retokenised_answers"], figures["lost_tokens"]
-    _head(
-        console, f"{answers:,} answers of the demo model at temperature 1, {figures['output_tokens']:,} tokens"
-    )
+    _head(console, f"{answers:,} answers of the demo model at temperature 1, {figures['output_tokens']:,} tokens")
     _say(
         console,
         f"{differing:,} ({differing / answers:.0%}) are tokenised otherwise when they come back; of the cached tokens "
