@@ -72,6 +72,20 @@ def test_kept_answers_are_used_for_anthropic_and_explained(keeping: Running) -> 
         assert explained >= prompt + usage.output_tokens - 2
 
 
+def test_a_salt_divides_what_is_kept(keeping: Running) -> None:
+    client, differing = keeping.openai(), 0
+    for seed in SEEDS:
+        first = client.chat.completions.create(messages=[USER], seed=seed, **ASK, extra_body={"cache_salt": "a"})
+        said = {"role": "assistant", "content": first.choices[0].message.content}
+        asked: Any = {"model": "demo", "messages": [USER, said, MORE], "max_tokens": 1}
+        own, other = (
+            client.chat.completions.create(**asked, extra_body={"cache_salt": salt}).usage.prompt_tokens
+            for salt in ("a", "b")
+        )
+        differing += own != other
+    assert differing, "only those with the salt see that it was tokenised otherwise"
+
+
 class Letters:
     """A tokenizer of letters; 0 is a special token, and 1000 stands for "ab"."""
 

@@ -98,8 +98,7 @@ class AnswerReader:
                 if not (self.num_calls and text.isspace()):
                     self._give_text(len(text))
                 return ""
-            tail = text[start:]
-            held = max((n for mark in MARKERS for n in range(1, len(mark)) if tail.endswith(mark[:n])), default=0)
+            held = _begun_marker(text[start:])
             given = self._give_text(len(text[: len(text) - held].rstrip()))
             start = max(0, start - given)
             yield
@@ -260,6 +259,16 @@ def parse(text: str, names: Collection[str], *, parallel: bool = True) -> Parsed
     """
     reader = AnswerReader(names, parallel=parallel)
     return Parsed.of(reader.push(text) + reader.finish(()))
+
+
+def _begun_marker(text: str) -> int:
+    """How many characters at the end of `text` may be the beginning of a marker.
+
+    >>> _begun_marker("Hi <tool"), _begun_marker("Hi <b>")
+    (5, 0)
+    """
+    first = max(text.rfind("<"), text.rfind("["))  # markers begin with these, and hold none of them further on
+    return len(text) - first if first >= 0 and any(mark.startswith(text[first:]) for mark in MARKERS) else 0
 
 
 def _may_become_call(text: str, name: str) -> bool:
