@@ -49,14 +49,14 @@ def test_hit(exact: bool, word: str) -> None:
     cache = make_cache(exact=exact)
     put(cache, ids("abcd"))
     found = cache.explain(ids(word))
-    assert found == (len(ids(word)), len(ids(word)), "hit", None, None, 0, None, None, 0)
+    assert found == (len(ids(word)), len(ids(word)), "hit", None, None, 0, None, None, 0, ())
     assert str(found) == f"{len(ids(word))} of {len(ids(word))} tokens are cached"
 
 
 @exactness
 def test_an_empty_cache_has_seen_nothing(exact: bool) -> None:
     found = make_cache(exact=exact).explain(ids("ab"))
-    assert found == (8, 0, "never seen", None, None, 0, None, None, 0)
+    assert found == (8, 0, "never seen", None, None, 0, None, None, 0, ())
     assert str(found) == "0 of 8 tokens are cached; nothing cached begins like this prompt"
 
 
@@ -111,7 +111,7 @@ def test_prompt_that_goes_on_after_a_cached_one() -> None:
 def test_nothing_in_common() -> None:
     cache = make_cache()
     put(cache, [1, 2, 3, 4])
-    assert cache.explain([9, 2, 3, 4]) == (4, 0, "never seen", None, None, 0, None, None, 0)
+    assert cache.explain([9, 2, 3, 4]) == (4, 0, "never seen", None, None, 0, None, None, 0, ())
 
 
 # -- evictions -------------------------------------------------------------------------------------------------------
@@ -411,7 +411,7 @@ def test_a_reset_forgets_the_past() -> None:
     put(cache, [*range(200, 232)])
     cache.reset()
     for prompt in (ids("abc"), [*range(200, 232)]):
-        assert cache.explain(prompt) == (len(prompt), 0, "never seen", None, None, 0, None, None, 0)
+        assert cache.explain(prompt) == (len(prompt), 0, "never seen", None, None, 0, None, None, 0, ())
 
 
 def test_a_reset_around_a_lease_is_no_eviction_by_the_policy() -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from page_pools import NUM_PAGES, PAGE_SIZE, POOLS, fill, read
 from radixkv.memory.page_bytes import PageBytes
-from test_page_pool import NUM_PAGES, PAGE_SIZE, POOLS, fill, read
 
 
 @pytest.mark.parametrize("kind", POOLS)

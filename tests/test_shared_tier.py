@@ -1,5 +1,7 @@
 """A store on another machine, which does not find at once: requests ask and wait, steps do not."""
 
+# ruff: noqa: F811 — fixtures are imported from tier_cores, and named again as parameters
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -12,20 +14,20 @@ from page_stores import Hanging, MemoryStore, failing
 from prompts import random_ids
 from radixkv import Engine, EngineConfig, SamplingParams
 from redis_server import NO_SERVER, SERVER, running_redis
-from test_tier_failures import PARAMS, PROMPT, Clock, Core, clock, make_core, store  # noqa: F401
+from tier_cores import PARAMS, PROMPT, Clock, Core, clock, make_core, store  # noqa: F401
 from tiny_models import served_model
 
 MakeCore = Callable[..., Core]
 
 
 @pytest.fixture
-def shared(store: MemoryStore) -> MemoryStore:  # noqa: F811
+def shared(store: MemoryStore) -> MemoryStore:
     store.name, store.finds_at_once = "shared", False
     return store
 
 
 def test_an_engine_loads_what_another_one_computed(
-    make_core: MakeCore,  # noqa: F811
+    make_core: MakeCore,
     shared: MemoryStore,
     oracle: GreedyOracle,
 ) -> None:
@@ -41,7 +43,7 @@ def test_an_engine_loads_what_another_one_computed(
     assert one.generate(longer).cached_by == {"pool": 22, "shared": 19}
 
 
-def test_what_the_server_has_is_not_handed_down_again(make_core: MakeCore, shared: MemoryStore) -> None:  # noqa: F811
+def test_what_the_server_has_is_not_handed_down_again(make_core: MakeCore, shared: MemoryStore) -> None:
     one, other = make_core(shared), make_core(shared)
     for core, written in ((one, 9), (one, 0), (other, 2), (other, 0)):  # `other` asked for the prompt
         before = core.core.stats().tiers[0].written_pages
@@ -56,9 +58,9 @@ def test_what_the_server_has_is_not_handed_down_again(make_core: MakeCore, share
 
 
 def test_a_server_that_does_not_answer_holds_up_the_request_alone_and_not_for_long(
-    make_core: MakeCore,  # noqa: F811
+    make_core: MakeCore,
     shared: MemoryStore,
-    clock: Clock,  # noqa: F811
+    clock: Clock,
     oracle: GreedyOracle,
 ) -> None:
     shared.before_find = hanging = Hanging()
@@ -86,7 +88,7 @@ def test_a_server_that_does_not_answer_holds_up_the_request_alone_and_not_for_lo
 
 
 def test_a_request_that_is_aborted_while_it_asks_gives_everything_back(
-    make_core: MakeCore,  # noqa: F811
+    make_core: MakeCore,
     shared: MemoryStore,
 ) -> None:
     shared.before_find = hanging = Hanging()
@@ -100,7 +102,7 @@ def test_a_request_that_is_aborted_while_it_asks_gives_everything_back(
 
 
 def test_a_server_that_fails_costs_hits_alone(
-    make_core: MakeCore,  # noqa: F811
+    make_core: MakeCore,
     shared: MemoryStore,
     oracle: GreedyOracle,
 ) -> None:

@@ -1,11 +1,13 @@
 """Stores that hang, fail, lie or are slow: they cost hits, never a request, and hold nobody up."""
 
+# ruff: noqa: F811 — fixtures are imported from tier_cores, and named again as parameters
+
 from __future__ import annotations
 
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -17,99 +19,12 @@ from page_stores import Hanging, MemoryStore, failing
 from prompts import random_ids
 from radixkv import AsyncEngine, EngineConfig, RequestOutput, SamplingParams
 from radixkv.cache.namespace import Namespace
-from radixkv.engine.arguments import CacheOptions
-from radixkv.engine.assembly import EngineParts, assemble
-from radixkv.engine.core import EngineCore
+from radixkv.engine.assembly import assemble
 from radixkv.engine.step_input import StepInput
-from radixkv.memory.page_bytes import PageBytes
 from radixkv.tiers.page_store import FoundPage, PageFacts
 from radixkv.tiers.writer import Pace, PageRecord, PageWriter
-from runners import Around, TamperedRunner
+from tier_cores import PARAMS, PROMPT, Clock, Core, clock, make_core, store  # noqa: F401
 from tiny_models import served_model
-
-PARAMS = SamplingParams(max_tokens=4, ignore_eos=True)
-PROMPT = random_ids(1, 30)
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-class Core:
-    """A core over a store, stepped by the test; the invariants are proved after every step."""
-
-    def __init__(self, parts: EngineParts) -> None:
-        self.core, self._intake = EngineCore(parts), parts.new_intake()
-        self.outputs: dict[int, RequestOutput] = {}
-
-    def add(self, prompt: list[int], params: SamplingParams = PARAMS) -> int:
-        (request,) = self._intake.make(self._intake.check(prompt, params), params, CacheOptions(), streams=False)
-        self.core.add(request)
-        return request.id
-
-    def step(self) -> None:
-        for progress in self.core.step():
-            if progress.output is not None:
-                self.outputs[progress.request_id] = progress.output
-        self.core.check_invariants()
-
-    def step_until_it_waits(self) -> None:
-        while self.core.has_work:
-            self.step()
-
-    def run(self) -> None:
-        """Step until all requests have ended; loads are waited for."""
-        while self.core.requests:
-            seen = self.core.arrivals.count
-            if self.core.has_work:
-                self.step()
-            else:
-                self.core.arrivals.wait(seen, 30)
-
-    def generate(self, prompt: list[int], params: SamplingParams = PARAMS) -> RequestOutput:
-        request_id = self.add(prompt, params)
-        self.run()
-        return self.outputs[request_id]
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def make_core(clock: Clock) -> Iterator[Callable[..., Core]]:
-    """Makes cores over a store, and closes them in the end; then nothing may be left of them."""
-    cores: list[Core] = []
-
-    def make(store: MemoryStore, around: Around | None = None, **settings: object) -> Core:
-        config = EngineConfig(**{"page_size": 4, "kv_cache_tokens": 256, "warm_start_share": 0, **settings})  # type: ignore[arg-type]
-        parts = assemble(served_model("llama"), None, config)
-        if around is not None:
-            parts = replace(parts, runner=TamperedRunner(parts.runner, around))
-        cores.append(Core(replace(parts, stores=(store,), clock=clock)))
-        return cores[-1]
-
-    yield make
-    for made in cores:
-        stats = made.core.stats()
-        assert stats.cache.leased_pages == stats.cache.num_leases == 0
-        made.core.close()
-        assert made.core.stats().free_pages == made.core.stats().cache.num_pages
-    for thread in threading.enumerate():
-        assert not thread.name.startswith("radixkv-"), f"{thread} is left"
-
-
-@pytest.fixture
-def store() -> MemoryStore:
-    parts = assemble(served_model("llama"), None, EngineConfig(page_size=4, kv_cache_tokens=64))
-    return MemoryStore(4, PageBytes(parts.pool).payload_bytes)  # type: ignore[arg-type]
 
 
 @pytest.fixture

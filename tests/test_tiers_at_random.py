@@ -1,5 +1,7 @@
 """Random traffic over a store that misbehaves at random: the model's own tokens, and invariants after every step."""
 
+# ruff: noqa: F811 — fixtures are imported from tier_cores, and named again as parameters
+
 from __future__ import annotations
 
 import random
@@ -11,16 +13,16 @@ from oracles import GreedyOracle
 from page_stores import MemoryStore, failing
 from prompts import random_ids
 from radixkv import SamplingParams
-from test_tier_failures import Clock, Core, clock, make_core, store  # noqa: F401
+from tier_cores import Clock, Core, clock, make_core, store  # noqa: F401
 
 
 @pytest.mark.parametrize(
     ("writes", "finds_at_once"), [("through", True), ("selective", True), ("back", True), ("through", False)]
 )
 def test_whatever_a_store_does_the_tokens_are_those_of_the_model(
-    make_core: Callable[..., Core],  # noqa: F811
-    store: MemoryStore,  # noqa: F811
-    clock: Clock,  # noqa: F811
+    make_core: Callable[..., Core],
+    store: MemoryStore,
+    clock: Clock,
     oracle: GreedyOracle,
     writes: str,
     finds_at_once: bool,

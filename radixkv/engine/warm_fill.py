@@ -24,7 +24,7 @@ class WarmFill:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do something."""
-        return self._start.has_run
+        return self._start.has_run or self._start.is_over  # at the end of which a step takes note
 
     def step(self) -> bool:
         """Fill pages with one run, if one was read. Returns False once nothing more comes."""

@@ -146,7 +146,7 @@ class MaskGroup:
         if len(rows) == len(logits):
             logits.masked_fill_(forbidden, -torch.inf)
         else:
-            index = torch.tensor(rows, device=logits.device)
+            index = torch.tensor(rows, dtype=torch.int64, device=logits.device)
             logits[index] = logits[index].masked_fill_(forbidden, -torch.inf)
         failed = [row for row, (masks, place) in zip(rows, found, strict=True) if masks.failed[place]]
         return {row: RuntimeError("the grammar failed on the output") for row in failed}
