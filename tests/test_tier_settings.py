@@ -86,7 +86,7 @@ KEPT
 """
 
 
-@pytest.mark.parametrize("kept", ["engine = main()", "main()"])
+@pytest.mark.parametrize("kept", ["engine = main()", pytest.param("main()", marks=pytest.mark.stress)])
 def test_an_engine_that_nobody_closed_writes_what_is_left_as_its_process_ends(tmp_path: Path, kept: str) -> None:
     code = UNCLOSED.replace("PATH", repr(str(tmp_path))).replace("PROMPT", repr(PROMPT)).replace("KEPT", kept)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=Path(__file__).parent)
