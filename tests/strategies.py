@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from radixkv import PrefixCache
 from radixkv.cache.tree import radix_tree as radix_tree
 from radixkv.cache.tree.node import InsertResult, MatchResult, Namespace, PartialPage, TreeNode
-from radixkv.cache.tree.radix_tree import RadixTree
+from radixkv.cache.tree.radix_tree import LEAST_SHARE_KEPT, RadixTree
 
 Key = tuple[Namespace, tuple[int, ...]]
 """A node is known by its namespace and all tokens up to its end."""
@@ -403,14 +403,13 @@ class TreeOracle:
     def evict(self, num_tokens: int, freed: Sequence[int]) -> None:
         """Remove what was evicted to make room for `num_tokens`: `freed` are the pages that went, in this order.
 
-        Of a leaf that has more pages than are still missing the last ones go.
+        Of a leaf that has more pages than are still missing the last ones go, unless next to nothing would stay.
         """
         left = list(freed)
         missing = -(-num_tokens // self.page_size)
         while missing > 0 and (leaves := self.unpinned_leaves()):
             first = min(map(self._order, leaves))
-            most = self.num_pages if self.whole_leaves else missing
-            equals = {tuple(leaf.pages[-most:]): leaf for leaf in leaves if self._order(leaf) == first}
+            equals = {tuple(self._going(leaf, missing)): leaf for leaf in leaves if self._order(leaf) == first}
             chosen = next((pages for pages in equals if left[: len(pages)] == list(pages)), None)
             assert chosen is not None, f"{list(equals)} were to go first, and {left} went"
             missing -= len(chosen)
@@ -418,6 +417,12 @@ class TreeOracle:
             self._inflate(equals[chosen])
             self.edges.remove(self._end_of(equals[chosen], len(chosen)))
         assert left == [], "more went than was asked for"
+
+    def _going(self, leaf: Edge, missing: int) -> list[int]:
+        """The pages of a leaf that go first where so many are missing."""
+        rest = len(leaf.pages) - missing
+        goes_whole = self.whole_leaves or rest <= 0 or rest * LEAST_SHARE_KEPT < self.num_pages
+        return leaf.pages if goes_whole else leaf.pages[-missing:]
 
     def _end_of(self, leaf: Edge, num_pages: int) -> Edge:
         """The last pages of a leaf; what comes before them is an edge of its own from now on, another one."""

@@ -17,7 +17,7 @@ from radixkv.cache.tree.page_ids import PageBytes, page_array, page_bytes
 from radixkv.cache.tree.shape import TreeShape
 from radixkv.errors import InvalidPagesError, InvalidRequestError, PolicyError
 
-LEAST_SHARE_KEPT = 128  # a leaf goes whole where less than this part of the cache would be left of it
+LEAST_SHARE_KEPT = 32  # a leaf goes whole where less than this part of the cache would be left of it
 SHORTEN_PATHS_LONGER_THAN = 16  # nodes; on such a path, forks that have one child left are merged …
 SHORTEN_EVERY_TICKS = 16  # … though not in each match: looking for them costs a pass over the path
 
@@ -385,7 +385,7 @@ class RadixTree(TreeShape):
     def evict(self, num_tokens: int) -> NDArray[np.int32]:
         """Remove unpinned leaves in policy order until the pages of `num_tokens` tokens are gone, or none is left.
 
-        Of the last leaf no more than these pages go, from its end, unless what stays would be less than 1/128 of all
+        Of the last leaf no more than these pages go, from its end, unless what stays would be less than 1/32 of all
         that is cached; a parent becomes a leaf when its last child goes.
         O(log leaves) a leaf, and O(pages freed).
 
