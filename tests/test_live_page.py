@@ -180,9 +180,10 @@ def test_the_filter_finds_prefixes_by_their_text(browser: Any, server: Running) 
 
 
 def test_keys_walk_the_tree_and_zoom(browser: Any, server: Running) -> None:
-    cache_texts(server, *SPEECHES)
+    # one more than other tests: until the page shows it, it may show what they left, and lose what is selected in that
+    cache_texts(server, *SPEECHES, "NURSE: Ay, ay")
     with opened(browser, server) as page:
-        page.wait_for("data.nodes === '5'")
+        page.wait_for("data.nodes === '6'")
         page.page.focus("#icicle")
         page.page.keyboard.press("ArrowDown")
         assert page.text("#detail").startswith("all of shared")
@@ -193,13 +194,13 @@ def test_keys_walk_the_tree_and_zoom(browser: Any, server: Running) -> None:
         page.page.keyboard.press("ArrowRight")
         assert "JULIET" in page.text("#detail")
         page.page.keyboard.press("ArrowLeft")
-        assert page.text("#detail") == shared
+        assert page.text("#detail").split(" · used")[0] == shared.split(" · used")[0]  # the rest tells the time
         page.page.keyboard.press("Enter")
         page.wait_for("data.rects === '3'")
         assert page.text("#crumbs").startswith("everything")
         page.page.keyboard.press("Escape")
         page.page.keyboard.press("Escape")
-        page.wait_for("data.rects === '5' && data.focus === ''")
+        page.wait_for("data.rects === '6' && data.focus === ''")
         assert page.problems == []
 
 
