@@ -44,3 +44,15 @@ def tampered_engine(
 ) -> Engine:
     """An engine with `around` around its runner."""
     return Engine.from_parts(tampered_parts(model, around, config, tokenizer))
+
+
+def checked(engine: Engine) -> Engine:
+    """Prove the invariants after every step."""
+    step = engine.step
+
+    def step_and_check() -> None:
+        step()
+        engine.check_invariants()
+
+    engine.step = step_and_check  # type: ignore[method-assign]
+    return engine

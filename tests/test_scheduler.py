@@ -15,21 +15,10 @@ from radixkv.engine.assembly import assemble
 from radixkv.engine.core import EngineCore
 from radixkv.engine.request import Request
 from radixkv.engine.scheduler import WORTH_WAITING_TOKENS, Scheduler
+from runners import checked
 from tiny_models import served_model
 
 MakeEngine = Callable[..., Engine]
-
-
-def checked(engine: Engine) -> Engine:
-    """Prove the invariants after every step."""
-    step = engine.step
-
-    def step_and_check() -> None:
-        step()
-        engine.check_invariants()
-
-    engine.step = step_and_check  # type: ignore[method-assign]
-    return engine
 
 
 def make_core(**settings: object) -> tuple[EngineCore, Callable[[list[int], SamplingParams], int]]:

@@ -16,6 +16,7 @@ from radixkv.cache.insight.explanation import BelowPool
 from radixkv.engine.assembly import assemble
 from radixkv.errors import ConfigError
 from radixkv.memory.page_bytes import PageBytes
+from runners import checked
 from tiny_models import served_model
 
 MakeEngine = Callable[..., Engine]
@@ -30,18 +31,6 @@ def store(make_engine: MakeEngine) -> MemoryStore:
 
 def store_for(engine: Engine, name: str = "disk") -> MemoryStore:
     return MemoryStore(engine.config.page_size, PageBytes(engine.pool).payload_bytes, name)  # type: ignore[arg-type]
-
-
-def checked(engine: Engine) -> Engine:
-    """Prove the invariants after every step."""
-    step = engine.step
-
-    def step_and_check() -> None:
-        step()
-        engine.check_invariants()
-
-    engine.step = step_and_check  # type: ignore[method-assign]
-    return engine
 
 
 def with_stores(make_engine: MakeEngine, *stores: MemoryStore, **settings: Any) -> Engine:
