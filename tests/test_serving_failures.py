@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 import torch
 
@@ -73,3 +76,20 @@ def test_the_end_of_the_engine_is_told() -> None:
             assert SECRET not in answer.text
         assert http.get("/health").status_code == 503
         assert http.get("/ready").status_code == 503
+
+
+def test_a_second_signal_ends_what_runs_at_once() -> None:
+    body = {**ASK, "prompt": SECRET, "max_tokens": 3000, "ignore_eos": True, "stream": True}
+    with (
+        running(AsyncEngine.from_pretrained("demo", **SMALL), drain_s=600) as server,
+        server.http().stream("POST", "/v1/completions", json=body) as stream,
+    ):
+        pieces = stream.iter_lines()
+        received = [next(pieces)]
+        server.server.handle_exit(signal.SIGTERM, None)
+        assert not server.server.was_forced
+        server.server.handle_exit(signal.SIGTERM, None)
+        with suppress(httpx.TransportError):
+            received += pieces
+    assert server.server.was_forced
+    assert "data: [DONE]" not in received
