@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from oracles import oracle_of
 from prompts import random_ids
 from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.errors import ConfigError, TierError
+from radixkv.tiers import fingerprint
 from tiny_models import served_model, tiny_model
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -38,6 +41,28 @@ def test_a_second_engine_on_the_same_path_is_refused_while_the_first_lives(tmp_p
     with make_engine(tmp_path), pytest.raises(TierError):
         make_engine(tmp_path)
     make_engine(tmp_path).close()
+
+
+def test_an_engine_that_was_dropped_lets_go_of_its_store(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path, warm_start_share=0.5)
+    engine.generate(PROMPT, PARAMS)
+    del engine
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("radixkv-"):
+            thread.join(30)
+            assert not thread.is_alive()
+    with make_engine(tmp_path) as engine:
+        assert engine.generate(PROMPT, PARAMS)[0].cached_tokens == 36
+
+
+def test_files_of_weights_are_read_once_for_their_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"disk_cache": str(tmp_path / "kv"), "disk_cache_gb": 0.01, "kv_cache_tokens": 1024}
+    with Engine.from_pretrained("demo", **settings) as engine:
+        engine.generate("ROMEO:\n" * 8, PARAMS)
+    monkeypatch.setattr(fingerprint, "_hash_file", lambda *_: pytest.fail("a file was read again"))
+    with Engine.from_pretrained("demo", **settings) as engine:
+        assert engine.generate("ROMEO:\n" * 8, PARAMS)[0].cached_tokens > 0
 
 
 def test_other_weights_find_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

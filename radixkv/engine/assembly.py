@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -74,10 +75,20 @@ class EngineParts:
         )
 
 
-def assemble(model: PreTrainedModel, tokenizer: Any | None = None, config: EngineConfig | None = None) -> EngineParts:
+def assemble(
+    model: PreTrainedModel,
+    tokenizer: Any | None = None,
+    config: EngineConfig | None = None,
+    *,
+    weight_files: Sequence[Path] = (),
+) -> EngineParts:
     """The parts of an engine for `model`, on its device and in its dtype.
 
     The model's attention runs on pages from now on; on the CPU its linear layers take few tokens through our kernel.
+
+    Args:
+        weight_files: what `model` was loaded from, and nothing was changed since; without them its tensors are hashed
+            if a store below the pool needs to know which weights these are.
 
     Raises: UnsupportedModelError, UnsupportedBackendError, ConfigError; TierError if a store below the pool cannot be
         opened.
@@ -85,7 +96,9 @@ def assemble(model: PreTrainedModel, tokenizer: Any | None = None, config: Engin
     if isinstance(model, str | PathLike):
         raise ConfigError(f"model must be a loaded model, not {model!r}; to load one, use from_pretrained({model!r})")
     config = config or EngineConfig()
-    weights = hash_weights(model) if asks_for_tiers(config) else ""  # before anything is laid out anew
+    weights = (
+        hash_weights(model, weight_files, config) if asks_for_tiers(config) else ""
+    )  # before anything is laid out anew
     layers = plug_in_paged_attention(model.eval())
     speed_up_linears(model)
     fused = fuse(model, layers) if config.fused_layers else None

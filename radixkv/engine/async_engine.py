@@ -26,7 +26,7 @@ from radixkv.engine.request import Progress, RequestOutput
 from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.engine.results import EngineStats, FinishedOutbox, GatheredOutputs, Outbox, ResetCache
 from radixkv.engine.sampling import SamplingParams
-from radixkv.models.loader import load
+from radixkv.models.loader import load, weight_files
 
 T = TypeVar("T")
 MAX_WAITING = 1024
@@ -86,7 +86,8 @@ class AsyncEngine:
         """
         config = EngineConfig.from_keywords(settings)
         model, tokenizer = load(name_or_path, dtype=config.dtype, device=config.device)
-        return cls(model, tokenizer, config, max_waiting=max_waiting)
+        parts = assemble(model, tokenizer, config, weight_files=weight_files(name_or_path))
+        return cls.from_parts(parts, max_waiting=max_waiting)
 
     def _set_up(self, parts: EngineParts, max_waiting: int) -> None:
         max_waiting = checked_int("max_waiting", max_waiting, 1)

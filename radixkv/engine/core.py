@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
-from radixkv.cache.token_ids import TokenIds, token_array
+from radixkv.cache.token_ids import TokenIds
 from radixkv.engine.assembly import EngineParts
 from radixkv.engine.executor import Executor
 from radixkv.engine.lower_tiers import LowerTiers
@@ -114,7 +114,8 @@ class EngineCore:
         self._check_open()
         started_at, busy_s = self._clock(), self._tiers.busy_s
         batch = self._executor.step()
-        self._note_speed(batch, self._clock() - started_at - (self._tiers.busy_s - busy_s))
+        if self._tiers.learns_speed:
+            self._note_speed(batch, self._clock() - started_at - (self._tiers.busy_s - busy_s))
         if batch:
             self._steps += 1
             self._peak_used_pages = max(self._peak_used_pages, self._parts.cache.used_pages)
@@ -159,7 +160,7 @@ class EngineCore:
         cache = self._parts.cache
         explain = cache.explain_as_admin if as_admin else cache.explain
         explanation = explain(ids, extra_key=namespace.extra_key, cache_salt=namespace.cache_salt)
-        below = self._tiers.below(token_array(ids), namespace, explanation.cached_tokens)
+        below = self._tiers.below(ids, namespace, explanation.cached_tokens)
         return explanation._replace(below=tuple(below))
 
     def keep(self, ids: TokenIds, keep_for_s: float, namespace: Namespace) -> int:

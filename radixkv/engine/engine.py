@@ -29,7 +29,7 @@ from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.engine.results import EngineStats, FinishedOutbox, GatheredOutputs, Outbox, ResetCache
 from radixkv.engine.sampling import SamplingParams
 from radixkv.engine.session import Session, UserSpecialTokens
-from radixkv.models.loader import load
+from radixkv.models.loader import load, weight_files
 
 
 class Engine:
@@ -73,7 +73,7 @@ class Engine:
         """
         config = EngineConfig.from_keywords(settings)
         model, tokenizer = load(name_or_path, dtype=config.dtype, device=config.device)
-        return cls(model, tokenizer, config)
+        return cls.from_parts(assemble(model, tokenizer, config, weight_files=weight_files(name_or_path)))
 
     def _set_up(self, parts: EngineParts) -> None:
         self._parts = parts

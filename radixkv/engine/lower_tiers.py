@@ -8,12 +8,10 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from radixkv.cache.insight.explanation import BelowPool
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
+from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.config import TierWrites
 from radixkv.engine.handing_down import HandDown
 from radixkv.engine.loading import Loader
@@ -62,14 +60,15 @@ class LowerTiers:
         self._loader: Loader | None = None
         self._down: HandDown | None = None
         self._warm: WarmFill | None = None
-        self._finalizer: weakref.finalize[[Sequence[Tier]], LowerTiers] | None = None
+        self._finalizer: weakref.finalize[[Sequence[Tier], Sequence[WarmStart]], LowerTiers] | None = None
         if not stores or pool is None or cache is None:
             return
         page_bytes = PageBytes(storable(pool))
         for store in stores:
             _check_fits(store, cache.page_size, page_bytes.payload_bytes)
         self._tiers = [Tier(store, self.arrivals, max_write_bytes_s=max_write_bytes_s, clock=clock) for store in stores]
-        self._finalizer = weakref.finalize(self, _leave, self._tiers)
+        warm_starts: list[WarmStart] = []
+        self._finalizer = weakref.finalize(self, _leave, self._tiers, warm_starts)
         self._finalizer.atexit = False  # `_close_all` waits for the writers then
         _OPEN.add(self)
         self._loader = Loader(self._tiers, page_bytes, cache.page_size, clock=clock)
@@ -77,7 +76,8 @@ class LowerTiers:
         warm_pages = int(warm_start_share * cache.num_pages)
         for store in stores:
             if store.name == "disk" and warm_pages:  # what the host's memory holds is gone, the others' is not ours
-                self._warm = WarmFill(WarmStart(store, warm_pages, self.arrivals), cache, page_bytes)
+                warm_starts.append(WarmStart(store, warm_pages, self.arrivals))
+                self._warm = WarmFill(warm_starts[-1], cache, page_bytes)
 
     @classmethod
     def none(cls) -> LowerTiers:
@@ -125,6 +125,11 @@ class LowerTiers:
         if self._down is not None:
             _without_raising(self._down.ends, request)
 
+    @property
+    def learns_speed(self) -> bool:
+        """Whether `computed` is of use."""
+        return self._loader is not None
+
     def computed(self, first: int, last: int, seconds: float) -> None:
         """The tokens `[first, last)` of a prompt took so long to compute."""
         if self._loader is not None:
@@ -144,12 +149,12 @@ class LowerTiers:
 
     @property
     def has_warm_pages(self) -> bool:
-        """Whether `poll` would fill pages of the pool."""
+        """Whether `poll` would fill pages of the pool, or find that nothing more comes."""
         return self._warm is not None and self._warm.has_work
 
-    def below(self, ids: NDArray[np.int32], namespace: Namespace, cached_tokens: int) -> list[BelowPool]:
+    def below(self, ids: TokenIds, namespace: Namespace, cached_tokens: int) -> list[BelowPool]:
         """What each tier holds of `ids` beyond the first `cached_tokens`, which are in the pool. O(tokens)."""
-        return [] if self._loader is None else self._loader.below(ids, namespace, cached_tokens)
+        return [] if self._loader is None else self._loader.below(token_array(ids), namespace, cached_tokens)
 
     def stats(self) -> tuple[TierStats, ...]:
         """What each tier did so far. O(tiers)."""
@@ -174,14 +179,16 @@ class LowerTiers:
 
 
 _OPEN: weakref.WeakSet[LowerTiers] = weakref.WeakSet()
-_LEFT: list[Tier] = []  # of engines that were dropped without `close`
+_LEFT: weakref.WeakSet[Tier] = weakref.WeakSet()  # of engines that were dropped without `close`; they end by themselves
 
 
-def _leave(tiers: Sequence[Tier]) -> None:
-    """An engine was dropped: ask the threads of its tiers to end. Waits for nothing, as finalisers run anywhere."""
+def _leave(tiers: Sequence[Tier], warm_starts: Sequence[WarmStart]) -> None:
+    """An engine was dropped: let its tiers end by themselves. Waits for nothing, as finalisers run anywhere."""
+    for start in warm_starts:
+        start.stop()
     for tier in tiers:
-        tier.stop()
-        _LEFT.append(tier)
+        tier.leave()
+        _LEFT.add(tier)
 
 
 @atexit.register
@@ -189,8 +196,8 @@ def _close_all() -> None:
     """At the end of the process write what was handed down, also of engines that nobody closed."""
     for open_tiers in list(_OPEN):
         open_tiers.close()
-    for tier in _LEFT:
-        tier.close(CLOSE_TIMEOUT_S)
+    for tier in list(_LEFT):
+        tier.wait(CLOSE_TIMEOUT_S)
 
 
 def _without_raising(hand_down: Callable[[Request], object], request: Request) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -15,10 +16,11 @@ from radixkv.memory.kv_pool import KVPool
 from radixkv.memory.page_bytes import PageBytes
 from radixkv.memory.page_pool import PagePool
 from radixkv.tiers.disk_store import DiskStore
-from radixkv.tiers.fingerprint import Fingerprint, hash_tensors
+from radixkv.tiers.fingerprint import Fingerprint, hash_files, hash_tensors
 from radixkv.tiers.memory_store import HostStore
 from radixkv.tiers.page_store import PageStore
 from radixkv.tiers.shared_store import SharedStore
+from radixkv.tiers.store_folder import weights_cache
 
 GB = 1_000_000_000
 NOT_OF_KV = {"_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "id2label"}
@@ -30,9 +32,14 @@ def asks_for_tiers(config: EngineConfig) -> bool:
     return config.disk_cache is not None or config.host_cache_gb is not None or config.shared_cache is not None
 
 
-def hash_weights(model: PreTrainedModel) -> str:
-    """The content of all tensors of a model as it was loaded. O(bytes): about a second for a GB."""
-    return hash_tensors(_tensors(model))
+def hash_weights(model: PreTrainedModel, weight_files: Sequence[Path], config: EngineConfig) -> str:
+    """The content of the files that a model was loaded from, or of all its tensors if there are none. O(bytes).
+
+    Hashes of files are remembered in the folder `disk_cache`, so that each is read once. Raises: TierError.
+    """
+    if not weight_files:
+        return hash_tensors(_tensors(model))
+    return hash_files(weight_files, cache=None if config.disk_cache is None else weights_cache(config.disk_cache))
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, str, Sequence[int], memoryview]]:

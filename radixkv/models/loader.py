@@ -53,6 +53,12 @@ def load(name_or_path: str | Path, *, dtype: str = "auto", device: str = "auto")
     return LoadedModel(model.eval().to(torch_device), _load_tokenizer(place))
 
 
+def weight_files(name_or_path: str | Path) -> list[Path]:
+    """The files with the weights that `load` reads for "demo" or a local directory; none for a hub id."""
+    place = demo_model.path() if str(name_or_path) == "demo" else name_or_path
+    return sorted(Path(place).glob("*.safetensors"))
+
+
 def _load_whole_model(place: str | Path, dtype: torch.dtype | str) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(place)
     with _Quietly():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from collections.abc import Callable, Sequence
 from radixkv.tiers.arrivals import Arrivals
 from radixkv.tiers.backoff import Backoff
 from radixkv.tiers.page_store import FoundPage, PageStore
+from radixkv.tiers.worker import Worker
 
 READ_BYTES = 4 << 20  # in one call of the store, or one page if that is more
 ANSWER_S = 0.05  # that a lookup may take until others are not made
@@ -65,7 +65,7 @@ class Lookup:
         self.is_over = self.is_given_up = False
 
 
-class PageReader:
+class PageReader(Worker):
     """A thread that reads the pages of loads, a chunk of each in turn.
 
     What was read and not taken is bounded in bytes, so the thread never runs far ahead of the engine. A store that
@@ -81,16 +81,15 @@ class PageReader:
         max_buffered_bytes: int = MAX_BUFFERED_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(f"{store.name}-reader")  # `_changed` guards what follows, and the loads
         self._store, self._arrivals, self._clock = store, arrivals, clock
         self._chunk = max(1, min(READ_BYTES, max_buffered_bytes // 2) // store.payload_bytes)
         self._max_buffered = max(self._chunk, max_buffered_bytes // store.payload_bytes)  # in pages
-        self._changed = threading.Condition()  # guards what follows, and the loads
         self._loads: deque[Load | Lookup] = deque()
         self._reading: Load | Lookup | None = None
         self._num_buffered = 0
         self._is_closing = False
         self._backoff = Backoff(f"reading from the {store.name} tier", clock)
-        self._thread = threading.Thread(target=self._run, name=f"radixkv-{store.name}-reader", daemon=True)
         self._thread.start()
 
     @property
@@ -163,12 +162,6 @@ class PageReader:
                     load.is_given_up = True
             self._loads.clear()
             self._changed.notify_all()
-
-    def close(self, timeout_s: float) -> bool:
-        """Give up all loads and end the thread. Returns False if the store hangs: the thread ends with its call."""
-        self.stop()
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
 
     # -- in the thread -----------------------------------------------------------------------------------------------
 

@@ -173,10 +173,14 @@ class Tier:
             is_slow=self.rate.is_slow,
         )
 
-    def stop(self) -> None:
-        """Ask the threads to end once they have written what is left. Waits for nothing."""
+    def leave(self) -> None:
+        """As `close`, without waiting: the writer's thread lets go of the store once it has written what is left."""
         self.reader.stop()
-        self.writer.stop()
+        self.writer.stop(at_end=self._let_go)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for the end of what `leave` began, for so long at most."""
+        self.writer.wait(timeout_s)
 
     def close(self, timeout_s: float) -> None:
         """Write what is left and let go of the store. A store that hangs is left to its threads, which end with it."""
@@ -184,6 +188,9 @@ class Tier:
         if not (read and written):
             logger.warning("the %s tier hangs, and is left open", self.name)
             return
+        self._let_go()
+
+    def _let_go(self) -> None:
         try:
             self.store.close()
         except Exception:  # whatever its medium raises: the engine closes all the same

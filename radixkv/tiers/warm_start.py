@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from radixkv.cache.token_ids import TOKEN_BYTES
 from radixkv.tiers.arrivals import Arrivals
 from radixkv.tiers.page_store import FoundPage, PageFacts, PageStore
 from radixkv.tiers.reader import READ_BYTES
+from radixkv.tiers.worker import Worker
 
 MAX_WAITING_RUNS = 2  # read and not taken yet
 
@@ -44,18 +44,17 @@ class _Place(NamedTuple):
     namespace: Namespace
 
 
-class WarmStart:
+class WarmStart(Worker):
     """A thread that reads runs of pages, and ends by itself.
 
     A page whose predecessors are not known is left out: keys say what comes before it, whatever the store says.
     """
 
     def __init__(self, store: PageStore, max_pages: int, arrivals: Arrivals) -> None:
+        super().__init__(f"{store.name}-warm-start")  # `_changed` guards what follows
         self._store, self._max_pages, self._arrivals = store, max_pages, arrivals
-        self._changed = threading.Condition()  # guards what follows
         self._runs: deque[WarmRun] = deque()
         self._is_stopped = self._is_over = False
-        self._thread = threading.Thread(target=self._run, name=f"radixkv-{store.name}-warm-start", daemon=True)
         self._thread.start()
 
     @property
@@ -82,12 +81,6 @@ class WarmStart:
             self._is_stopped = True
             self._runs.clear()
             self._changed.notify_all()
-
-    def close(self, timeout_s: float) -> bool:
-        """Stop, and wait for the end of the thread. Returns False if the store hangs."""
-        self.stop()
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
 
     # -- in the thread -----------------------------------------------------------------------------------------------
 

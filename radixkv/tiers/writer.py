@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from radixkv.tiers.backoff import Backoff
 from radixkv.tiers.page_store import NewPage, PageFacts, PageStore
+from radixkv.tiers.worker import Worker
 
 MAX_QUEUED_BYTES = 256 << 20
 WRITE_BYTES = 8 << 20  # in one call of the store, or one page if that is more
@@ -53,7 +53,7 @@ class Pace:
             self._free_at = max(now, self._free_at) + num_bytes / self._max_bytes_s
 
 
-class PageWriter:
+class PageWriter(Worker):
     """A queue of pages before a store, and the thread that writes them, in the order in which they were handed down.
 
     The queue is bounded in bytes. While it is full, or the store rests after a failure, pages are refused; who hands
@@ -73,19 +73,19 @@ class PageWriter:
         on_written: Callable[[Sequence[bytes]], object] | None = None,
     ) -> None:
         """`on_written` is called with the keys of pages that were written, in the writer's thread."""
+        super().__init__(f"{store.name}-writer")  # `_changed` guards the queue and what comes after it
         self._store = store
         self._on_written = on_written
         self._max_queued_bytes = max(max_queued_bytes, store.payload_bytes)
         self._clock = clock
         self._pace = Pace(max_bytes_s, clock())
-        self._changed = threading.Condition()  # guards what follows
         self._queue: deque[_Queued] = deque()
         self._touches: dict[tuple[bytes, bytes], PageFacts] = {}
         self._keys: set[bytes] = set()  # of the pages that wait or are being written
         self._backoff = Backoff(f"writing to the {store.name} tier", clock)
         self._is_busy = self._is_closing = False
+        self._at_end: Callable[[], object] = lambda: None
         self.pages_written = self.pages_dropped = 0
-        self._thread = threading.Thread(target=self._run, name=f"radixkv-{store.name}-writer", daemon=True)
         self._thread.start()
 
     @property
@@ -138,18 +138,12 @@ class PageWriter:
         with self._changed:
             return self._changed.wait_for(lambda: not self._has_work and not self._is_busy, timeout_s)
 
-    def stop(self) -> None:
-        """Take nothing more; the thread ends once what is left is written. Waits for nothing."""
+    def stop(self, at_end: Callable[[], object] = lambda: None) -> None:
+        """Take nothing more; the thread writes what is left, calls `at_end`, and ends. Waits for nothing."""
         with self._changed:
-            self._is_closing = True
+            self._is_closing, self._at_end = True, at_end
             self._pace = Pace(None, 0.0)
             self._changed.notify_all()
-
-    def close(self, timeout_s: float) -> bool:
-        """Write what is left, and end the thread. Returns False if that took too long: the thread ends by itself."""
-        self.stop()
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
 
     # -- in the thread -----------------------------------------------------------------------------------------------
 
@@ -176,6 +170,7 @@ class PageWriter:
                     self._touches.clear()
                 self._is_busy = False
                 self._changed.notify_all()
+        self._at_end()
 
     def _next_work(self) -> tuple[list[_Queued], list[Touch]] | None:
         """What to write next, when it is time; None once it was closed and nothing is left."""
