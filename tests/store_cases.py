@@ -18,7 +18,7 @@ from radixkv.tiers.page_store import NewPage, PageFacts, PageStore
 PAGE_SIZE = 4
 PAYLOAD_BYTES = 96
 FINGERPRINT = Fingerprint(
-    weights="c0ffee", dtype="float32", kv_dtype="auto", layout="NHD 1x8", page_size=PAGE_SIZE, rotary="none"
+    weights="c0ffee", dtype="float32", kv_dtype="auto", layout="NHD 1x8", page_size=PAGE_SIZE, model="none"
 )
 Namespace = tuple[str | None, str | None]
 NOBODY: Namespace = (None, None)

@@ -63,8 +63,8 @@ def check_refused(content: bytes) -> None:
 
 
 def test_what_fits_another_model_is_refused_by_field(archive: bytes) -> None:
-    with pytest.raises(TierError, match="no use here: rotary is 'none' there and 'yarn' here"):
-        import_pages(host(), replace(FINGERPRINT, rotary="yarn"), io.BytesIO(archive))
+    with pytest.raises(TierError, match="no use here: model is 'none' there and 'yarn' here"):
+        import_pages(host(), replace(FINGERPRINT, model="yarn"), io.BytesIO(archive))
     other = HostStore(PAGE_SIZE, 8, 800)
     with pytest.raises(TierError, match="a payload has 96 bytes there and 8 here"):
         import_pages(other, FINGERPRINT, io.BytesIO(archive))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from oracles import oracle_of
 from prompts import random_ids
@@ -63,6 +64,14 @@ def test_files_of_weights_are_read_once_for_their_hash(tmp_path: Path, monkeypat
     monkeypatch.setattr(fingerprint, "_hash_file", lambda *_: pytest.fail("a file was read again"))
     with Engine.from_pretrained("demo", **settings) as engine:
         assert engine.generate("ROMEO:\n" * 8, PARAMS)[0].cached_tokens > 0
+
+
+def test_a_model_with_adapters_is_refused(tmp_path: Path) -> None:
+    layer = type("Linear", (torch.nn.Identity,), {"__module__": "peft.tuners.lora.layer"})
+    model = tiny_model("llama")
+    model.model.norm = torch.nn.Sequential(model.model.norm, layer())
+    with pytest.raises(ConfigError, match="without adapters; merge these into the weights"):
+        Engine(model, None, EngineConfig(page_size=4, kv_cache_tokens=256, disk_cache=str(tmp_path)))
 
 
 def test_other_weights_find_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

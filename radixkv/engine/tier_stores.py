@@ -60,6 +60,7 @@ def make_stores(config: EngineConfig, model: PreTrainedModel, pool: PagePool, we
     if not asks_for_tiers(config):
         return ()
     kept = storable(pool)
+    _check_no_adapters(model)
     page_bytes = PageBytes(kept)
     with ExitStack() as undo:
         stores: list[PageStore] = []
@@ -94,6 +95,14 @@ def storable(pool: PagePool) -> KVPool:
     return pool
 
 
+def _check_no_adapters(model: PreTrainedModel) -> None:
+    """Adapters have numbers that are no tensors, and can be switched: the fingerprint would not tell them apart."""
+    if any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules()):
+        raise ConfigError(
+            "disk_cache, host_cache_gb and shared_cache are for models without adapters; merge these into the weights"
+        )
+
+
 def _fingerprint(model: PreTrainedModel, pool: KVPool, page_bytes: PageBytes, weights: str) -> Fingerprint:
     config = model.config.get_text_config().to_dict()
     computing = {name: value for name, value in config.items() if name not in NOT_OF_KV}
@@ -103,5 +112,5 @@ def _fingerprint(model: PreTrainedModel, pool: KVPool, page_bytes: PageBytes, we
         kv_dtype=pool.kv_dtype,
         layout=page_bytes.layout,
         page_size=pool.page_size,
-        rotary=json.dumps(computing, sort_keys=True, default=str),
+        model=json.dumps(computing, sort_keys=True, default=str),
     )

@@ -23,7 +23,7 @@ _MAX_CACHED_HASHES = 32
 class Fingerprint:
     """All that decides what the KV of a token is, besides the tokens up to it.
 
-    >>> ours = Fingerprint(weights="6a", dtype="float32", kv_dtype="auto", layout="NHD", page_size=16, rotary="none")
+    >>> ours = Fingerprint(weights="6a", dtype="float32", kv_dtype="auto", layout="NHD", page_size=16, model="none")
     >>> from dataclasses import replace
     >>> differences(ours, replace(ours, dtype="bfloat16", page_size=32))
     ["dtype is 'bfloat16' there and 'float32' here", 'page_size is 32 there and 16 here']
@@ -34,7 +34,7 @@ class Fingerprint:
     kv_dtype: str
     layout: str  # what a payload is: how values lie in a page of the pool, and of which layers
     page_size: int
-    rotary: str  # all parameters that decide the angles
+    model: str  # what its config says that decides what it computes, rotary parameters included, as JSON
     adapter: str = ""
     format: int = FORMAT
 

@@ -23,7 +23,7 @@ from radixkv.tiers.page_store import FoundPage, NewPage, PageFacts
 
 PAGE_SIZE = 16
 FINGERPRINT = Fingerprint(
-    weights="bench", dtype="float32", kv_dtype="auto", layout="bench", page_size=PAGE_SIZE, rotary="none"
+    weights="bench", dtype="float32", kv_dtype="auto", layout="bench", page_size=PAGE_SIZE, model="none"
 )
 Step = Callable[[], None]
 FACTS = PageFacts(0.0, 0, 0, None, (None, None))
