@@ -65,6 +65,7 @@ class StoreFolder:
         self.path = Path(path)
         self.read_only = read_only
         self._lock: int | None = None
+        self._owner = os.getpid()
         try:
             self._check_kind()
             if not read_only:
@@ -129,7 +130,9 @@ class StoreFolder:
     def close(self) -> None:
         """Give up the lock. Idempotent; in a forked child it leaves the parent's lock alone."""
         if self._lock is not None:
-            os.close(self._lock)  # not LOCK_UN, which would unlock it for the parent, too
+            if os.getpid() == self._owner:  # in a child it would unlock it for the parent, too
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # at once, whoever was forked and has not let go of its copy yet
+            os.close(self._lock)
             self._lock = None
 
 
