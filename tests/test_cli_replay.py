@@ -147,6 +147,35 @@ def test_the_picture(tmp_path: Path, blocks: Path, capacities: str) -> None:
         assert f"<!-- {label} -->" in svg
 
 
+def test_tiers(tmp_path: Path, blocks: Path) -> None:
+    options = ["--block-tokens", BLOCK, "--tiers", "pool:64", "--tiers", "pool:64,disk:1k", "--policy", "lru,fifo"]
+    report = figures(tmp_path, blocks, *options, "--tier-writes", "through,back", "--plot", tmp_path / "out.svg")
+    trace = read_trace(blocks, block_tokens=BLOCK)
+    assert report["ceiling"] == measure_reuse(trace.requests, key_tokens=BLOCK).ceiling
+    rows = [(row["policy"], row["tier_writes"], [tier["name"] for tier in row["tiers"]]) for row in report["results"]]
+    below = ["pool", "disk"]
+    assert rows == [
+        ("lru", "through", ["pool"]),
+        ("fifo", "through", ["pool"]),
+        *((policy, writes, below) for policy in ("lru", "fifo") for writes in ("through", "back")),
+    ]
+    alone = expected_rates(trace.requests, ["lru", "fifo"], [64, 1000], 1, BLOCK)
+    for row in report["results"]:
+        assert row["tiers"][0]["hit_rate"] == alone[row["policy"], 64]
+        assert row["hit_rate"] == pytest.approx(sum(tier["hit_rate"] for tier in row["tiers"]))
+    assert report["results"][2]["hit_rate"] == pytest.approx(alone["lru", 1000])
+    svg = (tmp_path / "out.svg").read_text(encoding="utf-8")
+    for label in ("pool", "disk", "ceiling (no limit)", "lru, through"):
+        assert f"<!-- {label} -->" in svg
+
+
+def test_the_table_of_tiers(blocks: Path) -> None:
+    result = run("replay", blocks, "--block-tokens", BLOCK, "--tiers", "pool:64,disk:1k")
+    assert (result.exit_code, result.stderr) == (0, "")
+    for text in ("blocks.jsonl: 40 requests", "pool", "64", "disk", "1k", "so far", "written", "evicted", "ceiling"):
+        assert text in result.stdout
+
+
 # ----------------------------------------------------------------------------------------------------- malformed lines
 
 
@@ -186,7 +215,18 @@ def test_strict(tmp_path: Path) -> None:
         (["--capacity-tokens", "0"], "comma-separated, not '0'"),
         (["--capacity-tokens", "64,-1"], "comma-separated, not '64,-1'"),
         (["--capacity-tokens", "64,7"], "a capacity of 7 tokens holds no page or block of 8"),
-        ([], "Missing option '--capacity-tokens'"),
+        ([], "give --capacity-tokens or --tiers, not neither"),
+        (["--capacity-tokens", "64", "--tiers", "pool:64"], "give --capacity-tokens or --tiers, not both"),
+        (["--tiers", "pool:1M,disk"], "such as pool:1M,disk:20M, not 'pool:1M,disk'"),
+        (["--tiers", "disk:64"], "--tiers must begin with the pool and go downwards (pool, host, disk, shared), not "),
+        (["--tiers", "pool:64,shared:64,disk:64"], "--tiers must begin with the pool and go downwards"),
+        (["--tiers", "pool:64,tape:64"], "names of pool, host, disk, shared with numbers of tokens"),
+        (["--tiers", "pool:64,disk:7"], "a capacity of 7 tokens holds no page or block of 8"),
+        (["--tiers", "pool:64", "--policy", "belady"], "unknown eviction policy 'belady'; the policies are lru, "),
+        (
+            ["--tiers", "pool:64", "--tier-writes", "never"],
+            "--tier-writes must be one of through, selective, back",
+        ),
         (["--policy", "lru,mru"], "unknown eviction policy 'mru'; the policies are lru, "),
         (["--policy", ""], "unknown eviction policy ''"),
         (["--page-size", "0"], "--page-size must be an integer of at least 1, not 0"),
@@ -202,7 +242,7 @@ def test_strict(tmp_path: Path) -> None:
 )
 def test_bad_options(blocks: Path, options: list[str], message: str) -> None:
     given = ["--block-tokens", BLOCK] if "--block-tokens" not in options else []
-    if options and "--capacity-tokens" not in options:
+    if options and "--capacity-tokens" not in options and "--tiers" not in options:
         given += ["--capacity-tokens", "64"]
     assert_one_line_error(run("replay", blocks, *given, *options), message)
 

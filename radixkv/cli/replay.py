@@ -7,25 +7,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from radixkv.cache.eviction.policies import POLICIES
 from radixkv.cli.replay_plot import check_plot, write_plot
 from radixkv.cli.replay_report import ReplayReport, print_table
+from radixkv.cli.replay_tiers import TiersReport, print_tiers_table, tier_sizes, tiers_text, write_tiers_plot
 from radixkv.cli.setting_options import count_option, setting_option
+from radixkv.cli.token_counts import token_count
 from radixkv.cli.trace_source import load_tokenizer, progress_on_stderr, read_trace_file
-from radixkv.config import CacheConfig
+from radixkv.config import CacheConfig, TierWrites
+from radixkv.config.checks import checked_choice
 from radixkv.errors import ConfigError
 from radixkv.replay.belady import measure_reuse
 from radixkv.replay.simulation import BELADY, ReplayResult, replay_optimum, replay_trace, whole_pages
+from radixkv.replay.tiered import TieredResult, TierSize, replay_tiers
 from radixkv.replay.traces import BLOCKS, MOONCAKE_BLOCK_TOKENS, ExpandedBlocks, Request, Trace
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+WRITES: tuple[TierWrites, ...] = get_args(TierWrites)
 
 REPLAY_EPILOG = f"""
 **Traces** are files of JSON lines, one object a request; the first good line tells which kind a file is:
@@ -52,6 +58,10 @@ at the time.
 clairvoyant optimum: of all caches of this size that hold whole pages, and all pages of the request that runs, none
 hits more, whatever it evicts and whatever it knows of the future.
 
+**Tiers**: with --tiers, what the pool lacks is looked for in the tiers below it, which keep pages in LRU order. Pages
+go down as `tier_writes` of an engine says: "through", when they were computed; "selective", when they were found a
+second time; "back", when the pool evicts them. Loads take no time here.
+
 **Examples**
 
 Four sizes, two policies: `radixkv replay trace.jsonl --capacity-tokens 1000000,2000000,4000000,8000000 --policy
@@ -59,6 +69,8 @@ lru,slru`
 
 With a picture, and figures for a script: `radixkv replay trace.jsonl --capacity-tokens 250000,500000 --plot hits.png
 --json hits.json`
+
+Whether a disk below the pool is worth it: `radixkv replay trace.jsonl --tiers pool:1M --tiers pool:1M,disk:20M`
 
 Texts of an agent, as Qwen3 would see them: `radixkv replay agent.jsonl --capacity-tokens 50000 --tokenizer
 Qwen/Qwen3-8B`
@@ -77,8 +89,20 @@ def replay(
         Path, typer.Argument(metavar="TRACE", help="A file of JSON lines; see below.", show_default=False)
     ],
     capacity_tokens: Annotated[
-        str, typer.Option(help="Sizes of the cache in tokens, separated by commas.", show_default=False)
-    ],
+        str | None,
+        typer.Option(help="Sizes of the cache in tokens, separated by commas; 1M is 1,000,000.", show_default=False),
+    ] = None,
+    tiers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Instead: the pool and what lies below it, such as pool:1M,disk:20M, in tokens. May be given several "
+            "times.",
+            show_default=False,
+        ),
+    ] = None,
+    tier_writes: Annotated[
+        str, typer.Option(help=f"When pages go down to the tiers: {', '.join(WRITES)}, separated by commas.")
+    ] = WRITES[0],
     policy: Annotated[str, typer.Option(help="Eviction policies, separated by commas.")] = "lru",
     page_size: Annotated[
         int, setting_option(CacheConfig, "page_size", more="Blocks that are keys are pages themselves.")
@@ -108,7 +132,10 @@ def replay(
     Shown are the share of prompt tokens found in the cache, the tokens evicted, and the time that the tree takes for
     a request.
     """
-    capacities, policies = _capacities(capacity_tokens), _policies(policy)
+    _check_one_of(capacity_tokens, tiers)
+    capacities = [] if capacity_tokens is None else _capacities(capacity_tokens)
+    hierarchies, writes = [tier_sizes(text) for text in tiers or []], _writes(tier_writes)
+    policies = _policies(policy, has_optimum=tiers is None)
     _check_places(json_file, plot_file)
     encode = None if tokenizer is None else load_tokenizer(tokenizer)
     with progress_on_stderr() as progress:
@@ -117,40 +144,55 @@ def replay(
         )
         work = _workload(trace, keys, page_size)
         ceiling, results = _replay_all(work, policies, capacities, progress)
-    report = ReplayReport(
-        str(trace_file),
-        len(trace.requests),
-        trace.num_tokens,
-        malformed_lines=num_skipped,
-        keys=work.keys,
-        page_tokens=work.page_tokens,
-        ceiling=ceiling,
-        results=results,
-    )
-    _write_files(report, json_file, plot_file)
-    print_table(report)
+        tiered = _replay_tiers(work, policies, hierarchies, writes, progress)
+    read = (str(trace_file), len(trace.requests), trace.num_tokens, num_skipped, work.keys, work.page_tokens, ceiling)
+    if tiers is None:
+        report = ReplayReport(*read, results)
+        _write_json(report.as_dict(), json_file)
+        if plot_file is not None:
+            write_plot(report, plot_file)
+        print_table(report)
+    else:
+        tiers_report = TiersReport(*read, tiered)
+        _write_json(tiers_report.as_dict(), json_file)
+        if plot_file is not None:
+            write_tiers_plot(tiers_report, plot_file)
+        print_tiers_table(tiers_report)
 
 
 # ------------------------------------------------------------------------------------------------------- command line
 
 
+def _check_one_of(capacity_tokens: str | None, tiers: Sequence[str] | None) -> None:
+    if (capacity_tokens is None) == (not tiers):
+        given = "neither" if capacity_tokens is None else "both"
+        raise ConfigError(f"give --capacity-tokens or --tiers, not {given}")
+
+
 def _capacities(text: str) -> list[int]:
-    try:
-        capacities = [int(part) for part in text.split(",")]
-    except ValueError:
-        capacities = []
-    if not capacities or min(capacities) < 1:
+    counts = [token_count(part) for part in text.split(",")]
+    capacities = [count for count in counts if count is not None]
+    if len(capacities) < len(counts):
         raise ConfigError(f"--capacity-tokens must be positive numbers of tokens, comma-separated, not {text!r}")
     return list(dict.fromkeys(capacities))
 
 
-def _policies(text: str) -> list[str]:
-    """The names in `text`, and the optimum."""
+def _policies(text: str, *, has_optimum: bool) -> list[str]:
+    """The names in `text`, and the optimum unless there is none."""
     names = [part.strip() for part in text.split(",")]
+    optimum = [BELADY] if has_optimum else []
     for name in names:
-        if name not in POLICIES and name != BELADY:
-            raise ConfigError(f"unknown eviction policy {name!r}; the policies are {', '.join(POLICIES)} and {BELADY}")
-    return list(dict.fromkeys([*names, BELADY]))
+        if name not in (*POLICIES, *optimum):
+            allowed = " and ".join([", ".join(POLICIES), *optimum])
+            raise ConfigError(f"unknown eviction policy {name!r}; the policies are {allowed}")
+    return list(dict.fromkeys([*names, *optimum]))
+
+
+def _writes(text: str) -> list[TierWrites]:
+    names = dict.fromkeys(part.strip() for part in text.split(","))
+    for name in names:
+        checked_choice("--tier-writes", name, WRITES)
+    return [known for name in names for known in WRITES if known == name]
 
 
 def _check_places(json_file: Path | None, plot_file: Path | None) -> None:
@@ -169,11 +211,9 @@ def _check_place(option: str, path: Path) -> None:
         raise ConfigError(f"{option} {path}: there is no directory {path.parent}")
 
 
-def _write_files(report: ReplayReport, json_file: Path | None, plot_file: Path | None) -> None:
+def _write_json(figures: dict[str, Any], json_file: Path | None) -> None:
     if json_file is not None:
-        _write(json_file, json.dumps(report.as_dict(), indent=2) + "\n")
-    if plot_file is not None:
-        write_plot(report, plot_file)
+        _write(json_file, json.dumps(figures, indent=2) + "\n")
 
 
 def _write(path: Path, text: str) -> None:
@@ -232,3 +272,36 @@ def _replay_all(
             replay_trace(work.requests, policy, capacity, page_size, key_tokens=key_tokens, on_progress=on_progress)
         )
     return reuse.ceiling, results
+
+
+def _replay_tiers(
+    work: _Workload,
+    policies: Sequence[str],
+    hierarchies: Sequence[Sequence[TierSize]],
+    writes: Sequence[TierWrites],
+    progress: Progress,
+) -> list[TieredResult]:
+    """What each policy does with each of several tiers, for each way of writing."""
+    for size in chain.from_iterable(hierarchies):
+        whole_pages(size.capacity_tokens, work.page_tokens)
+    runs = [
+        (tiers, policy, when)
+        for tiers, policy in product(hierarchies, policies)
+        for when in (writes if len(tiers) > 1 else writes[:1])
+    ]
+    bar = progress.add_task("", total=len(runs) * len(work.requests))
+    results = []
+    for tiers, policy, when in runs:
+        progress.update(bar, description=f"{policy}, {tiers_text(tiers)}, {when}")
+        results.append(
+            replay_tiers(
+                work.requests,
+                tiers,
+                policy,
+                when,
+                work.page_size,
+                key_tokens=work.key_tokens,
+                on_progress=partial(progress.advance, bar),
+            )
+        )
+    return results

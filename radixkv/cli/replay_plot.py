@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,11 +33,23 @@ def write_plot(report: ReplayReport, path: Path) -> None:
 
     Raises: as `check_plot`, and ConfigError if the place cannot be written.
     """
+    with save(path, f"{Path(report.trace).name}: {report.requests:,} requests, {report.tokens:,} tokens") as axes:
+        _draw(axes, report)
+        _scale(axes, sorted({result.capacity_tokens for result in report.results}))
+
+
+@contextmanager
+def save(path: Path, title: str) -> Iterator[Any]:
+    """Axes to draw on, which are written into the image at `path` at the end, with a legend beside them.
+
+    Raises: as `check_plot`, and ConfigError if the place cannot be written.
+    """
     figure = _new_figure()
     axes = figure.subplots()
-    _draw(axes, report)
-    _scale(axes, sorted({result.capacity_tokens for result in report.results}))
-    axes.set_title(f"{Path(report.trace).name}: {report.requests:,} requests, {report.tokens:,} tokens", fontsize=10)
+    yield axes
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=9)
     axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     try:
         figure.savefig(path, dpi=150)
@@ -78,8 +92,6 @@ def _scale(axes: Any, sizes: list[int]) -> None:
     axes.set_xlabel("capacity, tokens")
     axes.set_ylabel("prompt tokens hit, %")
     axes.grid(axis="y", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=9)
 
 
 def short_count(number: float) -> str:
