@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -22,53 +22,32 @@ def requests_of(prompts: list[list[int]]) -> list[Request]:
     return [Request.of_tokens(prompt, output=[7, 8], time_s=float(number)) for number, prompt in enumerate(prompts)]
 
 
-class DullStore:
-    """Prefixes of one token more each, in the order of their last use; the longest of a chain is the oldest."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.prefixes = capacity, OrderedDict[tuple[int, ...], None]()
-
-    def found(self, keys: tuple[int, ...]) -> int:
-        return sum(keys[: end + 1] in self.prefixes for end in range(len(keys)))
-
-    def store(self, keys: tuple[int, ...]) -> list[tuple[int, ...]]:
-        chain = [keys[: end + 1] for end in range(min(len(keys), self.capacity))]
-        for prefix in reversed(chain):
-            self.prefixes.pop(prefix, None)
-            self.prefixes[prefix] = None
-        return [self.prefixes.popitem(last=False)[0] for _ in range(len(self.prefixes) - self.capacity)]
+def found_in_pool(requests: list[Request], capacity: int) -> list[int]:
+    """What each request finds in a pool of `capacity` tokens in LRU order."""
+    runs = [replay_trace(requests[:end], "lru", capacity, 1).hit_tokens for end in range(len(requests) + 1)]
+    return [after - before for before, after in pairwise(runs)]
 
 
-def dull_hits(requests: list[Request], sizes: list[TierSize], writes: TierWrites) -> list[int]:
-    """Hit tokens of each tier, with the pool in LRU order, too."""
-    stores = [DullStore(size.capacity_tokens) for size in sizes]
-    hits = [0] * len(stores)
-    for request in requests:
+@pytest.mark.parametrize("writes", ["through", "selective"])
+@given(PROMPTS, st.integers(10, 50))
+def test_what_was_computed_or_found_twice_is_found_below(
+    writes: TierWrites, prompts: list[list[int]], capacity: int
+) -> None:
+    requests = requests_of(prompts)
+    result = replay_tiers(requests, [TierSize("pool", capacity), TierSize("disk", 10**6)], "lru", writes, 1)
+    below: set[tuple[int, ...]] = set()
+    from_below = 0
+    for request, in_pool in zip(requests, found_in_pool(requests, capacity), strict=True):
         keys, stored = tuple(request.keys.tolist()), tuple(request.stored.tolist())
-        so_far = 0
-        for number, store in enumerate(stores):
-            here = max(so_far, store.found(keys))
-            hits[number] += here - so_far
-            so_far = here
-        evicted = stores[0].store(stored)
-        going_down = {"through": [stored], "selective": [keys[:so_far]], "back": evicted}[writes]
-        for store in stores[1:]:
-            for sequence in going_down:
-                store.store(sequence)
-    return hits
-
-
-@given(PROMPTS, st.integers(1, 40), st.integers(1, 60))
-def test_what_was_computed_or_found_twice_goes_down(prompts: list[list[int]], pool: int, disk: int) -> None:
-    # The tree takes a use of the start of a leaf for one of all of it; so it is as the model where nothing gives way.
-    requests, sizes = requests_of(prompts), [TierSize("pool", 10 + pool), TierSize("disk", 10 + disk)]
-    modes: list[TierWrites] = ["through", "selective"]
-    for writes in modes:
-        result = replay_tiers(requests, sizes, writes=writes, page_size=1)
-        assert result.tiers[0].hit_tokens == replay_trace(requests, "lru", 10 + pool, 1).hit_tokens
-        if result.tiers[1].evicted_tokens == 0:
-            both = sum(tier.hit_tokens for tier in result.tiers)
-            assert both == sum(dull_hits(requests, sizes, writes))
+        found = in_pool
+        while found < len(keys) and keys[: found + 1] in below:
+            found += 1
+        from_below += found - in_pool
+        going_down = stored if writes == "through" else keys[:found]
+        below |= {going_down[: end + 1] for end in range(len(going_down))}
+    assert result.tiers[1].hit_tokens == from_below
+    assert result.tiers[0].hit_tokens == replay_trace(requests, "lru", capacity, 1).hit_tokens
+    assert result.tiers[1].written_tokens == len(below)
 
 
 @pytest.mark.parametrize("writes", ["through", "back"])
@@ -95,17 +74,13 @@ def test_pages_that_come_are_there_or_gave_way(prompts: list[list[int]], capacit
             assert 0 <= tier.written_tokens - tier.evicted_tokens <= tier.capacity_tokens
 
 
-def test_each_mode_by_hand() -> None:
+@pytest.mark.parametrize(("writes", "hits"), [("through", [4, 0]), ("back", [4, 4]), ("selective", [4, 0])])
+def test_each_mode_by_hand(writes: TierWrites, hits: list[int]) -> None:
     first, other = [1, 2, 3, 4], [5, 6, 7, 8]
     requests = [Request(np.array(ids, np.int32), np.array(ids, np.int32), 4) for ids in (first, other, first, first)]
-    hits: dict[TierWrites, tuple[int, int]] = {"through": (4, 4), "back": (4, 4), "selective": (4, 0)}
-    for writes, expected in hits.items():
-        result = replay_tiers(requests, [TierSize("pool", 4), TierSize("disk", 4)], writes=writes, page_size=2)
-        found = tuple(tier.hit_tokens for tier in result.tiers)
-        if writes == "through":
-            assert found == (4, 0)  # the disk is as small as the pool: `other` drove `first` out of both
-        else:
-            assert found == expected
+    result = replay_tiers(requests, [TierSize("pool", 4), TierSize("disk", 4)], writes=writes, page_size=2)
+    # "through": the disk is as small as the pool, so `other` drives `first` out of both
+    assert [tier.hit_tokens for tier in result.tiers] == hits
 
 
 def test_without_a_tier_there_is_nothing_to_replay() -> None:
