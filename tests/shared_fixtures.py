@@ -48,6 +48,14 @@ def pytest_collection_finish() -> None:
     atexit.register(gc.unfreeze)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Collect what a file's tests left, so that no other file pays for it, and each is told of what it forgot."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def oracle() -> GreedyOracle:
     """The unmodified twin of the model in `make_engine`."""

@@ -243,6 +243,14 @@ def write_trace(path: Path) -> Path:
 SMALL = ["--quick", "--leaves", "200,100", "--rounds", "2", "--probes", "50"]
 
 
+@pytest.fixture
+def nothing_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare full collections: they search all that the tests' process has loaded, which takes seconds."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+    monkeypatch.setattr(gc, "unfreeze", lambda: None)
+
+
+@pytest.mark.usefixtures("nothing_collected")
 def test_everything_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     file, picture, trace = tmp_path / "out.json", tmp_path / "out.png", write_trace(tmp_path / "trace.jsonl")
     files = ["--json", str(file), "--plot", str(picture)]
@@ -326,17 +334,19 @@ def test_a_trace_of_token_ids(tmp_path: Path) -> None:
     assert [prompt.tolist() for prompt in tree_memory.read_prompts(trace, 2)] == [[3, 1, 4], [1, 5]]
 
 
+@pytest.mark.usefixtures("nothing_collected")
 def test_tails_are_of_calls_timed_one_by_one_and_the_tree_keeps_its_size() -> None:
     steps: list[int] = []
-    tails, pauses = measure_tails([100, 200], 16, 50, ignore, steps.append)
-    assert sum(steps) == 2 * 50
-    assert [(tail.leaves, tail.calls) for tail in tails] == [(100, 50)] * 7 + [(200, 50)] * 7
+    tails, pauses = measure_tails([100, 200], 16, 20, ignore, steps.append)
+    assert sum(steps) == 2 * 20
+    assert [(tail.leaves, tail.calls) for tail in tails] == [(100, 20)] * 7 + [(200, 20)] * 7
     assert len({tail.operation for tail in tails}) == 7
     assert all(0 < tail.median_us <= tail.p99_us <= tail.p999_us <= tail.max_us for tail in tails)
     assert [pause.leaves for pause in pauses] == [100, 200]
     assert all(0 <= tail.slow_calls <= tail.calls and 0 <= tail.waited_calls <= tail.calls for tail in tails)
 
 
+@pytest.mark.stress
 def test_the_slowest_calls_can_be_measured_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,7 +77,7 @@ def test_it_takes_a_file_and_flags_says_how_to_reach_it_and_drains_at_a_signal(t
         curl = text[text.index("curl") :]
         assert f"{address}/llm/v1/chat/completions" in curl
         assert '"model": "mine"' in curl
-        body = {"prompt": "ROMEO:", "max_tokens": 400, "ignore_eos": True, "temperature": 0, "stream": True}
+        body = {"prompt": "ROMEO:", "max_tokens": 150, "ignore_eos": True, "temperature": 0, "stream": True}
         with httpx.Client(base_url=address, timeout=60) as client:
             with client.stream("POST", "/v1/completions", json=body) as stream:
                 pieces = stream.iter_lines()

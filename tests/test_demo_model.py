@@ -198,6 +198,7 @@ def test_ends_its_turns(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerF
     assert len(ended) >= 3
 
 
+@pytest.mark.stress
 def test_long_contexts_are_as_good_as_short_ones(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """The same verse is as likely far into the window as at its beginning, given a context of words."""
     seed_ids = tokenizer.encode("ROMEO:\nWhat say you, gentle friend? speak, and be brief.\n\n")
@@ -274,6 +275,7 @@ def test_held_out_loss_counts_every_token_once(script: ModuleType, model: LlamaF
     assert repeated.num_tokens == 2099
 
 
+@pytest.mark.stress
 def test_script_trains_a_model_that_loads(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "BATCH_TOKENS", 256)
     monkeypatch.setattr(script, "WINDOW_SHARES", {64: 1.0})

@@ -149,10 +149,12 @@ ANSWER = """So. <tool_call>
 </tool_call><tool_call>{"name": "find_person", "arguments": {"name": "Romeo"}}</tool_call>"""
 
 
-@pytest.mark.parametrize("parallel", [True, False])
-@pytest.mark.parametrize("max_tokens", [200, 60])
+@pytest.mark.parametrize(
+    ("max_tokens", "parallel"),
+    [(200, True), *(pytest.param(*case, marks=pytest.mark.stress) for case in ((200, False), (60, True))), (60, False)],
+)
 def test_calls_of_several_choices_are_streamed_as_they_are_written(
-    server: Running, parallel: bool, max_tokens: int
+    server: Running, max_tokens: int, parallel: bool
 ) -> None:
     settings: Any = {"model": "demo", "messages": MESSAGES, "tools": TOOLS, "n": 2, "max_tokens": max_tokens}
     settings["temperature"] = 0  # an answer has the same tokens, so that it is cut off at the same place

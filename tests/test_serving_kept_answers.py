@@ -16,7 +16,7 @@ from radixkv.serving.kept_answers import KeptAnswers
 ASK: Any = {"model": "demo", "max_tokens": 24, "temperature": 1.0}
 USER: Any = {"role": "user", "content": "But, soft! what light through yonder window breaks?"}
 MORE: Any = {"role": "user", "content": "And then?"}
-SEEDS = range(6)
+SEEDS = range(3)
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def bounded(body: Any) -> Any:
     return body
 
 
-@pytest.mark.parametrize("num_examples", [4, pytest.param(50, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("num_examples", [2, pytest.param(50, marks=pytest.mark.stress)])
 def test_no_request_makes_the_server_fail(server: Running, num_examples: int) -> None:
     http = server.http()
     document = http.get("/openapi.json").json()

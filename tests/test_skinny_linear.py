@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -66,9 +67,16 @@ def test_every_mode_computes_the_same(mode: str, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(layer(x), expected, rtol=DTYPES[dtype], atol=DTYPES[dtype])
 
 
-@pytest.mark.parametrize("is_wide", [False, True])
-@pytest.mark.parametrize("num_tokens", [2, 4, 11])
-def test_the_tiles_for_every_size_of_register(is_wide: bool, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+# With the other size of register each number of tokens is a kernel that nothing else here compiles.
+@pytest.mark.parametrize(
+    ("num_tokens", "is_wide"),
+    [
+        (11, False),
+        (11, True),
+        *(pytest.param(*case, marks=pytest.mark.stress) for case in itertools.product((2, 4), (False, True))),
+    ],
+)
+def test_the_tiles_for_every_size_of_register(num_tokens: int, is_wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numba_linear, "has_wide_registers", lambda: is_wide)
     check_same(torch.float32, 33, True, num_tokens)
 

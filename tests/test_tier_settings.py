@@ -15,6 +15,7 @@ import torch
 from oracles import oracle_of
 from prompts import random_ids
 from radixkv import Engine, EngineConfig, SamplingParams
+from radixkv.engine.lower_tiers import close_at_exit
 from radixkv.errors import ConfigError, TierError
 from radixkv.tiers import fingerprint
 from tiny_models import served_model, tiny_model
@@ -106,6 +107,18 @@ def test_settings_that_cannot_be_met_say_why(tmp_path: Path) -> None:
     make_engine(tmp_path).close()
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_at_the_end_of_the_process_what_nobody_closed_is_written(tmp_path: Path, is_kept: bool) -> None:
+    engines = [make_engine(tmp_path)]
+    engines[0].generate(PROMPT, PARAMS)
+    if not is_kept:
+        engines.clear()
+        gc.collect()
+    close_at_exit()
+    with make_engine(tmp_path) as engine:
+        assert engine.generate(PROMPT, PARAMS)[0].cached_tokens == 36
+
+
 UNCLOSED = """
 from radixkv import Engine, EngineConfig, SamplingParams
 from tiny_models import tiny_model
@@ -120,7 +133,8 @@ KEPT
 """
 
 
-@pytest.mark.parametrize("kept", ["engine = main()", pytest.param("main()", marks=pytest.mark.stress)])
+@pytest.mark.stress
+@pytest.mark.parametrize("kept", ["engine = main()", "main()"])
 def test_an_engine_that_nobody_closed_writes_what_is_left_as_its_process_ends(tmp_path: Path, kept: str) -> None:
     code = UNCLOSED.replace("PATH", repr(str(tmp_path))).replace("PROMPT", repr(PROMPT)).replace("KEPT", kept)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=Path(__file__).parent)

@@ -115,8 +115,17 @@ def tiles_of_another() -> Iterator[None]:
     attention_tiles.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["haswell", "skylake-avx512", "x86-64"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(("haswell", dtype) for dtype in (torch.float32, torch.bfloat16)),
+        *(("skylake-avx512", dtype) for dtype in (torch.float32, torch.bfloat16)),
+        ("x86-64", torch.float32),
+        pytest.param(
+            "x86-64", torch.bfloat16, marks=pytest.mark.stress
+        ),  # without such vectors it takes 4 s to compile
+    ],
+)
 @pytest.mark.usefixtures("tiles_of_another")
 def test_tiles_made_for_other_processors_compute_the_same(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -135,7 +135,8 @@ def test_an_engine_answers_the_same_whatever_is_set_for_all_of_torch(
         assert work(engine) == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.stress)])
+@pytest.mark.stress
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_model_is_loaded_and_served_the_same_under_another_default_dtype(dtype: torch.dtype) -> None:
     def text() -> str:
         # not Numba's: the demo model's three query heads a KV head in bfloat16 are a kernel that no other test uses

@@ -69,7 +69,7 @@ class LowerTiers:
         self._tiers = [Tier(store, self.arrivals, max_write_bytes_s=max_write_bytes_s, clock=clock) for store in stores]
         warm_starts: list[WarmStart] = []
         self._finalizer = weakref.finalize(self, _leave, self._tiers, warm_starts)
-        self._finalizer.atexit = False  # `_close_all` waits for the writers then
+        self._finalizer.atexit = False  # `close_at_exit` waits for the writers then
         _OPEN.add(self)
         self._loader = Loader(self._tiers, page_bytes, cache.page_size, clock=clock)
         self._down = HandDown(self._tiers, page_bytes, cache, writes)
@@ -192,7 +192,7 @@ def _leave(tiers: Sequence[Tier], warm_starts: Sequence[WarmStart]) -> None:
 
 
 @atexit.register
-def _close_all() -> None:
+def close_at_exit() -> None:
     """At the end of the process write what was handed down, also of engines that nobody closed."""
     for open_tiers in list(_OPEN):
         open_tiers.close()
