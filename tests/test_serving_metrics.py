@@ -101,7 +101,21 @@ def test_what_is_loaded_after_a_restart_is_told(tmp_path: Path) -> None:
     with running(AsyncEngine.from_pretrained("demo", **settings)) as server:
         usage = server.http().post("/v1/completions", json=body).json()["usage"]
         values = scraped(server)
+        stats = server.http().get("/v1/cache/stats").json()
+        again = server.http().post("/v1/completions", json=body).json()["usage"]["prompt_tokens_details"]
+        message = {"model": "demo", "max_tokens": 1, "messages": [{"role": "user", "content": "Hark!"}]}
+        read = server.http().post("/v1/messages", json=message).json()["usage"]
+        response = server.http().post("/v1/responses", json={"input": "Hark!", "max_output_tokens": 1}).json()["usage"]
     cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
+    assert usage["prompt_tokens_details"]["cached_by"] == {"pool": 0, "disk": cached_tokens}
+    assert again["cached_by"] == {"pool": again["cached_tokens"]}
+    assert read["cache_read_by"] == {"pool": read["cache_read_input_tokens"]}
+    details = response["input_tokens_details"]
+    assert details["cached_by"] == {"pool": details["cached_tokens"]}
+    assert values["radixkv_prompt_tokens_cached_total", ("disk",)] == cached_tokens
+    (tier,) = stats["tiers"]
+    assert (tier["name"], tier["loaded_tokens"], tier["is_slow"]) == ("disk", cached_tokens, False)
+    assert 0 < tier["bytes"] <= tier["capacity_bytes"] == 1e8
     assert 0 < cached_tokens == values["radixkv_tier_loaded_tokens_total", ("disk",)]
     assert values["radixkv_tier_requests_total", ("loads", "disk")] == 1
     assert values["radixkv_tier_pages_total", ("loaded", "disk")] == -(-cached_tokens // 16)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -44,13 +45,21 @@ class Usage(NamedTuple):
     """How many tokens a request took, all its choices together.
 
     `cached_tokens` of the `prompt_tokens` were found in the cache when the request came; `cache_write_tokens` others
-    were stored there by it. Choices that find what the first one computed count neither.
+    were stored there by it. Choices that find what the first one computed count neither. Of the `cached_tokens`,
+    `loaded_by` tells those that tiers below the pool had: their names and numbers.
     """
 
     prompt_tokens: int
     cached_tokens: int
     cache_write_tokens: int
     output_tokens: int
+    loaded_by: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def cached_by(self) -> dict[str, int]:
+        """`cached_tokens` by where they were found: "pool", and the tiers that had some."""
+        in_pool = self.cached_tokens - sum(num_tokens for _, num_tokens in self.loaded_by)
+        return {"pool": in_pool, **dict(self.loaded_by)}
 
     @classmethod
     def of(cls, choices: Sequence[RequestOutput]) -> Usage:
@@ -62,7 +71,27 @@ class Usage(NamedTuple):
             first.cached_tokens,
             min(written, first.prompt_tokens - first.cached_tokens),
             sum(len(output.token_ids) for output in choices),
+            _below_the_pool(first.cached_by),
         )
+
+    @classmethod
+    def total(cls, usages: Iterable[Usage]) -> Usage:
+        """What several requests took together."""
+        usages = list(usages)
+        loaded_by: Counter[str] = Counter()
+        for usage in usages:
+            loaded_by.update(dict(usage.loaded_by))
+        return cls(
+            sum(usage.prompt_tokens for usage in usages),
+            sum(usage.cached_tokens for usage in usages),
+            sum(usage.cache_write_tokens for usage in usages),
+            sum(usage.output_tokens for usage in usages),
+            _below_the_pool(loaded_by),
+        )
+
+
+def _below_the_pool(cached_by: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted((name, num_tokens) for name, num_tokens in cached_by.items() if name != "pool"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -351,7 +380,13 @@ class Request:
 
     def _usage(self) -> Usage:
         """What it used so far."""
-        return Usage(len(self.prompt_ids), self.cached_tokens or 0, self.cache_write_tokens, len(self.output_ids))
+        return Usage(
+            len(self.prompt_ids),
+            self.cached_tokens or 0,
+            self.cache_write_tokens,
+            len(self.output_ids),
+            _below_the_pool(self.cached_by),
+        )
 
     def _stopped_by(self) -> str | int | None:
         if self.finish_reason != "stop":

@@ -234,6 +234,7 @@ def usage_object(usage: Usage, keeps: Sequence[Keep]) -> dict[str, Any]:
     return {
         "input_tokens": usage.prompt_tokens - usage.cached_tokens - usage.cache_write_tokens,
         "cache_read_input_tokens": usage.cached_tokens,
+        "cache_read_by": usage.cached_by,
         "cache_creation_input_tokens": usage.cache_write_tokens,
         "cache_creation": {
             "ephemeral_5m_input_tokens": written[TTL_S["5m"]],

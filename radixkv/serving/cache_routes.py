@@ -14,6 +14,7 @@ from radixkv.config import SamplingParams
 from radixkv.engine.results import EngineStats
 from radixkv.serving.bodies import SALT_CHARACTERS, GenerationBody
 from radixkv.serving.generation import Ids, Keep
+from radixkv.serving.live_view import tier_row
 from radixkv.serving.prompt_body import PromptBody, ids_of
 from radixkv.serving.service import Service, owner_of, require_admin, tenant_of
 from radixkv.serving.streaming import unless_gone
@@ -73,6 +74,7 @@ def router(service: Service) -> APIRouter:
             {
                 "prompt_tokens": usage.prompt_tokens,
                 "cached_tokens": usage.cached_tokens,
+                "cached_by": usage.cached_by,
                 "cache_write_tokens": usage.cache_write_tokens,
                 "keep_for_s": body.keep_for_s,
             }
@@ -96,6 +98,7 @@ def _stats(stats: EngineStats) -> dict[str, Any]:
         "hit_tokens": cache.hit_tokens,
         "hit_rate": cache.hit_rate,
         "evicted_tokens": cache.evicted_tokens,
+        "tiers": [tier_row(tier) for tier in stats.tiers],
         "estimated_hit_rates": [estimate._asdict() for estimate in cache.estimated_hit_rates],
         "requests": {"running": stats.running, "waiting": stats.waiting},
         "retractions": stats.retractions,

@@ -129,8 +129,7 @@ class Generation:
     def usage(self, outputs: Sequence[RequestOutput]) -> Usage:
         """What `outputs`, one for each choice, used. The prompt of several choices counts once."""
         firsts = range(0, len(outputs), self.num_choices)
-        usages = [Usage.of(outputs[first : first + self.num_choices]) for first in firsts]
-        return Usage(*(sum(numbers) for numbers in zip(*usages, strict=True)))
+        return Usage.total(Usage.of(outputs[first : first + self.num_choices]) for first in firsts)
 
     def _announce(self) -> None:
         for prompt in self.prompts:

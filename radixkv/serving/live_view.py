@@ -14,6 +14,7 @@ from radixkv.cache.namespace import Namespace
 from radixkv.cache.token_ids import TOKEN_BYTES
 from radixkv.engine.core import EngineCore
 from radixkv.engine.results import EngineStats
+from radixkv.tiers.tier import TierStats
 
 MAX_NODES = 20_000
 NODES_A_PART = 1000  # that the engine's thread looks at between two steps
@@ -231,6 +232,7 @@ def summary(view: EngineView, nodes: Mapping[int, LiveNode]) -> dict[str, Any]:
             "evictable_pages": cache.evictable_tokens // cache.page_size,
             "bytes": stats.pool_bytes,
         },
+        "tiers": [tier_row(tier) for tier in stats.tiers],
         "hit_rate": cache.hit_rate,
         "query_tokens": cache.query_tokens,
         "hit_tokens": cache.hit_tokens,
@@ -242,6 +244,17 @@ def summary(view: EngineView, nodes: Mapping[int, LiveNode]) -> dict[str, Any]:
             "generated_tokens": stats.generated_tokens,
             "first": [{**request._asdict(), "namespace": name_of(request.namespace)} for request in view.requests],
         },
+    }
+
+
+def tier_row(tier: TierStats) -> dict[str, Any]:
+    """What a tier below the pool holds and gave, as it is sent."""
+    return {
+        "name": tier.name,
+        "bytes": tier.store.bytes,
+        "capacity_bytes": tier.store.capacity_bytes,
+        "loaded_tokens": tier.loaded_tokens,
+        "is_slow": tier.is_slow,
     }
 
 

@@ -67,6 +67,9 @@ class Metrics:
         self._success = self._counter("vllm:request_success", "Requests that ended well.", ["finished_reason"])
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Tokens of prompts.")
         self._cached_tokens = self._counter("vllm:prompt_tokens_cached", "Tokens of prompts that were cached.")
+        self._cached_by = self._counter(
+            "radixkv_prompt_tokens_cached", "Tokens of prompts that were cached, by where.", ["tier"]
+        )
         self._generated_tokens = self._counter("vllm:generation_tokens", "Tokens that were generated.")
         self._ttft_s = self._histogram("vllm:time_to_first_token_seconds", "Time to the first token.", SECONDS)
         self._tpot_s = self._histogram(
@@ -92,6 +95,9 @@ class Metrics:
         labels = tuple(self._labels.values())
         self._prompt_tokens.labels(*labels).inc(num_prompt)
         self._cached_tokens.labels(*labels).inc(num_cached)
+        if is_first:
+            for tier, num_tokens in output.cached_by.items():
+                self._cached_by.labels(*labels, tier).inc(num_tokens)
         self._generated_tokens.labels(*labels).inc(num_generated)
         if output.finish_reason not in ("stop", "length"):
             return

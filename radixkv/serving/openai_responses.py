@@ -235,6 +235,7 @@ def _usage_object(usage: Usage) -> dict[str, Any]:
         "input_tokens_details": {
             "cached_tokens": usage.cached_tokens,
             "cache_write_tokens": usage.cache_write_tokens,
+            "cached_by": usage.cached_by,
         },
         "output_tokens": usage.output_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},

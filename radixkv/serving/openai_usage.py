@@ -16,5 +16,6 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         "prompt_tokens_details": {
             "cached_tokens": usage.cached_tokens,
             "cache_write_tokens": usage.cache_write_tokens,
+            "cached_by": usage.cached_by,
         },
     }

@@ -102,6 +102,7 @@ function show(data) {
   icicle.focus = again(icicle.focus);
   icicle.selected = again(icicle.selected);
   showPool(data.pool);
+  showTiers(data.tiers);
   byId("hit-rate").textContent = percent(data.hit_rate);
   byId("hit-detail").textContent = `${number(data.hit_tokens)} of ${tokens(data.query_tokens)} were cached; ${number(data.evicted_tokens)} evicted so far`;
   byId("running").textContent = number(data.requests.running);
@@ -130,6 +131,19 @@ function showPool(pool) {
   }));
   byId("pool-bar").setAttribute("aria-label", `Pages: ${parts.map(([, pages, name]) => `${pages} ${name}`).join(", ")}`);
   byId("pool-legend").replaceChildren(...parts.map(([kind, pages, name]) => legendItem(kind, `${name} ${number(pages)}`)));
+}
+
+function showTiers(tiers) {
+  byId("tiers").hidden = tiers.length === 0;
+  byId("tiers").replaceChildren(...tiers.map((tier) => {
+    const held = `${size(tier.bytes)} of ${size(tier.capacity_bytes)}`;
+    const speed = tier.is_slow ? ", off: slower than computing" : "";
+    return legendItem(tier.is_slow ? "free" : "cached", `${tier.name}: ${held}, ${tokens(tier.loaded_tokens)} loaded${speed}`);
+  }));
+}
+
+function size(bytes) {
+  return bytes < 2 ** 30 ? `${(bytes / 2 ** 20).toFixed(0)} MiB` : `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 }
 
 function legendItem(className, text, colour) {
