@@ -265,3 +265,15 @@ def test_a_key_is_asked_for_and_never_in_an_address(browser: Any, tmp_path: Path
         page.page.wait_for_selector("#ask-title:text-is('This server needs a key')")
         assert not [url for url in urls if "key-" in url or "wrong" in url or "?" in url]
         assert all("401" in problem or "403" in problem for problem in page.problems), page.problems
+
+
+def test_tiers_below_the_pool_are_told_of(browser: Any, server: Running, tmp_path: Path) -> None:
+    settings = {**SMALL, "disk_cache": str(tmp_path / "kv"), "disk_cache_gb": 2.0}
+    with running(AsyncEngine.from_pretrained("demo", **settings)) as below, opened(browser, below) as page:
+        page.page.wait_for_selector("#tiers li")
+        assert page.text("#tiers").startswith("disk: ")
+        assert page.text("#tiers").endswith(" of 1.9 GiB, 0 tokens loaded")
+        assert page.problems == []
+    with opened(browser, server) as page:
+        page.page.wait_for_selector("#status[data-state=live]")
+        assert not page.page.is_visible("#tiers")

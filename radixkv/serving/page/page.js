@@ -136,14 +136,15 @@ function showPool(pool) {
 function showTiers(tiers) {
   byId("tiers").hidden = tiers.length === 0;
   byId("tiers").replaceChildren(...tiers.map((tier) => {
-    const held = `${size(tier.bytes)} of ${size(tier.capacity_bytes)}`;
+    const held = tier.capacity_bytes ? `${size(tier.bytes)} of ${size(tier.capacity_bytes)}, ` : "";  // a server does not say
     const speed = tier.is_slow ? ", off: slower than computing" : "";
-    return legendItem(tier.is_slow ? "free" : "cached", `${tier.name}: ${held}, ${tokens(tier.loaded_tokens)} loaded${speed}`);
+    return legendItem(tier.is_slow ? "free" : "cached", `${tier.name}: ${held}${tokens(tier.loaded_tokens)} loaded${speed}`);
   }));
 }
 
 function size(bytes) {
-  return bytes < 2 ** 30 ? `${(bytes / 2 ** 20).toFixed(0)} MiB` : `${(bytes / 2 ** 30).toFixed(1)} GiB`;
+  const [unit, name] = [[2 ** 30, "GiB"], [2 ** 20, "MiB"], [2 ** 10, "KiB"]].find(([least]) => bytes >= least) ?? [1, "bytes"];
+  return `${(bytes / unit).toFixed(unit > 2 ** 20 ? 1 : 0)} ${name}`;
 }
 
 function legendItem(className, text, colour) {
