@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from radixkv.cache.events import Event, PageRun, Removed
 from radixkv.cache.namespace import Namespace
@@ -20,6 +22,13 @@ from radixkv.tiers.page_chain import as_bytes
 from radixkv.tiers.page_store import PageFacts
 from radixkv.tiers.tier import Tier
 from radixkv.tiers.writer import PageRecord
+
+
+class _HandedDown(NamedTuple):
+    """How many pages a tier lacked, and how many of them its writer did not take now."""
+
+    missing: int
+    refused: int
 
 
 class HandDown:
@@ -60,11 +69,21 @@ class HandDown:
         if self._writes != "back":
             self._hand_down(request, is_end=True)
 
+    def prefix(self, ids: NDArray[np.int32], namespace: Namespace) -> int:
+        """Hand down what the pool holds of `ids`. Returns how many pages are not stored, whether they wait or not."""
+        num_missing = 0
+        for node, run in self._cache.cached_runs_of(
+            ids, extra_key=namespace.extra_key, cache_salt=namespace.cache_salt
+        ):
+            facts = self._facts(node.hits, node.priority, node.keep_until, namespace)
+            num_missing += sum(self._hand_down_run(tier, run, facts).missing for tier in self._tiers)
+        return num_missing
+
     def close(self) -> None:
         """Hand down what would be lost, parents first."""
         if self._writes == "back":
             for node, run in self._cache.cached_runs():
-                self._hand_down_run(run, self._facts(node.hits, node.priority, node.keep_until, run.namespace))
+                self._leaves(run, self._facts(node.hits, node.priority, node.keep_until, run.namespace))
 
     # -- pages of a request ------------------------------------------------------------------------------------------
 
@@ -161,24 +180,28 @@ class HandDown:
     def _observe(self, event: Event) -> None:
         if isinstance(event, Removed) and event.medium == "pool" and event.cause == "evicted":
             facts = self._facts(event.hits, event.priority, event.keep_until, event.run.namespace)
-            self._hand_down_run(event.run, facts)
+            self._leaves(event.run, facts)
 
-    def _hand_down_run(self, run: PageRun, facts: PageFacts) -> None:
-        """Copy consecutive pages for the writers of the tiers that lack them."""
+    def _leaves(self, run: PageRun, facts: PageFacts) -> None:
+        """Hand down pages that the pool is about to lose."""
+        for tier in self._tiers:
+            tier.writer.dropped(self._hand_down_run(tier, run, facts).refused)
+
+    def _hand_down_run(self, tier: Tier, run: PageRun, facts: PageFacts) -> _HandedDown:
+        """Copy consecutive pages that a tier lacks for its writer."""
         started_at = time.perf_counter()
         pages = [(page.page_keys[0], page.parent_key, as_bytes(page.tokens)) for page in run.each_page()]
-        for tier in self._tiers:
-            keys = [key for key, _, _ in pages]
-            tail = [keys.pop()] if run.is_tail else []
-            if tail and tier.has_tail(run.parent_key, pages[0][2], tail[0]):
-                continue
-            first = 0 if tail else tier.num_stored(run.parent_key, as_bytes(run.tokens), keys)
-            wanted = [page for page in range(first, len(pages)) if not tier.writer.is_queued(pages[page][0])]
-            accepted = wanted[: tier.writer.num_accepted()]
-            tier.writer.dropped(len(wanted) - len(accepted))
-            if accepted:
-                records = [PageRecord(*pages[page], facts) for page in accepted]
-                last_tokens = len(records[-1].tokens) // TOKEN_BYTES
-                payloads = self._page_bytes.read(run.pages[np.array(accepted)], last_tokens=last_tokens)
-                tier.writer.hand_down(records, payloads)
+        keys = [key for key, _, _ in pages]
+        tail = [keys.pop()] if run.is_tail else []
+        if tail and tier.has_tail(run.parent_key, pages[0][2], tail[0]):
+            return _HandedDown(0, 0)
+        first = 0 if tail else tier.num_stored(run.parent_key, as_bytes(run.tokens), keys)
+        wanted = [page for page in range(first, len(pages)) if not tier.writer.is_queued(pages[page][0])]
+        accepted = wanted[: tier.writer.num_accepted()]
+        if accepted:
+            records = [PageRecord(*pages[page], facts) for page in accepted]
+            last_tokens = len(records[-1].tokens) // TOKEN_BYTES
+            payloads = self._page_bytes.read(run.pages[np.array(accepted)], last_tokens=last_tokens)
+            tier.writer.hand_down(records, payloads)
         self.busy_s += time.perf_counter() - started_at
+        return _HandedDown(len(pages) - first, len(wanted) - len(accepted))

@@ -125,6 +125,10 @@ class LowerTiers:
         if self._down is not None:
             _without_raising(self._down.ends, request)
 
+    def hand_down(self, ids: TokenIds, namespace: Namespace) -> int:
+        """Hand down what the pool holds of `ids`, whatever the rule. Returns how many pages are not stored yet."""
+        return 0 if self._down is None else self._down.prefix(token_array(ids), namespace)
+
     @property
     def learns_speed(self) -> bool:
         """Whether `computed` is of use."""
