@@ -46,7 +46,14 @@ def kv_identity(model: PreTrainedModel, pool: KVPool) -> KVIdentity:
 
 
 def weight_tensors(model: PreTrainedModel) -> Iterator[tuple[str, str, Sequence[int], memoryview]]:
-    """(name, dtype, shape, bytes) of each tensor of `model`, one at a time in memory."""
+    """(name, dtype, shape, bytes) of each tensor of `model`, one at a time in memory.
+
+    Raises: ConfigError if weights were offloaded, so that they are not there to be read.
+    """
     for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ConfigError(
+                f"disk_cache needs the model's weights in memory, to know them again; {name} is offloaded"
+            )
         content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         yield name, str(tensor.dtype), tuple(tensor.shape), memoryview(content)
