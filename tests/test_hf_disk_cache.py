@@ -23,6 +23,7 @@ from radixkv.memory.page_bytes import PageBytes
 from radixkv.tiers.disk_store import DiskStore
 from radixkv.tiers.load_choice import PrefillRate
 from radixkv.tiers.page_store import FoundPage
+from radixkv.tiers.writer import PageWriter
 from stress_cases import some_of
 from tiny_models import FAMILIES, REFUSED, tiny_model
 
@@ -293,6 +294,17 @@ def test_a_forked_child_leaves_the_store_to_its_parent(
             assert cache.flush()
         (tier,) = cache.stats().tiers
         assert (tier.loads, tier.queued_bytes, tier.written_pages, tier.read_errors) == (0, 0, 0, 0)
+
+
+def test_what_the_writers_queue_had_no_room_for_is_written_as_the_cache_is_closed(
+    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PageWriter.__init__.__kwdefaults__, "max_queued_bytes", 1)  # a page at a time
+    with cache_of(llama, tmp_path) as cache:
+        run(llama, [PROMPT], cache)
+        assert cache.stats().tiers[0].dropped_pages > 0
+    with cache_of(llama, tmp_path) as cache:
+        assert check(llama, [PROMPT], cache) == ({"pool": 0, "disk": 36},)
 
 
 def test_a_closed_cache_serves_no_call(llama: PreTrainedModel, tmp_path: Path) -> None:

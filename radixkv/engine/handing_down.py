@@ -44,7 +44,7 @@ class HandDown:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._tiers, self._page_bytes, self._writes = tiers, page_bytes, writes
-        self._page_size = cache.page_size
+        self._cache, self._page_size = cache, cache.page_size
         self._runs = RunCopies(tiers, page_bytes, cache, wall_clock=wall_clock)
         self._busy_s = 0.0
         if writes == "back":
@@ -67,12 +67,13 @@ class HandDown:
 
     def prefix(self, ids: NDArray[np.int32], namespace: Namespace) -> int:
         """Hand down what the pool holds of `ids`. Returns how many pages are not stored, whether they wait or not."""
-        return self._runs.prefix(ids, namespace)
+        return self._runs.prefix(ids, namespace).missing
 
     def close(self) -> None:
         """Hand down what would be lost, parents first."""
         if self._writes == "back":
-            self._runs.everything()
+            for node, run in self._cache.cached_runs():
+                self._runs.leaves(run, self._runs.facts(node.hits, node.priority, node.keep_until, run.namespace))
 
     # -- pages of a request ------------------------------------------------------------------------------------------
 

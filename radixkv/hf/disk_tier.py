@@ -55,6 +55,7 @@ class DiskTier:
         self._ending = Ending(self, [self._tier])
         self._chooser = LoadChooser(cache.page_size)
         self._runs = RunCopies([self._tier], self._page_bytes, cache)
+        self._has_refused = False  # pages of the pool: the writer's queue is bounded
         self._pid = os.getpid()
 
     def reach(self, tokens: Tokens, namespace: str | None) -> int:
@@ -105,7 +106,9 @@ class DiskTier:
         if not self._is_ours:
             return
         try:
-            self._runs.prefix(tokens, Namespace.of(namespace, None))
+            refused = self._runs.prefix(tokens, Namespace.of(namespace, None)).refused
+            self._has_refused |= refused > 0
+            self._tier.writer.dropped(refused)
         except Exception:  # whatever it is: it is lost below, and the call has its output
             logger.exception("what a call of generate computed cannot be handed down")
 
@@ -124,8 +127,20 @@ class DiskTier:
     def close(self) -> None:
         """Write what is left, and let go of the folder. Idempotent."""
         if self._is_ours:
+            if self._has_refused:
+                self._hand_down_again(time.monotonic() + CLOSE_TIMEOUT_S)
             self._tier.close(CLOSE_TIMEOUT_S)
         self._ending.is_done()
+
+    def _hand_down_again(self, until: float) -> None:
+        """Write what the pool still holds and the disk lacks, in portions that the queue can take."""
+        self._has_refused = False
+        num_before: int | None = None
+        while self.flush(max(0.0, until - time.monotonic())):
+            missing, refused = self._runs.everything()
+            if not refused or (num_before is not None and missing >= num_before):
+                return
+            num_before = missing
 
     @property
     def _is_ours(self) -> bool:

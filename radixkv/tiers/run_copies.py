@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from radixkv.cache.events import PageRun
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import TOKEN_BYTES
+from radixkv.cache.tree.node import TreeNode
 from radixkv.tiers.page_chain import as_bytes
 from radixkv.tiers.page_store import PageFacts
 from radixkv.tiers.tier import Tier
@@ -27,8 +28,8 @@ class ReadsPages(Protocol):
         ...
 
 
-class _Copied(NamedTuple):
-    """What became of a run of pages: `missing` were not stored yet, `refused` of them the writer does not take now."""
+class Copied(NamedTuple):
+    """What became of pages: so many were not stored yet, and so many of these the writers did not take."""
 
     missing: int
     refused: int
@@ -54,35 +55,35 @@ class RunCopies:
         self._tiers, self._page_bytes, self._cache, self._wall_clock = tiers, page_bytes, cache, wall_clock
         self.busy_s = 0.0
 
-    def prefix(self, ids: NDArray[np.int32], namespace: Namespace) -> int:
-        """Hand down what the cache holds of `ids`, which is a use of it. O(tokens + depth).
+    def prefix(self, ids: NDArray[np.int32], namespace: Namespace) -> Copied:
+        """Hand down what the cache holds of `ids`, which is a use of it. O(tokens + depth)."""
+        runs = self._cache.cached_runs_of(ids, extra_key=namespace.extra_key, cache_salt=namespace.cache_salt)
+        return self._copy_all(runs, touches=True)
 
-        Returns: how many pages are not stored, whether they wait or were refused.
-        """
-        num_missing = 0
-        for node, run in self._cache.cached_runs_of(
-            ids, extra_key=namespace.extra_key, cache_salt=namespace.cache_salt
-        ):
-            facts = self.facts(node.hits, node.priority, node.keep_until, namespace)
-            num_missing += sum(self._copy(tier, run, facts, touches=True).missing for tier in self._tiers)
-        return num_missing
+    def everything(self) -> Copied:
+        """Hand down all that the cache holds, parents first. O(nodes + pages)."""
+        return self._copy_all(self._cache.cached_runs(), touches=False)
 
     def leaves(self, run: PageRun, facts: PageFacts) -> None:
-        """Hand down pages that the cache is about to lose; what is refused is lost, and counted."""
+        """Hand down pages that the cache is about to lose; what is refused is lost, and counted as dropped."""
         for tier in self._tiers:
             tier.writer.dropped(self._copy(tier, run, facts, touches=False).refused)
-
-    def everything(self) -> None:
-        """Hand down all that the cache holds, parents first; what is refused is lost, and counted."""
-        for node, run in self._cache.cached_runs():
-            self.leaves(run, self.facts(node.hits, node.priority, node.keep_until, run.namespace))
 
     def facts(self, hits: int, priority: int, keep_until: float, namespace: Namespace) -> PageFacts:
         """What is known of tokens that are used now; `keep_until` is a time of the cache's clock."""
         now, left_s = self._wall_clock(), keep_until - self._cache.now_s
         return PageFacts(now, hits, priority, now + left_s if left_s > 0 else None, namespace)
 
-    def _copy(self, tier: Tier, run: PageRun, facts: PageFacts, *, touches: bool) -> _Copied:
+    def _copy_all(self, runs: Iterable[tuple[TreeNode, PageRun]], *, touches: bool) -> Copied:
+        missing = refused = 0
+        for node, run in runs:
+            facts = self.facts(node.hits, node.priority, node.keep_until, run.namespace)
+            for tier in self._tiers:
+                copied = self._copy(tier, run, facts, touches=touches)
+                missing, refused = missing + copied.missing, refused + copied.refused
+        return Copied(missing, refused)
+
+    def _copy(self, tier: Tier, run: PageRun, facts: PageFacts, *, touches: bool) -> Copied:
         """Copy the pages that a tier lacks for its writer; if it `touches` the others, their facts become `facts`."""
         started_at = time.perf_counter()
         pages = [(page.page_keys[0], page.parent_key, as_bytes(page.tokens)) for page in run.each_page()]
@@ -101,4 +102,4 @@ class RunCopies:
         if touches:
             tier.writer.touch([(parent_key, tokens, facts) for _, parent_key, tokens in pages[:num_stored]])
         self.busy_s += time.perf_counter() - started_at
-        return _Copied(len(pages) - num_stored, len(wanted) - len(accepted))
+        return Copied(len(pages) - num_stored, len(wanted) - len(accepted))
