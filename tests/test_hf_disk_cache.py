@@ -133,6 +133,16 @@ def test_a_sequence_longer_than_all_pages_is_loaded_in_part(llama: PreTrainedMod
         assert check(llama, [random_ids(2, 100)], cache) == ({"pool": 0, "disk": 64},)
 
 
+@pytest.mark.filterwarnings("ignore:Passing `generation_config`")
+@pytest.mark.parametrize("kwargs", [{"prompt_lookup_num_tokens": 3}, {"num_beams": 3}, {"assistant_model": None}])
+def test_other_ways_to_decode_load_too(llama: PreTrainedModel, tmp_path: Path, kwargs: dict[str, Any]) -> None:
+    kwargs = {name: value or endless(seed=1) for name, value in kwargs.items()}
+    with cache_of(llama, tmp_path) as cache:
+        run(llama, [PROMPT], cache, **kwargs)
+    with cache_of(llama, tmp_path) as cache:
+        assert check(llama, [PROMPT], cache, **kwargs)[0] == {"pool": 0, "disk": 36}
+
+
 def test_a_part_in_the_pages_and_the_rest_on_disk(llama: PreTrainedModel, tmp_path: Path) -> None:
     with cache_of(llama, tmp_path) as cache:
         run(llama, [PROMPT], cache)
