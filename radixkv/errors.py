@@ -21,6 +21,8 @@ would expect, so `except ValueError` works too.
     ├── OutOfPagesError (MemoryError)         nothing is left to evict and the pages do not suffice
     ├── PolicyError (RuntimeError)            a method of an eviction policy raised an exception
     ├── NonFiniteLogitsError (ArithmeticError) the model returned NaN or infinity for a request
+    ├── SessionFileError (OSError)            a saved session cannot be written, read or used here
+    ├── TierError (RuntimeError)              a store below the pool cannot be opened, or its medium fails
     ├── SessionBusyError (RuntimeError)       a session was changed amid a turn of the same thread
     ├── ClosedError (RuntimeError)            a lease, session or engine was used after it was closed
     ├── QueueFullError (RuntimeError)         too many requests wait already; try again later
@@ -126,6 +128,10 @@ class PolicyError(RadixKVError, RuntimeError):
 
 class NonFiniteLogitsError(RadixKVError, ArithmeticError):
     """The model returned NaN or infinite logits for a request."""
+
+
+class SessionFileError(RadixKVError, OSError):
+    """A saved session cannot be written or read, is damaged or newer than this radixkv, or has another tokenizer."""
 
 
 class SessionBusyError(RadixKVError, RuntimeError):

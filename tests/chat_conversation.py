@@ -36,6 +36,9 @@ class ScriptedEngine:
     def known_ids(self, ids: Any) -> Any:
         return np.asarray(ids, np.int32)
 
+    def hand_down(self, prefix: Any, **options: Any) -> bool:
+        return True
+
     @contextmanager
     def exclusive(self) -> Generator[None]:
         with nullcontext():

@@ -342,3 +342,48 @@ def test_at_a_terminal_there_is_a_greeting(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert f"demo, {loaded.max_context_tokens:,} tokens of context. /help lists the commands, " in captured.err
+
+
+# ----------------------------------------------------------------------------------------------------- saved chats
+
+
+def test_a_chat_goes_on_where_it_was_saved(loaded: Engine, tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    first = script("Who are you?", options=("--system", SYSTEM, "--session", file))
+    second = script("And who am I?", options=("--session", file))
+    assert (first.exit_code, second.exit_code) == (0, 0)
+    assert f"{first.stdout}{second.stdout}" == "".join(
+        f"{text}\n" for text in answers(loaded, "Who are you?", "And who am I?")
+    )
+    assert f"{file}: 1 turn, " in second.stderr
+    assert " prompt tokens, 0 cached" not in second.stderr
+    third = script("/branches", "/reset", "Who are you?", options=("--session", file))
+    assert third.stdout.startswith("* branch 1: 2 turns, ")
+    assert third.stdout.endswith(first.stdout), "it begins anew with the same system turn"
+
+
+def test_a_branch_is_saved_by_hand(
+    chat: Chat, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat.take("Who are you?")
+    chat.take(f"/save {tmp_path / 'chat.json'}")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("saved branch 1: 1 turn, ")
+    assert Session.load(engine, tmp_path / "chat.json").messages == chat.session.messages
+    talk(chat, iter(["/save", f"/save {tmp_path / 'none' / 'chat.json'}"]))
+    errors = capsys.readouterr().err
+    assert "/save needs the name of a file\n" in errors
+    assert "error: the session cannot be saved as " in errors
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_chat_that_cannot_go_on_is_a_one_line_error(tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    assert_one_line_error(
+        script(options=("--session", tmp_path / "none" / "chat.json")), "--session: there is no folder"
+    )
+    file.write_text("something else")
+    assert_one_line_error(script(options=("--session", file)), "is no session of radixkv")
+    assert_one_line_error(
+        script(options=("--session", file, "--system", "a")), "has its own beginning; leave --system out"
+    )
+    assert_one_line_error(script("Hello", options=("--session", tmp_path)), "cannot be read: Is a directory")

@@ -15,9 +15,9 @@ import torch
 from oracles import oracle_of
 from prompts import random_ids
 from radixkv import Engine, EngineConfig, SamplingParams
-from radixkv.engine.lower_tiers import close_at_exit
 from radixkv.errors import ConfigError, TierError
 from radixkv.tiers import fingerprint
+from radixkv.tiers.ending import close_at_exit
 from tiny_models import served_model, tiny_model
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)

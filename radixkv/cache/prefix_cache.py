@@ -443,6 +443,13 @@ class PrefixCache:
         """The nodes of all that is cached with their pages as values, parents first. O(nodes)."""
         return ((node, run_of(node, self.page_size)) for _, node in self.nodes() if not node.is_root)
 
+    def cached_runs_of(
+        self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None
+    ) -> list[tuple[TreeNode, PageRun]]:
+        """As `cached_runs`, of the nodes that hold the leading tokens of `ids`. O(tokens + depth)."""
+        _, path = self.cached_path(ids, extra_key=extra_key, cache_salt=cache_salt)
+        return [(node, run_of(node, self.page_size)) for node in path]
+
     def cached_path(
         self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None
     ) -> tuple[int, list[TreeNode]]:

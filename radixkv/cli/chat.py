@@ -6,6 +6,7 @@ import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
@@ -18,7 +19,7 @@ from radixkv.cli.size_report import readable_bytes
 from radixkv.cli.standard_streams import OUTPUT_ERRNOS
 from radixkv.config import SamplingParams
 from radixkv.engine.interrupts import DeferredInterrupt
-from radixkv.errors import MissingChatTemplateError, MissingTokenizerError, RadixKVError
+from radixkv.errors import InvalidRequestError, MissingChatTemplateError, MissingTokenizerError, RadixKVError
 
 if TYPE_CHECKING:
     from radixkv.engine.engine import Engine
@@ -32,6 +33,8 @@ Talk: `radixkv chat --system "You are a citizen of Rome." --temperature 0.8`
 Ask in two ways from the same past: type a line, then `/fork`, another line, `/switch 1`, another line, `/stats`
 
 From a script: `printf 'Who are you?\\n/stats\\n' | radixkv chat`
+
+Go on another day, without computing the past again: `radixkv chat --session rome.json --disk-cache kv`
 """
 
 
@@ -41,6 +44,15 @@ def chat(
         str | None, typer.Option("--system", "-s", help="What the model is told before the first turn.")
     ] = None,
     max_tokens: Annotated[int, setting_option(SamplingParams, "max_tokens", "--max-tokens", "-n", minimum=1)] = 256,
+    saved_as: Annotated[
+        Path | None,
+        typer.Option(
+            "--session",
+            help="Go on with the conversation in this file, if there is one, and save the current branch there after "
+            "each turn.",
+            show_default=False,
+        ),
+    ] = None,
     *,
     engine_options: EngineOptions,
     sampling: SamplingOptions,
@@ -52,9 +64,11 @@ def chat(
     """
     params = sampling.params(max_tokens)
     system = None if system is None else checked_text(system, "--system")
+    if saved_as is not None:
+        _check_place(saved_as, system)
     engine = engine_options.load()
     _check_that_it_chats(engine, engine_options.model)
-    conversation = Chat(engine, params, system)
+    conversation = Chat(engine, params, system, saved_as)
     if sys.stdin.isatty():
         note(
             f"{engine_options.model}, {engine.max_context_tokens:,} tokens of context. "
@@ -63,6 +77,16 @@ def chat(
         talk(conversation, typed_lines())
     else:
         follow_script(conversation, _piped_lines())
+
+
+def _check_place(saved_as: Path, system: str | None) -> None:
+    """Raises: InvalidRequestError if the file's folder does not exist, or `system` is given for a file that does."""
+    if not saved_as.absolute().parent.is_dir():
+        raise InvalidRequestError(f"--session: there is no folder {saved_as.absolute().parent}")
+    if system is not None and saved_as.exists():
+        raise InvalidRequestError(
+            f"--session: the conversation in {saved_as} has its own beginning; leave --system out, or give another file"
+        )
 
 
 def _check_that_it_chats(engine: Engine, model: str) -> None:
@@ -104,11 +128,20 @@ class Chat:
         is_over: whether the user asked to quit.
     """
 
-    def __init__(self, engine: Engine, params: SamplingParams, system: str | None = None) -> None:
+    def __init__(
+        self, engine: Engine, params: SamplingParams, system: str | None = None, saved_as: Path | None = None
+    ) -> None:
+        """Begin a conversation, or go on with the one that is `saved_as`. Raises: SessionFileError."""
         self._engine = engine
         self._params = params
         self._system = system
-        self._branches = {1: engine.session(system=system)}
+        self._saved_as = saved_as
+        if saved_as is not None and saved_as.exists():
+            session = _loaded(engine, saved_as)
+            self._system = next((turn["content"] for turn in session.messages if turn["role"] == "system"), None)
+        else:
+            session = engine.session(system=system)
+        self._branches = {1: session}
         self._current = 1
         self.is_over = False
 
@@ -129,6 +162,10 @@ class Chat:
             note(f"unknown command {name}; /help lists the commands")
         elif name:
             self._answer(line)
+            if self._saved_as is not None:
+                with DeferredInterrupt() as interrupt:
+                    self.session.save(self._saved_as)
+                    interrupt.pressed = False  # too late: the turn counts, and nothing is left to stop
 
     # -- commands ----------------------------------------------------------------------------------------------------
 
@@ -159,6 +196,14 @@ class Chat:
             return
         self._current = int(number)
         typer.echo(self._describe(self._current))
+
+    def save(self, file: str) -> None:
+        """Save this branch; --session FILE opens it again."""
+        if not file:
+            note("/save needs the name of a file")
+            return
+        self.session.save(Path(file).expanduser())
+        typer.echo(f"saved {self._describe(self._current)}")
 
     def reset(self, _: str) -> None:
         """Begin this branch anew."""
@@ -219,6 +264,15 @@ class Chat:
                 raise KeyboardInterrupt
 
 
+def _loaded(engine: Engine, path: Path) -> Session:
+    from radixkv.engine.session import Session
+
+    session = Session.load(engine, path)
+    turns = sum(message["role"] == "user" for message in session.messages)
+    note(f"{path}: {turns} turn{'' if turns == 1 else 's'}, {len(session.token_ids):,} tokens")
+    return session
+
+
 class Command(NamedTuple):
     """A line that begins with a slash: how it is written, and what it does with its argument."""
 
@@ -238,6 +292,7 @@ COMMANDS = {
         Command("/fork", Chat.fork),
         Command("/branches", Chat.branches),
         Command("/switch N", Chat.switch),
+        Command("/save FILE", Chat.save),
         Command("/reset", Chat.reset),
         Command("/stats", Chat.stats),
         Command("/quit", Chat.quit),

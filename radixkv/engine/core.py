@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
@@ -173,6 +176,14 @@ class EngineCore:
     def is_warm(self) -> bool:
         """Whether nothing more comes from the tiers to fill the pool at its start."""
         return self._tiers.is_warm
+
+    def hand_down(self, ids: NDArray[np.int32], namespace: Namespace) -> int:
+        """Hand what the pool holds of `ids` down to the tiers. Returns how many pages are not stored yet.
+
+        Raises: ClosedError.
+        """
+        self._check_open()
+        return self._tiers.hand_down(ids, namespace)
 
     def flush_tiers(self, timeout_s: float) -> bool:
         """Wait until what was handed down to the tiers is written. Returns False if it took too long.

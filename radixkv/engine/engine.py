@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
@@ -28,7 +29,8 @@ from radixkv.engine.request import Progress, Request, RequestOutput
 from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.engine.results import EngineStats, FinishedOutbox, GatheredOutputs, Outbox, ResetCache
 from radixkv.engine.sampling import SamplingParams
-from radixkv.engine.session import Session, UserSpecialTokens
+from radixkv.engine.session import Session
+from radixkv.engine.session_file import UserSpecialTokens
 from radixkv.models.loader import load, weight_files
 
 
@@ -303,6 +305,26 @@ class Engine:
         Raises: ClosedError.
         """
         return self._core.flush_tiers(timeout_s)
+
+    def hand_down(
+        self, prefix: Prompt, *, timeout_s: float = 10.0, extra_key: str | None = None, cache_salt: str | None = None
+    ) -> bool:
+        """Write what the pool holds of `prefix` to the tiers now, whatever `tier_writes` says, and wait for the end.
+
+        Returns: whether all of it lies in each tier then; False if one failed, or it took too long.
+        Raises: MissingTokenizerError, InvalidTokenIdsError, InvalidRequestError; ClosedError.
+        """
+        namespace, ids = Namespace.of(extra_key, cache_salt), self._intake.ids_of(prefix)
+        ends_at = time.monotonic() + timeout_s
+        num_before = None
+        while True:  # a writer's queue is bounded: what it refuses is offered again once it has written the rest
+            with self.exclusive():
+                num_missing = self._core.hand_down(ids, namespace)
+            if num_missing == 0 or (num_before is not None and num_missing >= num_before):
+                return num_missing == 0
+            num_before = num_missing
+            if not self._core.flush_tiers(max(0.0, ends_at - time.monotonic())):
+                return False
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.int32]:
         """Ids of `text`, by default as a prompt: with the tokenizer's own beginning of sequence.

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from radixkv.cache.events import Event, PageRun, Removed
+from radixkv.cache.events import Event, Removed
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.page_keys import tail_key
 from radixkv.cache.prefix_cache import PrefixCache
@@ -18,6 +19,7 @@ from radixkv.engine.request import Request
 from radixkv.memory.page_bytes import PageBytes
 from radixkv.tiers.page_chain import as_bytes
 from radixkv.tiers.page_store import PageFacts
+from radixkv.tiers.run_copies import RunCopies
 from radixkv.tiers.tier import Tier
 from radixkv.tiers.writer import PageRecord
 
@@ -30,9 +32,6 @@ class HandDown:
     - "back": what is evicted, before its pages go to others; and what is left when the engine is closed.
 
     Pages that a tier has, or that wait for its writer, are not copied again.
-
-    Attributes:
-        busy_s: seconds of the engine's time that it took.
     """
 
     def __init__(
@@ -44,11 +43,17 @@ class HandDown:
         *,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._tiers, self._page_bytes, self._cache, self._writes = tiers, page_bytes, cache, writes
-        self._page_size, self._wall_clock = cache.page_size, wall_clock
-        self.busy_s = 0.0
+        self._tiers, self._page_bytes, self._writes = tiers, page_bytes, writes
+        self._cache, self._page_size = cache, cache.page_size
+        self._runs = RunCopies(tiers, page_bytes, cache, wall_clock=wall_clock)
+        self._busy_s = 0.0
         if writes == "back":
             cache.add_observer(self._observe)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds of the engine's time that it took."""
+        return self._busy_s + self._runs.busy_s
 
     def shared(self, request: Request) -> None:
         """A request has shared what it computed so far, and may go on."""
@@ -60,11 +65,15 @@ class HandDown:
         if self._writes != "back":
             self._hand_down(request, is_end=True)
 
+    def prefix(self, ids: NDArray[np.int32], namespace: Namespace) -> int:
+        """Hand down what the pool holds of `ids`. Returns how many pages are not stored, whether they wait or not."""
+        return self._runs.prefix(ids, namespace).missing
+
     def close(self) -> None:
         """Hand down what would be lost, parents first."""
         if self._writes == "back":
             for node, run in self._cache.cached_runs():
-                self._hand_down_run(run, self._facts(node.hits, node.priority, node.keep_until, run.namespace))
+                self._runs.leaves(run, self._runs.facts(node.hits, node.priority, node.keep_until, run.namespace))
 
     # -- pages of a request ------------------------------------------------------------------------------------------
 
@@ -90,7 +99,7 @@ class HandDown:
             if is_end:
                 tier.writer.dropped(len(wanted) - len(accepted))
                 self._touch(tier, request, min(request.stored_pages[tier.name], num_pages), facts)
-        self.busy_s += time.perf_counter() - started_at
+        self._busy_s += time.perf_counter() - started_at
 
     def _first_missing(self, tier: Tier, request: Request, num_pages: int) -> int:
         """The first page of a request that was not handed down yet and is not stored. O(pages that are new)."""
@@ -146,39 +155,14 @@ class HandDown:
         namespace = request.cache_options.namespace
         facts: list[PageFacts] = []
         for node in lease.whole_path():
-            of_node = self._facts(node.hits, node.priority, node.keep_until, namespace)
+            of_node = self._runs.facts(node.hits, node.priority, node.keep_until, namespace)
             facts += [of_node] * (node.end // self._page_size - len(facts))
-        last = facts[-1] if facts else self._facts(0, request.cache_options.priority, 0.0, namespace)
+        last = facts[-1] if facts else self._runs.facts(0, request.cache_options.priority, 0.0, namespace)
         return facts + [last] * (num_pages - len(facts))
-
-    def _facts(self, hits: int, priority: int, keep_until: float, namespace: Namespace) -> PageFacts:
-        """What is known of tokens that are used now; `keep_until` is a time of the cache's clock."""
-        now, left_s = self._wall_clock(), keep_until - self._cache.now_s
-        return PageFacts(now, hits, priority, now + left_s if left_s > 0 else None, namespace)
 
     # -- pages that are evicted --------------------------------------------------------------------------------------
 
     def _observe(self, event: Event) -> None:
         if isinstance(event, Removed) and event.medium == "pool" and event.cause == "evicted":
-            facts = self._facts(event.hits, event.priority, event.keep_until, event.run.namespace)
-            self._hand_down_run(event.run, facts)
-
-    def _hand_down_run(self, run: PageRun, facts: PageFacts) -> None:
-        """Copy consecutive pages for the writers of the tiers that lack them."""
-        started_at = time.perf_counter()
-        pages = [(page.page_keys[0], page.parent_key, as_bytes(page.tokens)) for page in run.each_page()]
-        for tier in self._tiers:
-            keys = [key for key, _, _ in pages]
-            tail = [keys.pop()] if run.is_tail else []
-            if tail and tier.has_tail(run.parent_key, pages[0][2], tail[0]):
-                continue
-            first = 0 if tail else tier.num_stored(run.parent_key, as_bytes(run.tokens), keys)
-            wanted = [page for page in range(first, len(pages)) if not tier.writer.is_queued(pages[page][0])]
-            accepted = wanted[: tier.writer.num_accepted()]
-            tier.writer.dropped(len(wanted) - len(accepted))
-            if accepted:
-                records = [PageRecord(*pages[page], facts) for page in accepted]
-                last_tokens = len(records[-1].tokens) // TOKEN_BYTES
-                payloads = self._page_bytes.read(run.pages[np.array(accepted)], last_tokens=last_tokens)
-                tier.writer.hand_down(records, payloads)
-        self.busy_s += time.perf_counter() - started_at
+            facts = self._runs.facts(event.hits, event.priority, event.keep_until, event.run.namespace)
+            self._runs.leaves(event.run, facts)

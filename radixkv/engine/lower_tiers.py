@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import time
-import weakref
 from collections.abc import Callable, Sequence
 
 from radixkv.cache.insight.explanation import BelowPool
@@ -22,13 +20,12 @@ from radixkv.errors import ConfigError
 from radixkv.memory.page_bytes import PageBytes
 from radixkv.memory.page_pool import PagePool
 from radixkv.tiers.arrivals import Arrivals
+from radixkv.tiers.ending import CLOSE_TIMEOUT_S, Ending
 from radixkv.tiers.page_store import PageStore
 from radixkv.tiers.tier import Tier, TierStats
 from radixkv.tiers.warm_start import WarmStart
 
 logger = logging.getLogger(__name__)
-
-CLOSE_TIMEOUT_S = 10.0  # what is not written by then is lost
 
 
 class LowerTiers:
@@ -60,7 +57,7 @@ class LowerTiers:
         self._loader: Loader | None = None
         self._down: HandDown | None = None
         self._warm: WarmFill | None = None
-        self._finalizer: weakref.finalize[[Sequence[Tier], Sequence[WarmStart]], LowerTiers] | None = None
+        self._ending: Ending | None = None
         if not stores or pool is None or cache is None:
             return
         page_bytes = PageBytes(storable(pool))
@@ -68,9 +65,7 @@ class LowerTiers:
             _check_fits(store, cache.page_size, page_bytes.payload_bytes)
         self._tiers = [Tier(store, self.arrivals, max_write_bytes_s=max_write_bytes_s, clock=clock) for store in stores]
         warm_starts: list[WarmStart] = []
-        self._finalizer = weakref.finalize(self, _leave, self._tiers, warm_starts)
-        self._finalizer.atexit = False  # `close_at_exit` waits for the writers then
-        _OPEN.add(self)
+        self._ending = Ending(self, self._tiers, warm_starts)
         self._loader = Loader(self._tiers, page_bytes, cache.page_size, clock=clock)
         self._down = HandDown(self._tiers, page_bytes, cache, writes)
         warm_pages = int(warm_start_share * cache.num_pages)
@@ -125,6 +120,10 @@ class LowerTiers:
         if self._down is not None:
             _without_raising(self._down.ends, request)
 
+    def hand_down(self, ids: TokenIds, namespace: Namespace) -> int:
+        """Hand down what the pool holds of `ids`, whatever the rule. Returns how many pages are not stored yet."""
+        return 0 if self._down is None else self._down.prefix(token_array(ids), namespace)
+
     @property
     def learns_speed(self) -> bool:
         """Whether `computed` is of use."""
@@ -173,31 +172,8 @@ class LowerTiers:
         for tier in self._tiers:
             tier.close(self._close_timeout_s)
         self._loader = self._down = self._warm = None
-        _OPEN.discard(self)
-        if self._finalizer is not None:
-            self._finalizer.detach()
-
-
-_OPEN: weakref.WeakSet[LowerTiers] = weakref.WeakSet()
-_LEFT: weakref.WeakSet[Tier] = weakref.WeakSet()  # of engines that were dropped without `close`; they end by themselves
-
-
-def _leave(tiers: Sequence[Tier], warm_starts: Sequence[WarmStart]) -> None:
-    """An engine was dropped: let its tiers end by themselves. Waits for nothing, as finalisers run anywhere."""
-    for start in warm_starts:
-        start.stop()
-    for tier in tiers:
-        tier.leave()
-        _LEFT.add(tier)
-
-
-@atexit.register
-def close_at_exit() -> None:
-    """At the end of the process write what was handed down, also of engines that nobody closed."""
-    for open_tiers in list(_OPEN):
-        open_tiers.close()
-    for tier in list(_LEFT):
-        tier.wait(CLOSE_TIMEOUT_S)
+        if self._ending is not None:
+            self._ending.is_done()
 
 
 def _without_raising(hand_down: Callable[[Request], object], request: Request) -> None:

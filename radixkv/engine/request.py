@@ -18,9 +18,10 @@ from radixkv.engine.detokenizer import Detokenizer, decode
 from radixkv.engine.logit_edits import LogitEdits
 from radixkv.engine.sampling import SamplingParams, TokenLogprobs
 from radixkv.tiers.page_chain import PageChain
+from radixkv.tiers.prefix_load import PrefixLoad
 
 if TYPE_CHECKING:
-    from radixkv.engine.loading import RequestLoad, RequestLookup
+    from radixkv.engine.loading import RequestLookup
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -196,7 +197,7 @@ class Request:
     cache_write_tokens: int = 0
     num_accounted: int = 0  # prompt tokens that are counted as cached, as written, or as stored by others
     cached_by: dict[str, int] = field(default_factory=dict)  # of `cached_tokens`, by where they were
-    load: RequestLoad | RequestLookup | None = None  # what it waits for from a tier below the pool
+    load: PrefixLoad | RequestLookup | None = None  # what it waits for from a tier below the pool
     chain: PageChain | None = None  # the keys of its pages, if a tier wants them
     handed_pages: dict[str, int] = field(default_factory=dict)  # by tier: leading pages that are stored or will be
     stored_pages: dict[str, int] = field(default_factory=dict)  # by tier: leading pages that were stored before

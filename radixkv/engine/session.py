@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator
 from contextlib import closing
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from radixkv.engine.chat_template import Message
 from radixkv.engine.conversation import Composer, Conversation, Prompt, SessionExplanation
 from radixkv.engine.request import RequestOutput
 from radixkv.engine.sampling import SamplingParams
+from radixkv.engine.session_file import SavedSession, UserSpecialTokens, read_session, write_session
 from radixkv.engine.turn_queue import TurnQueue
 from radixkv.errors import ClosedError, InvalidRequestError
 
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from radixkv.engine.request import Progress
 
 logger = logging.getLogger(__name__)
-UserSpecialTokens = Literal["allow", "text"]
 
 
 class KVUsage(NamedTuple):
@@ -200,6 +201,53 @@ class Session:
         branch = Session(self._engine, self._options, user_special_tokens=self._user_special_tokens)
         branch._now, branch._warned = self._now, self._warned
         return branch
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation to a file, from which `load` goes on later, also in another process.
+
+        It holds token ids, messages, the namespace with its `cache_salt`, and no weights and no KV; it is readable for
+        its owner alone, and whole at any moment. What the pool holds of the KV is handed down to the engine's tiers,
+        whatever `tier_writes` says, and waited for, 10 s at most: so a later engine on the same `disk_cache` loads it.
+        During a turn, the state before that turn is saved. O(tokens + vocabulary).
+
+        Raises: SessionFileError if the file cannot be written, ClosedError.
+        """
+        self._check_open()
+        now = self._now
+        write_session(
+            Path(path), SavedSession(now, self._options, self._user_special_tokens, self._warned), self._engine
+        )
+        extra_key, cache_salt = self.namespace
+        try:
+            is_below = self._engine.hand_down(now.ids, extra_key=extra_key, cache_salt=cache_salt)
+        except ClosedError:  # of an engine, which handed down what it had when it was closed
+            return
+        if not is_below:
+            logger.warning("the session is saved; what could not be written of its KV will be computed again")
+
+    @classmethod
+    def load(cls, engine: Engine, path: str | Path) -> Session:
+        """Open a conversation that `save` wrote, with exactly its tokens, messages and options.
+
+        The engine must have the same tokenizer and chat template; its weights and settings may be others. The KV comes
+        from the pool, from the tiers, or is computed again.
+
+        Raises: SessionFileError if the file cannot be read, is none of `save`, was written by a newer radixkv, is
+            damaged, or belongs to another tokenizer; the message says what differs.
+
+        >>> import radixkv, tempfile
+        >>> engine = radixkv.Engine.from_pretrained("demo", kv_cache_tokens=4096)
+        >>> with tempfile.TemporaryDirectory() as folder, engine.session() as chat:
+        ...     _ = chat.send("Who are you?", radixkv.SamplingParams(max_tokens=8))
+        ...     chat.save(f"{folder}/chat.json")
+        ...     again = radixkv.Session.load(engine, f"{folder}/chat.json")
+        ...     again.token_ids == chat.token_ids, again.messages == chat.messages
+        (True, True)
+        """
+        saved = read_session(Path(path), engine)
+        session = cls(engine, saved.options, user_special_tokens=saved.user_special_tokens)
+        session._now, session._warned = saved.conversation, saved.warned
+        return session
 
     def explain(self) -> SessionExplanation:
         """What the next turn keeps of this context, and what the chat template holds otherwise.

@@ -17,6 +17,7 @@ class Call:
     Attributes:
         ids: the tokens of the columns, int64 [batch, columns]; None before the first forward pass.
         padding: columns of padding on the left of each row.
+        computing: columns that a forward pass of the prompt computes, and when it began.
         exact_columns: leading columns whose KV is that of any longer or shorter sequence with these tokens.
     """
 
@@ -24,6 +25,7 @@ class Call:
         self.ids: Tensor | None = None
         self.padding: list[int] = []
         self.exact_columns = 0
+        self.computing: tuple[int, int, float] | None = None
         self._prompt_columns = 0
         self._mask: Tensor | None = None
         self._eos_token_ids = eos_token_ids

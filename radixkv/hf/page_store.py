@@ -55,6 +55,12 @@ class PageStore:
         """How many leading tokens are here, to the token. O(tokens)."""
         return self.prefixes.peek(tokens, extra_key=namespace)
 
+    @property
+    def pool(self) -> KVPool:
+        """The pages' memory; there must be KV that told its shape."""
+        assert self._pool is not None, "nothing was stored yet"
+        return self._pool
+
     def allocate(self, states: Sequence[LayerStates]) -> None:
         """Make the pages, if they are not made yet, for KV like `states`: one sequence's of any length, a pair a layer.
 

@@ -34,12 +34,22 @@ class _Run(NamedTuple):
     kv: list[tuple[Tensor, Tensor]]
 
 
-def probe_prefixes(model: PreTrainedModel) -> bool:
+class ProbedPrefixes(NamedTuple):
+    """What a model that can reuse prefixes does.
+
+    sees_columns: whether KV depends on how many columns of padding come before the tokens.
+    states: K and V of a few tokens in each layer, each [heads, tokens, dim], as examples of their shapes.
+    """
+
+    sees_columns: bool
+    states: list[tuple[Tensor, Tensor]]
+
+
+def probe_prefixes(model: PreTrainedModel) -> ProbedPrefixes:
     """Prove that a prefix computed earlier gives the logits of a prompt computed at once.
 
     Tokens, positions and masks are those that `generate` passes. Five forward passes over at most 15 tokens.
 
-    Returns: whether KV depends on how many columns of padding come before the tokens.
     Raises: UnsupportedModelError if prefixes cannot be reused; it says why.
     """
     with _as_in_generate(model):
@@ -54,7 +64,7 @@ def probe_prefixes(model: PreTrainedModel) -> bool:
             ) from error
 
 
-def _probe(model: PreTrainedModel) -> bool:
+def _probe(model: PreTrainedModel) -> ProbedPrefixes:
     ids = _ordinary_ids(model.config)
     real = torch.ones_like(ids)
     dtype = model.dtype
@@ -81,7 +91,8 @@ def _probe(model: PreTrainedModel) -> bool:
     if difference > max_difference:
         raise _unsupported(model, "a padded prompt computed in two parts gets other logits than one computed at once")
     without_padding = _Run(padded.logits, [(k[:, :, after_padding], v[:, :, after_padding]) for k, v in padded.kv])
-    return _difference(without_padding, whole) > max_difference
+    sees_columns = _difference(without_padding, whole) > max_difference
+    return ProbedPrefixes(sees_columns, [(k[0], v[0]) for k, v in whole.kv])
 
 
 def _run(model: PreTrainedModel, ids: Tensor, mask: Tensor, split: int | None = None) -> _Run:

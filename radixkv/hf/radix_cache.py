@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from radixkv.config.checks import checked_int
-from radixkv.errors import InvalidRequestError, UnsupportedModelError
+from radixkv.config.checks import Bounds, checked_int, checked_number, shown
+from radixkv.errors import ClosedError, ConfigError, InvalidRequestError, UnsupportedModelError
 from radixkv.hf.call import Call
 from radixkv.hf.chunk_buffer import ByteMeter
 from radixkv.hf.chunked_cache import DEFAULT_CHUNK_TOKENS, ChunkedLayer
+from radixkv.hf.disk_tier import DiskTier
+from radixkv.hf.forward_inputs import eos_token_ids, num_logits, without_leading_columns
 from radixkv.hf.page_store import LayerStates, PageStore
 from radixkv.hf.probe import probe_prefixes
 from radixkv.hf.support import check_inputs, check_model, check_positions, check_prompt, position_limit, sees_columns
+from radixkv.tiers.tier import TierStats
 
 MIN_SHARED_TOKENS = 64
 """What computing the common prefix of a batch first must save, in tokens over all rows: a forward pass costs time."""
@@ -30,7 +35,7 @@ class RadixCacheStats(NamedTuple):
 
     `hit_tokens` of `query_tokens` in the prompts of all calls were read, not computed. `stored_tokens` is what the
     pages in use have room for, of `capacity_tokens` in all, which take `pool_bytes` once the first call has ended;
-    `evicted_tokens` made room for others.
+    `evicted_tokens` made room for others. `tiers` tells of the disk, if there is one.
     """
 
     query_tokens: int
@@ -39,6 +44,7 @@ class RadixCacheStats(NamedTuple):
     evicted_tokens: int
     capacity_tokens: int
     pool_bytes: int
+    tiers: tuple[TierStats, ...] = ()
 
     @property
     def hit_rate(self) -> float:
@@ -64,6 +70,11 @@ class RadixCache(Cache):  # type: ignore[misc]
     Between calls the object looks empty to transformers: to continue an output, pass all its tokens from the first on,
     not the last one alone, which would begin a new sequence. Call `reset` when the weights or the adapters of the model
     change. Not thread-safe: a second call at the same time is refused.
+
+    With `disk_cache` prefixes survive the process: what a call stores is written there in the background, and what the
+    pages lack is loaded from there where that is faster than computing it. The folder is of the same kind as that of
+    an engine. Use the cache as a context manager or call `close` to have all written by then; a process that ends
+    writes what is left, too.
     """
 
     def __init__(
@@ -74,6 +85,8 @@ class RadixCache(Cache):  # type: ignore[misc]
         page_size: int = 16,
         policy: str = "lru",
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        disk_cache: str | Path | None = None,
+        disk_cache_gb: float = 16.0,
     ) -> None:
         """Wrap `generate` on this model instance so that it uses a RadixCache when given one.
 
@@ -85,20 +98,31 @@ class RadixCache(Cache):  # type: ignore[misc]
             page_size: tokens a page: the unit of eviction.
             policy: name of the eviction policy.
             chunk_tokens: by how many columns the buffers of a running call grow.
+            disk_cache: folder in which prefixes outlive the pages and the process; one cache or engine at a time owns
+                it. The model's weights are hashed, and the memory of the pages is taken at once.
+            disk_cache_gb: size of that folder at most.
 
         Raises: ConfigError; UnsupportedModelError if the KV of the model's tokens cannot be kept, or depends on more
-            than the tokens before them.
+            than the tokens before them; TierError if `disk_cache` cannot be used, or has another owner.
         """
         max_tokens, page_size = checked_int("max_tokens", max_tokens, 1), checked_int("page_size", page_size, 1)
         chunk_tokens = checked_int("chunk_tokens", chunk_tokens, 1)
+        disk_cache_gb = checked_number("disk_cache_gb", disk_cache_gb, Bounds(above=0, maximum=1_000_000))
+        if not isinstance(disk_cache, str | Path | None):
+            raise ConfigError(f"disk_cache must be the path of a folder, or None, not {shown(disk_cache)}")
         check_model(model)
         super().__init__(layer_class_to_replicate=partial(ChunkedLayer, chunk_tokens, ByteMeter()))
         self.store = PageStore(-(-max_tokens // page_size), page_size, policy)
         self._model = model
         self._position_limit = position_limit(model.config)
-        self._sees_columns = probe_prefixes(model) or sees_columns(model.config)
+        probed = probe_prefixes(model)
+        self._sees_columns = probed.sees_columns or sees_columns(model.config)
         self._call: Call | None = None
+        self._is_closed = False
         self._cached_tokens: tuple[int, ...] = ()
+        self._disk_tokens: tuple[int, ...] = ()
+        self._disk_cache, self._disk_cache_gb = disk_cache, disk_cache_gb
+        self._disk = self._open_disk(probed.states)
         self._query_tokens = self._hit_tokens = 0
         model.generate = MethodType(generate, model)
 
@@ -106,6 +130,14 @@ class RadixCache(Cache):  # type: ignore[misc]
     def cached_tokens(self) -> tuple[int, ...]:
         """For each row of the last call, how many tokens of its prompt were read, not computed."""
         return self._cached_tokens
+
+    @property
+    def cached_by(self) -> tuple[dict[str, int], ...]:
+        """Where the `cached_tokens` of each row were found: in the "pool", or on the "disk"."""
+        if self._disk_cache is None:
+            return tuple({"pool": cached} for cached in self._cached_tokens)
+        rows = zip(self._cached_tokens, self._disk_tokens, strict=True)
+        return tuple({"pool": cached - loaded, "disk": loaded} for cached, loaded in rows)
 
     def stats(self) -> RadixCacheStats:
         """Hits, evictions and room so far. O(1)."""
@@ -117,13 +149,38 @@ class RadixCache(Cache):  # type: ignore[misc]
             evicted_tokens=stats.evicted_tokens,
             capacity_tokens=self.store.max_tokens,
             pool_bytes=self.store.num_bytes,
+            tiers=() if self._disk is None else (self._disk.stats(),),
         )
 
     def reset(self) -> None:
-        """Forget every prefix and free the pages' memory. Raises: InvalidRequestError in a call."""
+        """Forget every prefix and free the pages' memory. Raises: InvalidRequestError in a call.
+
+        What is on disk stays there, and the next call opens it anew: for other weights it is another store.
+        """
         if self._call is not None:
             raise InvalidRequestError("a RadixCache cannot be reset while generate uses it")
+        self._let_go_of_disk()
         self.store.reset()
+
+    def flush(self, timeout_s: float = 60.0) -> bool:
+        """Wait until what calls stored is written to `disk_cache`. Returns False if that took too long."""
+        return self._disk is None or self._disk.flush(timeout_s)
+
+    def close(self) -> None:
+        """Write what is left, let go of `disk_cache`, and free the pages' memory. Idempotent.
+
+        Raises: InvalidRequestError in a call.
+        """
+        if self._is_closed:
+            return
+        self.reset()
+        self._is_closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def check_invariants(self) -> None:
         """Prove the bookkeeping of the pages, and that no call left any of them pinned. Raises: InvariantError."""
@@ -137,6 +194,10 @@ class RadixCache(Cache):  # type: ignore[misc]
             raise InvalidRequestError("a RadixCache serves the model it was made with; make one for each model")
         if self._call is not None:
             raise InvalidRequestError("this RadixCache serves another call of generate; make one for each thread")
+        if self._is_closed:
+            raise ClosedError("the RadixCache was closed; make a new one")
+        if self._disk_cache is not None and self._disk is None:  # it was reset
+            self._disk = self._open_disk(probe_prefixes(model).states)
         hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         try:
             with self._recording(Call(eos_token_ids)):
@@ -150,10 +211,23 @@ class RadixCache(Cache):  # type: ignore[misc]
         outer, self._call = self._call, call
         try:
             yield
+            self._note_speed(call)
             self._store(call)
         finally:
             self._call = outer
             self.layers.clear()
+
+    def _open_disk(self, states: Sequence[LayerStates]) -> DiskTier | None:
+        """Open `disk_cache`, with pages in memory for KV like `states`."""
+        if self._disk_cache is None:
+            return None
+        self.store.allocate(states)
+        return DiskTier(self._disk_cache, self._disk_cache_gb, self._model, self.store.pool, self.store.prefixes)
+
+    def _let_go_of_disk(self) -> None:
+        if self._disk is not None:
+            self._disk.close()
+        self._disk = None
 
     # ------------------------------------------------------------------------- what transformers calls
 
@@ -199,23 +273,26 @@ class RadixCache(Cache):  # type: ignore[misc]
         if call is None or kwargs.get("past_key_values") is not self:
             return None  # another cache's forward pass inside the same call: guidance, an assistant
         check_inputs(kwargs)
+        self._note_speed(call)
         first = self._check_complete(call)
         if first and not self.store.is_allocated:
             self.store.allocate(self._states(0, 0))  # so that a lack of memory shows before there is an output to lose
         call.note(kwargs["input_ids"], kwargs.get("attention_mask"))
         if self._position_limit is None or call.longest_row < self._position_limit:
             call.exact_columns = call.num_columns
-        limit = call.num_columns - _num_logits(kwargs)
+        limit = call.num_columns - num_logits(kwargs)
         if first and limit <= first:
             return None  # a step, or an assistant's proposal, after the prompt
         check_positions(kwargs.get("position_ids"), first, call.padding)
         last = self._load_prefixes(call, first, limit, kwargs)
-        return (args, _without_leading_columns(kwargs, last - first)) if last > first else None
+        call.computing = (last, call.num_columns, time.perf_counter())
+        return (args, without_leading_columns(kwargs, last - first)) if last > first else None
 
     def _load_prefixes(self, call: Call, first: int, limit: int, kwargs: dict[str, Any]) -> int:
         """Load columns from `first` on that every row has stored, up to column `limit`. Returns: where they end."""
-        last = first
+        last, from_disk = first, [range(0)] * call.num_rows
         if call.exact_columns == call.num_columns:
+            from_disk = self._load_from_disk(call, limit)
             if first == 0:
                 self._compute_common_prefix(call, limit, kwargs.get("position_ids"))
             stored = [
@@ -224,11 +301,39 @@ class RadixCache(Cache):  # type: ignore[misc]
             ]
             last = max(first, min(*stored, limit))
         loaded = [max(0, last - max(first, padding)) for padding in call.padding]
-        self._note_prompt(call, first, loaded)
+        used = [range(max(0, first - padding), max(0, last - padding)) for padding in call.padding]
+        self._note_prompt(call, first, loaded, list(map(_num_common, used, from_disk)))
         if not any(loaded):
             return first
         self._load_columns(call, first, last)
         return last
+
+    def _load_from_disk(self, call: Call, limit: int) -> list[range]:
+        """Bring into the pages what the disk has of the rows' tokens before column `limit`.
+
+        Returns: which tokens of each row were loaded.
+        """
+        disk = self._disk
+        if disk is None:
+            return [range(0)] * call.num_rows
+        wanted = [
+            (tokens[: min(max(0, limit - padding), self.store.max_tokens)], padding, self._namespace(padding))
+            for tokens, padding in zip(call.row_tokens(), call.padding, strict=True)
+        ]
+        if call.num_rows > 1:  # no row begins later than the others can
+            reach = min(padding + disk.reach(tokens, namespace) for tokens, padding, namespace in wanted)
+            common = len(call.common_prefix())
+            wanted = [
+                (tokens[: max(reach - padding, common)], padding, namespace) for tokens, padding, namespace in wanted
+            ]
+        return [disk.load(tokens, namespace) for tokens, _, namespace in wanted]
+
+    def _note_speed(self, call: Call) -> None:
+        """Tell the disk how long the last forward pass of a prompt took, with the step that it was for."""
+        if self._disk is not None and call.computing is not None:
+            first, last, started_at = call.computing
+            self._disk.computed(first, last, (time.perf_counter() - started_at) / call.num_rows)
+        call.computing = None
 
     def _compute_common_prefix(self, call: Call, limit: int, position_ids: Tensor | None) -> None:
         """Compute and store what all rows begin with, once for all of them, if that saves enough.
@@ -266,9 +371,11 @@ class RadixCache(Cache):  # type: ignore[misc]
                 states = [(k[row, :, blank:], v[row, :, blank:]) for k, v in fresh]
                 self.store.load(tokens[: last - padding], self._namespace(padding), max(0, first - padding), states)
 
-    def _note_prompt(self, call: Call, first: int, loaded: list[int]) -> None:
-        before = self._cached_tokens if first else (0,) * len(loaded)
+    def _note_prompt(self, call: Call, first: int, loaded: list[int], from_disk: list[int]) -> None:
+        nothing = (0,) * len(loaded)
+        before, disk_before = (self._cached_tokens, self._disk_tokens) if first else (nothing, nothing)
         self._cached_tokens = tuple(map(sum, zip(before, loaded, strict=True)))
+        self._disk_tokens = tuple(map(sum, zip(disk_before, from_disk, strict=True)))
         self._hit_tokens += sum(loaded)
         self._query_tokens += sum(call.num_columns - max(first, padding) for padding in call.padding)
 
@@ -282,6 +389,8 @@ class RadixCache(Cache):  # type: ignore[misc]
             if num_tokens > 0 and call.has_prompt(padding):
                 kept = tokens[: min(num_tokens, call.end_of_output(tokens, padding))]
                 self.store.save(kept, self._namespace(padding), self._states(row, padding))
+                if self._disk is not None:
+                    self._disk.hand_down(kept, self._namespace(padding))
 
     def _states(self, row: int, first: int) -> list[LayerStates]:
         """What the layers hold of one row, from column `first` on."""
@@ -311,32 +420,9 @@ def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         return type(model).generate(model, *args, **kwargs)
     inputs = args[0] if args else kwargs.get("inputs")
     check_prompt(kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask"))
-    with cache.serving(model, _eos_token_ids(model, kwargs)):
+    with cache.serving(model, eos_token_ids(model, kwargs)):
         return type(model).generate(model, *args, **kwargs)
 
 
-def _eos_token_ids(model: PreTrainedModel, kwargs: dict[str, Any]) -> frozenset[int]:
-    """Ids that end an output of this call: the padding after them must not be stored as tokens."""
-    config = kwargs.get("generation_config") or model.generation_config
-    ids = kwargs.get("eos_token_id", config.eos_token_id)
-    if isinstance(ids, Tensor):
-        ids = ids.tolist()
-    if ids is None:
-        return frozenset()
-    return frozenset(ids if isinstance(ids, list | tuple) else [ids])
-
-
-def _num_logits(kwargs: dict[str, Any]) -> int:
-    """Number of last columns whose logits are wanted: at least these must be computed."""
-    wanted = kwargs.get("logits_to_keep", 0)
-    num_columns: int = kwargs["input_ids"].shape[1]
-    return wanted if isinstance(wanted, int) and wanted else num_columns
-
-
-def _without_leading_columns(kwargs: dict[str, Any], num_columns: int) -> dict[str, Any]:
-    """The inputs of a forward pass that begins later. The attention mask covers what is cached, and stays."""
-    shorter = dict(kwargs)
-    for name in ("input_ids", "position_ids", "cache_position"):
-        if shorter.get(name) is not None:
-            shorter[name] = shorter[name][..., num_columns:]
-    return shorter
+def _num_common(a: range, b: range) -> int:
+    return max(0, min(a.stop, b.stop) - max(a.start, b.start))

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from radixkv import Engine, EngineConfig, RequestOutput, SamplingParams
 from radixkv.engine.assembly import assemble
-from radixkv.engine.loading import MEASURED_TOKENS
 from radixkv.tiers.page_store import FoundPage, PageStore
+from radixkv.tiers.prefix_load import MEASURED_TOKENS
 
 Figures: TypeAlias = dict[str, float]
 ONE = SamplingParams(max_tokens=1, ignore_eos=True)
