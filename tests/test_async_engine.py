@@ -166,21 +166,46 @@ def test_a_reader_that_is_late_gets_everything(oracle: GreedyOracle) -> None:
     run(use)
 
 
+@pytest.fixture
+def checks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are checked in the loop's own thread: a task has queued its requests once it was run for the first time.
+
+    Else they could come, on a busy machine, after what they are meant to wait for has ended.
+    """
+
+    async def call(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        return function(*arguments, **keywords)
+
+    monkeypatch.setattr(asyncio, "to_thread", call)
+
+
+@pytest.mark.usefixtures("checks_at_once")
 def test_a_full_queue_refuses_and_recovers() -> None:
+    goes_on = threading.Event()
+
+    def held(step: StepInput, compute: Compute) -> torch.Tensor:
+        logits = compute()
+        if begun.is_set():
+            goes_on.wait(60)
+        return logits
+
+    begun = threading.Event()
+
     async def use(engine: AsyncEngine) -> None:
         with pytest.raises(QueueFullError, match="at most 3 requests may wait; 0 do, and 4 more were given"):
             await engine.generate([random_ids(i, 5) for i in range(4)], GREEDY_8)
         running = engine.stream(random_ids(1, 9), ENDLESS)
         await anext(running)
+        begun.set()
         waiting = [asyncio.create_task(engine.generate(random_ids(i, 5), GREEDY_8)) for i in range(3)]
-        while (await engine.stats()).waiting < 3:
-            pass
+        await asyncio.sleep(0)
         with pytest.raises(QueueFullError, match="3 do, and 1 more were given"):
             await anext(engine.stream(random_ids(5, 5), GREEDY_8))
+        goes_on.set()
         await running.aclose()
         assert [len(outputs[0].token_ids) for outputs in await asyncio.gather(*waiting)] == [8] * 3
 
-    run(use, max_waiting=3, max_running_requests=1)
+    run(use, held, max_waiting=3, max_running_requests=1)
 
 
 def test_one_request_fails_alone(oracle: GreedyOracle) -> None:
@@ -201,6 +226,7 @@ def test_one_request_fails_alone(oracle: GreedyOracle) -> None:
     run(use, fails_for_the_second)
 
 
+@pytest.mark.usefixtures("checks_at_once")
 def test_what_ends_the_core_reaches_everybody_who_waits() -> None:
     class Worn(BaseException):
         """No request's own error: nothing but the thread's end can follow."""
@@ -235,6 +261,7 @@ def test_what_ends_the_core_reaches_everybody_who_waits() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.usefixtures("checks_at_once")
 def test_closing_gives_readers_what_there_is_and_refuses_the_rest() -> None:
     async def main() -> None:
         engine = AsyncEngine.from_parts(make_parts())

@@ -142,9 +142,10 @@ class CoreThread:
         core = self._core
         try:
             while self._do_operations():
-                self.deliver(core.step())
-                with self._wake:
+                progress = core.step()
+                with self._wake:  # before anyone learns of the step
                     self._num_waiting = core.num_waiting
+                self.deliver(progress)
             self.deliver(core.close())
         except BaseException as error:
             self._fail(error)
@@ -157,7 +158,7 @@ class CoreThread:
             while not self._inbox and self._end is None and not self._core.has_work:
                 self._wake.wait(self._core.wait_s)
             operations, self._inbox = self._inbox, []
-            self._num_queued = 0
+            self._num_waiting, self._num_queued = self._num_waiting + self._num_queued, 0  # until the core tells
             goes_on = self._end is None
         for operation in operations:
             _do(operation, self._core)
