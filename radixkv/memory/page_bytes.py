@@ -19,6 +19,9 @@ class PageBytes:
     The bytes of a page are those that it has in the pool, layer by layer, so that nothing is laid out anew. Pools with
     the same `layout` can read each other's.
 
+    In the host's memory they are copied through memory views, which keep the interpreter's lock: each copy is of some
+    KB, and to give the lock up for each of them costs more than the copying, while a thread reads the next pages.
+
     Attributes:
         payload_bytes: bytes of each page.
     """
@@ -26,6 +29,8 @@ class PageBytes:
     def __init__(self, pool: KVPool) -> None:
         self._pool = pool
         self._blocks = [block.view(torch.uint8) for block in pool.page_blocks()]  # [num_pages, bytes of a page]
+        on_cpu = all(block.device.type == "cpu" for block in self._blocks)
+        self._views = [memoryview(block.numpy()).cast("B") for block in self._blocks] if on_cpu else None
         sizes = [block.shape[1] for block in self._blocks]
         self.payload_bytes = sum(sizes)
         self._parts = [slice(end - size, end) for end, size in zip(np.cumsum(sizes).tolist(), sizes, strict=True)]
@@ -47,29 +52,31 @@ class PageBytes:
         if last_tokens is not None and last_tokens < self._pool.page_size and len(pages):
             payloads[-1] = self._read_in_part(int(pages[-1]), last_tokens)
             pages = pages[:-1]
-        for block, part in zip(self._blocks, self._parts, strict=True):
-            if block.device.type == "cpu":
-                rows = block.numpy()
-                for payload, page in zip(payloads, pages.tolist(), strict=False):
-                    payload[part] = rows[page]
-            else:
+        if self._views is None:
+            for block, part in zip(self._blocks, self._parts, strict=True):
                 index = torch.from_numpy(pages.astype(np.int64)).to(block.device)
                 payloads[: len(pages), part] = block.index_select(0, index).cpu().numpy()
+        else:
+            for payload, page in zip(payloads, pages.tolist(), strict=False):
+                whole = memoryview(payload)
+                for view, part in zip(self._views, self._parts, strict=True):
+                    whole[part] = view[_place(page, part)]
         return payloads
 
     def write(self, pages: NDArray[np.int32], payloads: Sequence[bytes]) -> None:
         """Fill `pages`, all of them different, with `payloads` of `payload_bytes` each. O(bytes)."""
         assert all(len(payload) == self.payload_bytes for payload in payloads), "a payload of another size"
-        kept = [np.frombuffer(payload, np.uint8) for payload in payloads]
-        for block, part in zip(self._blocks, self._parts, strict=True):
-            if block.device.type == "cpu":
-                rows = block.numpy()
-                for payload, page in zip(kept, pages.tolist(), strict=True):
-                    rows[page] = payload[part]
-            else:
+        if self._views is None:
+            kept = [np.frombuffer(payload, np.uint8) for payload in payloads]
+            for block, part in zip(self._blocks, self._parts, strict=True):
                 index = torch.from_numpy(pages.astype(np.int64)).to(block.device)
                 values = torch.from_numpy(np.stack([payload[part] for payload in kept]))
                 block.index_copy_(0, index, values.to(block.device))
+        else:
+            for payload, page in zip(payloads, pages.tolist(), strict=True):
+                whole = memoryview(payload)
+                for view, part in zip(self._views, self._parts, strict=True):
+                    view[_place(page, part)] = whole[part]
 
     def _read_in_part(self, page: int, num_tokens: int) -> NDArray[np.uint8]:
         """The bytes of a page as if nothing but zeros came after its first tokens: that may be another request's."""
@@ -90,3 +97,9 @@ class PageBytes:
         copy_tokens(pool.page_tensors(page), one_page.page_tensors(0), num_tokens)
         payload: NDArray[np.uint8] = self._one_page.read(np.zeros(1, np.int32))[0]
         return payload
+
+
+def _place(page: int, part: slice) -> slice:
+    """Where the bytes of a page lie in a block whose pages are as large as `part`."""
+    size = part.stop - part.start
+    return slice(page * size, (page + 1) * size)
