@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from radixkv_bench.common.redis_server import NO_SERVER, SERVER
 from radixkv_bench.tiers import command as tiers
 
 
@@ -37,4 +38,22 @@ def test_cases_give_their_ratios(
 def test_an_unknown_case_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, "--cases", "restart,nothing") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "unknown case 'nothing'; the cases are restart, working-set, idle-cost, throttled" in line
+    assert "unknown case 'nothing'; the cases are restart, killed, working-set, idle-cost, throttled, shared" in line
+
+
+FEW = ["--prompt-tokens", "96", "--sessions", "2", "--rounds", "1"]
+
+
+@pytest.mark.skipif(SERVER is None, reason=NO_SERVER)
+def test_a_second_engine_on_the_same_server_computes_next_to_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command(monkeypatch, *FEW, "--cases", "shared", "--json", str(tmp_path / "out.json")) == 0
+    found = json.loads((tmp_path / "out.json").read_text())["cases"]["shared"]
+    assert 0 < found["computed by the second / by the first"] <= 2 / 96
+
+
+@pytest.mark.stress
+def test_a_killed_engines_prompt_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command(monkeypatch, *FEW, "--cases", "killed", "--json", str(tmp_path / "out.json")) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["cases"]["killed"]["loaded / computed"] > 0

@@ -17,7 +17,7 @@ from radixkv.tiers.circuit_breaker import CircuitBreaker
 from radixkv.tiers.memory_store import HostStore
 from radixkv.tiers.page_store import NewPage
 from radixkv.tiers.shared_store import SharedStore
-from redis_server import NO_SERVER, SERVER, RunningRedis, running_redis
+from radixkv_bench.common.redis_server import NO_SERVER, SERVER, RunningRedis, running_redis
 from store_cases import FINGERPRINT, PAGE_SIZE, PAYLOAD_BYTES, Clock, chain, facts, found_tokens, ids, payload_of
 
 ROOT = root_key(None, None)

@@ -13,7 +13,7 @@ from oracles import GreedyOracle, oracle_of
 from page_stores import Hanging, MemoryStore, failing
 from prompts import random_ids
 from radixkv import Engine, EngineConfig, SamplingParams
-from redis_server import NO_SERVER, SERVER, running_redis
+from radixkv_bench.common.redis_server import NO_SERVER, SERVER, running_redis
 from tier_cores import PARAMS, PROMPT, Clock, Core, clock, make_core, store  # noqa: F401
 from tiny_models import served_model
 

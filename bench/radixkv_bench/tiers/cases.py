@@ -2,67 +2,52 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel
 
-from radixkv import Engine, EngineConfig, RequestOutput, SamplingParams
+from radixkv import Engine, RequestOutput, SamplingParams
 from radixkv.engine.assembly import assemble
 from radixkv.tiers.page_store import FoundPage, PageStore
-from radixkv.tiers.prefix_load import MEASURED_TOKENS
-
-Figures: TypeAlias = dict[str, float]
-ONE = SamplingParams(max_tokens=1, ignore_eos=True)
-GB = 1e9
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large the workloads are. `vocab_size` is the model's."""
-
-    prompt_tokens: int
-    sessions: int
-    turns: int
-    turn_tokens: int
-    new_tokens: int
-    rounds: int
-    vocab_size: int
-    page_size: int = 16
-
-    def prompt(self, seed: int, num_tokens: int | None = None) -> list[int]:
-        """Random ids, the same for the same seed."""
-        random = np.random.default_rng(seed)
-        ids: list[int] = random.integers(3, self.vocab_size, num_tokens or self.prompt_tokens).tolist()
-        return ids
+from radixkv_bench.tiers.processes import killed, shared
+from radixkv_bench.tiers.workload import (
+    ONE,
+    Figures,
+    Sizes,
+    drop_from_memory,
+    files_of,
+    first_token_s,
+    settings_of,
+)
 
 
 def restart(model: PreTrainedModel, sizes: Sizes) -> Figures:
     """The first token of a prompt: computed, loaded by the next engine on the same path, and found in the pool."""
-    computed, loaded, dropped, found, read = [], [], [], [], []
+    computed, loaded, dropped, again, found, read = [], [], [], [], [], []
     for number in range(sizes.rounds):
         prompt = sizes.prompt(number)
         with tempfile.TemporaryDirectory() as folder:
-            settings = _settings(sizes, 2 * sizes.prompt_tokens, disk_cache=folder)
+            settings = settings_of(sizes, 2 * sizes.prompt_tokens, disk_cache=folder)
             with Engine(model, None, settings) as engine:
                 engine.generate(sizes.prompt(1000 + number), ONE)
-                computed.append(_first_token_s(engine, prompt))
+                computed.append(first_token_s(engine, prompt))
                 engine.flush_tiers()
             for is_dropped in (False, True):
                 if is_dropped:
-                    _drop_from_memory(Path(folder))
+                    drop_from_memory(Path(folder))
                 with Engine(model, None, settings) as engine:
                     engine.generate(sizes.prompt(2000 + number, 64), ONE)  # the first steps of any engine take longer
-                    (dropped if is_dropped else loaded).append(_first_token_s(engine, prompt, "disk"))
-                    found.append(_first_token_s(engine, prompt, "pool"))
+                    (dropped if is_dropped else loaded).append(first_token_s(engine, prompt, "disk"))
+                    found.append(first_token_s(engine, prompt, "pool"))
+                    engine.reset_cache()  # this one knows how fast it computes, so it loads all there is
+                    again.append(first_token_s(engine, prompt, "disk"))
             read.append(_read_s(Path(folder)))
     pool_s = median(found)
     page_bytes = _page_bytes(model, sizes)
@@ -74,9 +59,11 @@ def restart(model: PreTrainedModel, sizes: Sizes) -> Figures:
         "found_s": pool_s,
         "loaded / computed": median(loaded) / median(computed),
         "loaded / found": median(loaded) / pool_s,
+        "loaded again / found": median(again) / pool_s,
         "loaded_from_medium / computed": median(dropped) / median(computed),
-        "loaded_mb_s": num_bytes / 1e6 / max(1e-9, median(loaded) - pool_s),
+        "loaded_mb_s": num_bytes / 1e6 / max(1e-9, median(again) - pool_s),
         "reading_the_files_mb_s": median(read),
+        "loading / reading": num_bytes / 1e6 / max(1e-9, median(again) - pool_s) / median(read),
     }
 
 
@@ -89,9 +76,9 @@ def working_set(model: PreTrainedModel, sizes: Sizes) -> Figures:
     small = max(tokens // 10, longest + 2 * sizes.page_size)
     with tempfile.TemporaryDirectory() as folder:
         kinds = {
-            "unbounded": _settings(sizes, 2 * tokens),
-            "small": _settings(sizes, small),
-            "small with disk": _settings(sizes, small, disk_cache=folder),
+            "unbounded": settings_of(sizes, 2 * tokens),
+            "small": settings_of(sizes, small),
+            "small with disk": settings_of(sizes, small, disk_cache=folder),
         }
         seconds, hit_rates = {}, {}
         for name, settings in kinds.items():
@@ -123,7 +110,7 @@ def idle_cost(model: PreTrainedModel, sizes: Sizes) -> Figures:
         for name in seconds:
             folder = opened.enter_context(tempfile.TemporaryDirectory())
             tier = {} if name == "none" else {"disk_cache": folder, "tier_writes": name}
-            engine = Engine(model, None, _settings(sizes, 2 * sizes.prompt_tokens, **tier))
+            engine = Engine(model, None, settings_of(sizes, 2 * sizes.prompt_tokens, **tier))
             engines[name] = opened.enter_context(engine)
             engine.generate(sizes.prompt(999), params)  # the first steps of any engine take longer
             steps[name] = _timed_steps(engine)
@@ -146,12 +133,12 @@ def throttled(model: PreTrainedModel, sizes: Sizes) -> Figures:
     """A disk slower than computing: after how many requests it is left alone, and what it costs from then on."""
     prompts = [sizes.prompt(number) for number in range(4)]
     with tempfile.TemporaryDirectory() as folder:
-        settings = _settings(sizes, 8 * sizes.prompt_tokens, disk_cache=folder, tier_writes="through")
+        settings = settings_of(sizes, 8 * sizes.prompt_tokens, disk_cache=folder, tier_writes="through")
         parts = assemble(model, None, settings)
         throttle = Throttle(parts.stores[0])
-        plain = Engine(model, None, _settings(sizes, 8 * sizes.prompt_tokens))
+        plain = Engine(model, None, settings_of(sizes, 8 * sizes.prompt_tokens))
         with Engine.from_parts(replace(parts, stores=(throttle,))) as engine, plain:
-            compute_s = [_first_token_s(engine, prompt) for prompt in prompts]
+            compute_s = [first_token_s(engine, prompt) for prompt in prompts]
             plain.generate(prompts[0], ONE)
             engine.flush_tiers()
             throttle.page_s = 3 * median(compute_s) / (sizes.prompt_tokens / sizes.page_size)
@@ -161,10 +148,10 @@ def throttled(model: PreTrainedModel, sizes: Sizes) -> Figures:
                 plain.reset_cache()
                 prompt = prompts[number % len(prompts)]
                 was_slow = engine.stats().tiers[0].is_slow
-                seconds = _first_token_s(engine, prompt)
+                seconds = first_token_s(engine, prompt)
                 if was_slow:
                     slow.append(seconds)
-                    without.append(_first_token_s(plain, prompt))
+                    without.append(first_token_s(plain, prompt))
                 else:
                     recognised_after = number + 1
     return {
@@ -175,9 +162,11 @@ def throttled(model: PreTrainedModel, sizes: Sizes) -> Figures:
 
 CASES: dict[str, Callable[[PreTrainedModel, Sizes], Figures]] = {
     "restart": restart,
+    "killed": killed,
     "working-set": working_set,
     "idle-cost": idle_cost,
     "throttled": throttled,
+    "shared": shared,
 }
 
 
@@ -195,24 +184,6 @@ class Throttle:
         """As the store's, later."""
         time.sleep(self.page_s * len(pages))
         return self._store.read(pages)
-
-
-def _settings(sizes: Sizes, kv_cache_tokens: int, **tier: Any) -> EngineConfig:
-    return EngineConfig(
-        page_size=sizes.page_size,
-        kv_cache_tokens=kv_cache_tokens + 4 * sizes.page_size,
-        warm_start_share=0.0,
-        disk_cache_gb=16.0,
-        **tier,
-    )
-
-
-def _first_token_s(engine: Engine, prompt: list[int], source: str | None = None) -> float:
-    """Seconds to the first token of `prompt`; `source` is where it must be found."""
-    (output,) = engine.generate(prompt, ONE)
-    least = len(prompt) - 1 - MEASURED_TOKENS  # which a new engine may compute, to learn how long that takes
-    assert source is None or output.cached_by.get(source, 0) >= least, output.cached_by
-    return output.metrics.ttft_s
 
 
 def _converse(engine: Engine, sizes: Sizes) -> Iterator[RequestOutput]:
@@ -255,21 +226,9 @@ def _page_bytes(model: PreTrainedModel, sizes: Sizes) -> int:
     return int(values * model.dtype.itemsize * sizes.page_size)
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
-def _drop_from_memory(folder: Path) -> None:
-    """Ask the system to forget what it keeps of files in memory."""
-    for path in _files(folder):
-        with _opened(path) as file:
-            os.fsync(file)
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def _read_s(folder: Path) -> float:
     """MB a second of reading the largest file in order, as it lies in memory."""
-    path = max(_files(folder), key=lambda path: path.stat().st_size)
+    path = max(files_of(folder), key=lambda path: path.stat().st_size)
     buffer = bytearray(4 << 20)
     num_bytes = 0
     started_at = time.perf_counter()
@@ -277,12 +236,3 @@ def _read_s(folder: Path) -> float:
         while count := file.readinto(buffer):
             num_bytes += count
     return num_bytes / 1e6 / (time.perf_counter() - started_at)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        yield file
-    finally:
-        os.close(file)

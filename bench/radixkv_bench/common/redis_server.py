@@ -1,4 +1,4 @@
-"""A Redis or Valkey server of the system, started for tests on a free port of the loopback."""
+"""A Redis or Valkey server of the system, started on a free port of the loopback."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RunningRedis:
         raise OSError("".join(said))
 
     def client(self) -> Any:
-        """A client of the test's own."""
+        """A client of one's own."""
         import redis
 
         return redis.Redis(port=self.port)
