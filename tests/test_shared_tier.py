@@ -43,6 +43,28 @@ def test_an_engine_loads_what_another_one_computed(
     assert one.generate(longer).cached_by == {"pool": 22, "shared": 19}
 
 
+def test_what_the_disk_lacks_the_server_is_asked_for(
+    make_core: MakeCore, shared: MemoryStore, clock: Clock, oracle: GreedyOracle
+) -> None:
+    disk = MemoryStore(shared.page_size, shared.payload_bytes, "disk")
+    long = [*PROMPT, *random_ids(5, 20)]
+    for holder, prompt in ((disk, PROMPT), (shared, long)):
+        core = make_core(holder)
+        core.generate(prompt)
+        assert core.core.flush_tiers(30)
+    core = make_core(disk, shared)
+    core.generate(random_ids(9, 30))
+    assert core.core.flush_tiers(30)
+    output = core.generate(long)
+    assert output.token_ids == oracle.continuation(long, 4)
+    assert output.cached_by == {"pool": 0, "disk": 30, "shared": 19}
+    loads = [tier.loads for tier in core.core.stats().tiers]
+    assert loads == [1, 1]
+    core.core.reset_cache()
+    assert core.core.flush_tiers(30)
+    assert core.generate(long).cached_by == {"pool": 0, "disk": 49}, "and what it gave is on disk, too, from then on"
+
+
 def test_what_the_server_has_is_not_handed_down_again(make_core: MakeCore, shared: MemoryStore) -> None:
     one, other = make_core(shared), make_core(shared)
     for core, written in ((one, 9), (one, 0), (other, 2), (other, 0)):  # `other` asked for the prompt

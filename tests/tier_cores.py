@@ -76,15 +76,15 @@ def clock() -> Clock:
 
 @pytest.fixture
 def make_core(clock: Clock) -> Iterator[Callable[..., Core]]:
-    """Makes cores over a store, and closes them in the end; then nothing may be left of them."""
+    """Makes cores over stores, and closes them in the end; then nothing may be left of them."""
     cores: list[Core] = []
 
-    def make(store: MemoryStore, around: Around | None = None, **settings: object) -> Core:
+    def make(*stores: MemoryStore, around: Around | None = None, **settings: object) -> Core:
         config = EngineConfig(**{"page_size": 4, "kv_cache_tokens": 256, "warm_start_share": 0, **settings})  # type: ignore[arg-type]
         parts = assemble(served_model("llama"), None, config)
         if around is not None:
             parts = replace(parts, runner=TamperedRunner(parts.runner, around))
-        cores.append(Core(replace(parts, stores=(store,), clock=clock)))
+        cores.append(Core(replace(parts, stores=stores, clock=clock)))
         return cores[-1]
 
     yield make

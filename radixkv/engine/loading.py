@@ -62,7 +62,7 @@ class Loader:
     def begin(self, request: Request) -> bool:
         """Begin to load what lies below for a request that has its pages. Returns False if it is to compute now.
 
-        Of the tiers that tell at once, the one that has the most is loaded; others are asked if these have nothing.
+        Of the tiers that tell at once, the one that has the most is loaded; others are asked for what these lack.
         """
         chain, chooser = chain_of(request, self._page_size), self._chooser
         candidates = []
@@ -74,6 +74,10 @@ class Loader:
         candidates.sort(key=lambda candidate: candidate[0], reverse=True)  # stable: then the fastest
         if any(self._loads(request, tier, pages) for _, tier, pages in candidates):
             return True
+        return self._asks_others(request)
+
+    def _asks_others(self, request: Request) -> bool:
+        """Begin to ask a tier that does not tell at once, if there is one."""
         return any(self._asks(request, tier) for tier in self._tiers if not tier.finds_at_once)
 
     def _loads(self, request: Request, tier: Tier, pages: Sequence[FoundPage]) -> bool:
@@ -104,9 +108,11 @@ class Loader:
         assert waiting is not None, request
         is_over = waiting.receive(partial(self._fill, request))
         request.num_computed = max(request.num_computed, waiting.num_loaded)
-        if is_over:
-            self.end(request)
-        return is_over
+        if not is_over:
+            return False
+        self.end(request)
+        goes_on = waiting.tier.finds_at_once and waiting.is_of_all and waiting.load.is_whole
+        return not (goes_on and self._asks_others(request))
 
     def _heard(self, request: Request, waiting: RequestLookup) -> bool:
         """Take the answer of a tier. Returns True if there is nothing to load, or it took too long."""

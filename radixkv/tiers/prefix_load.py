@@ -26,6 +26,7 @@ class PrefixLoad:
     Attributes:
         first_token: how many tokens were there before.
         num_taken: pages that were filled so far.
+        is_of_all: whether all that the tier has is asked for; else some is left to be computed, to measure that.
     """
 
     def __init__(
@@ -37,11 +38,14 @@ class PrefixLoad:
         ends: Sequence[int],
         patience_s: float | None,
         clock: Callable[[], float],
+        *,
+        is_of_all: bool,
     ) -> None:
         """`ends[i]` is where the tokens end of which the KV is there once i + 1 pages are."""
         self.tier, self.load = tier, load
         self.first_page, self.first_token = first_page, first_token
         self.num_taken = 0
+        self.is_of_all = is_of_all
         self.copy_s = 0.0
         self._ends, self._patience_s, self._clock = ends, patience_s, clock
 
@@ -123,7 +127,7 @@ class LoadChooser:
             tier.unavailable += 1
             return None
         compute_s = self.prefill.seconds(num_cached, ends[-1])
-        num_bytes = tier.num_bytes(len(pages))
+        num_bytes, num_found = tier.num_bytes(len(pages)), len(pages)
         if not tier.rate.is_faster(num_bytes, compute_s, self._clock()):
             tier.slower += 1
             tier.probe(pages)
@@ -135,7 +139,16 @@ class LoadChooser:
         tier.loads += 1
         patience_s = None if compute_s is None else max(LEAST_PATIENCE_S, compute_s)
         load = tier.reader.start(pages)
-        return PrefixLoad(tier, load, num_cached // self._page_size, num_cached, ends, patience_s, self._clock)
+        return PrefixLoad(
+            tier,
+            load,
+            num_cached // self._page_size,
+            num_cached,
+            ends,
+            patience_s,
+            self._clock,
+            is_of_all=len(pages) == num_found,
+        )
 
     def verdict(
         self, tier: Tier, pages: Sequence[FoundPage], num_cached: int
