@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from radixkv.engine.async_engine import AsyncEngine
     from radixkv.engine.engine import Engine
     from radixkv.engine.logit_edits import LogitsTransform
-    from radixkv.engine.request import Progress, RequestMetrics, RequestOutput, Usage
+    from radixkv.engine.outputs import Progress, RequestMetrics, RequestOutput, Usage
     from radixkv.engine.results import EngineStats, ResetCache
     from radixkv.engine.sampling import TokenLogprobs
     from radixkv.engine.session import KVUsage, Session
@@ -93,12 +93,12 @@ _LAZY = {  # loaded when asked for: the cache needs no torch, and the command li
     "Observer": "radixkv.cache.events",
     "PageRun": "radixkv.cache.events",
     "PrefixCache": "radixkv.cache.prefix_cache",
-    "Progress": "radixkv.engine.request",
+    "Progress": "radixkv.engine.outputs",
     "RadixTree": "radixkv.cache.tree.radix_tree",
     "Removed": "radixkv.cache.events",
     "ReplayResult": "radixkv.replay.simulation",
-    "RequestMetrics": "radixkv.engine.request",
-    "RequestOutput": "radixkv.engine.request",
+    "RequestMetrics": "radixkv.engine.outputs",
+    "RequestOutput": "radixkv.engine.outputs",
     "ResetCache": "radixkv.engine.results",
     "SamplingParams": "radixkv.config",
     "Session": "radixkv.engine.session",
@@ -106,7 +106,7 @@ _LAZY = {  # loaded when asked for: the cache needs no torch, and the command li
     "Stored": "radixkv.cache.events",
     "TokenLogprobs": "radixkv.engine.sampling",
     "TreeNode": "radixkv.cache.tree.node",
-    "Usage": "radixkv.engine.request",
+    "Usage": "radixkv.engine.outputs",
     "WindowPages": "radixkv.cache.residency.window_pages",
     "prompt_keys": "radixkv.cache.page_keys",
     "replay_trace": "radixkv.replay.simulation",

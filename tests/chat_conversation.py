@@ -10,7 +10,7 @@ import numpy as np
 
 from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.detokenizer import decode
-from radixkv.engine.request import Progress, RequestMetrics, RequestOutput
+from radixkv.engine.outputs import Progress, RequestMetrics, RequestOutput
 from radixkv.engine.session import Session
 
 

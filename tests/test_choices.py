@@ -12,7 +12,7 @@ from oracles import GreedyOracle
 from prompts import random_ids
 from radixkv import AsyncEngine, Engine, EngineConfig, SamplingParams
 from radixkv.engine.assembly import assemble
-from radixkv.engine.request import Usage
+from radixkv.engine.outputs import Usage
 from radixkv.errors import InvalidRequestError, PromptTooLongError
 from tiny_models import tiny_model
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from radixkv.engine.request import RequestOutput
+    from radixkv.engine.outputs import RequestOutput
 
 
 def cut_off(outputs: Sequence[RequestOutput], max_tokens: int) -> str:

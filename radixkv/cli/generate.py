@@ -30,7 +30,7 @@ from radixkv.errors import ConfigError, InvalidRequestError, RadixKVError
 
 if TYPE_CHECKING:
     from radixkv.engine.engine import Engine
-    from radixkv.engine.request import Progress, RequestOutput
+    from radixkv.engine.outputs import Progress, RequestOutput
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from radixkv.errors import InvalidRequestError, RadixKVError
 
 if TYPE_CHECKING:
     from radixkv.engine.engine import Engine
-    from radixkv.engine.request import RequestOutput
+    from radixkv.engine.outputs import RequestOutput
     from radixkv.engine.sampling import SamplingParams
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from radixkv.engine.engine import Engine
-    from radixkv.engine.request import RequestOutput
+    from radixkv.engine.outputs import RequestOutput
 
 TREE_EPILOG = """
 **Examples**

@@ -22,7 +22,7 @@ from radixkv.engine.arguments import CacheOptions, Prompt, as_list_of_params, as
 from radixkv.engine.assembly import EngineParts, assemble
 from radixkv.engine.core import EngineCore
 from radixkv.engine.core_thread import CoreThread, Reader
-from radixkv.engine.request import Progress, RequestOutput
+from radixkv.engine.outputs import Progress, RequestOutput
 from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.engine.results import EngineStats, FinishedOutbox, GatheredOutputs, Outbox, ResetCache
 from radixkv.engine.sampling import SamplingParams

@@ -16,7 +16,7 @@ from radixkv.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from radixkv.engine.engine import Engine
-    from radixkv.engine.request import RequestOutput
+    from radixkv.engine.outputs import RequestOutput
 
 Ids = NDArray[np.int32]
 NO_IDS: Ids = np.empty(0, np.int32)

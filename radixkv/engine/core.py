@@ -14,7 +14,8 @@ from radixkv.cache.token_ids import TokenIds
 from radixkv.engine.assembly import EngineParts
 from radixkv.engine.executor import Executor
 from radixkv.engine.lower_tiers import LowerTiers
-from radixkv.engine.request import Progress, Request
+from radixkv.engine.outputs import Progress
+from radixkv.engine.request import Request
 from radixkv.engine.results import EngineStats, ResetCache
 from radixkv.engine.scheduler import Scheduler, Span
 from radixkv.errors import ClosedError

@@ -10,7 +10,8 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from radixkv.engine.core import EngineCore
-from radixkv.engine.request import Progress, Request, RequestOutput
+from radixkv.engine.outputs import Progress, RequestOutput
+from radixkv.engine.request import Request
 from radixkv.engine.results import FinishedOutbox, Outbox
 from radixkv.errors import ClosedError, EngineFailedError, QueueFullError
 

@@ -25,7 +25,8 @@ from radixkv.engine.assembly import EngineParts, assemble
 from radixkv.engine.core import EngineCore
 from radixkv.engine.gate import Gate
 from radixkv.engine.kv_memory import Pool
-from radixkv.engine.request import Progress, Request, RequestOutput
+from radixkv.engine.outputs import Progress, RequestOutput
+from radixkv.engine.request import Request
 from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.engine.results import EngineStats, FinishedOutbox, GatheredOutputs, Outbox, ResetCache
 from radixkv.engine.sampling import SamplingParams

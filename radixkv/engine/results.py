@@ -8,7 +8,8 @@ from itertools import chain
 from typing import NamedTuple
 
 from radixkv.cache.cache_stats import CacheStats, SizeEstimate
-from radixkv.engine.request import Progress, Request, RequestOutput
+from radixkv.engine.outputs import Progress, RequestOutput
+from radixkv.engine.request import Request
 from radixkv.tiers.tier import TierStats
 
 

@@ -14,7 +14,7 @@ from radixkv.cache.token_ids import TokenIds, common_tokens
 from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.chat_template import Message
 from radixkv.engine.conversation import Composer, Conversation, Prompt, SessionExplanation
-from radixkv.engine.request import RequestOutput
+from radixkv.engine.outputs import RequestOutput
 from radixkv.engine.sampling import SamplingParams
 from radixkv.engine.session_file import SavedSession, UserSpecialTokens, read_session, write_session
 from radixkv.engine.turn_queue import TurnQueue
@@ -22,7 +22,7 @@ from radixkv.errors import ClosedError, InvalidRequestError
 
 if TYPE_CHECKING:
     from radixkv.engine.engine import Engine
-    from radixkv.engine.request import Progress
+    from radixkv.engine.outputs import Progress
 
 logger = logging.getLogger(__name__)
 

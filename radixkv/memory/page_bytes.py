@@ -30,7 +30,7 @@ class PageBytes:
         self._pool = pool
         self._blocks = [block.view(torch.uint8) for block in pool.page_blocks()]  # [num_pages, bytes of a page]
         on_cpu = all(block.device.type == "cpu" for block in self._blocks)
-        self._views = [memoryview(block.numpy()).cast("B") for block in self._blocks] if on_cpu else None
+        self._views = [block.numpy().data.cast("B") for block in self._blocks] if on_cpu else None
         sizes = [block.shape[1] for block in self._blocks]
         self.payload_bytes = sum(sizes)
         self._parts = [slice(end - size, end) for end, size in zip(np.cumsum(sizes).tolist(), sizes, strict=True)]
@@ -58,7 +58,7 @@ class PageBytes:
                 payloads[: len(pages), part] = block.index_select(0, index).cpu().numpy()
         else:
             for payload, page in zip(payloads, pages.tolist(), strict=False):
-                whole = memoryview(payload)
+                whole = payload.data
                 for view, part in zip(self._views, self._parts, strict=True):
                     whole[part] = view[_place(page, part)]
         return payloads

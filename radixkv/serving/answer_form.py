@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from radixkv.engine.request import RequestOutput
+from radixkv.engine.outputs import RequestOutput
 from radixkv.serving.answer_reader import AnswerReader
 from radixkv.serving.bodies import GenerationBody
 from radixkv.serving.errors import bad_request

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from radixkv.engine.request import Progress, RequestOutput, Usage
+from radixkv.engine.outputs import Progress, RequestOutput, Usage
 from radixkv.serving.answer_form import ToolUse, grammar_of
 from radixkv.serving.anthropic_body import CountBody, MessagesBody
 from radixkv.serving.bodies import GenerationBody

@@ -12,7 +12,7 @@ import numpy as np
 from radixkv.cache.token_ids import common_tokens
 from radixkv.engine.async_engine import AsyncEngine
 from radixkv.engine.chat_template import placeholders
-from radixkv.engine.request import RequestOutput
+from radixkv.engine.outputs import RequestOutput
 from radixkv.serving.errors import ApiError, bad_request
 from radixkv.serving.generation import Ids, Keep
 from radixkv.serving.kept_answers import KeptAnswers, Owner, text_after

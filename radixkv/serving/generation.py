@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from radixkv.config import SamplingParams
 from radixkv.engine.async_engine import AsyncEngine
-from radixkv.engine.request import Progress, RequestOutput, Usage
+from radixkv.engine.outputs import Progress, RequestOutput, Usage
 from radixkv.serving.errors import as_api_error, shutting_down
 
 Ids: TypeAlias = "NDArray[np.int32]"

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from radixkv.cache.insight.eviction_ages import LIMITS_S, EvictionAges
 from radixkv.cache.insight.explanation import Explanation
-from radixkv.engine.request import RequestOutput
+from radixkv.engine.outputs import RequestOutput
 from radixkv.engine.results import EngineStats
 from radixkv.serving.tier_metrics import tier_metrics
 

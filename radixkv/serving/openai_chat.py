@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from radixkv.engine.request import RequestOutput
+from radixkv.engine.outputs import RequestOutput
 from radixkv.serving.answer_form import ToolUse, grammar_of
 from radixkv.serving.answer_reader import AnswerReader
 from radixkv.serving.cache_use import MAX_BREAKPOINTS, implicit_keep

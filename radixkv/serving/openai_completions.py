@@ -14,7 +14,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from radixkv.engine.async_engine import AsyncEngine
-from radixkv.engine.request import RequestOutput
+from radixkv.engine.outputs import RequestOutput
 from radixkv.engine.sampling import TokenLogprobs
 from radixkv.serving.answer_form import ToolUse, grammar_of
 from radixkv.serving.bodies import GenerationBody

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from radixkv.engine.request import RequestOutput, Usage
+from radixkv.engine.outputs import RequestOutput, Usage
 from radixkv.serving.errors import ApiError, bad_request
 from radixkv.serving.history import Asked, BoundedStore, compare
 from radixkv.serving.openai_chat import ChatCall

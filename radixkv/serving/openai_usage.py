@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from radixkv.engine.request import Usage
+from radixkv.engine.outputs import Usage
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:

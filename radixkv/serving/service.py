@@ -17,7 +17,7 @@ from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.namespace import Namespace
 from radixkv.config import SamplingParams, ServerConfig
 from radixkv.engine.async_engine import AsyncEngine
-from radixkv.engine.request import RequestOutput
+from radixkv.engine.outputs import RequestOutput
 from radixkv.errors import RadixKVError
 from radixkv.serving.admission import Admission
 from radixkv.serving.bodies import Body, GenerationBody, UnknownFields
