@@ -96,7 +96,7 @@ def print_tiers_table(report: TiersReport) -> None:
         for number, tier in enumerate(result.tiers):
             so_far += result.share_of(tier)
             table.add_row(
-                *((result.policy, result.writes) if number == 0 else ("", "")),
+                *((result.policy, result.writes if len(result.tiers) > 1 else "") if number == 0 else ("", "")),
                 tier.name,
                 short_count(tier.capacity_tokens),
                 percent(result.share_of(tier)),
@@ -125,6 +125,7 @@ def write_tiers_plot(report: TiersReport, path: Path) -> None:
                 axes.barh(labels, shares, left=starts, label=name, color=COLORS[number], height=0.6)
             starts = [start + share for start, share in zip(starts, shares, strict=True)]
         axes.axvline(100 * report.ceiling, color="black", linestyle=":", linewidth=1.2, label="ceiling (no limit)")
+        axes.set_axisbelow(True)
         axes.invert_yaxis()
         axes.set_xlabel("prompt tokens hit, %")
         axes.grid(axis="x", alpha=0.25)
@@ -132,4 +133,5 @@ def write_tiers_plot(report: TiersReport, path: Path) -> None:
 
 def _label(result: TieredResult) -> str:
     sizes = "\n".join(f"{tier.name} {short_count(tier.capacity_tokens)}" for tier in result.tiers)
-    return f"{result.policy}, {result.writes}\n{sizes}"
+    writes = f", {result.writes}" if len(result.tiers) > 1 else ""
+    return f"{result.policy}{writes}\n{sizes}"
