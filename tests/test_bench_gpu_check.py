@@ -90,8 +90,9 @@ def test_the_engine_is_wrong_if_exact_answers_differ() -> None:
     assert not gpu_parts.engine_is_right([same, {**same, "batched": 0.5}])
 
 
+@pytest.mark.stress
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so() -> None:
+def test_without_a_gpu_the_script_says_so() -> None:
     done = subprocess.run([ROOT / "scripts" / "gpu_check"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()

@@ -76,7 +76,9 @@ def engine_of(model: PreTrainedModel, **fields: Any) -> Engine:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.stress)]
+)
 def test_the_same_logits_as_its_modules(family: str, dtype: torch.dtype) -> None:
     model = wide_model(family, dtype)
     layers = plug_in_paged_attention(model)

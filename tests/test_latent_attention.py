@@ -30,6 +30,7 @@ from radixkv.models import probe
 from radixkv.models.latent_attention import LatentAttention
 from radixkv.models.paged_attention import PagedContext, flattened_forward
 from radixkv.models.probe import plug_in_paged_attention
+from stress_cases import some_of
 from tiny_models import LATENT, make_model, served_model, tiny_model
 
 SPANS = [(0, 1), (0, 13), (20, 21), (37, 38), (15, 33), (16, 17), (31, 32), (3, 40)]  # [first, last) of each sequence
@@ -136,7 +137,7 @@ def latent_engine(model: PreTrainedModel, **settings: Any) -> Engine:
     return Engine(model, config=EngineConfig(**{**defaults, **settings}))
 
 
-@pytest.mark.parametrize("family", LATENT)
+@pytest.mark.parametrize("family", some_of(LATENT, ["deepseek_v2", "deepseek_v3", "minicpm3", "longcat_flash"]))
 def test_same_tokens_cold_warm_alone_and_batched(family: str) -> None:
     model = served_model(family)
     prompts = random_prompts(1, [37, 41, 33, 50], shared=32)

@@ -150,7 +150,7 @@ def test_a_call_that_is_cut_off_has_the_members_that_are_whole(server: Running) 
     choice: Any = {"type": "tool", "name": "find_person"}
     asked: Any = {**GREEDY, "tools": TOOLS, "tool_choice": choice}
     seen = []
-    for max_tokens in range(2, 60, 5):
+    for max_tokens in range(2, 60, 7):
         message = client.messages.create(**{**asked, "max_tokens": max_tokens})
         seen.append((message.content[0].type, getattr(message.content[0], "input", None)))
         if message.stop_reason == "tool_use":
