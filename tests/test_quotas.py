@@ -227,8 +227,8 @@ def test_quotas_that_guarantee_more_than_there_is_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"more than the pool's 16 tokens; 2 of them guarantee 18"):
         cache.set_quotas({"anna": quota(4), "berta": quota(5)})
     assert [use.guaranteed_tokens for use in cache.stats().namespaces] == [6, 0], "those before hold"
-    cache.set_quotas({"anna": quota(4), "berta": CacheQuota(pool_tokens=9)})
-    assert [use.guaranteed_tokens for use in cache.stats().namespaces] == [8, 8, 0], "whole pages are guaranteed"
+    cache.set_quotas({"anna": quota(3), "berta": CacheQuota(pool_tokens=9)})
+    assert [use.guaranteed_tokens for use in cache.stats().namespaces] == [6, 8, 0], "whole pages are guaranteed"
 
 
 @pytest.mark.parametrize(

@@ -460,6 +460,14 @@ class PrefixCache:
             namespaces=() if self.shares is None else self.shares.uses(),
         )
 
+    def most_tokens(self, namespace: Namespace) -> int:
+        """The most tokens that one request can have pages for, while others hold what they are guaranteed.
+
+        O(1). Safe to call from any thread.
+        """
+        shares = self.shares
+        return self.num_pages * self.page_size if shares is None else shares.most_tokens(namespace)
+
     def available_to(self, namespace: Namespace) -> int:
         """Pages that are free, or that can be evicted for a request of `namespace`. O(1)."""
         return self.available_pages if self.shares is None else self.shares.available_pages(namespace)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
+from radixkv.cache.quotas.accounts import QuotaKey
 from radixkv.cache.token_ids import TokenIds
+from radixkv.config import CacheQuota
 from radixkv.engine.assembly import EngineParts
 from radixkv.engine.executor import Executor
 from radixkv.engine.lower_tiers import LowerTiers
@@ -144,6 +146,11 @@ class EngineCore:
             kv_bytes_per_token=self._parts.kv_bytes_per_token,
             pool_bytes=self._parts.pool.num_bytes,
         )
+
+    def set_quotas(self, quotas: Mapping[QuotaKey, CacheQuota]) -> None:
+        """Guarantee shares of the pool to namespaces; as `PrefixCache.set_quotas`. Raises: as this; ClosedError."""
+        self._check_open()
+        self._parts.cache.set_quotas(quotas)
 
     def reset_cache(self) -> ResetCache:
         """Forget every prefix that no running request reads. O(nodes). Raises: ClosedError."""

@@ -88,10 +88,11 @@ class Accounts:
         self._others = Account(len(guaranteed), None, 0)
         self._accounts.append(self._others)
         self.guaranteed_pages = sum(account.guaranteed_pages for account in self._accounts)
-        if self.guaranteed_pages > num_pages:
+        asked_tokens = sum(quota.pool_tokens for quota in quotas.values())
+        if asked_tokens > num_pages * page_size:
             raise ConfigError(
                 f"quotas must not guarantee more than the pool's {num_pages * page_size} tokens; "
-                f"{len(guaranteed)} of them guarantee {self.guaranteed_pages * page_size}"
+                f"{len(guaranteed)} of them guarantee {asked_tokens}"
             )
         self._owners = np.full(num_pages, -1, np.int32)  # by page: the number of its account; -1 if it is free
         self._lenders: dict[Account, None] = {}
