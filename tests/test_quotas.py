@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from radixkv import CacheQuota, EvictionPolicy, PrefixCache, WindowPages
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.tree.node import TreeNode
-from radixkv.errors import ConfigError, OutOfPagesError, PolicyError
+from radixkv.errors import ConfigError, InvariantError, OutOfPagesError, PolicyError
 
 PAGE = 2
 
@@ -220,6 +221,35 @@ def test_ranks_that_do_not_compare_across_namespaces_fail_once() -> None:
     cache.check_invariants()
     share(cache, 3, 4, extra_key="anna")
     assert used_pages(cache) == [4, 0, 0]
+
+
+def damage_account(cache: PrefixCache, node: TreeNode) -> None:
+    node.account = None
+
+
+def damage_use(cache: PrefixCache, node: TreeNode) -> None:
+    assert cache.shares is not None
+    cache.shares.freed(node.page_ids[:1])
+
+
+def damage_evictable(cache: PrefixCache, node: TreeNode) -> None:
+    assert node.account is not None
+    node.account.evictable_pages -= 1
+
+
+def damage_lent(cache: PrefixCache, node: TreeNode) -> None:
+    assert node.account is not None
+    node.account.guaranteed_pages -= 1
+
+
+@pytest.mark.parametrize("damage", [damage_account, damage_use, damage_evictable, damage_lent])
+def test_damaged_accounts_are_noticed(damage: Callable[[PrefixCache, TreeNode], None]) -> None:
+    cache = cache_of(8, {"anna": 2})
+    share(cache, 1, 4, extra_key="anna")
+    (node,) = (node for _, node in cache.nodes() if not node.is_root)
+    damage(cache, node)
+    with pytest.raises(InvariantError):
+        cache.check_invariants()
 
 
 def test_quotas_that_guarantee_more_than_there_is_are_refused() -> None:

@@ -71,6 +71,11 @@ class Service:
         self.live = LiveFeed(engine, self.model_name)
         self.unknown_fields = UnknownFields(strict=self.config.strict)
 
+    async def start(self) -> None:
+        """Guarantee tenants their shares of the pool. Before the first request. Raises: ConfigError."""
+        if quotas := self.keys.quotas(self.engine.config.kv_cache_tokens):
+            await self.engine.set_quotas(quotas)
+
     def check_model(self, name: str | None) -> None:
         """Raises: ApiError if `name` is not the model's."""
         if name is not None and name != self.model_name:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from radixkv.cache.keeping import checked_priority
-from radixkv.config.checks import checked_flag, checked_int, checked_text, shown
+from radixkv.config import CacheQuota
+from radixkv.config.checks import Bounds, checked_flag, checked_int, checked_number, checked_text, shown
 from radixkv.config.toml_file import read_toml
 from radixkv.errors import ConfigError, RadixKVError
 
-_FIELDS = ("sha256", "name", "priority", "max_requests", "shares_with", "admin")
+_FIELDS = ("sha256", "name", "priority", "max_requests", "pool_share", "shares_with", "admin")
+_SHARE = Bounds(minimum=0, maximum=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +29,7 @@ class Tenant:
         namespace: tenants with the same one share cached prefixes; None is that of a server without tenants.
         priority: of each of its requests, added to what a request asks for.
         max_requests: of its requests at once; None for no limit.
+        pool_share: the part of the KV pool that its namespace is guaranteed for its sake.
         admin: whether it may see and change what belongs to others: statistics, metrics, the whole cache.
     """
 
@@ -33,6 +37,7 @@ class Tenant:
     namespace: str | None
     priority: int = 0
     max_requests: int | None = None
+    pool_share: float = 0.0
     admin: bool = False
 
 
@@ -67,6 +72,8 @@ class KeyRing:
         for what, values in (("sha256", [key for key, _ in keys]), ("name", [tenant.name for _, tenant in keys])):
             if len(set(values)) < len(values):
                 raise ConfigError(f"{path}: two keys have the same {what}")
+        if (shares := math.fsum(tenant.pool_share for _, tenant in keys)) > 1:
+            raise ConfigError(f"{path}: the pool_share of all keys must add up to at most 1; they add up to {shares:g}")
         return cls(keys)
 
     @property
@@ -78,6 +85,19 @@ class KeyRing:
     def has_tenants(self) -> bool:
         """Whether there are tenants to be kept apart."""
         return any(tenant.namespace is not None for _, tenant in self.keys)
+
+    def quotas(self, pool_tokens: int) -> dict[str, CacheQuota]:
+        """What each namespace is guaranteed of a pool of that size: the shares of its keys, added up.
+
+        >>> tenants = [Tenant(name=name, namespace="blue", pool_share=0.25) for name in ("blue", "azure")]
+        >>> KeyRing([(b"", tenant) for tenant in tenants]).quotas(4000)
+        {'blue': CacheQuota(pool_tokens=2000)}
+        """
+        shares: dict[str, list[float]] = {}
+        for _, tenant in self.keys:
+            if tenant.namespace is not None and tenant.pool_share:
+                shares.setdefault(tenant.namespace, []).append(tenant.pool_share)
+        return {name: CacheQuota(pool_tokens=int(math.fsum(own) * pool_tokens)) for name, own in shares.items()}
 
     def tenant_of(self, key: str | None) -> Tenant | None:
         """Whose key it is; None if it is nobody's. The time it takes does not depend on the key."""
@@ -124,6 +144,7 @@ def _checked_key(table: Any) -> tuple[bytes, Tenant]:
         namespace=checked_text("shares_with", table.get("shares_with", table["name"])),
         priority=checked_priority(table.get("priority", 0)),
         max_requests=None if limit is None else checked_int("max_requests", limit, 1),
+        pool_share=checked_number("pool_share", table.get("pool_share", 0), _SHARE),
         admin=checked_flag("admin", table.get("admin", False)),
     )
     return hashed, tenant
