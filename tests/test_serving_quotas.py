@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 
 from http_server import SMALL, Running, running
 from radixkv import AsyncEngine, CacheQuota
+from radixkv.config import ServerConfig
 from radixkv.errors import ConfigError
+from radixkv.serving.service import Service
 from radixkv.serving.tenants import KeyRing
 
 POOL_TOKENS = SMALL["kv_cache_tokens"]
@@ -76,7 +79,7 @@ def test_an_administrator_sees_what_each_namespace_holds(server: Running) -> Non
 def test_keys_of_one_namespace_add_up_their_shares(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(keys(SHARES))
-    assert KeyRing.from_file(file).quotas(4096) == {"steady": CacheQuota(pool_tokens=1536)}
+    assert KeyRing.from_file(file).quotas(4096, 0) == {"steady": CacheQuota(pool_tokens=1536)}
 
 
 @pytest.mark.parametrize(
@@ -87,6 +90,7 @@ def test_keys_of_one_namespace_add_up_their_shares(tmp_path: Path) -> None:
             "must add up to at most 1; they add up to 1.1",
         ),
         ({"a": "pool_share = 1.5"}, r"key 1: pool_share must be a number in \[0, 1\], not 1.5"),
+        ({"a": "disk_share = 0.6", "b": "disk_share = 0.5"}, "the disk_share of all keys must add up to at most 1"),
         ({"a": "pool_share = 'half'"}, "pool_share must be a number"),
     ],
 )
@@ -100,4 +104,17 @@ def test_shares_that_are_wrong_are_refused(tmp_path: Path, shares: dict[str, str
 def test_shares_that_just_fit_are_accepted(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(keys({str(number): "pool_share = 0.1" for number in range(10)}))
-    assert sum(quota.pool_tokens for quota in KeyRing.from_file(file).quotas(1009).values()) <= 1009
+    assert sum(quota.pool_tokens for quota in KeyRing.from_file(file).quotas(1009, 0).values()) <= 1009
+
+
+def test_shares_of_a_disk_need_one(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(keys({"a": "disk_share = 0.5"}))
+    assert KeyRing.from_file(file).quotas(1, 1000) == {"a": CacheQuota(disk_bytes=500)}
+
+    async def start() -> None:
+        async with AsyncEngine.from_pretrained("demo", **SMALL) as engine:
+            with pytest.raises(ConfigError, match="disk_share needs an engine with disk_cache"):
+                await Service(engine, "demo", ServerConfig(api_keys=str(file))).start()
+
+    asyncio.run(start())

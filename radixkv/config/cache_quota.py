@@ -23,6 +23,14 @@ class CacheQuota:
             maximum=MAX_COUNT,
         ),
     ] = 0
+    disk_bytes: Annotated[
+        int,
+        Setting(
+            "Bytes of an engine's `disk_cache` that others cannot take, in whole pages.",
+            unit="bytes",
+            minimum=0,
+        ),
+    ] = 0
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
-from radixkv.cache.quotas.accounts import QuotaKey
+from radixkv.cache.quotas.accounts import QuotaKey, checked_quotas
 from radixkv.cache.token_ids import TokenIds
 from radixkv.config import CacheQuota
 from radixkv.engine.assembly import EngineParts
@@ -148,9 +148,15 @@ class EngineCore:
         )
 
     def set_quotas(self, quotas: Mapping[QuotaKey, CacheQuota]) -> None:
-        """Guarantee shares of the pool to namespaces; as `PrefixCache.set_quotas`. Raises: as this; ClosedError."""
+        """Guarantee shares of the pool and the disk to namespaces, in place of what was guaranteed before.
+
+        Raises: as `PrefixCache.set_quotas`; ConfigError if more of the disk is guaranteed than there is; ClosedError.
+        """
         self._check_open()
+        checked = checked_quotas(quotas)
+        self._tiers.check_quotas(checked)
         self._parts.cache.set_quotas(quotas)
+        self._tiers.set_quotas(checked)
 
     def reset_cache(self) -> ResetCache:
         """Forget every prefix that no running request reads. O(nodes). Raises: ClosedError."""

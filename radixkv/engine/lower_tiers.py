@@ -6,13 +6,13 @@ import atexit
 import logging
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from radixkv.cache.insight.explanation import BelowPool
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import TokenIds, token_array
-from radixkv.config import TierWrites
+from radixkv.config import CacheQuota, TierWrites
 from radixkv.engine.handing_down import HandDown
 from radixkv.engine.loading import Loader
 from radixkv.engine.request import Request
@@ -22,6 +22,8 @@ from radixkv.errors import ConfigError
 from radixkv.memory.page_bytes import PageBytes
 from radixkv.memory.page_pool import PagePool
 from radixkv.tiers.arrivals import Arrivals
+from radixkv.tiers.disk_store import DiskStore
+from radixkv.tiers.page_lines import Names
 from radixkv.tiers.page_store import PageStore
 from radixkv.tiers.tier import Tier, TierStats
 from radixkv.tiers.warm_start import WarmStart
@@ -90,6 +92,24 @@ class LowerTiers:
         if self._loader is None or self._down is None:
             return 0.0
         return self._loader.busy_s + self._down.busy_s
+
+    def check_quotas(self, quotas: Mapping[Namespace, CacheQuota]) -> None:
+        """Raises: ConfigError if `set_quotas` would."""
+        disk_bytes = _disk_bytes(quotas)
+        disks = self._disks()
+        if disk_bytes and not disks:
+            raise ConfigError("quotas guarantee disk_bytes, and there is no disk_cache; set it, or leave them out")
+        for disk in disks:
+            disk.check_shares(disk_bytes)
+
+    def set_quotas(self, quotas: Mapping[Namespace, CacheQuota]) -> None:
+        """Guarantee shares of the disk to namespaces, in place of what was guaranteed before. Raises: ConfigError."""
+        self.check_quotas(quotas)
+        for disk in self._disks():
+            disk.set_shares(_disk_bytes(quotas))
+
+    def _disks(self) -> list[DiskStore]:
+        return [tier.store for tier in self._tiers if isinstance(tier.store, DiskStore)]
 
     def begin_load(self, request: Request) -> bool:
         """Begin to load what lies below for a request that was just given its pages. Returns False if nothing is to be
@@ -180,6 +200,10 @@ class LowerTiers:
 
 _OPEN: weakref.WeakSet[LowerTiers] = weakref.WeakSet()
 _LEFT: weakref.WeakSet[Tier] = weakref.WeakSet()  # of engines that were dropped without `close`; they end by themselves
+
+
+def _disk_bytes(quotas: Mapping[Namespace, CacheQuota]) -> dict[Names, int]:
+    return {namespace: quota.disk_bytes for namespace, quota in quotas.items() if quota.disk_bytes}
 
 
 def _leave(tiers: Sequence[Tier], warm_starts: Sequence[WarmStart]) -> None:

@@ -162,6 +162,8 @@ class EvictingTree(TreeShape):
 
     def _account_of(self, node: TreeNode, accounts: Accounts) -> Account:
         """The account of a root, or of a node whose parent has one."""
-        account = accounts.of(node.namespace) if node.namespace is not None else node.parent and node.parent.account
+        if node.namespace is not None:
+            return accounts.of(node.namespace)
+        account = None if node.parent is None else node.parent.account
         assert account is not None, node
         return account
