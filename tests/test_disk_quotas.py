@@ -124,6 +124,9 @@ def test_a_write_of_many_pages_counts_those_that_it_brings() -> None:
     store.write(chain(range(32), facts(used_s=1, namespace=BERTA)))
     assert [found_tokens(store, range(32), name) for name in (ANNA, BERTA)] == [16, 16]
     store.check_invariants()
+    store.set_shares({BERTA: 5 * PAYLOAD_BYTES})
+    store.write(chain(range(40, 72), facts(used_s=2, namespace=BERTA)))
+    assert found_tokens(store, range(32), ANNA) == 12, "one page was due; for more than that its priority counts"
 
 
 def test_a_page_whose_facts_change_is_counted_where_it_is() -> None:
