@@ -95,7 +95,8 @@ class Accounts:
                 f"{len(guaranteed)} of them guarantee {asked_tokens}"
             )
         self._owners = np.full(num_pages, -1, np.int32)  # by page: the number of its account; -1 if it is free
-        self._lenders: dict[Account, None] = {}
+        self._lenders: set[Account] = set()
+        self._new_lenders: set[Account] = set()
         self._num_lent = 0
 
     def __iter__(self) -> Iterator[Account]:
@@ -116,16 +117,14 @@ class Accounts:
         """Pages that are free, or that `account` can have evicted: its own, and what others were lent. O(1)."""
         return num_free + account.evictable_pages + self._num_lent - account.lent_pages
 
-    def giving_way_to(self, asker: Account, num_pages: int) -> list[Account]:
-        """The accounts of which one must give pages first, if `asker` wants `num_pages` more. O(accounts that lend).
+    def lenders(self) -> set[Account]:
+        """The accounts that hold more than they are guaranteed, and have evictable pages. O(result)."""
+        return set(self._lenders)
 
-        Those that hold more than they are guaranteed, `asker` among them if it will; if none does, `asker` itself.
-        """
-        givers = list(self._lenders)
-        is_needed = not givers or asker.used_pages + num_pages > asker.guaranteed_pages
-        if is_needed and asker.evictable_pages and asker not in self._lenders:
-            givers.append(asker)
-        return givers
+    def take_new_lenders(self) -> set[Account]:
+        """Those that have begun to lend since the last call; some may have ended since."""
+        begun, self._new_lenders = self._new_lenders, set()
+        return begun
 
     # -- what the cache and its tree tell ----------------------------------------------------------------------------
 
@@ -160,9 +159,10 @@ class Accounts:
             for a in self._accounts
         )
 
-    def lent(self) -> tuple[int, set[Account]]:
-        """The pages that can be had of those that lend any, as counted all along, and who these are."""
-        return self._num_lent, set(self._lenders)
+    @property
+    def num_lent(self) -> int:
+        """Pages that can be had of those that lend any, as counted all along."""
+        return self._num_lent
 
     def _count(self, account: Account, used: int = 0, evictable: int = 0) -> None:
         before = account.lent_pages
@@ -172,9 +172,10 @@ class Accounts:
         if after != before:
             self._num_lent += after - before
             if not after:
-                del self._lenders[account]
+                self._lenders.remove(account)
             elif not before:
-                self._lenders[account] = None
+                self._lenders.add(account)
+                self._new_lenders.add(account)
 
 
 def checked_quotas(quotas: object) -> dict[Namespace, CacheQuota]:

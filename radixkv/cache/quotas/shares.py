@@ -132,8 +132,10 @@ class Shares:
                     f"{evictable.get(account, 0)}"
                 )
         lenders = {account for account in accounts if account.lent_pages}
-        if accounts.lent() != (sum(account.lent_pages for account in lenders), lenders):
-            raise InvariantError(f"{accounts.lent()} pages are recorded as lent, to other than {lenders}")
+        if accounts.num_lent != sum(account.lent_pages for account in lenders) or accounts.lenders() != lenders:
+            raise InvariantError(
+                f"{accounts.num_lent} pages are recorded as lent, by {len(accounts.lenders())} accounts"
+            )
 
 
 def _pages_by_account(accounts: Accounts, tree: RadixTree, leases: Iterable[Lease]) -> dict[Account, Pages]:

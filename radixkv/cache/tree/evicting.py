@@ -106,11 +106,10 @@ class EvictingTree(TreeShape):
         """As `evict`, of one leaf, for a lease of `asker` that takes `num_pages`, of which `missing_pages` are missing.
 
         Of the leaf of another account no more goes than that has beyond its guarantee, whatever would be left of it.
-        O(accounts that lend + log leaves), and O(pages freed).
+        O(log leaves + log accounts) under a policy without groups, and O(pages freed).
         """
-        assert self._accounts is not None, "a cache without quotas"
-        assert isinstance(self._queue, AccountQueues), self._queue
-        leaf = self._queue.first_of(self._accounts.giving_way_to(asker, num_pages))
+        assert isinstance(self._queue, AccountQueues), "a cache without quotas"
+        leaf = self._queue.first_for(asker, num_pages)
         account, size = leaf.account, len(leaf.pages) // TOKEN_BYTES
         assert account is not None, leaf
         allowed = size if account is asker else account.lent_pages

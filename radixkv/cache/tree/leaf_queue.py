@@ -276,6 +276,11 @@ class LeafQueue:
             self.set_aside(node)
             self._fail(error)
 
+    def next_expiry(self) -> float | None:
+        """When the first of the kept leaves is kept no more; None if none is kept. O(1)."""
+        node = self._kept.head()
+        return None if node is None else node.keep_until
+
     def pop(self) -> TreeNode:
         """Take out the leaf to be evicted next. Raises: PolicyError."""
         node = self.first()
