@@ -133,10 +133,13 @@ class AccountQueues:
                 if (expiry := queue.next_expiry()) is not None:
                     heappush(self._expiries, (expiry, number, self._versions[number]))
             self._changed.discard(account)
-        for heap in (self._firsts, self._expiries):
-            if len(heap) > 2 * len(self._accounts) + SLACK:
-                heap[:] = [entry for entry in heap if entry[-1] == self._versions[entry[-2]]]  # type: ignore[index]
-                heapify(heap)
+        most = 2 * len(self._accounts) + SLACK
+        if len(self._firsts) > most:
+            self._firsts = [entry for entry in self._firsts if entry[2] == self._versions[entry[1]]]
+            heapify(self._firsts)
+        if len(self._expiries) > most:
+            self._expiries = [entry for entry in self._expiries if entry[2] == self._versions[entry[1]]]
+            heapify(self._expiries)
 
     def first_of(self, accounts: Iterable[Account]) -> TreeNode:
         """The leaf that goes first of those of `accounts`. O(accounts). Raises: PolicyError."""
