@@ -13,8 +13,15 @@ from radixkv import CacheQuota
 from radixkv.cache.tree.node import Namespace
 from strategies import NAMESPACES, RANKS, Edge
 
-NOBODY, ANNA = NAMESPACES[:2]
-GUARANTEES: list[dict[Namespace, int]] = [{NOBODY: 4, ANNA: 4}, {ANNA: 3}, {NOBODY: 2, ANNA: 5}, {NOBODY: 8}, {}]
+NOBODY, ANNA, SALTED = NAMESPACES
+GUARANTEES: list[dict[Namespace, int]] = [
+    {NOBODY: 4, ANNA: 4},
+    {ANNA: 3},
+    {NOBODY: 2, ANNA: 5},
+    {NOBODY: 8},
+    {NOBODY: 2, ANNA: 2, SALTED: 2},
+    {},
+]
 """Pages, of 8."""
 
 
@@ -28,7 +35,7 @@ class QuotaMachine(CacheMachine):
         self.guaranteed: dict[Namespace, int] = {}
         self.set_quotas(self.first_guarantee)
 
-    @rule(guarantee=st.sampled_from([0, 0, 0, 1, 2, 3, 4]))
+    @rule(guarantee=st.sampled_from([0, 0, 0, 1, 2, 3, 4, 5]))
     def set_quotas(self, guarantee: int) -> None:
         self.guaranteed = GUARANTEES[guarantee]
         self.cache.set_quotas(
@@ -38,11 +45,12 @@ class QuotaMachine(CacheMachine):
     # -- what the oracle knows -------------------------------------------------------------------------------------
 
     def guarantee(self, namespace: Namespace) -> int:
-        return self.guaranteed.get(namespace, 0)
+        account = self.account(namespace)
+        return 0 if account is None else self.guaranteed[account]
 
     def account(self, namespace: Namespace) -> Namespace | None:
-        """Namespaces without a quota count as one."""
-        return namespace if namespace in self.guaranteed else None
+        """A salt counts to its key, and namespaces without a quota count as one."""
+        return next((name for name in (namespace, (namespace[0], None)) if name in self.guaranteed), None)
 
     def used_by(self, account: Namespace | None) -> int:
         """Pages of the namespaces of an account: in the tree, or of a lease."""

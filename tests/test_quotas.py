@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from radixkv import CacheQuota, EvictionPolicy, PrefixCache, WindowPages
+from radixkv.cache.eviction.policies import LRUPolicy
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.tree.node import TreeNode
 from radixkv.errors import ConfigError, InvariantError, OutOfPagesError, PolicyError
+from strategies import FakeClock
 
 PAGE = 2
 
@@ -201,6 +204,38 @@ def test_windows_and_quotas_go_together() -> None:
             lease.commit(ids)
         cache.check_invariants()
     assert used_pages(cache)[0] >= 2
+
+
+class InOneGroup(LRUPolicy):
+    """LRU as a policy with groups, of which there is one: nothing is kept in order among namespaces."""
+
+    name = "in one group"
+
+    def group(self, node: TreeNode) -> str:
+        return "all"
+
+    def urgency(self, node: TreeNode) -> float:
+        return 0.0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_among_many_namespaces_is_that_of_looking_at_each(seed: int) -> None:
+    rng, clock = random.Random(seed), FakeClock()
+    quotas = {f"tenant {number}": quota(rng.randint(0, 5)) for number in range(20)}
+    caches = [PrefixCache(120, PAGE, policy, quotas=quotas, clock=clock) for policy in ("lru", InOneGroup())]
+    asked = [(rng.randrange(400), f"tenant {rng.randrange(24)}") for _ in range(600)]
+    for number, name in asked:
+        clock.now_s += rng.choice([0.0, 0.0, 1.0, 5.0])
+        num_pages, keep_for_s = rng.randint(1, 6), rng.choice([None, None, None, 3.0, 60.0])
+        ids = prompt(number, num_pages)
+        for cache in caches:
+            with cache.acquire(ids, extra_key=name, keep_for_s=keep_for_s) as lease:
+                lease.commit(ids)
+    for cache in caches:
+        cache.check_invariants()
+    first, second = ([node.page_ids.tolist() for _, node in cache.nodes()] for cache in caches)
+    assert first == second
+    assert used_pages(caches[0]) == used_pages(caches[1])
 
 
 class Mixed(EvictionPolicy):

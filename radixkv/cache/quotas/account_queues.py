@@ -110,11 +110,11 @@ class AccountQueues:
             return None
         except PolicyError:
             raise
-        except Exception:  # ranks that do not compare, in the middle of a heap
+        except Exception as error:  # ranks that do not compare, in the middle of a heap
             self._firsts.clear()
             self._changed.update(self._accounts)
-            self.first_of(self._book.lenders())
-            raise
+            self.first_of(self._book.lenders())  # finds two of them, which go first then
+            raise PolicyError(self._policy.name, error) from error
 
     def _enter_changed(self) -> None:
         """Give each account that has changed, or begun to lend, an entry for its first leaf."""
