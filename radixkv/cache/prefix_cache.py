@@ -434,7 +434,7 @@ class PrefixCache:
         self.give_back(freed)
 
     def stats(self) -> CacheStats:
-        """What the cache holds now, and what it did so far. O(1), with a summation of some thousand numbers."""
+        """What the cache holds now, and what it did so far. O(quotas), with a summation of some thousand numbers."""
         self._reap()
         side_pages = self.residency.side_pages()
         return CacheStats(
