@@ -54,8 +54,11 @@ class GivingWay:
         shares = self._cache.shares
         if shares is None:
             return False
+        namespace = _namespace(request)
+        if shares.would_pin_too_much(namespace, 1):  # as of most that wait where it matters
+            return False
         num_pages = self._cache.pages_for(request.num_tokens)
-        return shares.can_claim(_namespace(request), request.findable_ids, cached_tokens, num_pages)
+        return shares.can_claim(namespace, request.findable_ids, cached_tokens, num_pages)
 
     def spare_pages(self, request: Request) -> int:
         """A page for each request that holds pages and could take its next one from `request` if that started, too."""

@@ -162,10 +162,9 @@ class Scheduler:
         for request in self.waiting.candidates():
             if budget == 0 or not self._req_to_token.num_free:
                 break
-            known_tokens = self.waiting.known_tokens(request)
-            if self._will_be_computed(request, known_tokens, in_progress):
+            if is_blocked and not self._giving_way.can_claim(request, self.waiting.known_tokens(request)):
                 continue
-            if is_blocked and not self._giving_way.can_claim(request, known_tokens):
+            if self._will_be_computed(request, self.waiting.known_tokens(request), in_progress):
                 continue
             cached_tokens = self.waiting.cached_tokens(request)
             if self._will_be_computed(request, cached_tokens, in_progress):

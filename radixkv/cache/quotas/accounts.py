@@ -75,7 +75,7 @@ class Accounts:
 
     A page belongs to the account of the lease that took it until it is free.
 
-    Invariants, which `check_accounts` proves: `used_pages` and `evictable_pages` of each account are as counted;
+    Invariants, which `Shares.check_invariants` proves: `used_pages` and `evictable_pages` of each account are as counted;
     `_num_lent` is the sum of `lent_pages`, and `_lenders` are the accounts where it is not 0.
     """
 
