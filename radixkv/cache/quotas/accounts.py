@@ -75,8 +75,8 @@ class Accounts:
 
     A page belongs to the account of the lease that took it until it is free.
 
-    Invariants, which `Shares.check_invariants` proves: `used_pages` and `evictable_pages` of each account are as counted;
-    `_num_lent` is the sum of `lent_pages`, and `_lenders` are the accounts where it is not 0.
+    Invariants, which `Shares.check_invariants` proves: `used_pages` and `evictable_pages` of each account are as
+    counted; `num_lent` is the sum of `lent_pages`, and `lenders` are the accounts where it is not 0.
     """
 
     def __init__(self, quotas: Mapping[Namespace, CacheQuota], num_pages: int, page_size: int) -> None:
