@@ -35,9 +35,9 @@ def greedy(max_tokens: int) -> SamplingParams:
 class Tenants:
     """An engine's core, stepped by hand, and requests of several tenants in it."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, model: str = "llama", **settings: Any) -> None:
         config = EngineConfig(**{"page_size": PAGE, "kv_cache_tokens": 64, **settings})
-        parts = assemble(served_model("llama"), None, config)
+        parts = assemble(served_model(model), None, config)
         self.core, self._intake = EngineCore(parts), parts.new_intake()
         self.outputs: dict[int, Progress] = {}
 
@@ -185,6 +185,25 @@ def test_everything_that_is_accepted_ends_with_the_right_tokens(oracle: GreedyOr
     tenants.run()
     for request_id, (prompt, max_tokens) in asked.items():
         assert tenants.outputs[request_id].output.token_ids == oracle.continuation(prompt, max_tokens)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_same_where_layers_see_a_window(seed: int) -> None:
+    rng = random.Random(seed)
+    tenants = Tenants("mistral", page_size=2, kv_cache_tokens=96, max_running_requests=8, max_batch_tokens=16)
+    tenants.core.set_quotas(quotas(anna=40, berta=16))
+    roomy = Engine(served_model("mistral"), None, EngineConfig(page_size=2, kv_cache_tokens=1024))
+    asked = {}
+    for number in range(20):
+        prompt = random_ids(100 + rng.randint(0, 4), 10) + random_ids(number, rng.randint(1, 10))
+        max_tokens = rng.randint(1, 8)
+        asked[tenants.ask(rng.choice(["anna", "berta", "flood"]), prompt, max_tokens)] = prompt, max_tokens
+        for _ in range(rng.randint(0, 2)):
+            tenants.step()
+    tenants.run()
+    for request_id, (prompt, max_tokens) in asked.items():
+        (expected,) = roomy.generate(prompt, greedy(max_tokens))
+        assert tenants.outputs[request_id].output.token_ids == expected.token_ids
 
 
 def test_requests_that_quotas_came_too_late_to_refuse_end() -> None:
