@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from radixkv.cache.residency.window_pages import WindowPages
     from radixkv.cache.tree.node import InsertResult, MatchResult, TreeNode
     from radixkv.cache.tree.radix_tree import RadixTree
-    from radixkv.config import CacheConfig, EngineConfig, SamplingParams
+    from radixkv.config import CacheConfig, CacheQuota, EngineConfig, SamplingParams
     from radixkv.engine.async_engine import AsyncEngine
     from radixkv.engine.engine import Engine
     from radixkv.engine.logit_edits import LogitsTransform
@@ -38,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncEngine",
     "CacheConfig",
+    "CacheQuota",
     "CacheStats",
     "Cleared",
     "Engine",
@@ -77,6 +78,7 @@ __all__ = [
 _LAZY = {  # loaded when asked for: the cache needs no torch, and the command line must be able to catch Ctrl-C early
     "AsyncEngine": "radixkv.engine.async_engine",
     "CacheConfig": "radixkv.config",
+    "CacheQuota": "radixkv.config",
     "CacheStats": "radixkv.cache.cache_stats",
     "Cleared": "radixkv.cache.events",
     "Engine": "radixkv.engine.engine",

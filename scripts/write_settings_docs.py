@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from radixkv.config import CacheConfig, EngineConfig, SamplingParams
+from radixkv.config import CacheConfig, CacheQuota, EngineConfig, SamplingParams
 from radixkv.config.setting import SettingField, setting_fields
 
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
-CLASSES = {settings.__name__: settings for settings in (CacheConfig, EngineConfig, SamplingParams)}
+CLASSES = {settings.__name__: settings for settings in (CacheConfig, CacheQuota, EngineConfig, SamplingParams)}
 TABLE = re.compile(r"(<!-- settings of (\w+) -->\n).*?(<!-- end of settings -->)", re.DOTALL)
 
 

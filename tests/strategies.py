@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from radixkv import PrefixCache
 from radixkv.cache.tree import radix_tree as radix_tree
+from radixkv.cache.tree.evicting import LEAST_SHARE_KEPT
 from radixkv.cache.tree.node import InsertResult, MatchResult, Namespace, PartialPage, TreeNode
-from radixkv.cache.tree.radix_tree import LEAST_SHARE_KEPT, RadixTree
+from radixkv.cache.tree.radix_tree import RadixTree
 
 Key = tuple[Namespace, tuple[int, ...]]
 """A node is known by its namespace and all tokens up to its end."""
@@ -408,21 +409,38 @@ class TreeOracle:
         left = list(freed)
         missing = -(-num_tokens // self.page_size)
         while missing > 0 and (leaves := self.unpinned_leaves()):
-            first = min(map(self._order, leaves))
-            equals = {tuple(self._going(leaf, missing)): leaf for leaf in leaves if self._order(leaf) == first}
-            chosen = next((pages for pages in equals if left[: len(pages)] == list(pages)), None)
-            assert chosen is not None, f"{list(equals)} were to go first, and {left} went"
-            missing -= len(chosen)
-            del left[: len(chosen)]
-            self._inflate(equals[chosen])
-            self.edges.remove(self._end_of(equals[chosen], len(chosen)))
+            missing -= self.evict_first(leaves, missing, left)
         assert left == [], "more went than was asked for"
 
-    def _going(self, leaf: Edge, missing: int) -> list[int]:
-        """The pages of a leaf that go first where so many are missing."""
+    def evict_first(
+        self,
+        leaves: Sequence[Edge],
+        missing: int,
+        left: list[int],
+        allowed: Callable[[Edge], int] = lambda leaf: len(leaf.pages),
+    ) -> int:
+        """Remove the one of `leaves` that is first in order, or its end, and its pages from the front of `left`.
+
+        Of no leaf more pages go than are `allowed`. Returns: how many went.
+        """
+        first = min(map(self._order, leaves))
+        equals = {
+            tuple(self._going(leaf, missing, allowed(leaf))): leaf for leaf in leaves if self._order(leaf) == first
+        }
+        chosen = next((pages for pages in equals if left[: len(pages)] == list(pages)), None)
+        assert chosen is not None, f"{list(equals)} were to go first, and {left} went"
+        del left[: len(chosen)]
+        self._inflate(equals[chosen])
+        self.edges.remove(self._end_of(equals[chosen], len(chosen)))
+        return len(chosen)
+
+    def _going(self, leaf: Edge, missing: int, allowed: int) -> list[int]:
+        """The pages of a leaf that go first where so many are missing, if so many of them are allowed to go."""
         rest = len(leaf.pages) - missing
         goes_whole = self.whole_leaves or rest <= 0 or rest * LEAST_SHARE_KEPT < self.num_pages
-        return leaf.pages if goes_whole else leaf.pages[-missing:]
+        if goes_whole and len(leaf.pages) <= allowed:
+            return leaf.pages
+        return leaf.pages[-min(missing, allowed, len(leaf.pages)) :]
 
     def _end_of(self, leaf: Edge, num_pages: int) -> Edge:
         """The last pages of a leaf; what comes before them is an edge of its own from now on, another one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from radixkv.cache.insight.eviction_ages import EvictionAges
+from radixkv.cache.quotas.accounts import NamespaceUse
 
 
 class SizeEstimate(NamedTuple):
@@ -31,6 +32,7 @@ class CacheStats(NamedTuple):
     `estimated_hit_rates` tell, from a sample of the traffic, what pools of other sizes would bring (empty without
     diagnostics). `broken_promise_tokens` of the `evicted_tokens` were to be kept longer (`keep_for_s`), and
     `eviction_ages` tell how long the evicted tokens had not been used (nothing is counted without diagnostics).
+    `namespaces` tell what those with a quota hold, and last what all others hold together (empty without quotas).
     """
 
     num_pages: int
@@ -52,6 +54,7 @@ class CacheStats(NamedTuple):
     estimated_hit_rates: tuple[SizeEstimate, ...] = ()
     broken_promise_tokens: int = 0
     eviction_ages: EvictionAges = EvictionAges()
+    namespaces: tuple[NamespaceUse, ...] = ()
 
     @property
     def hit_rate(self) -> float:

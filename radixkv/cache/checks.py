@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,12 +13,17 @@ from radixkv.errors import InvariantError
 if TYPE_CHECKING:
     from radixkv.cache.allocator import TokenToKVPoolAllocator
     from radixkv.cache.lease import Lease
+    from radixkv.cache.quotas.shares import Shares
     from radixkv.cache.residency.residency import Residency
     from radixkv.cache.tree.radix_tree import RadixTree
 
 
 def check_cache(
-    tree: RadixTree, allocator: TokenToKVPoolAllocator, residency: Residency, leases: Iterable[Lease]
+    tree: RadixTree,
+    allocator: TokenToKVPoolAllocator,
+    residency: Residency,
+    leases: Sequence[Lease],
+    shares: Shares | None,
 ) -> None:
     """Prove the invariants of `PrefixCache` from what its open `leases` hold. O(num_pages + tokens).
 
@@ -45,3 +50,5 @@ def check_cache(
         if node.lock_ref == 0 and (expected[node.page_ids] > 1).any():
             raise InvariantError(f"{node} is unpinned, and a lease holds one of its pages")
     residency.check_invariants(pins, in_tree)
+    if shares is not None:
+        shares.check_invariants(leases)

@@ -85,6 +85,11 @@ class Lease:
         return path
 
     @property
+    def namespace(self) -> Namespace:
+        """Where it shares."""
+        return self._namespace
+
+    @property
     def closed(self) -> bool:
         """Whether the lease was released."""
         return self._closed
@@ -118,7 +123,7 @@ class Lease:
             row = self._row
             if needed > len(row):
                 row = self._longer_row(needed)
-            row[self._num_pages : needed] = self._cache._take(needed - self._num_pages)
+            row[self._num_pages : needed] = self._cache._take(needed - self._num_pages, self._namespace)
             self._row, self._num_pages = row, needed
 
     @property

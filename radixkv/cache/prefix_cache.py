@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
@@ -26,13 +26,15 @@ from radixkv.cache.insight.history import Timeline
 from radixkv.cache.insight.tree_view import TreeView, TreeViewer
 from radixkv.cache.keeping import checked_keep_for_s, checked_priority
 from radixkv.cache.lease import Lease
-from radixkv.cache.namespace import Namespace
+from radixkv.cache.namespace import SHARED, Namespace
+from radixkv.cache.quotas.accounts import QuotaKey, checked_quotas
+from radixkv.cache.quotas.shares import Shares
 from radixkv.cache.residency.residency import Claim, Everywhere, Residency
 from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.cache.tree.node import MatchResult, PartialPage, TreeNode
 from radixkv.cache.tree.radix_tree import RadixTree
 from radixkv.cache.watch import PrefixWatch
-from radixkv.config import CacheConfig
+from radixkv.config import CacheConfig, CacheQuota
 from radixkv.errors import ConfigError, InvalidRequestError, OutOfPagesError, PolicyError
 
 ESTIMATED_FACTORS = (0.5, 1.0, 2.0, float(LARGEST_SIZE))
@@ -90,6 +92,7 @@ class PrefixCache:
         residency: Residency | None = None,
         clock: Callable[[], float] = time.monotonic,
         diagnostics: bool = True,
+        quotas: Mapping[QuotaKey, CacheQuota] | None = None,
     ) -> None:
         """Without `diagnostics` the cache keeps nothing for `explain` and for `stats().estimated_hit_rates`. These cost
         some tens of microseconds a request, about 100 where each one evicts, and the memory that `Diagnostics` states.
@@ -110,6 +113,37 @@ class PrefixCache:
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self._dropped: deque[tuple[TreeNode, Claim, NDArray[np.int32]]] = deque()  # of leases without release()
         self._query_tokens = self._hit_tokens = self._evicted_tokens = self._copied_tokens = 0
+        self.shares: Shares | None = None
+        """Who is guaranteed how much and holds how much; None without quotas."""
+        if quotas:
+            self.set_quotas(quotas)
+
+    def set_quotas(self, quotas: Mapping[QuotaKey, CacheQuota]) -> None:
+        """Guarantee shares of the pool to namespaces, in place of what was guaranteed before; none if it is empty.
+
+        A namespace is named by its `extra_key`, by `(extra_key, cache_salt)`, or by None if requests name none. The
+        quota of an `extra_key` is for all its salts together that have none of their own. Namespaces without a quota
+        are guaranteed nothing. See docs/cache.md. O(num_pages + leaves log leaves).
+
+        Raises: ConfigError if quotas are wrong, or guarantee more than the pool has: those before hold then.
+            PolicyError if the policy cannot rank a leaf; the new ones hold then.
+
+        >>> from radixkv import CacheQuota
+        >>> cache = PrefixCache(num_pages=4, page_size=2, quotas={"a": CacheQuota(pool_tokens=4)})
+        >>> for tenant, ids in ("a", [1, 2, 3, 4]), ("b", [1, 2, 3, 4]), ("b", [5, 6, 7, 8]):
+        ...     with cache.acquire(ids, extra_key=tenant) as lease:
+        ...         _ = lease.commit(ids)
+        >>> cache.peek([1, 2, 3, 4], extra_key="a"), cache.peek([1, 2, 3, 4], extra_key="b")
+        (4, 0)
+        """
+        checked = checked_quotas(quotas)
+        self._reap()
+        if not checked:
+            self.shares = None
+            self.tree.use_accounts(None)
+            return
+        self.shares = Shares(checked, self.tree, self.allocator, self.open_leases())
+        self.shares.count_evictable()
 
     @property
     def page_size(self) -> int:
@@ -286,12 +320,12 @@ class PrefixCache:
             undo.append((self.tree.dec_lock_ref, match.node))
             partial = None
             if match.length == held_tokens:
-                partial = self._find_partial(match.node, wanted[match.length :], num_own_pages)
+                partial = self._find_partial(match.node, wanted[match.length :], num_own_pages, namespace)
             if partial is not None:  # stays until it is copied
                 self.tree.touch(partial.node)
                 self.tree.inc_lock_ref(partial.node)
                 undo.append((self.tree.dec_lock_ref, partial.node))
-            own_pages = self._take(num_own_pages)
+            own_pages = self._take(num_own_pages, namespace)
             undo.append((self.give_back, own_pages))
             pages = own_row[:num_pages]
             pages[:num_found], pages[num_found:] = found_pages, own_pages
@@ -381,7 +415,10 @@ class PrefixCache:
 
     def give_back(self, pages: NDArray[np.int32]) -> None:
         """Take a reference from each of `pages`; those without any are free, in all layers. Leases call it."""
-        self.residency.drop(self.allocator.release(pages))
+        freed = self.allocator.release(pages)
+        self.residency.drop(freed)
+        if self.shares is not None:
+            self.shares.freed(freed)
 
     def remove(self, leaf: TreeNode) -> None:
         """Forget an unpinned leaf of the tree. Leases call it. Raises: PolicyError; it is gone then, too."""
@@ -397,7 +434,7 @@ class PrefixCache:
         self.give_back(freed)
 
     def stats(self) -> CacheStats:
-        """What the cache holds now, and what it did so far. O(1), with a summation of some thousand numbers."""
+        """What the cache holds now, and what it did so far. O(quotas), with a summation of some thousand numbers."""
         self._reap()
         side_pages = self.residency.side_pages()
         return CacheStats(
@@ -420,9 +457,30 @@ class PrefixCache:
             estimated_hit_rates=self.estimate_hit_rates(),
             broken_promise_tokens=self.tree.broken_promise_tokens,
             eviction_ages=EvictionAges() if self._diagnostics is None else self._diagnostics.ages.ages(),
+            namespaces=() if self.shares is None else self.shares.uses(),
         )
 
-    def has_room(self, num_tokens: int, *, cached_tokens: int, next_tokens: int, spare_pages: int) -> bool:
+    def most_tokens(self, namespace: Namespace) -> int:
+        """The most tokens that one request can have pages for, while others hold what they are guaranteed.
+
+        O(1). Safe to call from any thread.
+        """
+        shares = self.shares
+        return self.num_pages * self.page_size if shares is None else shares.most_tokens(namespace)
+
+    def available_to(self, namespace: Namespace) -> int:
+        """Pages that are free, or that can be evicted for a request of `namespace`. O(1)."""
+        return self.available_pages if self.shares is None else self.shares.available_pages(namespace)
+
+    def has_room(
+        self,
+        num_tokens: int,
+        *,
+        cached_tokens: int,
+        next_tokens: int,
+        spare_pages: int,
+        namespace: Namespace = SHARED,
+    ) -> bool:
         """Whether a request could start, and leave `spare_pages` for others. O(1).
 
         Args:
@@ -431,7 +489,7 @@ class PrefixCache:
             next_tokens: how many it would compute in its first step.
         """
         needed = self.pages_for(num_tokens) - cached_tokens // self.page_size
-        if needed + spare_pages > self.available_pages:
+        if needed + spare_pages > self.available_to(namespace):
             return False
         return self.residency.has_room(cached_tokens, next_tokens, spare_pages)
 
@@ -484,7 +542,7 @@ class PrefixCache:
     def check_invariants(self) -> None:
         """Prove every invariant of the class docstring. O(num_pages + tokens). Raises: InvariantError."""
         self._reap()
-        check_cache(self.tree, self.allocator, self.residency, self.open_leases())
+        check_cache(self.tree, self.allocator, self.residency, self.open_leases(), self.shares)
 
     def estimate_hit_rates(self, factors: Sequence[float] = ESTIMATED_FACTORS) -> tuple[SizeEstimate, ...]:
         """The hit rates that this traffic would have had in pools of `factors` times the size, up to 4.
@@ -509,7 +567,9 @@ class PrefixCache:
             pages = match.pages
         return match, pages
 
-    def _find_partial(self, node: TreeNode, rest: NDArray[np.int32], num_pages: int) -> PartialPage | None:
+    def _find_partial(
+        self, node: TreeNode, rest: NDArray[np.int32], num_pages: int, namespace: Namespace
+    ) -> PartialPage | None:
         """What can be copied of the page after `node`; None where its source is needed to make room."""
         if self._copy_page is None or not len(rest):
             return None
@@ -517,7 +577,7 @@ class PrefixCache:
         if found is None or not self.residency.holds(found.page):
             return None
         held = len(found.node.page_ids) if found.node.lock_ref == 0 else 0
-        return found if num_pages <= self.available_pages - held else None
+        return found if num_pages <= self.available_to(namespace) - held else None
 
     def _copy(self, partial: PartialPage, target: int) -> None:
         assert self._copy_page is not None, "nothing to copy with"
@@ -534,21 +594,30 @@ class PrefixCache:
             finally:
                 self.give_back(pages)
 
-    def _take(self, num_pages: int) -> NDArray[np.int32]:
+    def _take(self, num_pages: int, namespace: Namespace) -> NDArray[np.int32]:
         self._reap()
         missing = num_pages - self.allocator.num_free
         if missing > 0:
-            evictable = self.tree.num_evictable_pages
-            if missing > evictable:
-                raise OutOfPagesError(
-                    needed=num_pages, free=self.allocator.num_free, evictable=evictable, total=self.num_pages
-                )
             before = self.allocator.num_free
+            evictable = self.available_to(namespace) - before
+            if missing > evictable:
+                raise OutOfPagesError(needed=num_pages, free=before, evictable=evictable, total=self.num_pages)
             try:
-                self._give_back_freed(self.tree.evict, missing * self.page_size)
+                if self.shares is None:
+                    self._give_back_freed(self.tree.evict, missing * self.page_size)
+                else:
+                    self._evict_for(self.shares, namespace, num_pages)
             finally:
                 self._evicted_tokens += (self.allocator.num_free - before) * self.page_size
-        return self.allocator.alloc(num_pages)
+        pages = self.allocator.alloc(num_pages)
+        if self.shares is not None:
+            self.shares.taken(pages, namespace)
+        return pages
+
+    def _evict_for(self, shares: Shares, namespace: Namespace, num_pages: int) -> None:
+        """Evict leaves until `num_pages` are free, those of namespaces that hold more than their quota first."""
+        while (missing := num_pages - self.allocator.num_free) > 0:
+            self._give_back_freed(shares.evict, namespace, num_pages, missing)
 
     def __repr__(self) -> str:
         stats = self.stats()

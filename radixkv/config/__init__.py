@@ -6,6 +6,7 @@ Checks, error messages, docstrings, flags of the command line, tables of docs/ap
 from __future__ import annotations
 
 from radixkv.config.cache_config import CacheConfig
+from radixkv.config.cache_quota import CacheQuota
 from radixkv.config.engine_config import KV_CACHE_DTYPES, SCHEDULE_POLICIES, EngineConfig, SchedulePolicy, TierWrites
 from radixkv.config.limits import MAX_COUNT
 from radixkv.config.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -18,6 +19,7 @@ __all__ = [
     "MAX_LOGPROBS",
     "SCHEDULE_POLICIES",
     "CacheConfig",
+    "CacheQuota",
     "EngineConfig",
     "SamplingParams",
     "SchedulePolicy",

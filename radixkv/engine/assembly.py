@@ -72,6 +72,7 @@ class EngineParts:
             eos_ids=self.eos_ids,
             limit=self.limit,
             seed=self.config.seed,
+            most_pool_tokens=self.cache.most_tokens,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.namespace import Namespace
+from radixkv.cache.quotas.accounts import QuotaKey
 from radixkv.cache.token_ids import TokenIds
-from radixkv.config import EngineConfig
+from radixkv.config import CacheQuota, EngineConfig
 from radixkv.config.checks import checked_int
 from radixkv.engine.arguments import CacheOptions, Prompt, as_list_of_params, as_list_of_prompts, checked_cache_options
 from radixkv.engine.assembly import EngineParts, assemble
@@ -148,7 +149,7 @@ class AsyncEngine:
         prompt_list = as_list_of_prompts(prompts)
         params_list = as_list_of_params(params, len(prompt_list))
         options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s)
-        all_ids = await asyncio.to_thread(self._intake.check_all, prompt_list, params_list)
+        all_ids = await asyncio.to_thread(self._intake.check_all, prompt_list, params_list, options.namespace)
         by_prompt = [
             self._intake.make(ids, p, options, streams=False) for ids, p in zip(all_ids, params_list, strict=True)
         ]
@@ -208,6 +209,10 @@ class AsyncEngine:
         seen: T = await self._call(look)
         return seen
 
+    async def set_quotas(self, quotas: Mapping[QuotaKey, CacheQuota]) -> None:
+        """Guarantee shares of the pool to namespaces; as `Engine.set_quotas`."""
+        await self._call(lambda core: core.set_quotas(quotas))
+
     async def reset_cache(self) -> ResetCache:
         """Forget every prefix that no running request reads. O(nodes)."""
         reset: ResetCache = await self._call(EngineCore.reset_cache)
@@ -265,7 +270,7 @@ class AsyncEngine:
         await self.close()
 
     async def _stream(self, prompt: Prompt, params: SamplingParams, options: CacheOptions) -> AsyncGenerator[Progress]:
-        ids = await asyncio.to_thread(self._intake.check, prompt, params)
+        ids = await asyncio.to_thread(self._intake.check, prompt, params, options.namespace)
         requests = self._intake.make(ids, params, options, streams=True)
         reader = Reader(Outbox())
         try:

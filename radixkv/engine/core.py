@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
+from radixkv.cache.quotas.accounts import QuotaKey, checked_quotas
 from radixkv.cache.token_ids import TokenIds
+from radixkv.config import CacheQuota
 from radixkv.engine.assembly import EngineParts
 from radixkv.engine.executor import Executor
 from radixkv.engine.lower_tiers import LowerTiers
@@ -148,6 +150,17 @@ class EngineCore:
             kv_bytes_per_token=self._parts.kv_bytes_per_token,
             pool_bytes=self._parts.pool.num_bytes,
         )
+
+    def set_quotas(self, quotas: Mapping[QuotaKey, CacheQuota]) -> None:
+        """Guarantee shares of the pool and the disk to namespaces, in place of what was guaranteed before.
+
+        Raises: as `PrefixCache.set_quotas`; ConfigError if more of the disk is guaranteed than there is; ClosedError.
+        """
+        self._check_open()
+        checked = checked_quotas(quotas)
+        self._tiers.check_quotas(checked)
+        self._parts.cache.set_quotas(quotas)
+        self._tiers.set_quotas(checked)
 
     def reset_cache(self) -> ResetCache:
         """Forget every prefix that no running request reads. O(nodes). Raises: ClosedError."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
+from radixkv.cache.quotas.accounts import QuotaKey
 from radixkv.cache.token_ids import TokenIds
-from radixkv.config import EngineConfig
+from radixkv.config import CacheQuota, EngineConfig
 from radixkv.engine.arguments import CacheOptions, Prompt, as_list_of_params, as_list_of_prompts, checked_cache_options
 from radixkv.engine.assembly import EngineParts, assemble
 from radixkv.engine.core import EngineCore
@@ -157,7 +158,7 @@ class Engine:
         prompt_list = as_list_of_prompts(prompts)
         params_list = as_list_of_params(params, len(prompt_list))
         options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s)
-        all_ids = self._intake.check_all(prompt_list, params_list)
+        all_ids = self._intake.check_all(prompt_list, params_list, options.namespace)
         by_prompt = [
             self._intake.make(ids, p, options, streams=False) for ids, p in zip(all_ids, params_list, strict=True)
         ]
@@ -197,7 +198,7 @@ class Engine:
         """
         params = params or SamplingParams()
         options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s)
-        ids = self._intake.check(prompt, params)
+        ids = self._intake.check(prompt, params, options.namespace)
         return self._stream(ids, params, options)
 
     def abort(self, request_id: int) -> bool:
@@ -245,6 +246,18 @@ class Engine:
         """What the engine holds now, and what it did since it was made."""
         with self.exclusive():
             return self._core.stats()
+
+    def set_quotas(self, quotas: Mapping[QuotaKey, CacheQuota]) -> None:
+        """Guarantee shares of the pool to namespaces, in place of what was guaranteed before; none if it is empty.
+
+        A namespace is named by its `extra_key`, by `(extra_key, cache_salt)`, or by None if requests name none. What a
+        request cannot have beside what others are guaranteed it is refused for (PromptTooLongError), or ends there
+        ("length"). See docs/cache.md.
+
+        Raises: as `PrefixCache.set_quotas`; ClosedError.
+        """
+        with self.exclusive():
+            self._core.set_quotas(quotas)
 
     def reset_cache(self) -> ResetCache:
         """Forget every prefix that no running request reads. O(nodes). Raises: ClosedError."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from radixkv.cache.namespace import SHARED, Namespace
 from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.config.checks import shown
 from radixkv.engine.arguments import CacheOptions, Prompt
@@ -45,13 +46,22 @@ class Intake:
     """
 
     def __init__(
-        self, tokenizer: Any | None, *, vocab_size: int, eos_ids: frozenset[int], limit: ContextLimit, seed: int
+        self,
+        tokenizer: Any | None,
+        *,
+        vocab_size: int,
+        eos_ids: frozenset[int],
+        limit: ContextLimit,
+        seed: int,
+        most_pool_tokens: Callable[[Namespace], int] | None = None,
     ) -> None:
+        """most_pool_tokens: those that a request of a namespace can have pages for; any thread may ask it."""
         self._tokenizer = tokenizer
         self._token_bytes = TokenBytes.of(tokenizer)
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
         self._limit = limit
+        self._most_pool_tokens = most_pool_tokens
         self._seeds = np.random.default_rng(seed)
         self._ids = itertools.count()
         self._lock = threading.Lock()  # fast tokenizers are not safe to share: "Already borrowed"
@@ -95,30 +105,44 @@ class Intake:
         """The ids of text, or a copy of ids. Raises: as `encode` and `known_ids`."""
         return self.encode(prompt) if isinstance(prompt, str) else self.known_ids(prompt).copy()
 
-    def check_all(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[NDArray[np.int32]]:
+    def limit_of(self, namespace: Namespace) -> ContextLimit:
+        """The limit of a request of `namespace`: that of all requests, or what quotas of others leave to it. O(1)."""
+        tokens = self._limit.tokens if self._most_pool_tokens is None else self._most_pool_tokens(namespace)
+        if tokens >= self._limit.tokens:
+            return self._limit
+        return ContextLimit(
+            tokens,
+            "as the KV pool has room for beside what quotas guarantee to others",
+            ", or raise kv_cache_tokens or the quota of its namespace",
+        )
+
+    def check_all(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], namespace: Namespace = SHARED
+    ) -> list[NDArray[np.int32]]:
         """The ids of all prompts; an error says which of several it was. Raises as `check`."""
         all_ids = []
         for number, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
             try:
-                all_ids.append(self.check(prompt, p))
+                all_ids.append(self.check(prompt, p, namespace))
             except RadixKVError as error:
                 if len(prompts) > 1:
                     error.args = (f"prompt {number}: {error}",)
                 raise
         return all_ids
 
-    def check(self, prompt: Prompt, params: SamplingParams) -> NDArray[np.int32]:
-        """The ids of a prompt that can be served.
+    def check(self, prompt: Prompt, params: SamplingParams, namespace: Namespace = SHARED) -> NDArray[np.int32]:
+        """The ids of a prompt that can be served in `namespace`.
 
         Raises: InvalidRequestError, InvalidTokenIdsError, TokenIdsTypeError.
         """
         ids = self.ids_of(prompt)
         if len(ids) == 0:
             raise InvalidRequestError("the prompt is empty; give at least one token")
-        if len(ids) + (params.max_tokens > 0) > self._limit.tokens:
+        limit = self.limit_of(namespace)
+        if len(ids) + (params.max_tokens > 0) > limit.tokens:
             raise PromptTooLongError(
-                f"the prompt has {len(ids)} tokens, and prompt and output together may have {self._limit.tokens}, "
-                f"{self._limit.reason}; shorten it{self._limit.hint}"
+                f"the prompt has {len(ids)} tokens, and prompt and output together may have {limit.tokens}, "
+                f"{limit.reason}; shorten it{limit.hint}"
             )
         for name, token_ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
             for token_id in token_ids:
@@ -145,6 +169,7 @@ class Intake:
         eos_ids = frozenset() if params.ignore_eos else self._eos_ids
         stop_ids = eos_ids | frozenset(params.stop_token_ids)
         end_ids = [token_id for token_id in stop_ids if token_id < self._vocab_size]
+        limit = self.limit_of(options.namespace)
         needs_text = self._tokenizer is not None and (streams or params.stops)
         return [
             Request(
@@ -154,7 +179,7 @@ class Intake:
                 prompt_ids=ids,
                 params=params,
                 cache_options=options,
-                max_new_tokens=min(params.max_tokens, self._limit.tokens - len(ids)),
+                max_new_tokens=min(params.max_tokens, max(1, limit.tokens - len(ids))),
                 stop_ids=stop_ids,
                 generator=generators[index],
                 edits=LogitEdits.of(params, ids, end_ids, transform),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from radixkv.cache.insight.explanation import BelowPool
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import TokenIds, token_array
-from radixkv.config import TierWrites
+from radixkv.config import CacheQuota, TierWrites
 from radixkv.engine.handing_down import HandDown
 from radixkv.engine.loading import Loader
 from radixkv.engine.request import Request
@@ -20,7 +20,9 @@ from radixkv.errors import ConfigError
 from radixkv.memory.page_bytes import PageBytes
 from radixkv.memory.page_pool import PagePool
 from radixkv.tiers.arrivals import Arrivals
+from radixkv.tiers.disk_store import DiskStore
 from radixkv.tiers.ending import CLOSE_TIMEOUT_S, Ending
+from radixkv.tiers.page_lines import Names
 from radixkv.tiers.page_store import PageStore
 from radixkv.tiers.tier import Tier, TierStats
 from radixkv.tiers.warm_start import WarmStart
@@ -85,6 +87,24 @@ class LowerTiers:
         if self._loader is None or self._down is None:
             return 0.0
         return self._loader.busy_s + self._down.busy_s
+
+    def check_quotas(self, quotas: Mapping[Namespace, CacheQuota]) -> None:
+        """Raises: ConfigError if `set_quotas` would."""
+        disk_bytes = _disk_bytes(quotas)
+        disks = self._disks()
+        if disk_bytes and not disks:
+            raise ConfigError("quotas guarantee disk_bytes, and there is no disk_cache; set it, or leave them out")
+        for disk in disks:
+            disk.check_shares(disk_bytes)
+
+    def set_quotas(self, quotas: Mapping[Namespace, CacheQuota]) -> None:
+        """Guarantee shares of the disk to namespaces, in place of what was guaranteed before. Raises: ConfigError."""
+        self.check_quotas(quotas)
+        for disk in self._disks():
+            disk.set_shares(_disk_bytes(quotas))
+
+    def _disks(self) -> list[DiskStore]:
+        return [tier.store for tier in self._tiers if isinstance(tier.store, DiskStore)]
 
     def begin_load(self, request: Request) -> bool:
         """Begin to load what lies below for a request that was just given its pages. Returns False if nothing is to be
@@ -174,6 +194,10 @@ class LowerTiers:
         self._loader = self._down = self._warm = None
         if self._ending is not None:
             self._ending.is_done()
+
+
+def _disk_bytes(quotas: Mapping[Namespace, CacheQuota]) -> dict[Names, int]:
+    return {namespace: quota.disk_bytes for namespace, quota in quotas.items() if quota.disk_bytes}
 
 
 def _without_raising(hand_down: Callable[[Request], object], request: Request) -> None:

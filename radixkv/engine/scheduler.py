@@ -13,6 +13,7 @@ import numpy as np
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import common_tokens
+from radixkv.engine.giving_way import GivingWay
 from radixkv.engine.lower_tiers import LowerTiers
 from radixkv.engine.request import Request
 from radixkv.engine.resolved_config import ResolvedConfig
@@ -58,7 +59,8 @@ class Scheduler:
     - Running requests come first; each may need a page. On a full pool unused prefixes are evicted; when none is
       left, the running request that loses least is retracted: its pages go, its tokens stay, and it resumes later.
       Chunks are cut where window pages are short. The oldest running request is never retracted, so there is always
-      progress.
+      progress. With quotas, `GivingWay` says whose pages a request may ask for; one that waits, and claims no more than
+      its namespace is guaranteed, overtakes others on the way to pages.
     - Waiting requests are admitted by longest cached prefix ("lpm") or in order of arrival ("fcfs"). Under "lpm" a
       request that `max_skips` later ones have overtaken goes first, so none starves.
     - A waiting request that shares a longer prefix with one whose prompt is being computed waits for it and hits.
@@ -83,6 +85,7 @@ class Scheduler:
         self.waiting = WaitingQueue(config, cache)
         self.running: list[Request] = []  # in order of admission
         self.loading: list[Request] = []  # in order of admission
+        self._giving_way = GivingWay(cache, self.running, self.loading)
         self._waits_for_load = False  # whether the last batch was empty, and a load must come first
         self.num_retractions = 0
         self._ended: list[Request] = []  # and not yet reported by `take_ended`
@@ -155,16 +158,24 @@ class Scheduler:
         if budget == 0 or not self.waiting or not self._req_to_token.num_free:
             return batch
         in_progress = self._by_head([*prefills, *(r for r in self.loading if r.num_pending > 1)])
+        is_blocked = False
         for request in self.waiting.candidates():
             if budget == 0 or not self._req_to_token.num_free:
                 break
+            if is_blocked and not self._giving_way.can_claim(request, self.waiting.known_tokens(request)):
+                continue
             if self._will_be_computed(request, self.waiting.known_tokens(request), in_progress):
                 continue
             cached_tokens = self.waiting.cached_tokens(request)
             if self._will_be_computed(request, cached_tokens, in_progress):
                 continue
-            if not self._has_room(request, cached_tokens, budget) or not self._start(request):
-                break  # nobody overtakes it on the way to free pages
+            if not self._admit(request, cached_tokens, budget):
+                if self._cache.shares is None:
+                    break  # nobody overtakes it on the way to free pages
+                is_blocked = True  # but who claims what it is guaranteed
+                continue
+            if self._cache.shares is not None:  # some may have been retracted for it
+                batch = [span for span in batch if span.request.lease is not None]
             if request.load is None:
                 budget = self._add_chunk(batch, request, budget)
             in_progress.setdefault(_head(request), []).append(request)
@@ -243,21 +254,15 @@ class Scheduler:
             try:
                 if request.lease.capacity_tokens < request.num_tokens:
                     request.lease.grow(request.num_tokens)
-                request.lease.cover(request.num_computed, request.num_tokens)
             except OutOfPagesError:
-                self._retract(self._cheapest_to_retract())
+                self._retract(self._giving_way.cheapest_for(request))
+                continue
+            try:
+                request.lease.cover(request.num_computed, request.num_tokens)
+            except OutOfPagesError:  # of window pages, which no quota guarantees
+                self._retract(self._giving_way.cheapest())
                 continue
             return
-
-    def _cheapest_to_retract(self) -> Request:
-        """One that loads; else of all running requests but the oldest, the one with the fewest tokens of its own."""
-        if self.loading:
-            return self.loading[-1]
-        oldest = min(self.running, key=lambda r: r.id)
-        candidates = [r for r in self.running if r is not oldest]
-        if not candidates:  # pages are leased by somebody outside: end it rather than wait for what may never come
-            return oldest
-        return min(candidates, key=lambda r: (r.num_computed - self._found(r), -r.id))
 
     def _retract(self, request: Request) -> None:
         self._tiers.end_load(request)
@@ -285,7 +290,7 @@ class Scheduler:
 
     def _make_way(self) -> None:
         """Let somebody go on where window pages lack for everybody: the cheapest is retracted, or a single one ends."""
-        request = self._cheapest_to_retract()
+        request = self._giving_way.cheapest()
         if len(self.running) > 1:
             self._retract(request)
             return
@@ -335,8 +340,22 @@ class Scheduler:
             request.num_tokens,
             cached_tokens=cached_tokens,
             next_tokens=min(request.num_tokens - cached_tokens, budget),
-            spare_pages=len(self.running) + len(self.loading),
+            spare_pages=self._giving_way.spare_pages(request),
+            namespace=request.cache_options.namespace,
         )
+
+    def _admit(self, request: Request, cached_tokens: int, budget: int) -> bool:
+        """Start a waiting request if it fits, or if those are retracted who run on what its namespace lent them."""
+        if self._has_room(request, cached_tokens, budget) and self._start(request):
+            return True
+        if request not in self.waiting or not self._giving_way.can_claim(request, cached_tokens):
+            return False
+        while request in self.waiting and not self._start(request):
+            lender = self._giving_way.cheapest_beyond_quota()
+            if lender is None:
+                return False
+            self._retract(lender)
+        return request.lease is not None
 
     def _start(self, request: Request) -> bool:
         """Move a waiting request to the running ones, or to those that load; False if its pages cannot be had."""
@@ -410,11 +429,6 @@ class Scheduler:
         request.lease.release()
         self._req_to_token.free(request.row)
         request.lease = request.row = None
-
-    @staticmethod
-    def _found(request: Request) -> int:
-        assert request.lease is not None, request
-        return request.lease.cached_tokens
 
 
 def _worth_waiting_tokens(request: Request, other: Request) -> int:

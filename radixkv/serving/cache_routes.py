@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.keeping import MAX_KEEP_FOR_S
+from radixkv.cache.quotas.accounts import NamespaceUse
 from radixkv.config import SamplingParams
 from radixkv.engine.results import EngineStats
 from radixkv.serving.bodies import SALT_CHARACTERS, GenerationBody
@@ -100,9 +101,15 @@ def _stats(stats: EngineStats) -> dict[str, Any]:
         "evicted_tokens": cache.evicted_tokens,
         "tiers": [tier_row(tier) for tier in stats.tiers],
         "estimated_hit_rates": [estimate._asdict() for estimate in cache.estimated_hit_rates],
+        "namespaces": [_use(use) for use in cache.namespaces],
         "requests": {"running": stats.running, "waiting": stats.waiting},
         "retractions": stats.retractions,
     }
+
+
+def _use(use: NamespaceUse) -> dict[str, Any]:
+    """What a namespace with a quota holds; its name is null for all others together."""
+    return {**use._asdict(), "namespace": None if use.namespace is None else use.namespace.extra_key}
 
 
 def _explanation(found: Explanation, ids: Ids, tokenizer: Any | None) -> dict[str, Any]:

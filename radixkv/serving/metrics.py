@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from radixkv.cache.insight.eviction_ages import LIMITS_S, EvictionAges
 from radixkv.cache.insight.explanation import Explanation
+from radixkv.cache.quotas.accounts import NamespaceUse
 from radixkv.engine.outputs import RequestOutput
 from radixkv.engine.results import EngineStats
 from radixkv.serving.tier_metrics import tier_metrics
@@ -193,6 +194,7 @@ def _ours(stats: EngineStats) -> Iterator[Metric]:
     for estimate in cache.estimated_hit_rates:
         estimates.add_metric([f"{estimate.factor:g}"], estimate.hit_rate)
     yield estimates
+    yield _namespaces(cache.namespaces)
     for name, help, value in (
         ("radixkv_cache_query_tokens", "Tokens that the cache was asked for.", cache.query_tokens),
         ("radixkv_cache_hit_tokens", "Tokens that the cache held.", cache.hit_tokens),
@@ -211,6 +213,24 @@ def _ours(stats: EngineStats) -> Iterator[Metric]:
         yield CounterMetricFamily(name, help, value=value)
     yield GaugeMetricFamily("radixkv_pool_bytes", "Size of the KV pool.", value=stats.pool_bytes)
     yield _eviction_ages(cache.eviction_ages)
+
+
+def _namespaces(uses: Sequence[NamespaceUse]) -> Metric:
+    """Those with a quota, by name; the name of all others together is empty."""
+    metric = GaugeMetricFamily(
+        "radixkv_namespace_tokens",
+        "Tokens of the pool that a namespace with a quota is guaranteed, uses, and of these can be evicted.",
+        labels=["namespace", "state"],
+    )
+    for use in uses:
+        name = "" if use.namespace is None else use.namespace.extra_key or ""
+        for state, value in (
+            ("guaranteed", use.guaranteed_tokens),
+            ("used", use.used_tokens),
+            ("evictable", use.evictable_tokens),
+        ):
+            metric.add_metric([name, state], value)
+    return metric
 
 
 def _eviction_ages(ages: EvictionAges) -> Metric:

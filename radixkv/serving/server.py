@@ -54,6 +54,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         """Listen, and say where."""
+        await self._service.start()
         await super().startup(sockets)
         if self.started:
             self._on_start(self.address)

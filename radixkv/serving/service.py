@@ -18,7 +18,7 @@ from radixkv.cache.namespace import Namespace
 from radixkv.config import SamplingParams, ServerConfig
 from radixkv.engine.async_engine import AsyncEngine
 from radixkv.engine.outputs import RequestOutput
-from radixkv.errors import RadixKVError
+from radixkv.errors import ConfigError, RadixKVError
 from radixkv.serving.admission import Admission
 from radixkv.serving.bodies import Body, GenerationBody, UnknownFields
 from radixkv.serving.cache_use import cache_use
@@ -36,6 +36,7 @@ from radixkv.serving.wire import JsonAnswer
 
 T = TypeVar("T")
 HEALTH_TIMEOUT_S = 30.0
+GB = 1_000_000_000
 
 
 class Call(Protocol):
@@ -70,6 +71,14 @@ class Service:
         self.metrics = Metrics(self.model_name)
         self.live = LiveFeed(engine, self.model_name)
         self.unknown_fields = UnknownFields(strict=self.config.strict)
+
+    async def start(self) -> None:
+        """Guarantee tenants their shares of the pool and the disk. Before the first request. Raises: ConfigError."""
+        config = self.engine.config
+        if config.disk_cache is None and any(tenant.disk_share for _, tenant in self.keys.keys):
+            raise ConfigError(f"{self.config.api_keys}: disk_share needs an engine with disk_cache; set it")
+        if quotas := self.keys.quotas(config.kv_cache_tokens, int(config.disk_cache_gb * GB)):
+            await self.engine.set_quotas(quotas)
 
     def check_model(self, name: str | None) -> None:
         """Raises: ApiError if `name` is not the model's."""

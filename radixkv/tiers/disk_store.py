@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Condition, Lock
@@ -34,6 +34,7 @@ from radixkv.tiers.forking import leave_to_parent
 from radixkv.tiers.memory_store import found_whole
 from radixkv.tiers.name_table import NameTable
 from radixkv.tiers.page_index import PageIndex, StoredPage
+from radixkv.tiers.page_lines import Names, guaranteed_pages, share_uses
 from radixkv.tiers.page_record import RecordFormat, payload_checksum
 from radixkv.tiers.page_slots import PageSlots, WritePlan, check_page
 from radixkv.tiers.page_store import FoundPage, NewPage, PageFacts, StoreStats
@@ -132,9 +133,7 @@ class DiskStore:
         if not self._folder.read_only:
             write_description(described)
         self._format = RecordFormat(self.page_size, identity)
-        self._bound = FolderBound(
-            self._folder, self._path, self.capacity_bytes, self._format.record_bytes + self.payload_bytes
-        )
+        self._bound = FolderBound(self._folder, self._path, self.capacity_bytes, self._slot_bytes)
         self._names = NameTable(self._path, self._bound.names_bytes)
         self._files = SlotFiles(
             self._path, self._format.record_bytes, self.payload_bytes, read_only=self._folder.read_only
@@ -355,6 +354,28 @@ class DiskStore:
 
     # The rest
 
+    def check_shares(self, guaranteed_bytes: Mapping[Names, int]) -> dict[Names, int]:
+        """How many pages `set_shares` would guarantee. Raises: ConfigError if they are more than the capacity."""
+        return guaranteed_pages(guaranteed_bytes, self._slot_bytes, self.capacity_bytes)
+
+    def set_shares(self, guaranteed_bytes: Mapping[Names, int]) -> None:
+        """Guarantee bytes to namespaces, in place of what was guaranteed before, for as long as it is open.
+
+        Pages of those that hold more than their share give way first; none is pushed below its share by others. A salt
+        without a share of its own counts to its `extra_key`. Waits for no medium. O(pages × log pages).
+
+        Raises: ConfigError if they are more than the capacity; ClosedError; TierError in a forked child.
+        """
+        pages = self.check_shares(guaranteed_bytes)
+        self._check_open()
+        with self._lock:
+            self._index.set_shares(pages)
+
+    @property
+    def _slot_bytes(self) -> int:
+        """Bytes that a page takes."""
+        return self._format.record_bytes + self.payload_bytes
+
     @property
     def capacity_pages(self) -> int:
         """Pages that it holds at most, as long as stores of other fingerprints keep their room."""
@@ -384,8 +405,8 @@ class DiskStore:
     def stats(self) -> StoreStats:
         """As `PageStore.stats`; `bytes` are those of the pages that are there."""
         num_pages = len(self._index)
-        slot_bytes = self._format.record_bytes + self.payload_bytes
-        return self._counts.stats(num_pages, num_pages * slot_bytes, self.capacity_bytes)
+        stats = self._counts.stats(num_pages, num_pages * self._slot_bytes, self.capacity_bytes)
+        return stats._replace(namespaces=share_uses(self._index.uses(), self._slot_bytes))
 
     def check_invariants(self) -> None:
         """Prove the invariants. O(pages × log pages). Raises: InvariantError."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import Lock
 
 from radixkv.cache.token_ids import TOKEN_BYTES
 from radixkv.errors import ClosedError, ConfigError
 from radixkv.tiers.page_index import PageIndex, StoredPage
+from radixkv.tiers.page_lines import Names, guaranteed_pages, share_uses
 from radixkv.tiers.page_slots import PageSlots, check_page
 from radixkv.tiers.page_store import FoundPage, NewPage, PageFacts, StoreStats
 
@@ -103,6 +104,14 @@ class HostStore:
             self._check_open()
             return [(found_whole(page), page.facts) for page in self._index.hottest(max_pages, self._clock())]
 
+    def set_shares(self, guaranteed_bytes: Mapping[Names, int]) -> None:
+        """Guarantee bytes to namespaces, in place of what was guaranteed before; as `DiskStore.set_shares`.
+
+        Raises: ConfigError if they are more than the capacity.
+        """
+        with self._lock:
+            self._index.set_shares(guaranteed_pages(guaranteed_bytes, self.payload_bytes, self.capacity_bytes))
+
     def stats(self) -> StoreStats:
         """As `PageStore.stats`."""
         with self._lock:
@@ -116,6 +125,7 @@ class HostStore:
                 misses={"evicted": self._missing} if self._missing else {},
                 errors=0,
                 last_error=None,
+                namespaces=share_uses(self._index.uses(), self.payload_bytes),
             )
 
     def check_invariants(self) -> None:

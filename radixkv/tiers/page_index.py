@@ -10,15 +10,17 @@ evict from the end of a sequence; it is found as soon as its parent comes, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
-from sortedcontainers import SortedDict, SortedList
+from sortedcontainers import SortedDict
 
 from radixkv.cache.page_keys import page_key, root_key
 from radixkv.cache.token_ids import TOKEN_BYTES
 from radixkv.config.checks import checked_choice
 from radixkv.errors import InvariantError
+from radixkv.tiers.page_lines import Line, Names, PageLines, PageUse
 from radixkv.tiers.page_store import FoundPage, PageFacts
 
 STORE_POLICIES = ("lru", "lfu", "priority")
@@ -60,7 +62,7 @@ class PageIndex:
     Invariants, which `check_invariants` proves:
 
     - `_after` counts the pages that follow each key, and what holds it (`hold`); keys with none are not in it.
-    - a page is in exactly one of `_unkept` and `_kept` if no page follows it, and in neither otherwise.
+    - a page is in its namespace's line if no page follows it, and in none otherwise; each line counts its pages.
     """
 
     def __init__(self, page_size: int, policy: str = "lru") -> None:
@@ -71,8 +73,7 @@ class PageIndex:
         self._pages: SortedDict[bytes, StoredPage] = SortedDict()  # by place
         self._whole: dict[bytes, StoredPage] = {}  # whole pages by their own key
         self._after: dict[bytes, int] = {}
-        self._unkept: SortedList[tuple[Rank, bytes]] = SortedList()
-        self._kept: SortedList[tuple[float, Rank, bytes]] = SortedList()  # soonest free first
+        self._lines = PageLines()
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -123,14 +124,36 @@ class PageIndex:
         last = [page for page in pages.values() if page.key not in self._after]
         for page in last:
             page.rank = self._rank(page.facts)
-        self._unkept.update((page.rank, page.place) for page in last if page.facts.kept_until_s is None)
-        self._kept.update(
-            (page.facts.kept_until_s, page.rank, page.place) for page in last if page.facts.kept_until_s is not None
-        )
+        self._fill_lines()
+
+    def set_shares(self, guaranteed_pages: Mapping[Names, int]) -> None:
+        """Guarantee so many pages to namespaces, in place of what was guaranteed before. O(pages × log pages)."""
+        self._lines = PageLines(guaranteed_pages)
+        self._fill_lines()
+
+    def _fill_lines(self) -> None:
+        """Put all pages into lines that are empty."""
+        pages: dict[Line, list[StoredPage]] = {}
+        for page in self:
+            line = self.line_of(page.facts)
+            line.num_pages += 1
+            if page.key not in self._after:
+                pages.setdefault(line, []).append(page)
+        for line, members in pages.items():
+            line.fill(members)
+
+    def line_of(self, facts: PageFacts) -> Line:
+        """The line of pages with these facts. O(1)."""
+        return self._lines.of(facts.namespace)
+
+    def uses(self) -> tuple[PageUse, ...]:
+        """What each namespace with a share holds, and last all others together; empty without shares. O(shares)."""
+        return self._lines.uses()
 
     def add(self, page: StoredPage) -> None:
         """Take in a page that is not there. O(log pages)."""
         self._pages[page.place] = page
+        self.line_of(page.facts).num_pages += 1
         if len(page.tokens) == self._page_bytes:
             page.key = page_key(page.parent_key, page.tokens)
             self._whole[page.key] = page
@@ -141,6 +164,7 @@ class PageIndex:
     def discard(self, page: StoredPage) -> None:
         """Take out a page that is there; pages that follow it stay. O(log pages)."""
         del self._pages[page.place]
+        self.line_of(page.facts).num_pages -= 1
         if page.key is not None:
             del self._whole[page.key]
         if page.key not in self._after:
@@ -152,6 +176,8 @@ class PageIndex:
         is_queued = page.key not in self._after
         if is_queued:
             self._unqueue(page)
+        self.line_of(page.facts).num_pages -= 1
+        self.line_of(facts).num_pages += 1
         page.facts, page.root = facts, root_key(*facts.namespace)
         if is_queued:
             self._queue(page)
@@ -171,25 +197,30 @@ class PageIndex:
             if key in self._whole:
                 self._queue(self._whole[key])
 
-    def first_to_go(self, now_s: float) -> StoredPage | None:
-        """The page that gives way first; None if there is none, or each is held. O(log pages).
+    def first_to_go(
+        self, now_s: float, newcomer: PageFacts | None = None, planned: Mapping[Line, int] = MappingProxyType({})
+    ) -> StoredPage | None:
+        """The page that gives way first; None if there is none, or each is held. O(log pages + shares).
 
-        Pages whose `kept_until_s` is not over go last, those that are free soonest first.
+        Pages whose `kept_until_s` is not over go last, those that are free soonest first. With shares, those go before
+        all others whose namespace holds more than its own; if there is none, of the newcomer's only.
+
+        Args:
+            newcomer: for which it gives way.
+            planned: how many pages will come to each line besides.
         """
-        while self._kept and self._kept[0][0] <= now_s:
-            _, rank, place = self._kept.pop(0)
-            self._pages[place].rank = rank
-            self._unkept.add((rank, place))
-        if self._unkept:
-            return self._page(self._unkept[0][1])
-        return self._page(self._kept[0][2]) if self._kept else None
+        place = self._lines.first_to_go(now_s, planned, None if newcomer is None else self.line_of(newcomer))
+        return None if place is None else self._page(place)
 
-    def gives_way_to(self, page: StoredPage, newcomer: PageFacts, now_s: float) -> bool:
+    def gives_way_to(self, page: StoredPage, newcomer: PageFacts, now_s: float, num_planned: int = 1) -> bool:
         """Whether the store should give up `page` to hold a page of the facts `newcomer`.
 
-        It should not if `page` alone is kept, or has a higher priority. How recently each was used is no reason: clocks
-        are set back at times.
+        It should for one that its namespace's share has room for. Else it should not if `page` alone is kept, or has a
+        higher priority. How recently each was used is no reason: clocks are set back at times.
         """
+        line = self.line_of(newcomer)
+        if line is not self.line_of(page.facts) and line.num_pages + num_planned <= line.guaranteed_pages:
+            return True
         worth, offered = ((_is_kept(facts, now_s), facts.priority) for facts in (page.facts, newcomer))
         return offered >= worth
 
@@ -254,10 +285,20 @@ class PageIndex:
         after: dict[bytes, int] = {}
         for page in self:
             after[page.parent_key] = after.get(page.parent_key, 0) + 1
-        queued = {place for _, place in self._unkept} | {place for _, _, place in self._kept}
+        lines = self._lines.all()
+        queued = [place for line in lines for place in line.places()]
         expected = {page.place for page in self if page.key not in self._after}
-        if after != self._after or queued != expected or len(queued) != len(self._unkept) + len(self._kept):
+        is_once = len(queued) == len(expected) == sum(map(len, lines))
+        if after != self._after or set(queued) != expected or not is_once:
             raise InvariantError(f"the index of {len(self)} pages contradicts itself: {len(queued)} can give way")
+        counted: dict[Line, int] = {}
+        for page in self:
+            line = self.line_of(page.facts)
+            counted[line] = counted.get(line, 0) + 1
+            if page.place in expected and page.place not in line.places():
+                raise InvariantError(f"a page of {page.facts.namespace} is in another line")
+        if any(line.num_pages != counted.get(line, 0) for line in lines):
+            raise InvariantError(f"pages are counted wrongly: {self.uses()}")
 
     def _page(self, place: bytes) -> StoredPage:
         page: StoredPage = self._pages[place]
@@ -268,18 +309,10 @@ class PageIndex:
 
     def _queue(self, page: StoredPage) -> None:
         page.rank = self._rank(page.facts)
-        if page.facts.kept_until_s is None:
-            self._unkept.add((page.rank, page.place))
-        else:
-            self._kept.add((page.facts.kept_until_s, page.rank, page.place))
+        self.line_of(page.facts).add(page)
 
     def _unqueue(self, page: StoredPage) -> None:
-        kept_until_s = page.facts.kept_until_s
-        waiting = None if kept_until_s is None else (kept_until_s, page.rank, page.place)
-        if waiting is not None and waiting in self._kept:
-            self._kept.remove(waiting)
-        else:
-            self._unkept.remove((page.rank, page.place))
+        self.line_of(page.facts).remove(page)
 
 
 def _is_kept(facts: PageFacts, now_s: float) -> bool:

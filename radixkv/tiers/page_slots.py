@@ -13,6 +13,7 @@ from radixkv.cache.page_keys import KEY_BYTES
 from radixkv.cache.token_ids import TOKEN_BYTES
 from radixkv.errors import InvalidPagesError, InvariantError
 from radixkv.tiers.page_index import PageIndex, StoredPage
+from radixkv.tiers.page_lines import Line
 from radixkv.tiers.page_store import NewPage, PageFacts
 
 
@@ -25,6 +26,7 @@ class WritePlan:
         self.giving_way: dict[int, StoredPage] = {}  # by slot, out of the index
         self.left_out = 0  # for want of room
         self.held: list[bytes] = []
+        self.planned: dict[Line, int] = {}  # how many of the new pages come to each line
         self.gone: set[int] = set()  # slots whose old page, if any, is lost, should the write fail
 
 
@@ -63,23 +65,26 @@ class PageSlots:
                 continue
             self.index.hold(page.parent_key)  # what comes before it must not give way for it
             plan.held.append(page.parent_key)
-            slot = self._take(page.facts, now_s, plan)
+            line = self.index.line_of(page.facts)
+            slot = self._take(page.facts, line, now_s, plan)
             if slot is None:
                 plan.left_out += 1
             else:
+                plan.planned[line] = plan.planned.get(line, 0) + 1
                 stored = StoredPage(page.parent_key, page.tokens, page.facts, slot=slot, checksum=checksum)
                 plan.new.append((stored, page.payload))
         plan.updated = [page for page in plan.updated if page.slot not in plan.giving_way]
         return plan
 
-    def _take(self, newcomer: PageFacts, now_s: float, plan: WritePlan) -> int | None:
+    def _take(self, newcomer: PageFacts, line: Line, now_s: float, plan: WritePlan) -> int | None:
         if self._free:
             return heappop(self._free)
         if self.used < self.limit:
             self.used += 1
             return self.used - 1
-        page = self.index.first_to_go(now_s)
-        if page is None or not self.index.gives_way_to(page, newcomer, now_s):
+        num_planned = plan.planned.get(line, 0)
+        page = self.index.first_to_go(now_s, newcomer, {**plan.planned, line: num_planned + 1})
+        if page is None or not self.index.gives_way_to(page, newcomer, now_s, num_planned + 1):
             return None
         self.index.discard(page)
         plan.giving_way[page.slot] = page

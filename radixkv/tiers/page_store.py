@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
+from radixkv.tiers.page_lines import ShareUse
+
 
 class PageFacts(NamedTuple):
     """What the cache knows of a page besides its tokens, so that order and promises outlive the process.
@@ -117,7 +119,10 @@ class PageStore(Protocol):
 
 
 class StoreStats(NamedTuple):
-    """What a store holds, and what it has done since it was opened."""
+    """What a store holds, and what it has done since it was opened.
+
+    `namespaces` are those with a share of it, and last all others; empty without shares.
+    """
 
     pages: int
     bytes: int
@@ -128,3 +133,4 @@ class StoreStats(NamedTuple):
     misses: dict[str, int]  # reason -> pages that were found and could not be given
     errors: int
     last_error: str | None
+    namespaces: tuple[ShareUse, ...] = ()

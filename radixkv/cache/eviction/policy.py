@@ -65,7 +65,8 @@ class EvictionPolicy:
     def urgency(self, node: TreeNode) -> float:
         """How soon the head of a group should go *now*, smallest first: asked at each eviction of each group's head.
 
-        This lets whole groups age at different speeds, at O(groups) for each eviction.
+        This lets whole groups age at different speeds, at O(groups) for each eviction. In a cache with quotas each
+        namespace with one has groups of its own; of heads that are as urgent, the one of the smallest rank goes.
         """
         raise NotImplementedError
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from radixkv.cache.namespace import Namespace
+from radixkv.cache.quotas.account_queues import AccountQueues
 from radixkv.cache.token_ids import TOKEN_BYTES
 from radixkv.cache.tree.leaf_queue import LeafQueue
 from radixkv.cache.tree.node import TreeNode
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
 
 
 def check_tree(
-    tree: TreeShape, roots: Mapping[Namespace, TreeNode], queue: LeafQueue, *, num_pages: int, num_evictable: int
+    tree: TreeShape,
+    roots: Mapping[Namespace, TreeNode],
+    queue: LeafQueue | AccountQueues,
+    *,
+    num_pages: int,
+    num_evictable: int,
 ) -> None:
     """Prove every invariant that the docstring of `RadixTree` states. O(tokens). Raises: InvariantError."""
     evictable = 0

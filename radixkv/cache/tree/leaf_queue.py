@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from heapq import heappop, heappush
-from typing import Any, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 from radixkv.cache.eviction.policy import EvictionPolicy, hook
 from radixkv.cache.tree.node import TreeNode
@@ -16,6 +16,13 @@ where no two entries have the same number."""
 
 SLACK = 64  # stale entries that are not worth a sweep
 SWEEP = 16  # entries that one operation sweeps at most
+
+
+class Place(NamedTuple):
+    """Where the first leaf of a queue stands: `order` compares with that of others with the same policy."""
+
+    order: tuple[Any, ...]
+    node: TreeNode
 
 
 class _Ends:
@@ -116,6 +123,7 @@ class LeafQueue:
     """
 
     def __init__(self, policy: EvictionPolicy, clock: Callable[[], float]) -> None:
+        self.serial = 0  # of the last that came; the later ones count as younger
         self._policy = policy
         self._rank = policy.rank
         self._group = hook(policy, "group")
@@ -128,7 +136,6 @@ class LeafQueue:
         self._groups: dict[Hashable, _Run] = {}
         self._kept = _Run()
         self._unranked = _Run()  # in the order in which ranking them failed
-        self._serial = 0
         self._size = 0
         self._in_heaps = 0  # leaves; stale entries come on top
 
@@ -151,8 +158,8 @@ class LeafQueue:
         """Enter a leaf that is not in the queue. Raises: PolicyError; it is in the queue then."""
         assert node.entry is None, node
         self._size += 1
-        self._serial += 1
-        self._enter(node, self._serial)
+        self.serial += 1
+        self._enter(node, self.serial)
 
     def add_used(self, node: TreeNode) -> None:
         """As `add`, for a leaf that is used now and was not in the tree before."""
@@ -160,13 +167,13 @@ class LeafQueue:
             self.add(node)
             return
         self._size += 1
-        self._serial = serial = self._serial + 1
+        self.serial = serial = self.serial + 1
         self._run.append(node, (node.last_access, serial))
 
     def update(self, node: TreeNode) -> None:
         """Give a leaf the place that its rank asks for now. Raises: PolicyError; it goes first then."""
-        self._serial += 1
-        self._enter(node, self._serial)
+        self.serial += 1
+        self._enter(node, self.serial)
 
     def replace(self, old: TreeNode, new: TreeNode) -> None:
         """Let `new`, which has the first part of the edge of `old`, be in the queue instead of it.
@@ -180,7 +187,7 @@ class LeafQueue:
             before.after = after.before = new
             old.before = old.after = old.entry = None
             return
-        self._serial += 1
+        self.serial += 1
         self._leave(old)
         self._enter(new, entry[1])
 
@@ -192,11 +199,11 @@ class LeafQueue:
                 rank, run = self._rank(node), self._run if self._group is None else self._run_of(node)
             if node.entry is not None:
                 self._leave(node)
-            self._in_heaps += run.place(node, rank, serial, self._serial)
+            self._in_heaps += run.place(node, rank, serial, self.serial)
             if run.unswept or len(run.heap) > 2 * self._in_heaps + SLACK:
                 run.sweep()
         except BaseException as error:
-            self._set_aside(node)
+            self.set_aside(node)
             self._fail(error)
 
     def use(self, node: TreeNode) -> None:
@@ -204,7 +211,7 @@ class LeafQueue:
         if node.keep_until or not self._is_by_use:
             self.update(node)
             return
-        self._serial = serial = self._serial + 1
+        self.serial = serial = self.serial + 1
         after, ends = node.after, self._ends
         if after is None:
             self._leave_heap()
@@ -253,6 +260,27 @@ class LeafQueue:
         assert found is not None, "the queue is empty"
         return found
 
+    def first_place(self) -> Place:
+        """The leaf to be evicted next, to be compared with those of other queues. Raises: PolicyError."""
+        node = self.first()
+        rank, serial = cast("Entry", node.entry)[:2]
+        if node is self._unranked.ends.after:
+            return Place((0, serial), node)
+        if node is self._kept.head():
+            return Place((2, rank, serial), node)
+        if self._urgency is None:
+            return Place((1, rank, serial), node)
+        try:
+            return Place((1, self._urgency(node), rank, serial), node)
+        except BaseException as error:
+            self.set_aside(node)
+            self._fail(error)
+
+    def next_expiry(self) -> float | None:
+        """When the first of the kept leaves is kept no more; None if none is kept. O(1)."""
+        node = self._kept.head()
+        return None if node is None else node.keep_until
+
     def pop(self) -> TreeNode:
         """Take out the leaf to be evicted next. Raises: PolicyError."""
         node = self.first()
@@ -282,7 +310,7 @@ class LeafQueue:
                 if first is None or urgency < least:
                     first, least = node, urgency
             except BaseException:  # the others must not wait for it for ever
-                self._set_aside(node)
+                self.set_aside(node)
                 raise
         return first
 
@@ -291,16 +319,16 @@ class LeafQueue:
         heads = [heap[0] for run in self._runs() for heap in (run.heap, run.unswept) if heap]
         for *_, node in heads if not isinstance(error, PolicyError) else ():
             if any(node.entry is head for head in heads):
-                self._set_aside(node)
+                self.set_aside(node)
 
     def _run_of(self, node: TreeNode) -> _Run:
         assert self._group is not None
         return self._groups.setdefault(self._group(node), _Run())
 
-    def _set_aside(self, node: TreeNode) -> None:
-        """Let a leaf that the policy failed on go before all others."""
+    def set_aside(self, node: TreeNode) -> None:
+        """Let a leaf of the queue that the policy failed on go before all others."""
         self._leave(node)
-        self._unranked.append(node, (None, self._serial))
+        self._unranked.append(node, (None, self.serial))
 
     def _leave(self, node: TreeNode) -> None:
         """Take a leaf out of its run; nothing to do for one that is in none."""

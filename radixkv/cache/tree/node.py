@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sortedcontainers import SortedList
 
     from radixkv.cache.events import Prefix
+    from radixkv.cache.quotas.accounts import Account
     from radixkv.cache.tree.leaf_queue import Entry
     from radixkv.cache.tree.subscribers import Subscribers
 
@@ -45,10 +46,12 @@ class TreeNode:
         entry: its rank in the eviction queue; None while it is not an unpinned leaf.
         before, after: its neighbours there, if it is linked with others.
         state: belongs to the eviction policy; None at first.
+        account: whose its pages are, in a cache with quotas; None in one without.
         prefix: the tokens from the root to its end, for events; None until an observer asks.
     """
 
     __slots__ = (
+        "account",
         "after",
         "before",
         "children",
@@ -94,6 +97,7 @@ class TreeNode:
         self.before: TreeNode | None = None
         self.after: TreeNode | None = None
         self.state: Any = None
+        self.account: Account | None = None
         self.prefix: Prefix | None = None
 
     @property

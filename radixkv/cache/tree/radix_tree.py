@@ -7,17 +7,15 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv.cache.events import Cleared, RemovalCause
 from radixkv.cache.keeping import checked_keep_for_s, checked_priority
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, check_tokens, common_tokens, int32_array, token_array
+from radixkv.cache.tree.evicting import EvictingTree
 from radixkv.cache.tree.first_pages import common_prefix_tokens, likest_children
 from radixkv.cache.tree.node import InsertResult, MatchResult, PartialPage, TreeNode, new_root
 from radixkv.cache.tree.page_ids import PageBytes, page_array, page_bytes
-from radixkv.cache.tree.shape import TreeShape
 from radixkv.errors import InvalidPagesError, InvalidRequestError, PolicyError
 
-LEAST_SHARE_KEPT = 32  # a leaf goes whole where less than this part of the cache would be left of it
 SHORTEN_PATHS_LONGER_THAN = 16  # nodes; on such a path, forks that have one child left are merged …
 SHORTEN_EVERY_TICKS = 16  # … though not in each match: looking for them costs a pass over the path
 
@@ -25,7 +23,7 @@ Tokens: TypeAlias = "NDArray[np.int32]"
 _new_tuple = tuple.__new__  # calling a NamedTuple costs 0.3 µs; this leaves out its wrapper in Python
 
 
-class RadixTree(TreeShape):
+class RadixTree(EvictingTree):
     """Maps token prefixes to KV pages, shares common prefixes and evicts unused ones.
 
     The unit is the page: a sequence is kept up to its last whole page of `page_size` tokens, and two sequences share
@@ -356,11 +354,15 @@ class RadixTree(TreeShape):
             node = self._standing(node)
         if node.entry is not None:
             self._queue.remove(node)
+        before = evictable = self._evictable_bytes
         while (parent := node.parent) is not None:
             if node.lock_ref == 0:
-                self._evictable_bytes -= len(node.pages)
+                evictable -= len(node.pages)
             node.lock_ref += 1
             node = parent
+        self._evictable_bytes = evictable
+        if self._accounts is not None:
+            self._count_evictable(node, evictable - before)
 
     def dec_lock_ref(self, node: TreeNode) -> None:
         """Undo one `inc_lock_ref(node)`. O(depth), and O(tokens of the edge) if a cut is merged back.
@@ -372,93 +374,19 @@ class RadixTree(TreeShape):
         if node.lock_ref == 0 and node.key:
             raise InvalidRequestError(f"{node} is not pinned, so it cannot be unpinned")
         current = node
+        before = evictable = self._evictable_bytes
         while (parent := current.parent) is not None:
             current.lock_ref -= 1
             if current.lock_ref == 0:
-                self._evictable_bytes += len(current.pages)
+                evictable += len(current.pages)
             current = parent
+        self._evictable_bytes = evictable
+        if self._accounts is not None:
+            self._count_evictable(current, evictable - before)
         if node.cut:
             self._merge(node)
         elif node.lock_ref == 0 and not node.children and node.key:
             self._queue.add(node)
-
-    def evict(self, num_tokens: int) -> NDArray[np.int32]:
-        """Remove unpinned leaves in policy order until the pages of `num_tokens` tokens are gone, or none is left.
-
-        Of the last leaf no more than these pages go, from its end, unless what stays would be less than 1/32 of all
-        that is cached; a parent becomes a leaf when its last child goes.
-        O(log leaves) a leaf, and O(pages freed).
-
-        Returns: the freed pages, int32, read-only; no longer the tree's.
-        Raises: PolicyError if the policy fails, with the pages that were freed before in its `freed`.
-
-        >>> tree = RadixTree()
-        >>> _ = tree.insert([1, 2], pages=[7, 8]), tree.insert([5, 6, 7], pages=[9, 10, 11])
-        >>> _ = tree.match_prefix([1, 2])                           # used last, so it goes last
-        >>> tree.evict(1).tolist(), tree.evict(3).tolist()
-        ([11], [9, 10, 8])
-        """
-        return self._evict(num_tokens, "evicted")
-
-    def _evict(self, num_tokens: int, cause: RemovalCause) -> NDArray[np.int32]:
-        freed: list[PageBytes] = []
-        missing = -(-num_tokens // self.page_size) * TOKEN_BYTES  # in bytes of page ids
-        queue = self._queue
-        try:
-            while missing > 0 and queue:
-                leaf = queue.first()
-                size = len(leaf.pages)
-                rest = size - missing
-                trims = rest > 0 and not self.policy.whole_leaves and self._is_worth_keeping(rest)
-                if leaf.keep_until and cause == "evicted" and leaf.keep_until > self.clock():
-                    self.broken_promise_tokens += (missing if trims else size) // TOKEN_BYTES * self.page_size
-                if trims:
-                    freed.append(leaf.pages[rest:])
-                    self._trim(leaf, rest, cause)
-                    break
-                missing -= size
-                freed.append(leaf.pages)
-                self._remove_leaf(leaf, cause)
-        except PolicyError as error:
-            error.freed = np.frombuffer(b"".join(freed), np.int32)
-            raise
-        return np.frombuffer(b"".join(freed), np.int32)
-
-    def _is_worth_keeping(self, page_bytes: int) -> bool:
-        """Whether so much of a leaf, in bytes of page ids, is worth the time that cutting it off takes."""
-        return page_bytes // TOKEN_BYTES * self.page_size * LEAST_SHARE_KEPT >= self.total_size
-
-    def clear(self) -> NDArray[np.int32]:
-        """Remove everything that is not pinned. Observers are sent `Cleared` if nothing was. O(nodes).
-
-        Returns: the freed pages, int32, read-only; no longer the tree's.
-        Raises: PolicyError, after all of that was done, with the pages.
-        """
-        if self._evictable_bytes < self._total_bytes:
-            return self._evict_all()
-        observers, self.events.observers = self.events.observers, ()
-        try:
-            return self._evict_all()
-        finally:
-            self.events.observers = observers
-            if observers:
-                self.events.send(Cleared("pool"))
-
-    def _evict_all(self) -> NDArray[np.int32]:
-        freed: list[NDArray[np.int32]] = []
-        failure: PolicyError | None = None
-        while self._queue:
-            try:
-                freed.append(self._evict(self.evictable_size, "reset"))
-            except PolicyError as error:  # on with the others: what the policy fails on comes first now
-                freed.append(np.asarray(error.freed, np.int32))
-                failure = failure or error
-        pages = np.concatenate(freed) if freed else np.empty(0, np.int32)
-        pages.flags.writeable = False
-        if failure is not None:
-            failure.freed = pages
-            raise failure
-        return pages
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,8 @@ from radixkv.config.checks import checked_int
 from radixkv.errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from radixkv.cache.quotas.account_queues import AccountQueues
+    from radixkv.cache.quotas.accounts import Accounts
     from radixkv.cache.tree.radix_tree import RadixTree
 
 
@@ -53,7 +55,8 @@ class TreeShape:
         self._unclaimed: TreeNode | None = None  # what the last match or insert cut, until it is pinned
         self.events = EventChannel()
         self.policy.bind(cast("RadixTree", self))  # the only class of this kind
-        self._queue = LeafQueue(self.policy, clock)
+        self._queue: LeafQueue | AccountQueues = LeafQueue(self.policy, clock)
+        self._accounts: Accounts | None = None  # of a cache with quotas
         self._on_requested = hook(self.policy, "requested")
         self._on_matched = hook(self.policy, "matched")
         self._on_added = hook(self.policy, "added")
@@ -166,7 +169,7 @@ class TreeShape:
         )
         upper.created, upper.priority, upper.keep_until = node.created, node.priority, node.keep_until
         upper.lock_ref, upper.hits = node.lock_ref, node.hits
-        upper.state = node.state
+        upper.state, upper.account = node.state, node.account
         upper.fork = upper.cut = True
         first_page = upper.key[: self._page_bytes]
         parent.children[first_page] = upper
@@ -268,6 +271,11 @@ class TreeShape:
             parent.ordered.add(first_page)
         self._evictable_bytes += len(pages)
         self._total_bytes += len(pages)
+        if self._accounts is not None:
+            if parent.namespace is not None:
+                parent.account = self._accounts.of(parent.namespace)
+            leaf.account = parent.account
+            self._count_evictable(leaf, len(pages))
         try:
             if self._on_added is not None:
                 self._on_added(leaf)
@@ -344,7 +352,7 @@ class TreeShape:
         )
         kept.num_tokens = kept_tokens
         kept.created, kept.priority, kept.keep_until = leaf.created, leaf.priority, leaf.keep_until
-        kept.state, kept.fork, kept.hits = leaf.state, leaf.fork, leaf.hits
+        kept.state, kept.fork, kept.hits, kept.account = leaf.state, leaf.fork, leaf.hits, leaf.account
         if prefix is not None:
             kept.prefix = prefix.first(kept.end)
         removed, first_removed = slice(size, leaf.num_tokens * TOKEN_BYTES), key[size : size + self._page_bytes]
@@ -362,6 +370,12 @@ class TreeShape:
         kept.children[first_removed] = leaf
         return kept
 
+    def _count_evictable(self, node: TreeNode, page_bytes: int) -> None:
+        """So many more pages of the account of `node`, in bytes of page ids, can be evicted; fewer if negative."""
+        if self._accounts is not None and page_bytes:
+            assert node.account is not None, node
+            self._accounts.evictable(node.account, page_bytes // TOKEN_BYTES)
+
     def _unlink(self, parent: TreeNode, first_page: bytes, leaf: TreeNode) -> None:
         """Take a leaf from its parent; a root goes with its last child."""
         del parent.children[first_page]
@@ -374,6 +388,8 @@ class TreeShape:
         leaf.parent = None
         self._evictable_bytes -= len(leaf.pages)
         self._total_bytes -= len(leaf.pages)
+        if self._accounts is not None:
+            self._count_evictable(leaf, -len(leaf.pages))
         if parent.namespace is not None and not parent.children:
             del self._roots[parent.namespace]
             parent.subscribers = None

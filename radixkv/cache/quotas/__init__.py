@@ -1,0 +1,1 @@
+"""Guaranteed shares of a cache: whose pages are whose, and who gives way to whom."""

@@ -1,0 +1,168 @@
+"""How leaves leave a radix tree: in the order of the policy, and first those of namespaces beyond their quota."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radixkv.cache.events import Cleared, RemovalCause
+from radixkv.cache.quotas.account_queues import AccountQueues
+from radixkv.cache.quotas.accounts import Account, Accounts
+from radixkv.cache.token_ids import TOKEN_BYTES
+from radixkv.cache.tree.leaf_queue import LeafQueue
+from radixkv.cache.tree.node import TreeNode
+from radixkv.cache.tree.page_ids import PageBytes
+from radixkv.cache.tree.shape import TreeShape
+from radixkv.errors import PolicyError
+
+LEAST_SHARE_KEPT = 32  # a leaf goes whole where less than this part of the cache would be left of it
+
+
+class EvictingTree(TreeShape):
+    """A `TreeShape` that makes room."""
+
+    def evict(self, num_tokens: int) -> NDArray[np.int32]:
+        """Remove unpinned leaves in policy order until the pages of `num_tokens` tokens are gone, or none is left.
+
+        Of the last leaf no more than these pages go, from its end, unless what stays would be less than 1/32 of all
+        that is cached; a parent becomes a leaf when its last child goes.
+        O(log leaves) a leaf, and O(pages freed).
+
+        Returns: the freed pages, int32, read-only; no longer the tree's.
+        Raises: PolicyError if the policy fails, with the pages that were freed before in its `freed`.
+
+        >>> from radixkv import RadixTree
+        >>> tree = RadixTree()
+        >>> _ = tree.insert([1, 2], pages=[7, 8]), tree.insert([5, 6, 7], pages=[9, 10, 11])
+        >>> _ = tree.match_prefix([1, 2])                           # used last, so it goes last
+        >>> tree.evict(1).tolist(), tree.evict(3).tolist()
+        ([11], [9, 10, 8])
+        """
+        return self._evict(num_tokens, "evicted")
+
+    def _evict(self, num_tokens: int, cause: RemovalCause) -> NDArray[np.int32]:
+        freed: list[PageBytes] = []
+        missing = -(-num_tokens // self.page_size) * TOKEN_BYTES  # in bytes of page ids
+        queue = self._queue
+        try:
+            while missing > 0 and queue:
+                leaf = queue.first()
+                size = len(leaf.pages)
+                rest = size - missing
+                trims = rest > 0 and not self.policy.whole_leaves and self._is_worth_keeping(rest)
+                if leaf.keep_until and cause == "evicted" and leaf.keep_until > self.clock():
+                    self.broken_promise_tokens += (missing if trims else size) // TOKEN_BYTES * self.page_size
+                if trims:
+                    freed.append(leaf.pages[rest:])
+                    self._trim(leaf, rest, cause)
+                    break
+                missing -= size
+                freed.append(leaf.pages)
+                self._remove_leaf(leaf, cause)
+        except PolicyError as error:
+            error.freed = np.frombuffer(b"".join(freed), np.int32)
+            raise
+        return np.frombuffer(b"".join(freed), np.int32)
+
+    def _is_worth_keeping(self, page_bytes: int) -> bool:
+        """Whether so much of a leaf, in bytes of page ids, is worth the time that cutting it off takes."""
+        return page_bytes // TOKEN_BYTES * self.page_size * LEAST_SHARE_KEPT >= self.total_size
+
+    def clear(self) -> NDArray[np.int32]:
+        """Remove everything that is not pinned. Observers are sent `Cleared` if nothing was. O(nodes).
+
+        Returns: the freed pages, int32, read-only; no longer the tree's.
+        Raises: PolicyError, after all of that was done, with the pages.
+        """
+        if self._evictable_bytes < self._total_bytes:
+            return self._evict_all()
+        observers, self.events.observers = self.events.observers, ()
+        try:
+            return self._evict_all()
+        finally:
+            self.events.observers = observers
+            if observers:
+                self.events.send(Cleared("pool"))
+
+    def _evict_all(self) -> NDArray[np.int32]:
+        freed: list[NDArray[np.int32]] = []
+        failure: PolicyError | None = None
+        while self._queue:
+            try:
+                freed.append(self._evict(self.evictable_size, "reset"))
+            except PolicyError as error:  # on with the others: what the policy fails on comes first now
+                freed.append(np.asarray(error.freed, np.int32))
+                failure = failure or error
+        pages = np.concatenate(freed) if freed else np.empty(0, np.int32)
+        pages.flags.writeable = False
+        if failure is not None:
+            failure.freed = pages
+            raise failure
+        return pages
+
+    # -- quotas ------------------------------------------------------------------------------------------------------
+
+    def evict_for(self, asker: Account, num_pages: int, missing_pages: int) -> NDArray[np.int32]:
+        """As `evict`, of one leaf, for a lease of `asker` that takes `num_pages`, of which `missing_pages` are missing.
+
+        Of the leaf of another account no more goes than that has beyond its guarantee, whatever would be left of it.
+        O(log leaves + log accounts) under a policy without groups, and O(pages freed).
+        """
+        assert isinstance(self._queue, AccountQueues), "a cache without quotas"
+        leaf = self._queue.first_for(asker, num_pages)
+        account, size = leaf.account, len(leaf.pages) // TOKEN_BYTES
+        assert account is not None, leaf
+        allowed = size if account is asker else account.lent_pages
+        least = min(size, missing_pages)
+        rest_bytes = (size - least) * TOKEN_BYTES
+        trims = rest_bytes > 0 and not self.policy.whole_leaves and self._is_worth_keeping(rest_bytes)
+        return self._take_from(leaf, size if allowed >= size and not trims else min(allowed, least))
+
+    def _take_from(self, leaf: TreeNode, num_pages: int) -> NDArray[np.int32]:
+        """Evict so many pages of an unpinned leaf, from its end."""
+        kept_bytes = len(leaf.pages) - num_pages * TOKEN_BYTES
+        freed = np.frombuffer(bytes(leaf.pages[kept_bytes:]), np.int32)
+        if leaf.keep_until > self.clock():
+            self.broken_promise_tokens += num_pages * self.page_size
+        try:
+            if kept_bytes:
+                self._trim(leaf, kept_bytes, "evicted")
+            else:
+                self._remove_leaf(leaf, "evicted")
+        except PolicyError as error:
+            error.freed = freed
+            raise
+        return freed
+
+    def use_accounts(self, accounts: Accounts | None) -> None:
+        """Count evictable pages by account from now on, in new `accounts`; None for no more of it.
+
+        O(leaves log leaves + nodes). Raises: PolicyError, after all of that was done.
+        """
+        leaves = list(self._queue)
+        for leaf in leaves:
+            self._queue.remove(leaf)
+        self._accounts = accounts
+        self._queue = (
+            LeafQueue(self.policy, self.clock) if accounts is None else AccountQueues(accounts, self.policy, self.clock)
+        )
+        for _, node in self.nodes():
+            node.account = None if accounts is None else self._account_of(node, accounts)
+            if accounts is not None and node.account is not None and node.lock_ref == 0:
+                accounts.evictable(node.account, len(node.pages) // TOKEN_BYTES)
+        failure: PolicyError | None = None
+        for leaf in leaves:
+            try:
+                self._queue.add(leaf)
+            except PolicyError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _account_of(self, node: TreeNode, accounts: Accounts) -> Account:
+        """The account of a root, or of a node whose parent has one."""
+        if node.namespace is not None:
+            return accounts.of(node.namespace)
+        account = None if node.parent is None else node.parent.account
+        assert account is not None, node
+        return account
