@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import blake2b
@@ -186,10 +187,18 @@ def write_description(described: Description) -> None:
     replace_file(described.folder / DESCRIPTION, json.dumps(content, indent=2).encode())
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a private file so that at any moment it is there whole, as it was or as it is to be. Raises: OSError."""
-    draft = path.with_name(path.name + ".new")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+def replace_file(path: Path, content: bytes, *, alone: bool = True) -> None:
+    """Write a private file so that at any moment it is there whole, as it was or as it is to be. Raises: OSError.
+
+    alone: whether nobody else writes it at the same time. A draft that a kill leaves behind is written over then; else
+        each has a name of its own, so that none is taken for another.
+    """
+    if alone:
+        draft = path.with_name(path.name + ".new")
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    else:
+        descriptor, name = tempfile.mkstemp(".new", ".radixkv-", path.parent)  # short, as `path` may have a long name
+        draft = Path(name)
     try:
         try:
             written = 0
@@ -199,7 +208,7 @@ def replace_file(path: Path, content: bytes) -> None:
         finally:
             os.close(descriptor)
         os.replace(draft, path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             draft.unlink()
         raise
