@@ -74,6 +74,8 @@ class StoreFolder:
                 self._take_lock()
         except OSError as error:
             raise TierError(f"the store {self.path} cannot be opened: {error.strerror}") from error
+        except ValueError as error:  # a NUL byte, or half of a surrogate pair
+            raise TierError(f"the store {str(self.path)!r} cannot be opened: {error}") from error
 
     def _check_kind(self) -> None:
         if not self.path.exists():
