@@ -350,6 +350,10 @@ def test_a_foreign_file_of_any_size_is_refused_by_its_beginning(saved: Path) -> 
 def test_a_link_to_the_file_stays_a_link(saved: Path, tmp_path: Path) -> None:
     link, other = tmp_path / "link.json", tmp_path / "folder" / "other.json"
     other.parent.mkdir()
+    endless = tmp_path / "endless.json"
+    endless.symlink_to(endless)
+    with pytest.raises(SessionFileError, match="that is no regular file"):
+        load(scripted(), saved).save(endless)
     link.symlink_to(other)
     load(scripted(), saved).save(link)  # makes the file that the link names
     assert link.is_symlink()

@@ -65,7 +65,7 @@ def write_session(path: Path, saved: SavedSession, engine: Engine) -> None:
     head = json.dumps({"format": FORMAT, "version": VERSION, "checksum": _checksum(body)}).encode()
     try:
         target = Path(os.path.realpath(path))  # a link stays one
-        if target.exists() and not target.is_file():
+        if os.path.lexists(target) and not target.is_file():  # a link that leads to itself, too
             raise SessionFileError(f"the session cannot be saved as {path}: that is no regular file")
         replace_file(target, head + b"\n" + body + b"\n", alone=False)
     except SessionFileError:
