@@ -93,17 +93,17 @@ class StoreFolder:
         lock = os.open(self.path / MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()[:64]}\n".encode(), 0)
         except BlockingIOError:
             owner = os.pread(lock, 200, 0).decode("utf-8", "replace").strip() or "another process"
             os.close(lock)
             raise TierError(
                 f"the store {self.path} is in use by {owner}; one engine at a time owns a store: give another path"
             ) from None
-        except OSError:
+        except OSError:  # of a full disk, too
             os.close(lock)
             raise
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()[:64]}\n".encode(), 0)
         self._lock = lock
 
     def store_path(self, identity: bytes) -> Path:
