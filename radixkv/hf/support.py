@@ -120,7 +120,7 @@ def _sees_later_tokens(model: PreTrainedModel) -> bool:
 def weights_state(model: PreTrainedModel) -> tuple[tuple[object, ...], ...]:
     """What changes when the parameters of `model` are replaced, moved, or written to. O(parameters), not their bytes.
 
-    What is written through `parameter.data` is not seen.
+    What is written through `parameter.data`, or to parameters made in inference mode, is not seen.
     """
     return tuple((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in model.parameters())
 
