@@ -189,6 +189,7 @@ def test_help_lists_every_command(chat: Chat, capsys: pytest.CaptureFixture[str]
         ("/switch 2", "/switch needs the number of a branch: 1"),
         ("/switch -1", "/switch needs the number of a branch: 1"),
         ("/switch ²", "/switch needs the number of a branch: 1"),
+        ("/switch " + 5000 * "9", "/switch needs the number of a branch: 1"),
     ],
 )
 def test_wrong_commands_are_hints(chat: Chat, capsys: pytest.CaptureFixture[str], line: str, hint: str) -> None:
@@ -369,10 +370,10 @@ def test_a_branch_is_saved_by_hand(
     chat.take(f"/save {tmp_path / 'chat.json'}")
     assert capsys.readouterr().out.splitlines()[-1].startswith("saved branch 1: 1 turn, ")
     assert Session.load(engine, tmp_path / "chat.json").messages == chat.session.messages
-    talk(chat, iter(["/save", f"/save {tmp_path / 'none' / 'chat.json'}"]))
+    talk(chat, iter(["/save", f"/save {tmp_path / 'none' / 'chat.json'}", "/save ~no such user/file", "/save \0"]))
     errors = capsys.readouterr().err
     assert "/save needs the name of a file\n" in errors
-    assert "error: the session cannot be saved as " in errors
+    assert errors.count("error: the session cannot be saved as ") == 3
 
 
 @pytest.mark.usefixtures("loaded")
@@ -386,4 +387,5 @@ def test_a_chat_that_cannot_go_on_is_a_one_line_error(tmp_path: Path) -> None:
     assert_one_line_error(
         script(options=("--session", file, "--system", "a")), "has its own beginning; leave --system out"
     )
-    assert_one_line_error(script("Hello", options=("--session", tmp_path)), "cannot be read: Is a directory")
+    assert_one_line_error(script("Hello", options=("--session", tmp_path)), "cannot be read: it is no regular file")
+    assert_one_line_error(script("Hello", options=("--session", tmp_path / ("x" * 300))), "File name too long")

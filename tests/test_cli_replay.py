@@ -147,6 +147,28 @@ def test_the_picture(tmp_path: Path, blocks: Path, capacities: str) -> None:
         assert f"<!-- {label} -->" in svg
 
 
+def test_the_name_of_a_picture_may_end_in_capitals(tmp_path: Path, blocks: Path) -> None:
+    out = tmp_path / "OUT.PNG"
+    assert run("replay", blocks, "--block-tokens", BLOCK, "--capacity-tokens", 64, "--plot", out).exit_code == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tiers_that_differ_by_little_are_bars_of_their_own_and_those_given_twice_one(
+    tmp_path: Path, blocks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[int, int]] = []  # bars, and places for them
+
+    def keep(figure: Any, *_: object, **__: object) -> None:
+        (axes,) = figure.axes
+        drawn.append((len(axes.patches), len({round(bar.get_y(), 3) for bar in axes.patches})))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", keep)
+    tiers = [option for size in (100_000, 100_008, 100_000) for option in ("--tiers", f"pool:{size}")]
+    report = figures(tmp_path, blocks, "--block-tokens", BLOCK, *tiers, "--plot", tmp_path / "out.png")
+    assert [row["tiers"][0]["capacity_tokens"] for row in report["results"]] == [100_000, 100_008]
+    assert drawn == [(2, 2)]
+
+
 def test_tiers(tmp_path: Path, blocks: Path) -> None:
     options = ["--block-tokens", BLOCK, "--tiers", "pool:64", "--tiers", "pool:64,disk:1k", "--policy", "lru,fifo"]
     report = figures(tmp_path, blocks, *options, "--tier-writes", "through,back", "--plot", tmp_path / "out.svg")
@@ -237,6 +259,7 @@ def test_strict(tmp_path: Path) -> None:
         (["--json", "."], "--json . is a directory"),
         (["--json", "no/such/out.json"], "--json no/such/out.json: there is no directory no/such"),
         (["--plot", "no/such/out.png"], "--plot no/such/out.png: there is no directory no/such"),
+        (["--plot", "out.pgf"], "--plot out.pgf must name an image format: end it with .png"),  # it needs TeX
         (["--plot", "out.doc"], "--plot out.doc must name an image format: end it with .png"),
     ],
 )

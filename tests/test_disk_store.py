@@ -159,6 +159,19 @@ def test_stores_of_other_fingerprints_give_way_whole_when_room_is_needed(tmp_pat
     older.close()
 
 
+def test_a_full_disk_as_a_store_is_opened_leaves_it_without_an_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(TierError, match="cannot be opened: No space left on device"):
+            open_store(tmp_path / "kv")
+    open_store(tmp_path / "kv").close()
+
+
 def test_one_owner_at_a_time(tmp_path: Path) -> None:
     store = open_store(tmp_path / "kv")
     store.write(chain(range(8)))

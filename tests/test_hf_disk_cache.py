@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +368,41 @@ def test_other_weights_find_nothing_also_after_reset(tmp_path: Path, caplog: pyt
         with torch.no_grad():
             model.model.embed_tokens.weight.div_(1.5)
         assert check(model, [PROMPT], cache)[0]["disk"] in (0, 36), "rounding may have made yet others"
+
+
+def test_weights_that_change_between_calls_are_noticed_without_reset(tmp_path: Path) -> None:
+    model = endless(seed=1)
+    with cache_of(model, tmp_path) as cache, RadixCache(model, max_tokens=512, page_size=4) as plain:
+        for each in (cache, plain):
+            run(model, [PROMPT], each)
+        changes: list[Callable[[], object]] = [
+            lambda: model.model.embed_tokens.weight.mul_(1.5),
+            lambda: model.load_state_dict(endless(seed=2).state_dict()),
+            lambda: model.to(torch.bfloat16),
+            lambda: setattr(model.model.norm, "weight", torch.nn.Parameter(2 * model.model.norm.weight)),
+        ]
+        for change in changes:
+            with torch.no_grad():
+                change()
+            for each in (cache, plain):
+                assert sum(check(model, [PROMPT], each)[0].values()) == 0
+                assert sum(check(model, [PROMPT], each)[0].values()) == 36
+    with cache_of(model, tmp_path) as cache:
+        assert check(model, [PROMPT], cache)[0]["disk"] == 36, "what is on disk is of the last weights"
+
+
+def test_a_cache_is_neither_copied_nor_pickled(llama: PreTrainedModel, tmp_path: Path) -> None:
+    with cache_of(llama, tmp_path) as cache:
+        for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="a RadixCache cannot be copied or pickled; make another one"):
+                copied(cache)
+        assert check(llama, [PROMPT], cache) == ({"pool": 0, "disk": 0},)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "half \ud800 of a pair"])
+def test_a_path_that_no_folder_can_have_is_refused(llama: PreTrainedModel, path: str) -> None:
+    with pytest.raises(TierError, match=r"the store '.*' cannot be opened: "):
+        cache_of(llama, Path(path))
 
 
 def test_models_and_settings_that_cannot_be_served_are_refused(llama: PreTrainedModel, tmp_path: Path) -> None:

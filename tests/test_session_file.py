@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,7 @@ def with_content(path: Path, change: Callable[[dict[str, Any]], object]) -> None
         lambda body: body["conversation"]["messages"].pop() and None,
         lambda body: body["conversation"]["messages"][0].update(role="tool"),
         lambda body: body["conversation"]["messages"][0].update(content=None),
+        lambda body: body["conversation"]["messages"][0].update(content="\ud800"),
         lambda body: body["conversation"]["answers"][0].update(start=-1),
         lambda body: body["conversation"]["answers"][0].update(start=99),
         lambda body: body["conversation"]["answers"][0].update(before=[True]),
@@ -307,12 +309,83 @@ def test_tokens_that_the_model_has_not_are_refused(make_engine: MakeEngine, tmp_
 def test_places_that_cannot_be_read_or_written_are_named(tmp_path: Path) -> None:
     engine = scripted()
     refused(engine, tmp_path / "none.json", "cannot be read: No such file")
-    refused(engine, tmp_path, "cannot be read: Is a directory")
+    refused(engine, tmp_path, "cannot be read: it is no regular file")
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "none" / "chat.json", tmp_path / "folder"):
         with pytest.raises(SessionFileError, match=f"cannot be saved as {path}: "):
             engine.session().save(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("path", ["a\0b", "half \ud800 of a pair"])
+def test_a_path_that_no_file_can_have_is_refused(path: str) -> None:
+    engine = scripted()
+    with pytest.raises(SessionFileError, match="cannot be saved as '"):
+        engine.session().save(path)
+    with pytest.raises(SessionFileError, match=r"the session '.* cannot be read: "):
+        load(engine, Path(path))
+
+
+@pytest.mark.parametrize("path", ["", ".", "/", "/dev/null", "/dev/zero", "pipe"])
+def test_what_is_no_regular_file_is_neither_read_nor_replaced(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    before, engine = os.stat(path or "."), scripted()
+    with pytest.raises(SessionFileError, match="that is no regular file"):
+        engine.session().save(path)
+    with pytest.raises(SessionFileError, match="it is no regular file"):
+        Session.load(engine, path)
+    assert os.stat(path or ".").st_mode == before.st_mode
+    assert os.listdir() == ["pipe"]
+
+
+def test_a_foreign_file_of_any_size_is_refused_by_its_beginning(saved: Path) -> None:
+    saved.write_bytes(b"")
+    os.truncate(saved, 1 << 40)  # takes no room, and would take all memory
+    refused(scripted(), saved, "is no session of radixkv")
+
+
+def test_a_link_to_the_file_stays_a_link(saved: Path, tmp_path: Path) -> None:
+    link, other = tmp_path / "link.json", tmp_path / "folder" / "other.json"
+    other.parent.mkdir()
+    endless = tmp_path / "endless.json"
+    endless.symlink_to(endless)
+    with pytest.raises(SessionFileError, match="that is no regular file"):
+        load(scripted(), saved).save(endless)
+    link.symlink_to(other)
+    load(scripted(), saved).save(link)  # makes the file that the link names
+    assert link.is_symlink()
+    assert load(scripted(), link).token_ids == load(scripted(), other).token_ids == load(scripted(), saved).token_ids
+
+
+def test_a_name_may_be_as_long_as_the_file_system_allows(saved: Path, tmp_path: Path) -> None:
+    session = load(scripted(), saved)
+    session.save(tmp_path / ("x" * 255))
+    assert load(scripted(), tmp_path / ("x" * 255)).token_ids == session.token_ids
+
+
+def test_who_writes_the_file_at_the_same_time_neither_mixes_with_it_nor_loses_a_file_beside_it(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process is at the same point in the middle of this one's write."""
+    session, neighbour = load(scripted(), saved), saved.with_name("chat.json.new")
+    neighbour.write_text("mine")
+    fsync = os.fsync
+
+    def another_begins(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(SessionFileError, match="No space left on device"):
+            session.save(saved)
+        monkeypatch.setattr(os, "fsync", fsync)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", another_begins)
+    session.save(saved)
+    assert load(scripted(), saved).token_ids == session.token_ids
+    assert neighbour.read_text() == "mine"
+    assert sorted(entry.name for entry in saved.parent.iterdir()) == ["chat.json", "chat.json.new"]
 
 
 # -------------------------------------------------------------------------------------------------- what must match

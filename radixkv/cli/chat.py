@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -24,6 +25,8 @@ from radixkv.errors import InvalidRequestError, MissingChatTemplateError, Missin
 if TYPE_CHECKING:
     from radixkv.engine.engine import Engine
     from radixkv.engine.session import Session
+
+MAX_DIGITS = 9  # of the number of a branch
 
 CHAT_EPILOG = """
 **Examples**
@@ -80,10 +83,14 @@ def chat(
 
 
 def _check_place(saved_as: Path, system: str | None) -> None:
-    """Raises: InvalidRequestError if the file's folder does not exist, or `system` is given for a file that does."""
-    if not saved_as.absolute().parent.is_dir():
+    """Raises: InvalidRequestError if there can be no such file, or `system` is given for one that is there."""
+    try:
+        is_there, has_folder = saved_as.exists(), saved_as.absolute().parent.is_dir()
+    except OSError as error:
+        raise InvalidRequestError(f"--session {saved_as}: {error.strerror}") from error
+    if not has_folder:
         raise InvalidRequestError(f"--session: there is no folder {saved_as.absolute().parent}")
-    if system is not None and saved_as.exists():
+    if system is not None and is_there:
         raise InvalidRequestError(
             f"--session: the conversation in {saved_as} has its own beginning; leave --system out, or give another file"
         )
@@ -191,7 +198,8 @@ class Chat:
 
     def switch(self, number: str) -> None:
         """Go to branch N."""
-        if not number.isdecimal() or int(number) not in self._branches:
+        is_number = number.isdecimal() and len(number) <= MAX_DIGITS
+        if not is_number or int(number) not in self._branches:
             note(f"/switch needs the number of a branch: {', '.join(map(str, self._branches))}")
             return
         self._current = int(number)
@@ -202,7 +210,7 @@ class Chat:
         if not file:
             note("/save needs the name of a file")
             return
-        self.session.save(Path(file).expanduser())
+        self.session.save(os.path.expanduser(file))  # unlike Path, it leaves the ~ of no user as it is
         typer.echo(f"saved {self._describe(self._current)}")
 
     def reset(self, _: str) -> None:

@@ -134,7 +134,7 @@ def replay(
     """
     _check_one_of(capacity_tokens, tiers)
     capacities = [] if capacity_tokens is None else _capacities(capacity_tokens)
-    hierarchies, writes = [tier_sizes(text) for text in tiers or []], _writes(tier_writes)
+    hierarchies, writes = _hierarchies(tiers or []), _writes(tier_writes)
     policies = _policies(policy, has_optimum=tiers is None)
     _check_places(json_file, plot_file)
     encode = None if tokenizer is None else load_tokenizer(tokenizer)
@@ -175,6 +175,11 @@ def _capacities(text: str) -> list[int]:
     if len(capacities) < len(counts):
         raise ConfigError(f"--capacity-tokens must be positive numbers of tokens, comma-separated, not {text!r}")
     return list(dict.fromkeys(capacities))
+
+
+def _hierarchies(texts: Sequence[str]) -> list[tuple[TierSize, ...]]:
+    """Each of them once."""
+    return list(dict.fromkeys(tuple(tier_sizes(text)) for text in texts))
 
 
 def _policies(text: str, *, has_optimum: bool) -> list[str]:

@@ -21,8 +21,8 @@ CROWDED = 1.25  # sizes that differ by a smaller factor have no room for a label
 
 def check_plot(path: Path) -> None:
     """Raises: ConfigError without matplotlib, and for an image format that it cannot write."""
-    formats = _new_figure().canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in formats:
+    formats = [name for name in _new_figure().canvas.get_supported_filetypes() if name != "pgf"]  # which needs TeX
+    if path.suffix.removeprefix(".").lower() not in formats:
         raise ConfigError(
             f"--plot {path} must name an image format: end it with .png or another of {', '.join(formats)}"
         )

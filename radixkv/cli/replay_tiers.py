@@ -114,18 +114,19 @@ def write_tiers_plot(report: TiersReport, path: Path) -> None:
     Raises: ConfigError without matplotlib, and if the place cannot be written.
     """
     with save(path, f"{Path(report.trace).name}: {report.requests:,} requests, {report.tokens:,} tokens") as axes:
-        labels = [_label(result) for result in report.results]
-        starts = [0.0] * len(labels)
+        rows = range(len(report.results))  # by number: sizes that differ by little have one label
+        starts = [0.0] * len(rows)
         for number, name in enumerate(TIER_NAMES):
             shares = [
                 100 * sum(result.share_of(tier) for tier in result.tiers if tier.name == name)
                 for result in report.results
             ]
             if any(name == tier.name for result in report.results for tier in result.tiers):
-                axes.barh(labels, shares, left=starts, label=name, color=COLORS[number], height=0.6)
+                axes.barh(rows, shares, left=starts, label=name, color=COLORS[number], height=0.6)
             starts = [start + share for start, share in zip(starts, shares, strict=True)]
         axes.axvline(100 * report.ceiling, color="black", linestyle=":", linewidth=1.2, label="ceiling (no limit)")
         axes.set_axisbelow(True)
+        axes.set_yticks(rows, labels=[_label(result) for result in report.results])
         axes.invert_yaxis()
         axes.set_xlabel("prompt tokens hit, %")
         axes.grid(axis="x", alpha=0.25)

@@ -11,10 +11,12 @@ tokenizer that they depend on.
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 from radixkv.cache.token_ids import TokenIds
 from radixkv.engine.arguments import CacheOptions, checked_cache_options
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 UserSpecialTokens = Literal["allow", "text"]
 
 FORMAT, VERSION = "radixkv session", 1
+MAX_HEAD_BYTES = 4096  # of the first line
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token")  # that chat templates write
 SAMPLE = (
     "Hello, world!\n\n  It's 12345 tokens:\tx_y <a> [INST] "
@@ -61,9 +64,16 @@ def write_session(path: Path, saved: SavedSession, engine: Engine) -> None:
     body = json.dumps(content).encode()
     head = json.dumps({"format": FORMAT, "version": VERSION, "checksum": _checksum(body)}).encode()
     try:
-        replace_file(path, head + b"\n" + body + b"\n")
+        target = Path(os.path.realpath(path))  # a link stays one
+        if os.path.lexists(target) and not target.is_file():  # a link that leads to itself, too
+            raise SessionFileError(f"the session cannot be saved as {path}: that is no regular file")
+        replace_file(target, head + b"\n" + body + b"\n", alone=False)
+    except SessionFileError:
+        raise
     except OSError as error:
         raise SessionFileError(f"the session cannot be saved as {path}: {error.strerror}") from error
+    except ValueError as error:  # a NUL byte, or half of a surrogate pair
+        raise SessionFileError(f"the session cannot be saved as {str(path)!r}: {error}") from error
 
 
 def read_session(path: Path, engine: Engine) -> SavedSession:
@@ -73,10 +83,14 @@ def read_session(path: Path, engine: Engine) -> SavedSession:
         encodes or renders something else than the engine's.
     """
     try:
-        whole = path.read_bytes()
+        with _opened(path) as file:
+            content = _checked_content(path, file)
+    except SessionFileError:
+        raise
     except OSError as error:
         raise SessionFileError(f"the session {path} cannot be read: {error.strerror}") from error
-    content = _checked_content(path, whole)
+    except ValueError as error:  # a NUL byte, or half of a surrogate pair
+        raise SessionFileError(f"the session {str(path)!r} cannot be read: {error}") from error
     try:
         _check_tokenizer(path, content["tokenizer"], engine)
         return SavedSession(
@@ -119,10 +133,22 @@ def tokenizer_hashes(engine: Engine) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------- inside
 
 
-def _checked_content(path: Path, whole: bytes) -> dict[str, Any]:
-    head, _, body = whole.partition(b"\n")
+def _opened(path: Path) -> BinaryIO:
+    """A file to read; no pipe, which would be waited for, and no device, which may have no end.
+
+    Raises: OSError, SessionFileError.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise SessionFileError(f"the session {path} cannot be read: it is no regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _checked_content(path: Path, file: BinaryIO) -> dict[str, Any]:
+    """The second line, once the first has told that the file is ours; of any other no more is read."""
     try:
-        described = json.loads(head)
+        described = json.loads(file.readline(MAX_HEAD_BYTES))
         is_ours = described["format"] == FORMAT
         version = _of_type(described["version"], int)
     except (LookupError, TypeError, ValueError, RecursionError):
@@ -134,6 +160,7 @@ def _checked_content(path: Path, whole: bytes) -> dict[str, Any]:
             f"the session {path} was saved by a newer radixkv, in version {version} of the format; this one reads "
             f"version {VERSION}"
         )
+    body = file.read()
     if version < 1 or not body.endswith(b"\n") or described.get("checksum") != _checksum(body[:-1]):
         raise SessionFileError(f"the session {path} is damaged or cut short: its checksum does not fit")
     try:
@@ -205,7 +232,7 @@ def _read_conversation(
     messages = tuple(
         {
             "role": _one_of(message["role"], "system", "user", "assistant"),
-            "content": _of_type(message["content"], str),
+            "content": _text(message["content"]),
         }
         for message in content["messages"]
     )
@@ -218,6 +245,12 @@ def _of_type(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise TypeError(f"{value!r} is no {kind.__name__}")
     return value
+
+
+def _text(value: object) -> str:
+    text: str = _of_type(value, str)
+    text.encode()  # raises UnicodeEncodeError, which is a ValueError
+    return text
 
 
 def _one_of(value: Any, *allowed: str) -> Any:

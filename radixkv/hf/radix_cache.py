@@ -23,7 +23,15 @@ from radixkv.hf.disk_tier import DiskTier
 from radixkv.hf.forward_inputs import eos_token_ids, num_logits, without_leading_columns
 from radixkv.hf.page_store import LayerStates, PageStore
 from radixkv.hf.probe import probe_prefixes
-from radixkv.hf.support import check_inputs, check_model, check_positions, check_prompt, position_limit, sees_columns
+from radixkv.hf.support import (
+    check_inputs,
+    check_model,
+    check_positions,
+    check_prompt,
+    position_limit,
+    sees_columns,
+    weights_state,
+)
 from radixkv.tiers.tier import TierStats
 
 MIN_SHARED_TOKENS = 64
@@ -68,8 +76,9 @@ class RadixCache(Cache):  # type: ignore[misc]
     where asked for, begin there. A common prefix of all rows that is not stored yet is computed once, before the rows.
 
     Between calls the object looks empty to transformers: to continue an output, pass all its tokens from the first on,
-    not the last one alone, which would begin a new sequence. Call `reset` when the weights or the adapters of the model
-    change. Not thread-safe: a second call at the same time is refused.
+    not the last one alone, which would begin a new sequence. Weights that were replaced, moved or written to between
+    calls are noticed, and all is forgotten; call `reset` after a change through `parameter.data`, and when adapters are
+    switched. Not thread-safe: a second call at the same time is refused. It cannot be copied or pickled.
 
     With `disk_cache` prefixes survive the process: what a call stores is written there in the background, and what the
     pages lack is loaded from there where that is faster than computing it. The folder is of the same kind as that of
@@ -122,6 +131,7 @@ class RadixCache(Cache):  # type: ignore[misc]
         self._cached_tokens: tuple[int, ...] = ()
         self._disk_tokens: tuple[int, ...] = ()
         self._disk_cache, self._disk_cache_gb = disk_cache, disk_cache_gb
+        self._weights = weights_state(model)
         self._disk = self._open_disk(probed.states)
         self._query_tokens = self._hit_tokens = 0
         model.generate = MethodType(generate, model)
@@ -176,6 +186,10 @@ class RadixCache(Cache):  # type: ignore[misc]
         self.reset()
         self._is_closed = True
 
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Refused: pages, threads and the lock on `disk_cache` belong to one object. Raises: TypeError."""
+        raise TypeError("a RadixCache cannot be copied or pickled; make another one")
+
     def __enter__(self) -> Self:
         return self
 
@@ -196,6 +210,9 @@ class RadixCache(Cache):  # type: ignore[misc]
             raise InvalidRequestError("this RadixCache serves another call of generate; make one for each thread")
         if self._is_closed:
             raise ClosedError("the RadixCache was closed; make a new one")
+        if (weights := weights_state(model)) != self._weights:
+            self.reset()
+            self._weights = weights
         if self._disk_cache is not None and self._disk is None:  # it was reset
             self._disk = self._open_disk(probe_prefixes(model).states)
         hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)

@@ -117,6 +117,14 @@ def _sees_later_tokens(model: PreTrainedModel) -> bool:
     return any(getattr(module, "is_causal", None) is False for module in decoder.modules())
 
 
+def weights_state(model: PreTrainedModel) -> tuple[tuple[object, ...], ...]:
+    """What changes when the parameters of `model` are replaced, moved, or written to. O(parameters), not their bytes.
+
+    What is written through `parameter.data`, or to parameters made in inference mode, is not seen.
+    """
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in model.parameters())
+
+
 def _check_layers(model: PreTrainedModel) -> None:
     """Refuse layers that keep something else than KV, and gaps: the layers of a call are those that kept something."""
     placeholders = [type(layer).__name__ == "DummyLayer" for layer in kv_layers(model.config)]

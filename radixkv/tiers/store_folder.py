@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import blake2b
@@ -73,6 +74,8 @@ class StoreFolder:
                 self._take_lock()
         except OSError as error:
             raise TierError(f"the store {self.path} cannot be opened: {error.strerror}") from error
+        except ValueError as error:  # a NUL byte, or half of a surrogate pair
+            raise TierError(f"the store {str(self.path)!r} cannot be opened: {error}") from error
 
     def _check_kind(self) -> None:
         if not self.path.exists():
@@ -90,17 +93,17 @@ class StoreFolder:
         lock = os.open(self.path / MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()[:64]}\n".encode(), 0)
         except BlockingIOError:
             owner = os.pread(lock, 200, 0).decode("utf-8", "replace").strip() or "another process"
             os.close(lock)
             raise TierError(
                 f"the store {self.path} is in use by {owner}; one engine at a time owns a store: give another path"
             ) from None
-        except OSError:
+        except OSError:  # of a full disk, too
             os.close(lock)
             raise
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()[:64]}\n".encode(), 0)
         self._lock = lock
 
     def store_path(self, identity: bytes) -> Path:
@@ -186,10 +189,18 @@ def write_description(described: Description) -> None:
     replace_file(described.folder / DESCRIPTION, json.dumps(content, indent=2).encode())
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a private file so that at any moment it is there whole, as it was or as it is to be. Raises: OSError."""
-    draft = path.with_name(path.name + ".new")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+def replace_file(path: Path, content: bytes, *, alone: bool = True) -> None:
+    """Write a private file so that at any moment it is there whole, as it was or as it is to be. Raises: OSError.
+
+    alone: whether nobody else writes it at the same time. A draft that a kill leaves behind is written over then; else
+        each has a name of its own, so that none is taken for another.
+    """
+    if alone:
+        draft = path.with_name(path.name + ".new")
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    else:
+        descriptor, name = tempfile.mkstemp(".new", ".radixkv-", path.parent)  # short, as `path` may have a long name
+        draft = Path(name)
     try:
         try:
             written = 0
@@ -199,7 +210,7 @@ def replace_file(path: Path, content: bytes) -> None:
         finally:
             os.close(descriptor)
         os.replace(draft, path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             draft.unlink()
         raise
