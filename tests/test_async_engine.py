@@ -14,8 +14,9 @@ import torch
 
 from oracles import GreedyOracle
 from prompts import random_ids
-from radixkv import AsyncEngine, EngineConfig, RequestOutput, SamplingParams
+from radixkv import AsyncEngine, EngineConfig, Progress, RequestOutput, SamplingParams, Usage
 from radixkv.engine.assembly import EngineParts, assemble
+from radixkv.engine.results import Outbox
 from radixkv.engine.step_input import StepInput
 from radixkv.errors import ClosedError, ConfigError, EngineFailedError, InvalidRequestError, QueueFullError
 from runners import Around, TamperedRunner
@@ -177,6 +178,13 @@ def checks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return function(*arguments, **keywords)
 
     monkeypatch.setattr(asyncio, "to_thread", call)
+
+
+def test_progress_that_was_not_taken_is_joined_with_what_it_used() -> None:
+    outbox = Outbox()
+    outbox.put(Progress(1, [5], "a", None, usage=Usage(9, 4, 5, 1)))
+    outbox.put(Progress(1, [6, 7], "bc", None))
+    assert outbox.take() == Progress(1, [5, 6, 7], "abc", None, usage=Usage(9, 4, 5, 3))
 
 
 @pytest.mark.usefixtures("checks_at_once")

@@ -343,6 +343,7 @@ print(model.generate(torch.tensor([PROMPT]), past_key_values=cache, do_sample=Fa
 """
 
 
+@pytest.mark.stress
 def test_another_process_finds_what_one_left_that_closed_nothing(llama: PreTrainedModel, tmp_path: Path) -> None:
     code = UNCLOSED.replace("PATH", repr(str(tmp_path))).replace("PROMPT", repr(PROMPT))
     done = subprocess.run(

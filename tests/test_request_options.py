@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prompts import random_ids
-from radixkv import Engine, RequestOutput, SamplingParams
+from radixkv import Engine, RequestOutput, SamplingParams, Usage
 from radixkv.engine.gpu_sampling import DeviceSampler
 from radixkv.engine.scheduler import MAX_PROMPT_LOGITS
 from radixkv.engine.step_input import StepInput
@@ -194,8 +194,8 @@ def test_a_mixture_in_a_small_pool_gives_what_each_gives_alone(make_engine: Make
         (alone,) = engine.generate(prompt, params)
         assert [c.token_ids for c in output.choices] == [c.token_ids for c in alone.choices]
         assert {c.finish_reason for c in output.choices} == {"length"}
-        assert alone.usage == (len(prompt), 0, len(prompt), sum(len(c.token_ids) for c in alone.choices))
-        prompt_tokens, cached, written, _ = output.usage
+        assert alone.usage == Usage(len(prompt), 0, len(prompt), sum(len(c.token_ids) for c in alone.choices))
+        prompt_tokens, cached, written, *_ = output.usage
         assert 0 <= cached < prompt_tokens
         assert 0 <= written <= prompt_tokens - cached
         if params.prompt_logprobs is not None:

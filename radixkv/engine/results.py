@@ -44,6 +44,10 @@ class Outbox:
 
 
 def _joined(pending: Sequence[Progress]) -> Progress:
+    usage = pending[0].usage
+    if usage is not None:
+        later_tokens = sum(len(progress.token_ids) for progress in pending[1:])
+        usage = usage._replace(output_tokens=usage.output_tokens + later_tokens)
     logprobs = [progress.logprobs for progress in pending if progress.logprobs is not None]
     return Progress(
         pending[0].request_id,
@@ -53,7 +57,7 @@ def _joined(pending: Sequence[Progress]) -> Progress:
         pending[0].choice_index,
         list(chain.from_iterable(logprobs)) if logprobs else None,
         pending[0].prompt_logprobs,
-        pending[0].usage,
+        usage,
     )
 
 
