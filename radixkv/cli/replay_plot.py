@@ -33,7 +33,7 @@ def write_plot(report: ReplayReport, path: Path) -> None:
 
     Raises: as `check_plot`, and ConfigError if the place cannot be written.
     """
-    with save(path, f"{Path(report.trace).name}: {report.requests:,} requests, {report.tokens:,} tokens") as axes:
+    with save(path, report.title) as axes:
         _draw(axes, report)
         _scale(axes, sorted({result.capacity_tokens for result in report.results}))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from radixkv.replay.simulation import BELADY, ReplayResult
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayReport:
-    """What was replayed, and what came of it. `page_tokens` tokens are hit, stored and evicted together."""
+class Replayed:
+    """What was replayed. `page_tokens` tokens are hit, stored and evicted together."""
 
     trace: str
     requests: int
@@ -21,18 +21,26 @@ class ReplayReport:
     keys: str
     page_tokens: int
     ceiling: float
+
+    @property
+    def title(self) -> str:
+        """What tables and pictures are called."""
+        return f"{Path(self.trace).name}: {self.requests:,} requests, {self.tokens:,} tokens"
+
+    def what(self) -> dict[str, Any]:
+        """What was replayed, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(Replayed)}
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayReport(Replayed):
+    """What was replayed, and what came of it."""
+
     results: list[ReplayResult]
 
     def as_dict(self) -> dict[str, Any]:
         """All figures by name, for `--json`."""
-        return {
-            "trace": self.trace,
-            "requests": self.requests,
-            "tokens": self.tokens,
-            "malformed_lines": self.malformed_lines,
-            "keys": self.keys,
-            "page_tokens": self.page_tokens,
-            "ceiling": self.ceiling,
+        return self.what() | {
             "results": [
                 {
                     "policy": result.policy,
@@ -54,7 +62,7 @@ def print_table(report: ReplayReport) -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"{escape(Path(report.trace).name)}: {report.requests:,} requests, {report.tokens:,} tokens",
+        title=escape(report.title),
         caption=f"{BELADY}: the clairvoyant optimum; ceiling, without limit: {percent(report.ceiling)}",
         box=box.SIMPLE,
     )

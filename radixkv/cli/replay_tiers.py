@@ -9,6 +9,7 @@ from typing import Any
 
 from radixkv.cli.display import percent
 from radixkv.cli.replay_plot import COLORS, save, short_count
+from radixkv.cli.replay_report import Replayed
 from radixkv.cli.token_counts import token_count
 from radixkv.errors import ConfigError
 from radixkv.replay.tiered import TieredResult, TierSize
@@ -48,21 +49,13 @@ def tiers_text(sizes: Sequence[TierSize]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class TiersReport:
-    """What was replayed through tiers, and what came of it. `page_tokens` tokens are hit and stored together."""
+class TiersReport(Replayed):
+    """What was replayed through tiers, and what came of it."""
 
-    trace: str
-    requests: int
-    tokens: int
-    malformed_lines: int
-    keys: str
-    page_tokens: int
-    ceiling: float
     results: list[TieredResult]
 
     def as_dict(self) -> dict[str, Any]:
         """All figures by name, for `--json`."""
-        figures = {name: getattr(self, name) for name in self.__slots__ if name != "results"}
         results = [
             {
                 "policy": result.policy,
@@ -72,7 +65,7 @@ class TiersReport:
             }
             for result in self.results
         ]
-        return figures | {"results": results}
+        return self.what() | {"results": results}
 
 
 def print_tiers_table(report: TiersReport) -> None:
@@ -83,7 +76,7 @@ def print_tiers_table(report: TiersReport) -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"{escape(Path(report.trace).name)}: {report.requests:,} requests, {report.tokens:,} tokens",
+        title=escape(report.title),
         caption=f"so far: with the tiers above; ceiling, without limit: {percent(report.ceiling)}",
         box=box.SIMPLE,
     )
@@ -113,7 +106,7 @@ def write_tiers_plot(report: TiersReport, path: Path) -> None:
 
     Raises: ConfigError without matplotlib, and if the place cannot be written.
     """
-    with save(path, f"{Path(report.trace).name}: {report.requests:,} requests, {report.tokens:,} tokens") as axes:
+    with save(path, report.title) as axes:
         rows = range(len(report.results))  # by number: sizes that differ by little have one label
         starts = [0.0] * len(rows)
         for number, name in enumerate(TIER_NAMES):
