@@ -97,9 +97,9 @@ def assemble(
     if isinstance(model, str | PathLike):
         raise ConfigError(f"model must be a loaded model, not {model!r}; to load one, use from_pretrained({model!r})")
     config = config or EngineConfig()
-    weights = (
-        hash_weights(model, weight_files, config) if asks_for_tiers(config) else ""
-    )  # before anything is laid out anew
+    weights = ""
+    if asks_for_tiers(config):
+        weights = hash_weights(model, weight_files, config)  # before anything is laid out anew
     layers = plug_in_paged_attention(model.eval())
     speed_up_linears(model)
     fused = fuse(model, layers) if config.fused_layers else None

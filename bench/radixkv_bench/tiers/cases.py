@@ -24,6 +24,7 @@ from radixkv_bench.tiers.workload import (
     drop_from_memory,
     files_of,
     first_token_s,
+    get_going,
     settings_of,
 )
 
@@ -43,15 +44,16 @@ def restart(model: PreTrainedModel, sizes: Sizes) -> Figures:
                 if is_dropped:
                     drop_from_memory(Path(folder))
                 with Engine(model, None, settings) as engine:
-                    engine.generate(sizes.prompt(2000 + number, 64), ONE)  # the first steps of any engine take longer
+                    get_going(engine, sizes, 2 * number + is_dropped)
                     (dropped if is_dropped else loaded).append(first_token_s(engine, prompt, "disk"))
                     found.append(first_token_s(engine, prompt, "pool"))
-                    engine.reset_cache()  # this one knows how fast it computes, so it loads all there is
+                    engine.reset_cache()
                     again.append(first_token_s(engine, prompt, "disk"))
             read.append(_read_s(Path(folder)))
     pool_s = median(found)
     page_bytes = _page_bytes(model, sizes)
     num_bytes = sizes.prompt_tokens // sizes.page_size * page_bytes
+    loads = {"loading": loaded, "loading again": again}
     return {
         "computed_s": median(computed),
         "loaded_s": median(loaded),
@@ -61,9 +63,11 @@ def restart(model: PreTrainedModel, sizes: Sizes) -> Figures:
         "loaded / found": median(loaded) / pool_s,
         "loaded again / found": median(again) / pool_s,
         "loaded_from_medium / computed": median(dropped) / median(computed),
-        "loaded_mb_s": num_bytes / 1e6 / max(1e-9, median(again) - pool_s),
         "reading_the_files_mb_s": median(read),
-        "loading / reading": num_bytes / 1e6 / max(1e-9, median(again) - pool_s) / median(read),
+        **{
+            f"{name} / reading": _mb_s(num_bytes, median(times) - pool_s) / median(read)
+            for name, times in loads.items()
+        },
     }
 
 
@@ -224,6 +228,10 @@ def _page_bytes(model: PreTrainedModel, sizes: Sizes) -> int:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
     return int(values * model.dtype.itemsize * sizes.page_size)
+
+
+def _mb_s(num_bytes: int, seconds: float) -> float:
+    return num_bytes / 1e6 / max(1e-9, seconds)
 
 
 def _read_s(folder: Path) -> float:

@@ -15,7 +15,7 @@ from radixkv import Engine
 from radixkv_bench.common.errors import BenchError
 from radixkv_bench.common.models import load, quiet_transformers
 from radixkv_bench.common.redis_server import NO_SERVER, SERVER, running_redis
-from radixkv_bench.tiers.workload import ONE, Figures, Sizes, drop_from_memory, first_token_s, settings_of
+from radixkv_bench.tiers.workload import ONE, Figures, Sizes, drop_from_memory, first_token_s, get_going, settings_of
 
 WRITTEN = "written"
 
@@ -34,7 +34,7 @@ def killed(model: PreTrainedModel, sizes: Sizes) -> Figures:
                     if is_dropped:
                         drop_from_memory(Path(folder))
                     with Engine(model, None, settings_of(sizes, 2 * sizes.prompt_tokens, disk_cache=folder)) as engine:
-                        engine.generate(sizes.prompt(2000 + number, 64), ONE)
+                        get_going(engine, sizes, 2 * number + is_dropped)
                         times.append(first_token_s(engine, prompt, "disk"))
                         found.append(first_token_s(engine, prompt, "pool"))
     return {
@@ -93,7 +93,7 @@ def shared(model: PreTrainedModel, sizes: Sizes) -> Figures:
         with Engine(model, None, settings) as first, Engine(model, None, settings) as second:
             computed_s = [first_token_s(first, prompt) for prompt in prompts]
             first.flush_tiers()
-            second.generate(sizes.prompt(2000, 64), ONE)
+            get_going(second, sizes, 0)
             before = second.stats().computed_tokens
             loaded_s = [first_token_s(second, prompt, "shared") for prompt in prompts]
             computed = second.stats().computed_tokens - before

@@ -49,6 +49,15 @@ def settings_of(sizes: Sizes, kv_cache_tokens: int, **tier: Any) -> EngineConfig
     )
 
 
+def get_going(engine: Engine, sizes: Sizes, number: int) -> None:
+    """Compute a short prompt, another for each `number`: the first steps of any engine take longer.
+
+    It must not be stored yet: an engine that has computed nothing leaves some of its first long load to be computed.
+    """
+    (output,) = engine.generate(sizes.prompt(2000 + number, 64), ONE)
+    assert output.cached_tokens == 0, output.cached_by
+
+
 def first_token_s(engine: Engine, prompt: list[int], source: str | None = None) -> float:
     """Seconds to the first token of `prompt`; `source` is where it must be found."""
     (output,) = engine.generate(prompt, ONE)
