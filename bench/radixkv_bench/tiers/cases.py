@@ -63,6 +63,7 @@ def restart(model: PreTrainedModel, sizes: Sizes) -> Figures:
         "loaded / found": median(loaded) / pool_s,
         "loaded again / found": median(again) / pool_s,
         "loaded_from_medium / computed": median(dropped) / median(computed),
+        "loaded_from_medium / found": median(dropped) / pool_s,
         "reading_the_files_mb_s": median(read),
         **{
             f"{name} / reading": _mb_s(num_bytes, median(times) - pool_s) / median(read)
