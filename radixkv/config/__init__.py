@@ -7,13 +7,21 @@ from __future__ import annotations
 
 from radixkv.config.cache_config import CacheConfig
 from radixkv.config.cache_quota import CacheQuota
-from radixkv.config.engine_config import KV_CACHE_DTYPES, SCHEDULE_POLICIES, EngineConfig, SchedulePolicy, TierWrites
+from radixkv.config.engine_config import (
+    GB,
+    KV_CACHE_DTYPES,
+    SCHEDULE_POLICIES,
+    EngineConfig,
+    SchedulePolicy,
+    TierWrites,
+)
 from radixkv.config.limits import MAX_COUNT
 from radixkv.config.sampling_params import MAX_LOGPROBS, SamplingParams
 from radixkv.config.schema import schema_of
 from radixkv.config.server_config import ServerConfig
 
 __all__ = [
+    "GB",
     "KV_CACHE_DTYPES",
     "MAX_COUNT",
     "MAX_LOGPROBS",

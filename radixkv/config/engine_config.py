@@ -11,6 +11,7 @@ from radixkv.errors import ConfigError
 
 SchedulePolicy = Literal["lpm", "fcfs"]
 SCHEDULE_POLICIES: tuple[SchedulePolicy, ...] = get_args(SchedulePolicy)
+GB = 1_000_000_000  # bytes of a gigabyte in settings
 TierWrites = Literal["through", "selective", "back"]
 KV_CACHE_DTYPES = ("auto", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 

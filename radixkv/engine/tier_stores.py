@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from radixkv.config import EngineConfig
+from radixkv.config import GB, EngineConfig
 from radixkv.errors import ConfigError
 from radixkv.memory.kv_identity import kv_identity, weight_tensors
 from radixkv.memory.kv_pool import KVPool
@@ -20,8 +20,6 @@ from radixkv.tiers.memory_store import HostStore
 from radixkv.tiers.page_store import PageStore
 from radixkv.tiers.shared_store import SharedStore
 from radixkv.tiers.store_folder import weights_cache
-
-GB = 1_000_000_000
 
 
 def asks_for_tiers(config: EngineConfig) -> bool:

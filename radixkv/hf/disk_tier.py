@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
+from radixkv.config import GB
 from radixkv.hf.page_store import Tokens
 from radixkv.memory.kv_identity import kv_identity, weight_tensors
 from radixkv.memory.kv_pool import KVPool
@@ -24,8 +25,6 @@ from radixkv.tiers.page_chain import PageChain
 from radixkv.tiers.prefix_load import LoadChooser, PrefixLoad
 from radixkv.tiers.run_copies import RunCopies
 from radixkv.tiers.tier import Tier, TierStats
-
-GB = 1_000_000_000
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from radixkv.config.checks import Bounds, checked_int, checked_number, shown
+from radixkv.config import EngineConfig
+from radixkv.config.checks import checked_int, shown
+from radixkv.config.setting import field_check, setting_field
 from radixkv.errors import ClosedError, ConfigError, InvalidRequestError, UnsupportedModelError
 from radixkv.hf.call import Call
 from radixkv.hf.chunk_buffer import ByteMeter
@@ -36,6 +38,9 @@ from radixkv.tiers.tier import TierStats
 
 MIN_SHARED_TOKENS = 64
 """What computing the common prefix of a batch first must save, in tokens over all rows: a forward pass costs time."""
+
+
+_check_disk_cache_gb = field_check(setting_field(EngineConfig, "disk_cache_gb"))
 
 
 class RadixCacheStats(NamedTuple):
@@ -116,7 +121,7 @@ class RadixCache(Cache):  # type: ignore[misc]
         """
         max_tokens, page_size = checked_int("max_tokens", max_tokens, 1), checked_int("page_size", page_size, 1)
         chunk_tokens = checked_int("chunk_tokens", chunk_tokens, 1)
-        disk_cache_gb = checked_number("disk_cache_gb", disk_cache_gb, Bounds(above=0, maximum=1_000_000))
+        capacity_gb: Any = _check_disk_cache_gb("disk_cache_gb", disk_cache_gb)
         if not isinstance(disk_cache, str | Path | None):
             raise ConfigError(f"disk_cache must be the path of a folder, or None, not {shown(disk_cache)}")
         check_model(model)
@@ -130,7 +135,7 @@ class RadixCache(Cache):  # type: ignore[misc]
         self._is_closed = False
         self._cached_tokens: tuple[int, ...] = ()
         self._disk_tokens: tuple[int, ...] = ()
-        self._disk_cache, self._disk_cache_gb = disk_cache, disk_cache_gb
+        self._disk_cache, self._disk_cache_gb = disk_cache, float(capacity_gb)
         self._weights = weights_state(model)
         self._disk = self._open_disk(probed.states)
         self._query_tokens = self._hit_tokens = 0

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.namespace import Namespace
-from radixkv.config import SamplingParams, ServerConfig
+from radixkv.config import GB, SamplingParams, ServerConfig
 from radixkv.engine.async_engine import AsyncEngine
 from radixkv.engine.outputs import RequestOutput
 from radixkv.errors import ConfigError, RadixKVError
@@ -36,7 +36,6 @@ from radixkv.serving.wire import JsonAnswer
 
 T = TypeVar("T")
 HEALTH_TIMEOUT_S = 30.0
-GB = 1_000_000_000
 
 
 class Call(Protocol):
