@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import gc
+import logging
 import os
 
 import torch
@@ -41,8 +42,12 @@ settings.load_profile("brief")
 def pytest_collection_finish() -> None:
     """Take what is loaded out of the garbage collector's sight: a full collection takes a second with it.
 
-    The interpreter sees it again at its end, when it clears everything away.
+    The interpreter sees it again at its end, when it clears everything away. And let every logger hand its records on:
+    to each of the sixty that do not (most are torch's) pytest hangs its handlers six times a test.
     """
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.propagate = True
     gc.freeze()
     gc.enable()
     atexit.register(gc.unfreeze)
