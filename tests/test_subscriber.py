@@ -78,7 +78,7 @@ def replicas() -> Iterator[list[Replica]]:
 
 @pytest.fixture
 def subscriber() -> Iterator[KVEventSubscriber]:
-    with KVEventSubscriber(ReplicaIndex(PAGE), probe_s=0.05) as subscriber:
+    with KVEventSubscriber(ReplicaIndex(PAGE), probe_s=0.05, answer_s=0.2) as subscriber:
         yield subscriber
 
 

@@ -33,6 +33,7 @@ BATCH_EVENTS = 256
 GATHER_S = 0.002  # an event waits so long for others of the same step
 CLOSE_S = 5.0
 LINGER_MS = 200
+EPOCH_BITS = 53  # any reader of JSON keeps them
 
 
 class EventSources(NamedTuple):
@@ -94,7 +95,7 @@ class EventPublisher:
         self._max_unread = checked_int("max_unread", max_unread, 1)
         self._kept: deque[tuple[int, bytes]] = deque(maxlen=checked_int("buffer_steps", buffer_steps, 1))
         self._kept_bytes = self._next_seq = 0
-        self._mirror = TreeMirror(cache.page_size, secrets.randbits(63))
+        self._mirror = TreeMirror(cache.page_size, secrets.randbits(EPOCH_BITS))
         self._lost = False  # whether events were dropped, and what is cached did not come since
         self._closing = threading.Event()
         self._wakers = socket.socketpair()

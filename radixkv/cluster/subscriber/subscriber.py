@@ -21,7 +21,7 @@ from radixkv.publish.requirements import optional_module
 logger = logging.getLogger(__name__)
 
 PROBE_S = 1.0
-ANSWER_S = 5.0  # without another part of an answer, it is asked for anew
+ANSWER_S = 5.0
 MAX_AT_ONCE = 256  # messages of one replica, before others have their turn
 MAX_UNREAD = 10_000
 CLOSE_S = 5.0
@@ -65,12 +65,12 @@ class KVEventSubscriber:
     Hold `lock` while you use the index: the thread writes under it, one message at a time.
     """
 
-    def __init__(self, index: ReplicaIndex, *, probe_s: float = PROBE_S) -> None:
-        """Raises: MissingPackageError."""
+    def __init__(self, index: ReplicaIndex, *, probe_s: float = PROBE_S, answer_s: float = ANSWER_S) -> None:
+        """answer_s: a replica that sends nothing of an answer for so long is asked anew. Raises: MissingPackageError."""
         self._zmq = optional_module("zmq")
         optional_module("msgpack")
         self.index, self.lock = index, threading.Lock()
-        self._probe_s = probe_s
+        self._probe_s, self._answer_s = probe_s, answer_s
         self._replicas: dict[str, _Replica] = {}
         self._stats: dict[str, StreamStats] = {}
         self._news = threading.Condition()
@@ -194,7 +194,7 @@ class KVEventSubscriber:
                 case [b"", _, seq, payload]:
                     if (message := _message(seq, payload)) is not None:
                         request.parts.append(message)
-        request.until = now + ANSWER_S
+        request.until = now + self._answer_s
 
     def _end_answer(self, replica: _Replica, request: _Request, info: bytes) -> None:
         self._end_request(replica)
@@ -220,7 +220,7 @@ class KVEventSubscriber:
         asked.setsockopt(self._zmq.RCVHWM, 0)
         asked.connect(replica.replay_endpoint)
         asked.send_multipart([b"", body])
-        replica.request = _Request(asked, is_snapshot=body == wire.SNAPSHOT_REQUEST, until=now + ANSWER_S)
+        replica.request = _Request(asked, is_snapshot=body == wire.SNAPSHOT_REQUEST, until=now + self._answer_s)
         self._poller.register(asked, self._zmq.POLLIN)
 
     def _end_request(self, replica: _Replica) -> None:
