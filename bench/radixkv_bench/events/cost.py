@@ -155,7 +155,7 @@ def _stalled(publisher: EventPublisher) -> Iterator[None]:
         while num_sent < NUM_LARGE or not live.poll(0):
             publisher.queue(LARGE)
             num_sent += 1
-            while publisher._next_seq < num_sent:  # each one is a message
+            while publisher.next_seq < num_sent:  # each one is a message
                 time.sleep(0.001)
         yield
     finally:
