@@ -29,7 +29,7 @@ from radixkv_bench.common.progress import add_steps, quiet_bar
 from radixkv_bench.common.tables import number_table
 
 LARGE = Stored(PageRun(Prefix(SHARED, 16), bytes(4 * 65536), bytes(4 * 4096)), "pool")
-NUM_LARGE = 100  # fill the buffers of the connection
+NUM_LARGE = 30  # fill the buffers of the connection
 LOCAL = "tcp://127.0.0.1:0"
 OFF, READ, STALLED = "off", "read", "stalled"
 READER = """
