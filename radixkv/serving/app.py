@@ -18,6 +18,7 @@ from radixkv.serving import (
     openai_completions,
     openai_responses,
     openai_tokens,
+    server_info,
 )
 from radixkv.serving.errors import as_api_error
 from radixkv.serving.gatekeeper import Gatekeeper
@@ -46,6 +47,7 @@ def make_app(service: Service) -> FastAPI:
         anthropic_messages,
         cache_routes,
         live_routes,
+        server_info,
     ):
         app.include_router(module.router(service))
     app.include_router(live_page.router())
