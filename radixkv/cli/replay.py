@@ -74,7 +74,7 @@ go down as `tier_writes` of an engine says: "through", when they were computed; 
 second time; "back", when the pool evicts them. Loads take no time here.
 
 **Replicas**: with --replicas, so many replicas share the capacity in equal parts, and a router sends each request to
-one of them, in virtual time. Arrivals are those of the trace, stretched to --load. Decoding is left out. *cost* is the
+one of them, in virtual time. Arrivals are those of the trace, stretched to --load. *cost* is the
 router of radixkv; {", ".join(name for name in ROUTERS if name != "cost")} are rules to compare with.
 
 **Examples**
@@ -147,6 +147,15 @@ def replay(
             help="With --replicas: a tier below them that all share, in tokens, such as 20M.", show_default=False
         ),
     ] = None,
+    decode_s: Annotated[
+        float | None,
+        typer.Option(
+            "--decode-s",
+            help="With --replicas: how long a request decodes after its first token; each that does makes prompts "
+            "there take 2 % longer.  [default: 0]",
+            show_default=False,
+        ),
+    ] = None,
     happening: Annotated[
         list[str] | None,
         typer.Option(
@@ -188,7 +197,8 @@ def replay(
     capacities = [] if capacity_tokens is None else _capacities(capacity_tokens)
     hierarchies, writes = _hierarchies(tiers or []), _writes(tier_writes)
     policies = _policies(policy, has_optimum=tiers is None)
-    only_fleets = {"--router": router, "--load": load, "--shared-tier": shared_tier, "--happening": happening or None}
+    only_fleets = {"--router": router, "--load": load, "--shared-tier": shared_tier}
+    only_fleets |= {"--decode-s": decode_s, "--happening": happening or None}
     fleets = None
     if replicas is None:
         _check_unused(only_fleets)
@@ -200,6 +210,7 @@ def replay(
             capacities,
             load=0.6 if load is None else load,
             shared_tier=shared_tier,
+            decode_s=0.0 if decode_s is None else decode_s,
             happenings=happening or (),
         )
     _check_places(json_file, plot_file)

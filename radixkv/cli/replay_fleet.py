@@ -90,6 +90,7 @@ def fleet_options(
     *,
     load: float,
     shared_tier: str | None,
+    decode_s: float,
     happenings: Sequence[str],
 ) -> FleetOptions:
     """What the options ask for. Raises: ConfigError."""
@@ -102,7 +103,7 @@ def fleet_options(
     planned = tuple(_happening(text) for text in happenings)
     return FleetOptions(
         tuple(
-            Fleet(number, capacity, shared_tokens, load, happenings=planned)
+            Fleet(number, capacity, shared_tokens, load, decode_s=decode_s, happenings=planned)
             for capacity, number in product(capacities, _replica_counts(replicas))
         ),
         tuple(_routers(router)),
