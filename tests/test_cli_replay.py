@@ -16,8 +16,9 @@ from radixkv import demo_model
 from radixkv.cli.trace_source import load_tokenizer, progress_on_stderr, read_trace_file
 from radixkv.cluster.router import new_router
 from radixkv.replay.belady import measure_reuse
+from radixkv.replay.fleet import Fleet, Happening
 from radixkv.replay.page_numbers import number_pages
-from radixkv.replay.replicas import Fleet, Happening, simulate_fleet
+from radixkv.replay.replicas import simulate_fleet
 from radixkv.replay.simulation import replay_trace
 from radixkv.replay.traces import ExpandedBlocks, Request, Trace, read_trace
 

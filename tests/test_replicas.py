@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from radixkv.cluster.router import ROUTERS, new_router
 from radixkv.errors import ConfigError, NoReplicaError
+from radixkv.replay.fleet import Fleet, FleetResult, Happening
 from radixkv.replay.holders import PageHolders
 from radixkv.replay.page_numbers import PagedTrace, number_pages
-from radixkv.replay.replicas import LOAD_SHARE, Fleet, FleetResult, Happening, arrival_times_s, simulate_fleet
+from radixkv.replay.replicas import LOAD_SHARE, arrival_times_s, simulate_fleet
 from radixkv.replay.simulation import replay_trace
 from radixkv.replay.traces import Request
 
