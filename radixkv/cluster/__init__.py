@@ -1,1 +1,1 @@
-"""Many replicas, one cache in effect: who holds which prefix, and where requests go."""
+"""Many replicas, one cache in effect: who holds which prefix, and where a request should go."""
