@@ -10,9 +10,7 @@ from radixkv.tiers.tier import TierStats
 
 
 def tier_metrics(tiers: Sequence[TierStats]) -> Iterator[Metric]:
-    """The metrics of `tiers`, labelled by their names; none of an engine without tiers."""
-    if not tiers:
-        return
+    """The metrics of `tiers`, labelled by their names; of an engine without tiers their names alone."""
     held = GaugeMetricFamily("radixkv_tier_bytes", "Bytes that a tier holds.", labels=["tier"])
     capacity = GaugeMetricFamily("radixkv_tier_capacity_bytes", "Bytes that a tier may hold.", labels=["tier"])
     slow = GaugeMetricFamily("radixkv_tier_is_slow", "Whether computing is faster than loading.", labels=["tier"])
