@@ -29,6 +29,7 @@ ARROWS: dict[str, set[str]] = {
 }
 ARROWS["hf"] = {"errors", "config", "cache", "memory", "tiers"}
 ARROWS["serving"] = {"errors", "config", "engine", "cache", "tiers"}
+ARROWS["cluster"] = {"errors", "config", "cache", "models", "engine", "serving"}
 ARROWS["radixkv"] = set(ARROWS)
 ARROWS["cli"] = set(ARROWS)
 

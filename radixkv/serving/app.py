@@ -12,6 +12,7 @@ from starlette.responses import Response
 from radixkv.serving import (
     anthropic_messages,
     cache_routes,
+    info_routes,
     live_page,
     live_routes,
     openai_chat,
@@ -45,6 +46,7 @@ def make_app(service: Service) -> FastAPI:
         openai_tokens,
         anthropic_messages,
         cache_routes,
+        info_routes,
         live_routes,
     ):
         app.include_router(module.router(service))
