@@ -4,3 +4,17 @@ Importing this package needs nothing but radixkv's own requirements; what needs 
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def app(settings: Mapping[str, Any]) -> Any:
+    """The application for Ray Serve: `serve run radixkv.cluster:app model=demo replicas=3`.
+
+    Args: settings: `model`, and fields of `EngineConfig`, `ServerConfig` and `ClusterConfig`.
+    Raises: ConfigError; MissingPackageError without ray.
+    """
+    from radixkv.cluster.serve_app import ClusterSettings, build
+
+    return build(ClusterSettings.of(settings))

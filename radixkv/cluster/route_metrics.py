@@ -80,7 +80,7 @@ def side_by_side(texts: Mapping[str, str]) -> str:
         label = f'replica="{_escaped(replica)}"'
         family = ""
         for line in text.splitlines():
-            if line.startswith("# HELP ") or line.startswith("# TYPE "):
+            if line.startswith(("# HELP ", "# TYPE ")):
                 family = line.split(" ", 3)[2]
                 known = heads.setdefault(family, [])
                 if line not in known and len(known) < 2:
