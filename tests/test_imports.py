@@ -20,20 +20,21 @@ ARROWS: dict[str, set[str]] = {
     "config": {"errors"},
     "demo_model": {"errors", "config"},
     "cache": {"errors", "config"},
+    "publish": {"errors", "config", "cache"},
     "replay": {"errors", "config", "cache"},
     "memory": {"errors", "config"},
     "tiers": {"errors", "config", "cache"},
     "attention": {"errors", "config", "kernels", "memory"},
     "models": {"errors", "config", "attention", "kernels", "memory", "demo_model"},
-    "engine": {"errors", "config", "models", "cache", "memory", "attention", "kernels", "tiers"},
+    "engine": {"errors", "config", "models", "cache", "memory", "attention", "kernels", "tiers", "publish"},
 }
 ARROWS["hf"] = {"errors", "config", "cache", "memory", "tiers"}
 ARROWS["serving"] = {"errors", "config", "engine", "cache", "tiers"}
-ARROWS["cluster"] = {"errors", "config", "cache", "models", "engine", "serving"}
+ARROWS["cluster"] = {"errors", "config", "serving", "engine", "models", "cache", "publish"}
 ARROWS["radixkv"] = set(ARROWS)
 ARROWS["cli"] = set(ARROWS)
 
-WITHOUT_TORCH = {"radixkv", "errors", "config", "cache", "replay", "tiers"}
+WITHOUT_TORCH = {"radixkv", "errors", "config", "cache", "replay", "tiers", "publish"}
 
 
 def sources() -> Iterator[tuple[str, str]]:
@@ -155,6 +156,15 @@ def test_the_cache_needs_no_torch() -> None:
         "with radixkv.PrefixCache(num_pages=2, page_size=2).acquire([1, 2]) as lease: lease.commit([1, 2])\n"
         "radixkv.RadixTree, radixkv.CacheConfig\n"
         "loaded = {'torch', 'transformers', 'numba'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_index_of_replicas_needs_nothing_that_is_optional() -> None:
+    code = (
+        "import sys, radixkv.cluster.index.replica_index\n"
+        "loaded = {'torch', 'transformers', 'zmq', 'msgpack', 'ray', 'fastapi'} & set(sys.modules)\n"
         "assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
