@@ -27,6 +27,7 @@ would expect, so `except ValueError` works too.
     ├── ClosedError (RuntimeError)            a lease, session or engine was used after it was closed
     ├── QueueFullError (RuntimeError)         too many requests wait already; try again later
     ├── EngineFailedError (RuntimeError)      the engine's thread ended because of an error; make a new engine
+    ├── NoReplicaError (RuntimeError)         no replica can take a request; try again later
     └── InvariantError (AssertionError)       a bug of ours: the bookkeeping contradicts itself
 """
 
@@ -144,6 +145,18 @@ class ClosedError(RadixKVError, RuntimeError):
 
 class QueueFullError(RadixKVError, RuntimeError):
     """As many requests wait as may wait; nothing was queued. Try again later."""
+
+
+class NoReplicaError(RadixKVError, RuntimeError):
+    """No replica can take a request: there is none, or all drain or are excluded. Try again later.
+
+    Attributes: `known` and `draining`, numbers of replicas.
+    """
+
+    def __init__(self, *, known: int, draining: int) -> None:
+        self.known, self.draining = known, draining
+        found = f"of {known}, {draining} drain and the others are excluded" if known else "none is known"
+        super().__init__(f"a request needs a replica that takes requests; {found}")
 
 
 class EngineFailedError(RadixKVError, RuntimeError):

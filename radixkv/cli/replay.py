@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -14,16 +14,27 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from radixkv.cache.eviction.policies import POLICIES
+from radixkv.cli.replay_fleet import (
+    FleetOptions,
+    FleetReport,
+    fleet_options,
+    print_fleet_table,
+    simulate_fleets,
+    write_fleet_plot,
+)
 from radixkv.cli.replay_plot import check_plot, write_plot
 from radixkv.cli.replay_report import ReplayReport, print_table
 from radixkv.cli.replay_tiers import TiersReport, print_tiers_table, tier_sizes, tiers_text, write_tiers_plot
 from radixkv.cli.setting_options import count_option, setting_option
 from radixkv.cli.token_counts import token_count
 from radixkv.cli.trace_source import load_tokenizer, progress_on_stderr, read_trace_file
+from radixkv.cluster.router import ROUTERS
 from radixkv.config import CacheConfig, TierWrites
 from radixkv.config.checks import checked_choice
 from radixkv.errors import ConfigError
 from radixkv.replay.belady import measure_reuse
+from radixkv.replay.page_numbers import number_pages
+from radixkv.replay.replicas import FleetResult
 from radixkv.replay.simulation import BELADY, ReplayResult, replay_optimum, replay_trace, whole_pages
 from radixkv.replay.tiered import TieredResult, TierSize, replay_tiers
 from radixkv.replay.traces import BLOCKS, MOONCAKE_BLOCK_TOKENS, ExpandedBlocks, Request, Trace
@@ -62,6 +73,10 @@ hits more, whatever it evicts and whatever it knows of the future.
 go down as `tier_writes` of an engine says: "through", when they were computed; "selective", when they were found a
 second time; "back", when the pool evicts them. Loads take no time here.
 
+**Replicas**: with --replicas, so many replicas share the capacity in equal parts, and a router sends each request to
+one of them, in virtual time. Arrivals are those of the trace, stretched to --load. Decoding is left out. *cost* is the
+router of radixkv; {", ".join(name for name in ROUTERS if name != "cost")} are rules to compare with.
+
 **Examples**
 
 Four sizes, two policies: `radixkv replay trace.jsonl --capacity-tokens 1000000,2000000,4000000,8000000 --policy
@@ -71,6 +86,9 @@ With a picture, and figures for a script: `radixkv replay trace.jsonl --capacity
 --json hits.json`
 
 Whether a disk below the pool is worth it: `radixkv replay trace.jsonl --tiers pool:1M --tiers pool:1M,disk:20M`
+
+Eight replicas with an eighth of the capacity each, or one pool: `radixkv replay trace.jsonl --capacity-tokens 8M
+--replicas 1,8 --router cost,random,consistent-hash`
 
 Texts of an agent, as Qwen3 would see them: `radixkv replay agent.jsonl --capacity-tokens 50000 --tokenizer
 Qwen/Qwen3-8B`
@@ -103,6 +121,40 @@ def replay(
     tier_writes: Annotated[
         str, typer.Option(help=f"When pages go down to the tiers: {', '.join(WRITES)}, separated by commas.")
     ] = WRITES[0],
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            help="Simulate so many replicas that share the capacity; several numbers are separated by commas.",
+            show_default=False,
+        ),
+    ] = None,
+    router: Annotated[
+        str | None,
+        typer.Option(
+            help=f"With --replicas: {', '.join(ROUTERS)}, separated by commas.  [default: cost]", show_default=False
+        ),
+    ] = None,
+    load: Annotated[
+        float | None,
+        typer.Option(
+            help="With --replicas: how much of the time they would compute if nothing were cached.  [default: 0.6]",
+            show_default=False,
+        ),
+    ] = None,
+    shared_tier: Annotated[
+        str | None,
+        typer.Option(
+            help="With --replicas: a tier below them that all share, in tokens, such as 20M.", show_default=False
+        ),
+    ] = None,
+    happening: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --replicas: what happens after so many requests, such as 6000:die:3, 6000:drain:3, "
+            "6000:slow:3:4 or 6000:join. May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     policy: Annotated[str, typer.Option(help="Eviction policies, separated by commas.")] = "lru",
     page_size: Annotated[
         int, setting_option(CacheConfig, "page_size", more="Blocks that are keys are pages themselves.")
@@ -136,28 +188,53 @@ def replay(
     capacities = [] if capacity_tokens is None else _capacities(capacity_tokens)
     hierarchies, writes = _hierarchies(tiers or []), _writes(tier_writes)
     policies = _policies(policy, has_optimum=tiers is None)
+    only_fleets = {"--router": router, "--load": load, "--shared-tier": shared_tier, "--happening": happening or None}
+    fleets = None
+    if replicas is None:
+        _check_unused(only_fleets)
+    else:
+        _check_lru(policy, tiers, writes)
+        fleets = fleet_options(
+            replicas,
+            "cost" if router is None else router,
+            capacities,
+            load=0.6 if load is None else load,
+            shared_tier=shared_tier,
+            happenings=happening or (),
+        )
     _check_places(json_file, plot_file)
     encode = None if tokenizer is None else load_tokenizer(tokenizer)
+    report: FleetReport | TiersReport | ReplayReport
     with progress_on_stderr() as progress:
         trace, num_skipped = read_trace_file(
             trace_file, progress, strict=strict, block_tokens=block_tokens, encode=encode, limit=limit
         )
         work = _workload(trace, keys, page_size)
-        ceiling, results = _replay_all(work, policies, capacities, progress)
-        tiered = _replay_tiers(work, policies, hierarchies, writes, progress)
-    read = (str(trace_file), len(trace.requests), trace.num_tokens, num_skipped, work.keys, work.page_tokens, ceiling)
-    if tiers is None:
-        report = ReplayReport(*read, results)
-        _write_json(report.as_dict(), json_file)
-        if plot_file is not None:
-            write_plot(report, plot_file)
-        print_table(report)
-    else:
-        tiers_report = TiersReport(*read, tiered)
-        _write_json(tiers_report.as_dict(), json_file)
-        if plot_file is not None:
-            write_tiers_plot(tiers_report, plot_file)
-        print_tiers_table(tiers_report)
+        read = (str(trace_file), len(trace.requests), trace.num_tokens, num_skipped, work.keys, work.page_tokens)
+        if fleets is not None:
+            ceiling, one_cache, simulated = _simulate(work, fleets, progress)
+            report = FleetReport(*read, ceiling, fleets.load, fleets.shared_tokens, one_cache, simulated)
+        elif tiers is not None:
+            ceiling, _ = _replay_all(work, policies, capacities, progress)
+            report = TiersReport(*read, ceiling, _replay_tiers(work, policies, hierarchies, writes, progress))
+        else:
+            report = ReplayReport(*read, *_replay_all(work, policies, capacities, progress))
+    _show(report, json_file, plot_file)
+
+
+def _show(report: FleetReport | TiersReport | ReplayReport, json_file: Path | None, plot_file: Path | None) -> None:
+    """Write `report` where it was asked for, and print it."""
+    _write_json(report.as_dict(), json_file)
+    match report:
+        case FleetReport():
+            plot, table = partial(write_fleet_plot, report), partial(print_fleet_table, report)
+        case TiersReport():
+            plot, table = partial(write_tiers_plot, report), partial(print_tiers_table, report)
+        case ReplayReport():
+            plot, table = partial(write_plot, report), partial(print_table, report)
+    if plot_file is not None:
+        plot(plot_file)
+    table()
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -167,6 +244,23 @@ def _check_one_of(capacity_tokens: str | None, tiers: Sequence[str] | None) -> N
     if (capacity_tokens is None) == (not tiers):
         given = "neither" if capacity_tokens is None else "both"
         raise ConfigError(f"give --capacity-tokens or --tiers, not {given}")
+
+
+def _check_unused(options: Mapping[str, object]) -> None:
+    """Raise ConfigError if options were given that only replicas have a use for."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"{name} needs --replicas, the number of replicas to simulate")
+
+
+def _check_lru(policy: str, tiers: Sequence[str] | None, writes: Sequence[TierWrites]) -> None:
+    """Raise ConfigError for options that simulated replicas have no use for."""
+    if tiers:
+        raise ConfigError("--replicas go with --capacity-tokens and --shared-tier, not with --tiers")
+    if policy != "lru":
+        raise ConfigError(f"simulated replicas evict in LRU order; --replicas does not go with --policy {policy}")
+    if list(writes) != [WRITES[0]]:
+        raise ConfigError(f"a shared tier gets all that is computed; --replicas needs --tier-writes {WRITES[0]}")
 
 
 def _capacities(text: str) -> list[int]:
@@ -277,6 +371,21 @@ def _replay_all(
             replay_trace(work.requests, policy, capacity, page_size, key_tokens=key_tokens, on_progress=on_progress)
         )
     return reuse.ceiling, results
+
+
+def _simulate(
+    work: _Workload, fleets: FleetOptions, progress: Progress
+) -> tuple[float, dict[int, float], list[FleetResult]]:
+    """The ceiling, what one cache of each capacity hits, and what routers do with replicas."""
+    for fleet in fleets.fleets:
+        whole_pages(fleet.capacity_tokens // fleet.num_replicas, work.page_tokens)
+    capacities = list(dict.fromkeys(fleet.capacity_tokens for fleet in fleets.fleets))
+    ceiling, alone = _replay_all(work, ["lru"], capacities, progress)
+    bar = progress.add_task("pages", total=len(work.requests))
+    on_progress = partial(progress.advance, bar)
+    trace = number_pages(work.requests, work.page_size, key_tokens=work.key_tokens, on_progress=on_progress)
+    one_cache = {result.capacity_tokens: result.hit_rate for result in alone}
+    return ceiling, one_cache, simulate_fleets(trace, fleets, progress)
 
 
 def _replay_tiers(
