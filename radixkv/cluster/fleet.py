@@ -10,10 +10,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from radixkv.cluster.index.replica_index import ReplicaIndex
 from radixkv.cluster.replica_info import ReplicaInfo
 from radixkv.cluster.replica_link import Headers, ReplicaCall, ReplicaLink, ReplicaLostError, json_of
-from radixkv.cluster.standin import Choice, CostRouter, NoReplicaError, ReplicaIndex, RouteRequest
-from radixkv.errors import ConfigError
+from radixkv.cluster.router.routing import Choice, Router, RouteRequest
+from radixkv.errors import ConfigError, NoReplicaError
 from radixkv.serving.generation import Ids
 
 logger = logging.getLogger(__name__)
@@ -42,12 +43,19 @@ class Asked:
     Attributes:
         prompts: the ids of each prompt; empty if they are not known.
         namespace_key: the root key of its namespace; None if that is not known.
+        guessed_tokens: of its prompts, where they are not known.
     """
 
     id: str
     prompts: Sequence[Ids]
     namespace_key: bytes | None
+    guessed_tokens: int = 1
     expected_output_tokens: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all prompts, at least 1."""
+        return max(1, sum(map(len, self.prompts)) or self.guessed_tokens)
 
 
 class Fleet:
@@ -58,7 +66,7 @@ class Fleet:
 
     def __init__(
         self,
-        router: CostRouter,
+        router: Router,
         *,
         headers: Headers = (),
         clock: Callable[[], float] = time.monotonic,
@@ -95,7 +103,8 @@ class Fleet:
         """A replica that takes requests: each in turn. Raises: NoReplicaError."""
         names = [member.link.name for member in self.up() if member.link.name not in exclude]
         if not names:
-            raise NoReplicaError("no replica takes requests")
+            draining = sum(member.state == "draining" for member in self.members.values())
+            raise NoReplicaError(known=len(self.members), draining=draining)
         return names[next(self._turns) % len(names)]
 
     def link(self, name: str) -> ReplicaLink:
@@ -163,15 +172,14 @@ class Fleet:
             return {}
         held: dict[str, int] = {}
         for prompt in asked.prompts:
-            for name, tokens in self.index.lookup(prompt, asked.namespace_key).items():
+            for name, tokens in self.index.lookup(prompt, asked.namespace_key, self._clock()).items():
                 held[name] = held.get(name, 0) + min(tokens, len(prompt) - 1)
         return held
 
     def choose(self, asked: Asked, exclude: Collection[str] = ()) -> Choice:
         """Where a request goes; from now on it counts as queued there. Raises: NoReplicaError."""
         now = self._clock()
-        tokens = sum(map(len, asked.prompts))
-        request = RouteRequest(asked.id, tokens, self.held(asked), asked.expected_output_tokens)
+        request = RouteRequest(asked.id, asked.num_tokens, self.held(asked), asked.expected_output_tokens)
         choice = self.router.choose(request, now, exclude)
         if self.index is not None and asked.namespace_key is not None:
             for prompt in asked.prompts:
@@ -180,7 +188,7 @@ class Fleet:
 
     def would_choose(self, asked: Asked) -> Choice:
         """As `choose`, but nothing is sent and nothing counts."""
-        request = RouteRequest(asked.id, sum(map(len, asked.prompts)), self.held(asked))
+        request = RouteRequest(asked.id, asked.num_tokens, self.held(asked))
         choice = self.router.choose(request, self._clock())
         self.router.finished(asked.id, self._clock())
         return choice
@@ -249,6 +257,3 @@ class Fleet:
             }
             for name, member in self.members.items()
         ]
-
-
-__all__ = ["Asked", "Choice", "Fleet", "Member", "NoReplicaError"]

@@ -14,9 +14,11 @@ from starlette.types import Send
 from radixkv.cluster.answer_so_far import AnswerSoFar
 from radixkv.cluster.error_form import error_event, no_replica, replica_lost
 from radixkv.cluster.events_in import is_comment, whole_events
-from radixkv.cluster.fleet import Asked, Choice, Fleet, NoReplicaError
+from radixkv.cluster.fleet import Asked, Fleet
 from radixkv.cluster.replica_link import Headers, ReplicaAnswer, ReplicaCall, ReplicaLostError
 from radixkv.cluster.route_metrics import RouteMetrics
+from radixkv.cluster.router.routing import Choice
+from radixkv.errors import NoReplicaError
 from radixkv.serving.errors import ApiError
 from radixkv.serving.wire import to_json
 
@@ -102,13 +104,13 @@ class Relay:
         """Raises: NoReplicaError."""
         only = self._journey.only
         if only is not None and only in tried:
-            raise NoReplicaError(f"the replica {only}, which alone can answer, is lost")
+            raise NoReplicaError(known=1, draining=0)
         if self._journey.is_routed:
             others = () if only is None else self._fleet.members.keys() - {only}
             choice = self._fleet.choose(asked, tried.union(others))
             self._metrics.chosen(choice)
             return choice
-        return Choice(only or self._fleet.next_but(tried), 0, ())
+        return Choice(only or self._fleet.next_but(tried), 0, (), "any will do")
 
     def _may_go_on(self) -> bool:
         so_far = self._so_far
@@ -125,9 +127,7 @@ class Relay:
         if answer.is_event_stream and answer.status == 200:
             await self._stream(answer, choice, asked)
             return
-        body = await answer.read()
-        if self._journey.is_routed:
-            self._fleet.computed(asked.id)
+        body = await answer.read()  # when its prompt was computed is not known: it says nothing of the replica's speed
         await self._send_whole(answer, body, choice)
 
     def _call(self) -> ReplicaCall:
@@ -201,4 +201,4 @@ class Relay:
 
 def _header(text: str) -> bytes:
     """`text` as the value of a header: one line of ASCII."""
-    return " ".join(text.split()).encode("ascii", "replace")[:1000]
+    return "; ".join(" ".join(line.split()) for line in text.splitlines()).encode("ascii", "replace")[:1000]

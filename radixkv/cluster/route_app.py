@@ -14,12 +14,14 @@ from starlette.types import Message, Receive, Scope, Send
 from radixkv.cluster import gathered
 from radixkv.cluster.callers import Callers
 from radixkv.cluster.error_form import no_replica
-from radixkv.cluster.fleet import Asked, Choice, Fleet, NoReplicaError
+from radixkv.cluster.fleet import Asked, Fleet
 from radixkv.cluster.known_prompts import KnownPrompts, PromptReader
 from radixkv.cluster.relay import Journey, Relay
 from radixkv.cluster.replica_link import ReplicaCall, end_to_end
 from radixkv.cluster.route_metrics import RouteMetrics
+from radixkv.cluster.router.routing import Choice
 from radixkv.cluster.stored_responses import RESPONSES_PATH, holder_of
+from radixkv.errors import NoReplicaError
 from radixkv.serving.errors import ApiError, as_api_error
 from radixkv.serving.streaming import ClientGoneError, unless_gone
 from radixkv.serving.wire import JsonAnswer
@@ -27,6 +29,8 @@ from radixkv.serving.wire import JsonAnswer
 ROUTED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/cache/prewarm"})
 """Paths whose requests compute a prompt: they go where the cost is least."""
 EXPLAIN = "/v1/cache/explain"
+BYTES_PER_TOKEN = 4
+"""Of a body whose prompt is not known: a guess, from which its work is guessed."""
 _REPLICA = re.compile(r"^/replicas/(\d+)(/.*)$")
 _RESPONSE = re.compile(rf"^{RESPONSES_PATH}/([^/]+)$")
 
@@ -139,7 +143,8 @@ class RouteApp:
         key = await self._callers.namespace_key(call.headers, known.cache_salt)
         if key is None and known.prompts is not None:
             known = replace(known, prompts=None, why_not="its namespace is not known")
-        return known, Asked(self.fleet.new_id(), known.prompts or (), key)
+        asked = Asked(self.fleet.new_id(), known.prompts or (), key, len(call.body) // BYTES_PER_TOKEN)
+        return known, asked
 
     async def _explained(self, call: ReplicaCall) -> Response:
         """Where a request would go now, and why; its body is that of a chat, a completion or a message."""

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from radixkv.cluster.fleet import Choice, Fleet
+from radixkv.cluster.fleet import Fleet
+from radixkv.cluster.router.routing import Choice
 from radixkv.serving.metrics import SECONDS
 
 _SAMPLE = re.compile(r"^([A-Za-z_:][A-Za-z0-9_:]*)(\{)?", re.MULTILINE)

@@ -18,7 +18,7 @@ from radixkv.cluster.known_prompts import PromptReader
 from radixkv.cluster.replica_info import ReplicaInfo
 from radixkv.cluster.replica_link import Headers
 from radixkv.cluster.route_app import RouteApp
-from radixkv.cluster.standin import CostRouter
+from radixkv.cluster.router.cost import CostRouter
 from radixkv.errors import ConfigError, RadixKVError
 from radixkv.models.loader import load_tokenizer
 

@@ -16,9 +16,9 @@ from radixkv.cluster.replica_link import Headers, ReplicaCall
 from radixkv.cluster.roster import ROSTER
 from radixkv.cluster.route_app import RouteApp
 from radixkv.cluster.route_server import CHECK_EVERY_S, Readers
+from radixkv.cluster.router.cost import CostRouter
 from radixkv.cluster.serve_call import AddressedCall
 from radixkv.cluster.serve_link import ServeLink
-from radixkv.cluster.standin import CostRouter
 
 
 class ServeIngress:
@@ -34,7 +34,7 @@ class ServeIngress:
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
 
-    def __serve_build_asgi_app__(self) -> Any:  # noqa: N807  # Ray's name
+    def __serve_build_asgi_app__(self) -> Any:  # Ray's name
         async def serve(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "lifespan":
                 await self._live(receive, send)
