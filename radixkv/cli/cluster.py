@@ -103,15 +103,15 @@ def up(
 
     from radixkv.cluster.serve_app import ClusterSettings, build
 
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     settings = ClusterSettings(
         model=model, engine=engine_options.settings, server=server_options.settings, cluster=cluster_options.settings
     )
     application = build(settings)
     _join_ray(ray, ray_address, config, server)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # after Ray has set its own
+        signal.signal(number, lambda *_: ended.set())
     try:
         serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=server.host, port=server.port))
         _deploy(serve, application)

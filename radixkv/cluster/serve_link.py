@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextvars import Context
 from typing import Any
 
 from radixkv.cluster.replica_link import ReplicaAnswer, ReplicaCall, ReplicaLostError
@@ -32,7 +33,9 @@ class ServeLink:
 
     async def _pieces(self, call: ReplicaCall) -> AsyncGenerator[Any]:
         """The head, and then the body. Whatever fails is the replica: its application answers errors itself."""
-        response = self._handle.answer.remote(AddressedCall(self.name, call))
+        # In a context of its own: calls within one request share an id there, and of those that are made side by side
+        # Serve's request routers lose all but one.
+        response = Context().run(self._handle.answer.remote, AddressedCall(self.name, call))
         is_whole = False
         try:
             async for piece in response:
