@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "engine": {"errors", "config", "models", "cache", "memory", "attention", "kernels", "tiers", "publish"},
 }
 ARROWS["hf"] = {"errors", "config", "cache", "memory", "tiers"}
-ARROWS["serving"] = {"errors", "config", "engine", "cache", "tiers"}
+ARROWS["serving"] = {"errors", "config", "engine", "cache", "tiers", "publish"}
 ARROWS["cluster"] = {"errors", "config", "serving", "engine", "models", "cache", "publish"}
 ARROWS["radixkv"] = set(ARROWS)
 ARROWS["cli"] = set(ARROWS)

@@ -81,9 +81,9 @@ def test_it_says_what_each_cache_would(
                 lease.commit(prompt[: max(lease.cached_tokens, len(prompt) // 2)])
                 lease.commit(prompt)
         index.check_invariants()
-        for prompt, (extra_key, cache_salt) in [(prompt, (extra_key, cache_salt)), *asked]:
-            held = index.lookup(prompt, root_key(extra_key, cache_salt))
-            peeked = {n: c.peek(prompt, extra_key=extra_key, cache_salt=cache_salt) for n, c in caches.items()}
+        for wanted, (key, salt) in [(prompt, (extra_key, cache_salt)), *asked]:
+            held = index.lookup(wanted, root_key(key, salt))
+            peeked = {n: c.peek(wanted, extra_key=key, cache_salt=salt) for n, c in caches.items()}
             assert held == {n: tokens for n, tokens in peeked.items() if tokens}
     for name, cache in caches.items():
         assert index.pages_of(name) == held_names(cache)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from radixkv.cluster.index.replica_index import ReplicaIndex
+from radixkv.cluster.held_prefixes import HeldPrefixes
 from radixkv.cluster.replica_info import ReplicaInfo
 from radixkv.cluster.replica_link import Headers, ReplicaCall, ReplicaLink, ReplicaLostError, json_of
 from radixkv.cluster.router.routing import Choice, Router, RouteRequest
@@ -70,20 +70,13 @@ class Fleet:
         *,
         headers: Headers = (),
         clock: Callable[[], float] = time.monotonic,
-        on_up: Callable[[str, ReplicaInfo], object] = lambda name, info: None,
-        on_gone: Callable[[str], object] = lambda name: None,
     ) -> None:
-        """Args:
-        headers: of the router's own requests, such as its key.
-        on_up: called when a replica can be routed to, before it is.
-        on_gone: called when it cannot be reached any more.
-        """
+        """headers: of the router's own requests, such as its key."""
         self.router = router
-        self.index: ReplicaIndex | None = None
+        self.prefixes: HeldPrefixes | None = None  # once a replica has said how large its pages are
         self.members: dict[str, Member] = {}
         self._headers = headers
         self._clock = clock
-        self._on_up, self._on_gone = on_up, on_gone
         self._ids, self._turns = itertools.count(), itertools.count()
 
     def new_id(self) -> str:
@@ -122,6 +115,11 @@ class Fleet:
         """Forget a replica. What runs there may end there."""
         if (member := self.members.pop(name, None)) is not None:
             self._take_out(member)
+
+    def close(self) -> None:
+        """End what listens to events. Idempotent."""
+        if self.prefixes is not None:
+            self.prefixes.close()
 
     async def check_all(self) -> None:
         """`check` every replica, side by side."""
@@ -168,11 +166,11 @@ class Fleet:
 
     def held(self, asked: Asked) -> dict[str, int]:
         """For each replica that holds something of the prompts, how many tokens. O(prompt)."""
-        if self.index is None or asked.namespace_key is None:
+        if self.prefixes is None or asked.namespace_key is None:
             return {}
         held: dict[str, int] = {}
         for prompt in asked.prompts:
-            for name, tokens in self.index.lookup(prompt, asked.namespace_key, self._clock()).items():
+            for name, tokens in self.prefixes.lookup(prompt, asked.namespace_key, self._clock()).items():
                 held[name] = held.get(name, 0) + min(tokens, len(prompt) - 1)
         return held
 
@@ -181,9 +179,9 @@ class Fleet:
         now = self._clock()
         request = RouteRequest(asked.id, asked.num_tokens, self.held(asked), asked.expected_output_tokens)
         choice = self.router.choose(request, now, exclude)
-        if self.index is not None and asked.namespace_key is not None:
+        if self.prefixes is not None and asked.namespace_key is not None:
             for prompt in asked.prompts:
-                self.index.expect(choice.replica, prompt, asked.namespace_key, now)
+                self.prefixes.expect(choice.replica, prompt, asked.namespace_key, now)
         return choice
 
     def would_choose(self, asked: Asked) -> Choice:
@@ -205,21 +203,20 @@ class Fleet:
         name = member.link.name
         if self.members.get(name) is not member:
             return
-        if self.index is None:
-            self.index = ReplicaIndex(info.page_size)
+        if self.prefixes is None:
+            self.prefixes = HeldPrefixes(info.page_size, has_events=info.events is not None)
         if member.state == "draining":  # it did, and is another process now, or was told to stay
             self.router.remove_replica(name)
         member.state, member.info, member.trouble = "up", info, ""
-        self._on_up(name, info)
+        self.prefixes.follow(name, member.link.host, info.events)
         self.router.add_replica(name, self._clock())
 
     def _take_out(self, member: Member) -> None:
         name = member.link.name
         if member.state in ("up", "draining"):
             self.router.remove_replica(name)
-        if self.index is not None:
-            self.index.drop_replica(name)
-        self._on_gone(name)
+        if self.prefixes is not None:
+            self.prefixes.drop(name)
 
     def _refuse(self, member: Member, why: str) -> None:
         if member.trouble != why:
@@ -253,6 +250,7 @@ class Fleet:
                 "replica": name,
                 "state": member.state,
                 "trouble": member.trouble or None,
+                "events_are_current": None if self.prefixes is None else self.prefixes.is_current(name),
                 "info": None if member.info is None else dict(member.info.whole),
             }
             for name, member in self.members.items()

@@ -42,6 +42,7 @@ class HttpLink:
     def __init__(self, address: str, client: httpx.AsyncClient) -> None:
         """Args: client: `new_client()`, which its maker closes. Raises: ConfigError."""
         self.name = checked_address(address)
+        self.host = httpx.URL(self.name).host
         self._client = client
 
     async def send(self, call: ReplicaCall) -> ReplicaAnswer:

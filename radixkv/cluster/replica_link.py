@@ -79,6 +79,11 @@ class ReplicaLink(Protocol):
         """Of the replica; no two have the same."""
         ...
 
+    @property
+    def host(self) -> str:
+        """Where it runs."""
+        ...
+
     async def send(self, call: ReplicaCall) -> ReplicaAnswer:
         """Send a request, and wait for the head of its answer. Raises: ReplicaLostError."""
         ...

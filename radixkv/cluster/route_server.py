@@ -124,6 +124,7 @@ class RouteServer(uvicorn.Server):
             with suppress(asyncio.CancelledError):
                 await self._checking
         await self._client.aclose()
+        await asyncio.to_thread(self.fleet.close)
 
     async def _keep_checking(self) -> None:
         while True:

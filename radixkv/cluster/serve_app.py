@@ -77,7 +77,8 @@ def build(settings: ClusterSettings) -> Any:
         graceful_shutdown_timeout_s=server.drain_s,
     )
     key = cluster.replica_key or server.api_key
-    running = replicas.bind(settings.model, dict(settings.engine), dict(settings.server))
+    own = {"kv_events": "tcp://127.0.0.1:0" if server.is_local else "tcp://*:0"}
+    running = replicas.bind(settings.model, own | dict(settings.engine), dict(settings.server))
     return ingress.bind(running, key, server.max_body_bytes)
 
 

@@ -56,6 +56,7 @@ class ServeIngress:
         await receive()
         for task in self._tasks:
             task.cancel()
+        await asyncio.to_thread(self._fleet.close)
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _say_hello(self) -> None:

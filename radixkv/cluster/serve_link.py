@@ -16,6 +16,7 @@ class ServeLink:
     def __init__(self, name: str, handle: Any) -> None:
         """Args: handle: of the deployment, with `stream=True`."""
         self.name = name
+        self.host = "127.0.0.1"  # replicas name the host that their events come from
         self._handle = handle
 
     async def send(self, call: ReplicaCall) -> ReplicaAnswer:

@@ -24,7 +24,7 @@ class ServeReplica:
 
     async def __init__(self, model: str, engine: Mapping[str, Any], server: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         """Args: engine, server: settings of `EngineConfig` and `ServerConfig`. Raises: what loading a model does."""
-        config = ServerConfig(**server)
+        config, engine = ServerConfig(**server), _with_own_address(engine)
         loaded = await asyncio.to_thread(
             lambda: AsyncEngine.from_pretrained(model, max_waiting=config.max_waiting, **engine)
         )
@@ -43,6 +43,15 @@ class ServeReplica:
 
     async def __del__(self) -> None:  # Serve awaits it, once what ran has ended
         await self._service.close()
+
+
+def _with_own_address(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an engine whose events come from this machine's address, and no other."""
+    from ray.util import get_node_ip_address
+
+    address = engine.get("kv_events") or ""
+    host = f"tcp://{get_node_ip_address()}:"
+    return {**engine, "kv_events": address.replace("tcp://*:", host, 1) or None}
 
 
 async def answer_of(app: ASGIApp, call: ReplicaCall) -> AsyncGenerator[AnswerHead | bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
+from radixkv.config.endpoints import check_endpoint
 from radixkv.config.limits import MAX_COUNT
 from radixkv.config.setting import Setting, check_settings, described, setting_fields
 from radixkv.errors import ConfigError
@@ -224,6 +225,21 @@ class EngineConfig:
             maximum=1,
         ),
     ] = 0.5
+    kv_events: Annotated[
+        str | None,
+        Setting(
+            "ZeroMQ address at which events say what is cached, as in tcp://127.0.0.1:5557; port 0 takes a free one. "
+            "The events hold the tokens of all prompts, and whoever reaches the address can read them.",
+            unset="no events",
+        ),
+    ] = None
+    kv_events_replay: Annotated[
+        str | None,
+        Setting(
+            "ZeroMQ address that answers requests for past events and snapshots.", unset="the port after `kv_events`"
+        ),
+    ] = None
+    kv_events_topic: Annotated[str, Setting("First frame of each message of `kv_events`.")] = ""
     seed: Annotated[int, Setting("Source of the seeds of requests that have none of their own.", minimum=0)] = 0
 
     def __post_init__(self) -> None:
@@ -238,6 +254,11 @@ class EngineConfig:
             raise ConfigError(
                 "disk_cache, host_cache_gb and shared_cache need the prefix cache; leave out prefix_cache=False"
             )
+        if self.kv_events is None and (self.kv_events_replay is not None or self.kv_events_topic):
+            raise ConfigError("kv_events_replay and kv_events_topic need kv_events; set it, too")
+        for name in ("kv_events", "kv_events_replay"):
+            if (endpoint := getattr(self, name)) is not None:
+                check_endpoint(name, endpoint)
         if (self.max_running_requests or 1) > self.max_batch_tokens:
             raise ConfigError(
                 f"max_running_requests ({self.max_running_requests}) must not exceed max_batch_tokens "

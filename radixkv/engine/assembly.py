@@ -28,6 +28,7 @@ from radixkv.models.loader import eos_token_ids, max_context_tokens
 from radixkv.models.probe import plug_in_paged_attention
 from radixkv.models.skinny_linear import speed_up_linears
 from radixkv.models.streaming import MAX_CONTEXT_TOKENS, Streaming
+from radixkv.publish.requirements import check_installed
 from radixkv.tiers.page_store import PageStore
 
 
@@ -92,11 +93,13 @@ def assemble(
             if a store below the pool needs to know which weights these are.
 
     Raises: UnsupportedModelError, UnsupportedBackendError, ConfigError; TierError if a store below the pool cannot be
-        opened.
+        opened; MissingPackageError if `kv_events` needs a package.
     """
     if isinstance(model, str | PathLike):
         raise ConfigError(f"model must be a loaded model, not {model!r}; to load one, use from_pretrained({model!r})")
     config = config or EngineConfig()
+    if config.kv_events is not None:
+        check_installed()
     weights = ""
     if asks_for_tiers(config):
         weights = hash_weights(model, weight_files, config)  # before anything is laid out anew

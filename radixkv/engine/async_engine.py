@@ -29,6 +29,7 @@ from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.engine.results import EngineStats, FinishedOutbox, GatheredOutputs, Outbox, ResetCache
 from radixkv.engine.sampling import SamplingParams
 from radixkv.models.loader import load, weight_files
+from radixkv.publish.publisher import EventSources
 
 T = TypeVar("T")
 MAX_WAITING = 1024
@@ -95,13 +96,20 @@ class AsyncEngine:
         max_waiting = checked_int("max_waiting", max_waiting, 1)
         self._parts = parts
         self._intake = parts.new_intake()
-        self._thread = CoreThread(EngineCore(parts), max_waiting=max_waiting)
+        core = EngineCore(parts)
+        self._event_sources = core.event_sources
+        self._thread = CoreThread(core, max_waiting=max_waiting)
         self._finalizer = weakref.finalize(self, self._thread.stop)
 
     @property
     def config(self) -> ResolvedConfig:
         """The settings, with "auto" resolved."""
         return self._parts.config
+
+    @property
+    def event_sources(self) -> EventSources | None:
+        """Where events say what is cached; None without `kv_events`."""
+        return self._event_sources
 
     @property
     def tokenizer(self) -> Any | None:

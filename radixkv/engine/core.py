@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -22,6 +23,7 @@ from radixkv.engine.results import EngineStats, ResetCache
 from radixkv.engine.scheduler import Scheduler, Span
 from radixkv.errors import ClosedError
 from radixkv.memory.req_to_token import ReqToTokenPool
+from radixkv.publish.publisher import EventPublisher, EventSources
 from radixkv.tiers.arrivals import Arrivals
 
 
@@ -57,11 +59,19 @@ class EngineCore:
         self._executor = Executor(parts.runner, self._scheduler, parts.sampler, parts.device_sampler)
         self._steps = self._peak_used_pages = 0
         self._closed = False
+        self._publisher: EventPublisher | None = None
+        if config.kv_events is not None:
+            self._publish(config.kv_events)
 
     @property
     def cache(self) -> PrefixCache:
         """Which prefixes are cached in which pages."""
         return self._parts.cache
+
+    @property
+    def event_sources(self) -> EventSources | None:
+        """Where events of the cache are published; None without `kv_events`."""
+        return None if self._publisher is None else self._publisher.sources
 
     @property
     def has_work(self) -> bool:
@@ -217,6 +227,8 @@ class EngineCore:
         progress = [self._abort(request) for request in self._scheduler.requests]
         self._tiers.close()
         self._parts.cache.reset()
+        if self._publisher is not None:
+            self._publisher.close()
         self._closed = True
         return [piece for piece in progress if piece is not None]
 
@@ -233,6 +245,18 @@ class EngineCore:
             for span in chunks:
                 share = (span.last - span.first) / num_tokens
                 self._tiers.computed(span.first, span.last, seconds * share)
+
+    def _publish(self, endpoint: str) -> None:
+        """Publish the events of the cache. Raises: ConfigError if an address is taken."""
+        config, cache = self._parts.config, self._parts.cache
+        try:
+            self._publisher = EventPublisher(
+                cache, endpoint, replay_endpoint=config.kv_events_replay, topic=config.kv_events_topic
+            )
+        except BaseException:
+            self._tiers.close()
+            raise
+        weakref.finalize(self, self._publisher.close)  # of a core that is dropped without `close`
 
     def _abort(self, request: Request) -> Progress | None:
         request.finish("abort")

@@ -34,6 +34,7 @@ from radixkv.engine.sampling import SamplingParams
 from radixkv.engine.session import Session
 from radixkv.engine.session_file import UserSpecialTokens
 from radixkv.models.loader import load, weight_files
+from radixkv.publish.publisher import EventSources
 
 
 class Engine:
@@ -93,6 +94,11 @@ class Engine:
     def config(self) -> ResolvedConfig:
         """The settings, with "auto" resolved."""
         return self._parts.config
+
+    @property
+    def event_sources(self) -> EventSources | None:
+        """Where events say what is cached; None without `kv_events`."""
+        return self._core.event_sources
 
     @property
     def model(self) -> PreTrainedModel:

@@ -14,8 +14,8 @@ class ResolvedConfig:
     """As `EngineConfig`, with a value for each setting that was "auto" or None.
 
     What may still be None says that there is no such thing: `window_cache_tokens` if every layer keeps every page,
-    `window` without StreamingLLM, `long_extends` where the backend has one way, `disk_cache` and the other tiers, and a
-    bound of the rate at which they are written.
+    `window` without StreamingLLM, `long_extends` where the backend has one way, `disk_cache` and the other tiers, a
+    bound of the rate at which they are written, and addresses of events.
     """
 
     dtype: str
@@ -44,6 +44,9 @@ class ResolvedConfig:
     tier_writes: TierWrites
     tier_write_mb_s: float | None
     warm_start_share: float
+    kv_events: str | None
+    kv_events_replay: str | None
+    kv_events_topic: str
     seed: int
 
     @classmethod

@@ -12,13 +12,13 @@ from starlette.responses import Response
 from radixkv.serving import (
     anthropic_messages,
     cache_routes,
-    info_routes,
     live_page,
     live_routes,
     openai_chat,
     openai_completions,
     openai_responses,
     openai_tokens,
+    server_info,
 )
 from radixkv.serving.errors import as_api_error
 from radixkv.serving.gatekeeper import Gatekeeper
@@ -46,8 +46,8 @@ def make_app(service: Service) -> FastAPI:
         openai_tokens,
         anthropic_messages,
         cache_routes,
-        info_routes,
         live_routes,
+        server_info,
     ):
         app.include_router(module.router(service))
     app.include_router(live_page.router())

@@ -1,0 +1,1 @@
+"""KV events over ZeroMQ: what an engine holds, said to whoever listens."""
