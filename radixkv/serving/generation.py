@@ -116,7 +116,8 @@ class Generation:
                 async for progress in stream:
                     if progress.output is not None or unkept:
                         await self._settle(0, progress, unkept)
-                    self._untold_ids += progress.token_ids
+                    if self.num_choices == 1:
+                        self._untold_ids += progress.token_ids
                     yield Piece(progress.choice_index, progress)
             return
         async with aclosing(_merged(streams)) as pieces:
@@ -135,7 +136,7 @@ class Generation:
             await self._keep()
 
     def take_ids(self) -> list[int]:
-        """The ids that the one choice of the one prompt has gained since the last call."""
+        """The ids that the one choice of the one prompt has gained since the last call; of several none are told."""
         taken, self._untold_ids = self._untold_ids, []
         return taken
 
