@@ -66,14 +66,13 @@ def test_it_takes_a_file_and_flags_says_how_to_reach_it_and_drains_at_a_signal(t
     file = tmp_path / "server.toml"
     file.write_text('model = "demo"\nport = 8000\npage_size = 4\nserved_model_name = "mine"\nkv_cache_tokens = 2048\n')
     assert read_settings(file)["page_size"] == 4
-    with served("--config", str(file), "--page-size", "8", "--root-path", "/llm", "--drain-s", "60") as (
-        process,
-        lines,
-    ):
+    flags = ("--page-size", "8", "--root-path", "/llm", "--drain-s", "60", "--kv-events", "tcp://127.0.0.1:0")
+    with served("--config", str(file), *flags) as (process, lines):
         address = address_in(lines).removesuffix("/llm")
         text = "".join(lines)
         assert "radixkv serves mine at http://127.0.0.1:" in text
         assert "2,048 tokens in pages of 8" in text, "a flag goes before the file"
+        assert "events    tcp://127.0.0.1:" in text
         curl = text[text.index("curl") :]
         assert f"{address}/llm/v1/chat/completions" in curl
         assert '"model": "mine"' in curl
@@ -137,6 +136,7 @@ def test_a_file_with_a_mistake_is_refused(tmp_path: Path, content: str, message:
         (["--port", "70000"], "--port must be an integer in [0, 65535], not 70000"),
         (["--config", "nowhere.toml"], "nowhere.toml cannot be read: No such file or directory"),
         (["--api-key", "a", "--api-keys", "b"], "give one of them"),
+        (["--kv-events", "5557"], "kv_events must be an address as tcp://127.0.0.1:5557"),
         (["--ssl-keyfile", "key.pem"], "need an ssl_certfile"),
         (["--window", "8", "--cuda-graphs"], "does not run in CUDA graphs"),
     ],

@@ -197,6 +197,6 @@ def test_few_messages_wait_for_one_that_is_missing() -> None:
     publisher.change(0)
     for page in range(1, 6):
         state.message(publisher.change(page))
-    assert len(state._held) == 2
+    assert state.num_held == 2
     settle(state, publisher)
     assert sink.pages == publisher.pages

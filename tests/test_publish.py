@@ -357,7 +357,7 @@ def test_closing_sends_what_waits_and_listens_no_more() -> None:
     publisher.close()
     share(cache, "a")
     assert len(publisher.queue) == 0
-    assert not publisher._thread.is_alive()
+    assert not publisher.is_running
 
 
 @pytest.mark.parametrize("module", ["zmq", "msgpack"])

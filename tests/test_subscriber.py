@@ -26,14 +26,14 @@ class Lossy:
     """A PUB socket that loses messages."""
 
     def __init__(self, pub: Any, share_lost: float, rng: random.Random) -> None:
-        self._pub, self._share_lost, self._rng = pub, share_lost, rng
+        self.pub, self._share_lost, self._rng = pub, share_lost, rng
         self.num_lost = 0
 
     def send_multipart(self, frames: list[bytes]) -> None:
         if self._rng.random() < self._share_lost:
             self.num_lost += 1
         else:
-            self._pub.send_multipart(frames)
+            self.pub.send_multipart(frames)
 
 
 class Replica:
@@ -113,8 +113,8 @@ def test_it_follows_several_replicas(replicas: list[Replica], subscriber: KVEven
 
 def test_lost_messages_are_fetched(replicas: list[Replica], subscriber: KVEventSubscriber) -> None:
     replica, _ = replicas
-    lossy: Any = Lossy(replica.publisher._pub, 0.5, random.Random(0))
-    replica.publisher._pub = lossy
+    lossy: Any = Lossy(replica.publisher.live, 0.5, random.Random(0))
+    replica.publisher.live = lossy
     replica.listen(subscriber)
     for number in range(50):
         share(replica.cache, "".join(random.Random(number).choices("abc", k=4)))
@@ -144,9 +144,9 @@ def test_what_is_not_kept_any_more_takes_a_snapshot(replicas: list[Replica], sub
     replica.listen(subscriber)
     share(replica.cache, "a")
     assert follows(subscriber, replica)
-    pub = replica.publisher._pub
+    pub = replica.publisher.live
     lossy: Any = Lossy(pub, 1.0, random.Random(0))
-    replica.publisher._pub = lossy
+    replica.publisher.live = lossy
     while lossy.num_lost < 3:
         replica.cache.reset()
         share(replica.cache, "abcx")
@@ -187,13 +187,13 @@ def test_messages_that_cannot_be_read_are_fetched_again(
 
     class Garbled(Lossy):
         def send_multipart(self, frames: list[bytes]) -> None:
-            self._pub.send_multipart([*frames[:2], b"\xc1" if self.num_lost % 2 else b"\x93\x01\x02\x03"])
+            self.pub.send_multipart([*frames[:2], b"\xc1" if self.num_lost % 2 else b"\x93\x01\x02\x03"])
             self.num_lost += 1
 
     replica.listen(subscriber)
     assert follows(subscriber, replica)
-    garbled: Any = Garbled(replica.publisher._pub, 0, random.Random(0))
-    replica.publisher._pub = garbled
+    garbled: Any = Garbled(replica.publisher.live, 0, random.Random(0))
+    replica.publisher.live = garbled
     while garbled.num_lost < 4:
         replica.cache.reset()
         share(replica.cache, "ab")

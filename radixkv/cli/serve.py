@@ -13,6 +13,7 @@ import typer
 from radixkv.cli.setting_options import FromSettings, with_option_groups
 from radixkv.config import EngineConfig, ServerConfig
 from radixkv.config.checks import checked_text
+from radixkv.config.endpoints import is_local_endpoint
 from radixkv.config.setting import field_check, setting_fields
 from radixkv.config.toml_file import read_toml
 from radixkv.errors import ConfigError
@@ -111,6 +112,13 @@ def serve(
             "timing which prompts others have sent; --api-keys tells clients apart",
             err=True,
         )
+    events = engine_options.settings.get("kv_events")
+    if events is not None and not is_local_endpoint(events):
+        typer.echo(
+            f"radixkv: warning: everybody who reaches {events} can read all prompts; bind an address that only your "
+            "routers reach",
+            err=True,
+        )
     engine = _load(model, engine_options.settings, server_config.max_waiting)
     service = Service(engine, model, server_config)
     finished = serve_until_signal(service, on_start=lambda address: _greet(service, address))
@@ -141,6 +149,8 @@ def _greet(service: Service, address: str) -> None:
     typer.echo(f"radixkv serves {name} at {address}")
     typer.echo(f"  model     {config.dtype} on {config.device}, up to {config.max_context_tokens:,} tokens a request")
     typer.echo(f"  KV pool   {config.kv_cache_tokens:,} tokens in pages of {config.page_size}")
+    if (sources := service.engine.event_sources) is not None:
+        typer.echo(f"  events    {sources.endpoint}, replays and snapshots at {sources.replay_endpoint}")
     key = "" if service.keys.is_open else " -H 'Authorization: Bearer KEY'"
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
     typer.echo(

@@ -68,6 +68,11 @@ class EventPublisher:
     `next_seq` on, applied to a snapshot, give the cache.
 
     Make and close it in the thread that owns the cache.
+
+    Attributes:
+        sources: where others find it.
+        queue: where events wait for the thread.
+        live: the PUB socket, which belongs to the thread.
     """
 
     def __init__(
@@ -102,7 +107,7 @@ class EventPublisher:
         self._wakers[0].setblocking(False)
         self._context = self._zmq.Context()
         try:
-            self._pub, address = self._bind("endpoint", self._zmq.PUB, endpoint, self._max_unread)
+            self.live, address = self._bind("endpoint", self._zmq.PUB, endpoint, self._max_unread)
             replay_endpoint = replay_endpoint or replay_endpoint_of(endpoint)
             router, kept = self._zmq.ROUTER, 2 * (buffer_steps + 1)
             self._router, replay_address = self._bind("replay_endpoint", router, replay_endpoint, kept)
@@ -127,6 +132,16 @@ class EventPublisher:
 
     def _cached_runs(self) -> Iterator[PageRun]:
         return (run for _, run in self._cache.cached_runs())
+
+    @property
+    def next_seq(self) -> int:
+        """The number that the next message will have."""
+        return self._next_seq
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread has not ended."""
+        return self._thread.is_alive()
 
     # -- the thread --------------------------------------------------------------------------------------------------
 
@@ -169,7 +184,7 @@ class EventPublisher:
         for batch in _batches(events):
             payload = wire.pack_batch(time.time(), batch)
             self._keep(payload)
-            self._pub.send_multipart([self._topic, wire.pack_seq(self._next_seq), payload])
+            self.live.send_multipart([self._topic, wire.pack_seq(self._next_seq), payload])
             self._next_seq += 1
 
     def _keep(self, payload: bytes) -> None:

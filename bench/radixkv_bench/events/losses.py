@@ -62,8 +62,8 @@ class Replica:
         self.publisher = EventPublisher(self.cache, self.endpoint, replay_endpoint=self.replay_endpoint)
         self.endpoint = self.publisher.sources.endpoint
         self.replay_endpoint = self.publisher.sources.replay_endpoint
-        self._socket: Any = LossySocket(self.publisher._pub, self._lost_share, self._rng)
-        self.publisher._pub = self._socket
+        self._socket: Any = LossySocket(self.publisher.live, self._lost_share, self._rng)
+        self.publisher.live = self._socket
 
     def _count(self, event: Event) -> None:
         self.num_events += 1

@@ -78,6 +78,11 @@ class StreamState:
         return bool(self._held) and not self.wants_snapshot
 
     @property
+    def num_held(self) -> int:
+        """Messages that wait."""
+        return len(self._held)
+
+    @property
     def is_current(self) -> bool:
         """Whether nothing is known to be missing."""
         return not self._held and not self.wants_snapshot

@@ -66,7 +66,10 @@ class KVEventSubscriber:
     """
 
     def __init__(self, index: ReplicaIndex, *, probe_s: float = PROBE_S, answer_s: float = ANSWER_S) -> None:
-        """answer_s: a replica that sends nothing of an answer for so long is asked anew. Raises: MissingPackageError."""
+        """answer_s: a replica that sends no part of an answer for so long is asked anew.
+
+        Raises: MissingPackageError.
+        """
         self._zmq = optional_module("zmq")
         optional_module("msgpack")
         self.index, self.lock = index, threading.Lock()
