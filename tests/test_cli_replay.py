@@ -14,7 +14,10 @@ import pytest
 from cli_runs import FakeTerminal, assert_one_line_error, run, write_lines
 from radixkv import demo_model
 from radixkv.cli.trace_source import load_tokenizer, progress_on_stderr, read_trace_file
+from radixkv.cluster.router import new_router
 from radixkv.replay.belady import measure_reuse
+from radixkv.replay.page_numbers import number_pages
+from radixkv.replay.replicas import Fleet, Happening, simulate_fleet
 from radixkv.replay.simulation import replay_trace
 from radixkv.replay.traces import ExpandedBlocks, Request, Trace, read_trace
 
@@ -198,6 +201,77 @@ def test_the_table_of_tiers(blocks: Path) -> None:
         assert text in result.stdout
 
 
+# ------------------------------------------------------------------------------------------------------------ replicas
+
+REPLICAS = ("--block-tokens", BLOCK, "--capacity-tokens", "160")
+
+
+def test_replicas(tmp_path: Path, blocks: Path) -> None:
+    report = figures(tmp_path, blocks, *REPLICAS, "--replicas", "1,4", "--router", "cost,random,threshold")
+    trace = read_trace(blocks, block_tokens=BLOCK)
+    alone = replay_trace(trace.requests, "lru", 160, 1, key_tokens=BLOCK).hit_rate
+    assert (report["one_cache_hit_rate"], report["requests"], report["load"]) == (alone, 40, 0.6)
+    assert report["ceiling"] == measure_reuse(trace.requests, key_tokens=BLOCK).ceiling
+    rows = report["replicas"]
+    assert [(row["replicas"], row["router"]) for row in rows] == [
+        (number, router) for number in (1, 4) for router in ("cost", "random", "threshold")
+    ]
+    for row in rows:
+        assert row["capacity_tokens"] == 160
+        assert row["share_of_one_cache"] == pytest.approx(row["hit_rate"] / alone)
+        assert row["max_over_mean_work"] >= 1
+        assert 0 < row["ttft_p50_s"] <= row["ttft_p99_s"]
+        if row["replicas"] == 1:
+            assert row["hit_rate"] == alone
+    fleet = Fleet(4, 160)
+    again = simulate_fleet(number_pages(trace.requests, key_tokens=BLOCK), fleet, new_router("random"))
+    assert rows[4]["hit_rate"] == again.hit_rate
+    assert rows[4]["ttft_p99_s"] == again.ttft_percentile_s(99)
+
+
+def test_replicas_of_tokens_a_load_a_shared_tier_and_incidents(tmp_path: Path, blocks: Path) -> None:
+    options = ["--keys", "token", "--page-size", 4, "--replicas", 2, "--load", 0.3, "--shared-tier", "1k"]
+    incidents = ["--happening", "10:join", "--happening", "20:die:0", "--happening", "5:slow:1:2.5"]
+    report = figures(tmp_path, blocks, *REPLICAS, *options, *incidents)
+    (row,) = report["replicas"]
+    assert (report["load"], report["shared_tokens"], report["page_tokens"]) == (0.3, 1000, 4)
+    trace = number_pages(ExpandedBlocks(read_trace(blocks, block_tokens=BLOCK).requests, BLOCK), 4)
+    planned = [Happening(10, "join"), Happening(20, "die", 0), Happening(5, "slow", 1, 2.5)]
+    again = simulate_fleet(trace, Fleet(2, 160, 1000, 0.3, happenings=planned), new_router("cost"))
+    assert (row["router"], row["hit_rate"], row["ttft_p50_s"]) == ("cost", again.hit_rate, again.ttft_percentile_s(50))
+    assert 0 < row["shared_hit_rate"] < row["hit_rate"]
+
+
+def test_several_capacities_of_replicas(tmp_path: Path, blocks: Path) -> None:
+    options = ["--block-tokens", BLOCK, "--capacity-tokens", "160,80", "--replicas", 2]
+    report = figures(tmp_path, blocks, *options)
+    requests = read_trace(blocks, block_tokens=BLOCK).requests
+    alone = [replay_trace(requests, "lru", capacity, 1, key_tokens=BLOCK).hit_rate for capacity in (160, 80)]
+    assert [row["one_cache_hit_rate"] for row in report["replicas"]] == alone
+    assert report["one_cache_hit_rate"] == alone[0]
+
+
+def test_the_table_and_the_picture_of_replicas(tmp_path: Path, blocks: Path) -> None:
+    out = tmp_path / "out.svg"
+    options = ["--replicas", "2,4", "--router", "cost,sglang-cache-aware", "--plot", out, "--shared-tier", "80"]
+    result = run("replay", blocks, *REPLICAS, *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    for text in (
+        "blocks.jsonl: 40 requests",
+        "2 × 80",
+        "4 × 40",
+        "sglang-cache-aware",
+        "of one",
+        "shared",
+        "one cache",
+    ):
+        assert text in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    svg = out.read_text(encoding="utf-8")
+    for label in ("one cache", "cost", "sglang-cache-aware"):
+        assert f"<!-- {label} -->" in svg
+
+
 # ----------------------------------------------------------------------------------------------------- malformed lines
 
 
@@ -249,6 +323,30 @@ def test_strict(tmp_path: Path) -> None:
             ["--tiers", "pool:64", "--tier-writes", "never"],
             "--tier-writes must be one of through, selective, back",
         ),
+        (["--router", "cost"], "--router needs --replicas, the number of replicas to simulate"),
+        (["--load", "0.5"], "--load needs --replicas"),
+        (["--shared-tier", "1k"], "--shared-tier needs --replicas"),
+        (["--happening", "5:join"], "--happening needs --replicas"),
+        (["--replicas", "2", "--router", "best"], "unknown router 'best'; the routers are cost, random, round-robin"),
+        (["--replicas", "0"], "--replicas must be numbers from 1 to 4,096, comma-separated, not '0'"),
+        (["--replicas", "8,"], "--replicas must be numbers from 1 to 4,096, comma-separated, not '8,'"),
+        (["--replicas", "many"], "--replicas must be numbers from 1 to 4,096, comma-separated, not 'many'"),
+        (["--replicas", "9"], "a capacity of 7 tokens holds no page or block of 8"),
+        (["--replicas", "2", "--load", "0"], "load must be a number above 0, not 0.0"),
+        (["--replicas", "2", "--shared-tier", "much"], "--shared-tier must be a number of tokens, such as 20M, not 'm"),
+        (["--replicas", "2", "--shared-tier", "7"], "a capacity of 7 tokens holds no page or block of 8"),
+        (
+            ["--replicas", "2", "--happening", "5:explode:1"],
+            "such as 6000:die:3, 6000:drain:3, 6000:slow:3:4 (4 times)",
+        ),
+        (["--replicas", "2", "--happening", "5:slow:1:0"], "6000:slow:3:4 (4 times) or 6000:join, not '5:slow:1:0'"),
+        (["--replicas", "2", "--happening", "5:die:2"], "replicas are numbered from 0 to 1; there is no 2"),
+        (["--replicas", "2", "--tiers", "pool:64"], "--replicas go with --capacity-tokens and --shared-tier, not with"),
+        (
+            ["--replicas", "2", "--policy", "fifo"],
+            "simulated replicas evict in LRU order; --replicas does not go with ",
+        ),
+        (["--replicas", "2", "--tier-writes", "back"], "a shared tier gets all that is computed; --replicas needs --"),
         (["--policy", "lru,mru"], "unknown eviction policy 'mru'; the policies are lru, "),
         (["--policy", ""], "unknown eviction policy ''"),
         (["--page-size", "0"], "--page-size must be an integer of at least 1, not 0"),

@@ -167,12 +167,12 @@ def print_fleet_table(report: FleetReport) -> None:
     alone = ", ".join(f"{percent(rate)} with {capacity:,} tokens" for capacity, rate in report.one_cache.items())
     table = Table(
         title=escape(report.title),
-        caption=f"load without hits: {percent(report.load)}; ceiling, without limit: {percent(report.ceiling)}\n"
-        f"one cache: {alone}",
+        caption=f"one cache: {alone}; ceiling, without limit: {percent(report.ceiling)}\n"
+        f"p50 and p99: time to the first token, at a load of {percent(report.load)} without hits",
         box=box.SIMPLE,
-        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    columns = _columns(report)
+    columns = [name for name in _cells(report, report.results[0]) if name != "shared" or report.shared_tokens]
     for column in columns:
         table.add_column(column, justify="left" if column == "router" else "right")
     for result, following in zip_longest(report.results, report.results[1:]):
@@ -182,24 +182,16 @@ def print_fleet_table(report: FleetReport) -> None:
     Console().print(table)
 
 
-def _columns(report: FleetReport) -> list[str]:
-    """Without those that would tell the same in each row, so that a row fits a line."""
-    left_out = {"capacity"} if len(report.one_cache) == 1 else set()
-    left_out |= set() if report.shared_tokens else {"shared"}
-    return [name for name in _cells(report, report.results[0]) if name not in left_out]
-
-
 def _cells(report: FleetReport, result: FleetResult) -> dict[str, str]:
     return {
-        "capacity": short_count(result.capacity_tokens),
-        "replicas": str(result.num_replicas),
+        "replicas": f"{result.num_replicas} × {short_count(result.capacity_tokens / result.num_replicas)}",
         "router": result.router,
-        "hit rate": percent(result.hit_rate),
+        "hits": percent(result.hit_rate),
         "shared": percent(result.shared_hit_rate),
         "of one": percent(report.share_of(result)),
         "max/mean": f"{result.max_over_mean_work:.3f}",
-        "TTFT p50": _short_s(result.ttft_percentile_s(50)),
-        "TTFT p99": _short_s(result.ttft_percentile_s(99)),
+        "p50": _short_s(result.ttft_percentile_s(50)),
+        "p99": _short_s(result.ttft_percentile_s(99)),
     }
 
 
@@ -225,10 +217,12 @@ def write_fleet_plot(report: FleetReport, path: Path) -> None:
                 times_s = [result.ttft_percentile_s(50) for result in results]
                 shares = [100 * report.share_of(result) for result in results]
                 axes.plot(times_s, shares, color=color, marker=marker, label=router if number == 0 else None)
+                if len(results) == 1:
+                    continue
                 for time_s, share, result in zip(times_s, shares, results, strict=True):
                     axes.annotate(str(result.num_replicas), (time_s, share), textcoords="offset points", xytext=(5, 4))
         axes.set_xscale("log")
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("median time to the first token, seconds (numbers: replicas)")
+        axes.set_xlabel("median time to the first token, seconds (at points: replicas)")
         axes.set_ylabel("hit rate, % of one cache's")
         axes.grid(alpha=0.25)

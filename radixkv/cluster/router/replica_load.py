@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from random import Random
 from typing import NamedTuple
 
@@ -26,7 +26,16 @@ class ReplicaLoad:
         draining: whether it gets no more requests.
     """
 
-    __slots__ = ("assigned_tokens", "began_s", "draining", "name", "queue", "queued_tokens", "routed_tokens", "running")
+    __slots__ = (
+        "assigned_tokens",
+        "began_s",
+        "draining",
+        "name",
+        "queue",
+        "queued_tokens",
+        "routed_tokens",
+        "running",
+    )
 
     def __init__(self, name: str, now: float, assigned_tokens: float) -> None:
         self.name, self.began_s, self.assigned_tokens = name, now, assigned_tokens
@@ -37,8 +46,8 @@ class ReplicaLoad:
 
     @property
     def first_tokens(self) -> int:
-        """Tokens of the first prompt in the queue, which must not be empty."""
-        return next(iter(self.queue.values()))
+        """Tokens of the first prompt in the queue; 0 if it is empty."""
+        return next(iter(self.queue.values()), 0)
 
     def take(self, request_id: str, tokens: int, now: float) -> None:
         """A request comes, of which so many tokens have to be computed. O(1)."""
@@ -59,11 +68,11 @@ class ReplicaLoad:
 
 
 class Pick(NamedTuple):
-    """What a rule decided, why, and what each candidate would have cost."""
+    """What a rule decided, why, and what makes the costs of the candidates."""
 
     replica: ReplicaLoad
     reason: str
-    costs: tuple[ReplicaCost, ...] = ()
+    weigh: Callable[[], tuple[ReplicaCost, ...]] = tuple
 
 
 class RoutingRule:
@@ -81,7 +90,8 @@ class RoutingRule:
         if name in self.replicas:
             raise ConfigError(f"names of replicas must differ; there is a replica {name!r} already")
         least = min((replica.assigned_tokens for replica in self.replicas.values()), default=0)
-        self.replicas[name] = ReplicaLoad(name, now, least)
+        self.replicas[name] = replica = ReplicaLoad(name, now, least)
+        self._changed(replica)
 
     def remove_replica(self, name: str) -> None:
         replica = self.replicas.pop(name, None)
@@ -102,23 +112,23 @@ class RoutingRule:
         if not candidates:
             draining = sum(replica.draining for replica in self.replicas.values())
             raise NoReplicaError(known=len(self.replicas), draining=draining)
-        replica, reason, costs = self._pick(request, now, candidates)
+        replica, reason, weigh = self._pick(request, now, candidates)
         cached_tokens = min(request.prompt_tokens, request.held.get(replica.name, 0))
         replica.take(request.request_id, max(1, request.prompt_tokens - cached_tokens), now)
         self._replica_of[request.request_id] = replica
+        self._changed(replica)
         self._age()
-        return Choice(replica.name, cached_tokens, costs, reason)
+        return Choice(replica.name, cached_tokens, reason, weigh)
 
     def computed(self, request_id: str, now: float, computed_tokens: int | None = None) -> None:
         replica = self._replica_of.get(request_id)
-        if replica is None:
+        tokens = None if replica is None else replica.leave_queue(request_id)
+        if replica is None or tokens is None:
             return
-        tokens = replica.leave_queue(request_id)
-        if tokens is not None:
-            self._learn(
-                replica, tokens if computed_tokens is None else computed_tokens, max(0.0, now - replica.began_s)
-            )
-            replica.began_s = now
+        took_s = max(0.0, now - replica.began_s)
+        replica.began_s = now
+        self._learn(replica, tokens if computed_tokens is None else computed_tokens, took_s)
+        self._changed(replica)
 
     def finished(self, request_id: str, now: float) -> None:
         replica = self._replica_of.pop(request_id, None)
@@ -126,9 +136,11 @@ class RoutingRule:
             return
         replica.running.remove(request_id)
         was_first = next(iter(replica.queue), None) == request_id
-        replica.leave_queue(request_id)
+        if replica.leave_queue(request_id) is None:
+            return
         if was_first:
             replica.began_s = now
+        self._changed(replica)
 
     def _age(self) -> None:
         self._num_choices += 1
@@ -136,6 +148,7 @@ class RoutingRule:
             self._num_choices = 0
             for replica in self.replicas.values():
                 replica.assigned_tokens /= 2
+                self._changed(replica)
 
     def _pick(self, request: RouteRequest, now: float, candidates: list[ReplicaLoad]) -> Pick:
         """Decide between `candidates`, of which there is one at least."""
@@ -143,3 +156,6 @@ class RoutingRule:
 
     def _learn(self, replica: ReplicaLoad, tokens: int, seconds: float) -> None:
         """`replica` has computed `tokens` in `seconds`."""
+
+    def _changed(self, replica: ReplicaLoad) -> None:
+        """Another request is queued there, one less, or the replica is new."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
@@ -39,26 +39,32 @@ class ReplicaCost(NamedTuple):
     total_s: float
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Choice:
     """Where a request goes.
 
     Attributes:
         replica: its name.
         cached_tokens: what it is thought to hold of the prompt.
-        costs: of each candidate; empty if the rule weighs no costs.
         reason: why, in a few words.
+        weigh: what makes `costs`, as most choices are never explained.
     """
 
     replica: str
     cached_tokens: int
-    costs: tuple[ReplicaCost, ...]
     reason: str
+    weigh: Callable[[], tuple[ReplicaCost, ...]] = tuple
+
+    @property
+    def costs(self) -> tuple[ReplicaCost, ...]:
+        """The costs of each candidate; empty if the rule weighs none. O(replicas)."""
+        return self.weigh()
 
     def explain(self) -> str:
         """The choice and the costs, a line each, the cheapest first; milliseconds. O(replicas log replicas).
 
         >>> cost = ReplicaCost("b", queued_s=0.5, compute_s=0.2, price_s=0.05, total_s=0.75)
-        >>> print(Choice("b", 300, (cost,), "the least cost").explain())
+        >>> print(Choice("b", 300, "the least cost", lambda: (cost,)).explain())
         b: the least cost; 300 tokens of the prompt are cached there
           b  750.0 ms = 500.0 queued + 200.0 to compute + 50.0 for what others hold
         """
