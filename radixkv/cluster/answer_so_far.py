@@ -157,8 +157,8 @@ def text_place(data: dict[str, Any]) -> TextPlace | None:
 
 def _ends(data: dict[str, Any] | None) -> bool:
     """Whether an event with text ends the answer, too, as the last one of completions does."""
-    choices = (data or {}).get("choices")
-    return bool(choices) and choices[0].get("finish_reason") is not None
+    choices = None if data is None else data.get("choices")
+    return choices is not None and len(choices) > 0 and choices[0].get("finish_reason") is not None
 
 
 def _is_call(data: dict[str, Any]) -> bool:

@@ -110,7 +110,7 @@ class Relay:
             choice = self._fleet.choose(asked, tried.union(others))
             self._metrics.chosen(choice)
             return choice
-        return Choice(only or self._fleet.next_but(tried), 0, (), "any will do")
+        return Choice(only or self._fleet.next_but(tried), 0, "any will do")
 
     def _may_go_on(self) -> bool:
         so_far = self._so_far
