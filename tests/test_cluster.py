@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-pytest.importorskip("ray")
-
-from radixkv_bench.cluster.command import SETTINGS, measure
-from radixkv_bench.cluster.drive import Answered, by_one_engine
-from radixkv_bench.cluster.sessions import Sizes, Turn, sessions_of
 
 import radixkv.cluster
 from radixkv.cluster.replica_link import ReplicaCall, ReplicaLostError
 from radixkv.cluster.roster import ROSTER
 from radixkv.cluster.serve_call import AddressedCall
 from radixkv.errors import ConfigError
+from radixkv_bench.cluster.command import SETTINGS, measure
+from radixkv_bench.cluster.drive import Answered, by_one_engine
+from radixkv_bench.cluster.sessions import Sizes, Turn, sessions_of
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.skipif(find_spec("ray") is None, reason="needs ray: pip install 'radixkv[cluster]'"),
     pytest.mark.filterwarnings("default"),  # of ray, and of what it imports
 ]
 
