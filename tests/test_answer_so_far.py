@@ -27,17 +27,23 @@ def chunk(name: str, delta: dict[str, Any], reason: str | None = None) -> bytes:
 def stream(name: str, text: str, cuts: list[int]) -> list[bytes]:
     """The events of a chat's stream that has one id for each character, its text cut at `cuts`."""
     edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
-    events = [chunk(name, {"role": "assistant", "content": ""})]
+    head, events = chunk(name, {"role": "assistant", "content": ""}), []
     for start, end in pairwise(edges):
         if start < end:
-            events += [comment_of([ord(character) for character in text[start:end]])]
-            events += [chunk(name, {"content": text[start:end]})]
+            told_ids = comment_of([ord(character) for character in text[start:end]])
+            events += [told_ids, head, chunk(name, {"content": text[start:end]})]
+            head = b": keep-alive\n\n"
     return [*events, chunk(name, {}, "stop"), DONE]
+
+
+def data_of(events: list[bytes]) -> list[bytes]:
+    """Those events that have JSON."""
+    return [one for one in events if one.startswith(b"data: {")]
 
 
 def told(events: list[bytes]) -> str:
     """The text of chunks."""
-    chunks = [json.loads(one[6:]) for one in events if one != DONE]
+    chunks = [json.loads(one[6:]) for one in data_of(events)]
     return "".join(one["choices"][0]["delta"].get("content") or "" for one in chunks)
 
 
@@ -58,10 +64,10 @@ def test_two_streams_make_one_answer(text: str, cuts: list[list[int]], broken_at
     assert told(sent) == text
     assert so_far.ids == [ord(character) for character in text]
     assert sent.count(DONE) == 1
-    kinds = [json.loads(one[6:])["choices"][0] for one in sent if one != DONE]
+    kinds = [json.loads(one[6:])["choices"][0] for one in data_of(sent)]
     assert [kind["delta"].get("role") for kind in kinds].count("assistant") == 1
     assert [kind["finish_reason"] for kind in kinds].count("stop") == 1
-    heads = {(json.loads(one[6:])["id"], json.loads(one[6:])["created"]) for one in sent if one != DONE}
+    heads = {(json.loads(one[6:])["id"], json.loads(one[6:])["created"]) for one in data_of(sent)}
     assert len(heads) == 1, "the ids and times of the first stream that was sent"
 
 
@@ -69,7 +75,7 @@ def test_a_stream_that_is_not_broken_stays_as_it_is() -> None:
     events = stream(NAMES[0], 'He said "created":7, "msg_' + "0" * 24 + '".', [5, 9])
     so_far = AnswerSoFar()
     kept = [so_far.take(one) for one in events]
-    assert [one for one in kept if one is not None] == [one for one in events if not one.startswith(b":")]
+    assert [one for one in kept if one is not None] == [one for one in events if not one.startswith(b": radixkv-ids")]
 
 
 def test_in_the_middle_of_a_call_it_cannot_go_on() -> None:

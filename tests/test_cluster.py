@@ -105,7 +105,10 @@ def test_the_request_router_says_which_replicas_there_are() -> None:
 
 
 def test_settings_become_an_application() -> None:
-    app = radixkv.cluster.app({"model": "demo", "replicas": "2", "max_replicas": 4, "page_size": "8", "port": "9000"})
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+
+    given = {"model": "demo", "replicas": "2", "max_replicas": 4, "page_size": "8", "port": "9000"}
+    app = call_user_app_builder_with_args_if_necessary(radixkv.cluster.app, given)  # as `serve run` does
     assert type(app).__name__ == "Application"
     for settings, message in (
         ({"replica": 2}, "unknown setting 'replica'; the settings are model, replicas, "),

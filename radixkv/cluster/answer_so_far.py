@@ -49,7 +49,6 @@ class AnswerSoFar:
         self._new_names: dict[bytes, bytes] = {}
         self._sent = 0
         self._stream_ids: list[int] = []
-        self._is_first = True
 
     @property
     def can_go_on(self) -> bool:
@@ -57,9 +56,9 @@ class AnswerSoFar:
         return not self.has_calls
 
     def begin_again(self) -> None:
-        """The events that come next are of another stream of the same answer."""
+        """The events that come next are of another stream of the same answer, or of the first one."""
         self._skip_characters, self._skip_others = self._characters, self._others
-        self._new_names, self._stream_ids, self._is_first = {}, [], False
+        self._new_names, self._stream_ids = {}, []
 
     def take(self, event: bytes) -> bytes | None:
         """What of a stream's next event goes to the client; None if nothing does.
@@ -117,13 +116,11 @@ class AnswerSoFar:
         return self._sent
 
     def _name(self, name: bytes) -> bytes:
-        if self._is_first:
-            if name not in self._names:
-                self._names.append(name)
-            return name
         if name not in self._new_names:
             place = len(self._new_names)
-            self._new_names[name] = self._names[place] if place < len(self._names) else name
+            if place == len(self._names):
+                self._names.append(name)
+            self._new_names[name] = self._names[place]
         return self._new_names[name]
 
     def _time(self, time: bytes) -> bytes:

@@ -11,12 +11,14 @@ from radixkv.cluster.replica_link import ReplicaAnswer, ReplicaCall, ReplicaLost
 from radixkv.errors import ConfigError
 
 CONNECT_TIMEOUT_S = 5.0
+IDLE_S = 2.0
+"""How long an idle connection is kept: less than servers keep them, or one would seem lost that was merely closed."""
 
 
 def new_client() -> httpx.AsyncClient:
     """The client that the links of a router share. An answer may take as long as it likes: a connection that is alive
     is not lost, and whether a replica lives is found out beside it."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=IDLE_S)
     timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
     return httpx.AsyncClient(timeout=timeout, limits=limits, follow_redirects=False, trust_env=False)
 

@@ -132,9 +132,10 @@ class Relay:
 
     def _call(self) -> ReplicaCall:
         """The request; if the client has a part of the answer, for what follows it."""
+        if self._so_far is not None:
+            self._so_far.begin_again()
         if self._so_far is None or not self._has_content:
             return self._journey.call
-        self._so_far.begin_again()
         body = json.loads(self._journey.call.body)
         return self._journey.call.with_body(to_json({**body, "radixkv_output_ids": self._so_far.ids}))
 

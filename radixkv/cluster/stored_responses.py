@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import aclosing
 from urllib.parse import quote
 
 from radixkv.cluster.callers import KEY_HEADERS
@@ -26,10 +25,10 @@ async def holder_of(fleet: Fleet, response_id: str, headers: Headers) -> str | N
 async def _has(member: Member, call: ReplicaCall) -> bool:
     try:
         answer = await member.link.send(call)
+        await answer.read()
     except ReplicaLostError:
         return False
-    async with aclosing(answer.chunks):
-        return answer.status == 200
+    return answer.status == 200
 
 
 def _first(names: Sequence[str]) -> str | None:
