@@ -15,7 +15,6 @@ from radixkv.cluster.roster import ROSTER
 from radixkv.cluster.serve_call import AddressedCall
 from radixkv.errors import ConfigError
 from radixkv_bench.cluster.command import SETTINGS, measure
-from radixkv_bench.cluster.drive import Answered, by_one_engine
 from radixkv_bench.cluster.sessions import Sizes, Turn, sessions_of
 
 pytestmark = [
@@ -27,21 +26,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def turns() -> list[list[Turn]]:
-    return sessions_of(12, 8, Sizes())
-
-
-@pytest.fixture(scope="module")
-def of_one_engine(turns: list[list[Turn]]) -> list[Answered]:
-    answered = by_one_engine(turns, **SETTINGS)
-    assert all(one.is_right for one in answered)
-    return answered
+    return sessions_of(12, 8, Sizes(), SETTINGS)
 
 
 @pytest.mark.parametrize("face", ["ray", "route"])
-def test_a_replica_is_killed_and_one_added_and_nothing_is_lost_or_wrong(
-    face: str, turns: list[list[Turn]], of_one_engine: list[Answered]
-) -> None:
-    found = measure(face, turns, 2, of_one_engine)
+def test_a_replica_is_killed_and_one_added_and_nothing_is_lost_or_wrong(face: str, turns: list[list[Turn]]) -> None:
+    found = measure(face, turns, 2)
     assert (found["lost"], found["wrong"]) == (0, 0), found
     assert found["share_before"] >= 0.9, found
     assert found["share_after"] >= 0.9, found

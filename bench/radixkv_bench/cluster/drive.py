@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import httpx2 as httpx
 
-from radixkv import AsyncEngine, SamplingParams
-from radixkv_bench.cluster.sessions import Turn
+from radixkv_bench.cluster.sessions import CLIENTS, Turn
 
-CLIENTS = 8
 ENDLESS_S = 600.0
 
 
@@ -30,14 +28,8 @@ class Answered(NamedTuple):
         return not self.trouble and self.text == self.turn.answer
 
 
-class Asker(Protocol):
-    """Asks one request, and says what became of it."""
-
-    async def __call__(self, turn: Turn) -> Answered: ...
-
-
 async def go_through(
-    turns: Sequence[Sequence[Turn]], ask: Asker, *, at: dict[int, Callable[[], object]] | None = None
+    turns: Sequence[Sequence[Turn]], ask: HttpAsker, *, at: dict[int, Callable[[], object]] | None = None
 ) -> list[Answered]:
     """All requests, `CLIENTS` at once, in the order of turns.
 
@@ -49,7 +41,7 @@ async def go_through(
 
     async def one(turn: Turn) -> None:
         async with room:
-            found = await ask(turn)
+            found = await ask.ask(turn)
         answered.append(found)
         if (act := due.pop(len(answered), None)) is not None:
             await asyncio.to_thread(act)
@@ -65,7 +57,8 @@ class HttpAsker:
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
 
-    async def __call__(self, turn: Turn) -> Answered:
+    async def ask(self, turn: Turn) -> Answered:
+        """What becomes of a request."""
         body = {
             "prompt": turn.prompt_ids,
             "max_tokens": len(turn.answer_ids),
@@ -105,34 +98,12 @@ def _answered(turn: Turn, text: str, usage: dict[str, Any]) -> Answered:
     return Answered(turn, text, usage["prompt_tokens_details"]["cached_tokens"])
 
 
-class EngineAsker:
-    """Asks an engine in this process: what one cache hits."""
-
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
-
-    async def __call__(self, turn: Turn) -> Answered:
-        params = SamplingParams(max_tokens=len(turn.answer_ids), temperature=0, ignore_eos=True)
-        (output,) = await self._engine.generate([turn.prompt_ids], params)
-        return Answered(turn, output.text or "", output.cached_tokens)
-
-
 def over_http(address: str, turns: Sequence[Sequence[Turn]], at: dict[int, Callable[[], object]]) -> list[Answered]:
     """All requests, asked at an address."""
 
     async def main() -> list[Answered]:
         async with httpx.AsyncClient(base_url=address, timeout=ENDLESS_S, trust_env=False) as client:
             return await go_through(turns, HttpAsker(client), at=at)
-
-    return asyncio.run(main())
-
-
-def by_one_engine(turns: Sequence[Sequence[Turn]], **settings: Any) -> list[Answered]:
-    """All requests, asked of one engine."""
-
-    async def main() -> list[Answered]:
-        async with AsyncEngine.from_pretrained("demo", **settings) as engine:
-            return await go_through(turns, EngineAsker(engine))
 
     return asyncio.run(main())
 

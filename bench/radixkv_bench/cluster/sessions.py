@@ -1,27 +1,32 @@
-"""Sessions whose prompts grow turn by turn, and what the unmodified model answers to each prompt."""
+"""Sessions whose prompts grow turn by turn, with the answers of one engine, which are the unmodified model's."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import asyncio
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from radixkv import AsyncEngine, SamplingParams
 from radixkv.models.loader import load
+from radixkv_bench.common.errors import BenchError
 
 SYSTEM_PROMPTS = 4
-BATCH = 32
+CLIENTS = 8
 FIRST_ID = 100  # the tokens before it are control tokens and single bytes
 
 
 class Turn(NamedTuple):
-    """One request of a session, and the answer of the model alone."""
+    """One request of a session, its greedy answer, and how much of the prompt one engine found cached."""
 
     session: int
     number: int
     prompt_ids: list[int]
     answer_ids: list[int]
     answer: str
+    cached_tokens: int
 
 
 class Sizes(NamedTuple):
@@ -32,51 +37,54 @@ class Sizes(NamedTuple):
     answer: int = 6
 
 
-def sessions_of(num_sessions: int, num_turns: int, sizes: Sizes, seed: int = 0) -> list[list[Turn]]:
-    """For each turn, that of every session. Each prompt is the one before it, its answer, and a user's turn.
+def sessions_of(num_sessions: int, num_turns: int, sizes: Sizes, settings: dict[str, Any]) -> list[list[Turn]]:
+    """For each turn, that of every session, `CLIENTS` at once. Each prompt is the one before, its answer, and more.
 
-    The answers are transformers' own `generate` on the unmodified model: float32, greedy, without any cache of ours.
+    settings: of the one engine. Raises: BenchError unless the unmodified model answers the same.
     """
-    model, tokenizer = load("demo", dtype="float32", device="cpu")
-    assert tokenizer is not None
-    rng = np.random.default_rng(seed)
-    vocab_size: int = model.config.vocab_size
-
-    def text_ids(num: int) -> list[int]:
-        ids: list[int] = rng.integers(FIRST_ID, vocab_size, num).tolist()
-        return ids
-
-    systems = [text_ids(sizes.system) for _ in range(SYSTEM_PROMPTS)]
-    prompts = [list(systems[session % SYSTEM_PROMPTS]) for session in range(num_sessions)]
-    turns: list[list[Turn]] = []
-    for number in range(num_turns):
-        for prompt in prompts:
-            prompt += text_ids(sizes.user)
-        answers = _answers(model, prompts, sizes.answer)
-        turns.append(
-            [
-                Turn(session, number, list(prompt), ids, tokenizer.decode(ids, skip_special_tokens=True))
-                for session, (prompt, ids) in enumerate(zip(prompts, answers, strict=True))
-            ]
-        )
-        for prompt, ids in zip(prompts, answers, strict=True):
-            prompt += ids
+    turns = asyncio.run(_converse(num_sessions, num_turns, sizes, settings))
+    _check(turns)
     return turns
 
 
-def _answers(model: torch.nn.Module, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """The model's greedy answers, `num_tokens` each. All prompts have one length as they are made: no padding."""
-    answers: list[list[int]] = []
-    for first in range(0, len(prompts), BATCH):
-        ids = torch.tensor(prompts[first : first + BATCH])
+async def _converse(num_sessions: int, num_turns: int, sizes: Sizes, settings: dict[str, Any]) -> list[list[Turn]]:
+    rng = np.random.default_rng(0)
+    room = asyncio.Semaphore(CLIENTS)
+    params = SamplingParams(max_tokens=sizes.answer, temperature=0, ignore_eos=True)
+    async with AsyncEngine.from_pretrained("demo", **settings) as engine:
+
+        def text_ids(num: int) -> list[int]:
+            ids: list[int] = rng.integers(FIRST_ID, engine.vocab_size, num).tolist()
+            return ids
+
+        async def answered(session: int, number: int, prompt: list[int]) -> Turn:
+            async with room:
+                (output,) = await engine.generate([prompt], params)
+            text = output.text or ""
+            return Turn(session, number, prompt, output.token_ids, text, output.cached_tokens)
+
+        systems = [text_ids(sizes.system) for _ in range(SYSTEM_PROMPTS)]
+        prompts = [systems[session % SYSTEM_PROMPTS] for session in range(num_sessions)]
+        turns: list[list[Turn]] = []
+        for number in range(num_turns):
+            prompts = [[*prompt, *text_ids(sizes.user)] for prompt in prompts]
+            asked = [answered(session, number, prompt) for session, prompt in enumerate(prompts)]
+            turns.append(list(await asyncio.gather(*asked)))
+            prompts = [[*turn.prompt_ids, *turn.answer_ids] for turn in turns[-1]]
+    return turns
+
+
+def _check(turns: Sequence[Sequence[Turn]]) -> None:
+    """Read each session once with the unmodified model: every token of an answer must be the likeliest there.
+
+    By induction over its tokens, each answer is then what the model alone would answer, greedily.
+    """
+    model, _ = load("demo", dtype="float32", device="cpu")
+    for last in turns[-1]:
+        ids = [*last.prompt_ids, *last.answer_ids]
         with torch.inference_mode():
-            made = model.generate(  # type: ignore[operator]  # a mixin of transformers has it
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=num_tokens,
-                min_new_tokens=num_tokens,
-                pad_token_id=0,
-            )
-        answers += made[:, ids.shape[1] :].tolist()
-    return answers
+            likeliest = model(torch.tensor([ids])).logits[0].argmax(-1).tolist()
+        for turn in (of_turn[last.session] for of_turn in turns):
+            first = len(turn.prompt_ids) - 1
+            if likeliest[first : first + len(turn.answer_ids)] != turn.answer_ids:
+                raise BenchError(f"session {turn.session}, turn {turn.number}: the unmodified model answers otherwise")
