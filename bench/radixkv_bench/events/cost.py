@@ -29,9 +29,9 @@ from radixkv_bench.common.progress import add_steps, quiet_bar
 from radixkv_bench.common.tables import number_table
 
 LARGE = Stored(PageRun(Prefix(SHARED, 16), bytes(4 * 65536), bytes(4 * 4096)), "pool")
-NUM_LARGE = 100  # fill the buffers of the connection
+NUM_LARGE = 30  # fill the buffers of the connection
 LOCAL = "tcp://127.0.0.1:0"
-OFF, READ, STALLED = "off", "read", "stalled"
+OFF, AGAIN, READ, STALLED = "off", "off again", "read", "stalled"  # the second one tells how much chance does
 READER = """
 import sys, zmq
 live = zmq.Context().socket(zmq.SUB)
@@ -61,7 +61,8 @@ def main(
     threads: Annotated[int, typer.Option(min=1, rich_help_panel=RUN, help="Threads of torch.")] = 1,
 ) -> Outcome:
     """Decode without events, with a consumer in another process that reads them, and with one that never reads and
-    whose queue is full. One engine does all three in turn, in another order each round.
+    whose queue is full. One engine does all in turn, in another order each round; without events it does so twice,
+    which tells how much the machine's other work changes.
 
     Exits with 2 if the command cannot be run.
     """
@@ -72,12 +73,12 @@ def main(
         models.load(chosen) if isinstance(chosen, str) else models.build_random(chosen, prompt_tokens + output_tokens)
     )
     engine = Engine(loaded, None, EngineConfig(kv_cache_tokens=4 * batch * (prompt_tokens + output_tokens + 32)))
-    turns: dict[str, list[Turn]] = {OFF: [], READ: [], STALLED: []}
+    turns: dict[str, list[Turn]] = {OFF: [], AGAIN: [], READ: [], STALLED: []}
     with engine, quiet_bar(error_console()) as progress:
         advance = add_steps(progress, "turns", (rounds + 1) * len(turns))
         for number in range(-1, rounds):  # the first one warms up
             names = list(turns)
-            for name in [*names[number % 3 :], *names[: number % 3]]:
+            for name in [*names[number % len(names) :], *names[: number % len(names)]]:
                 turn = _play(engine, name, number, batch, prompt_tokens, output_tokens)
                 if number >= 0:
                     turns[name].append(turn)
@@ -89,7 +90,7 @@ def main(
         "output_tokens": output_tokens,
         "rounds": rounds,
         "turns": {name: [turn._asdict() for turn in played] for name, played in turns.items()},
-        "ratios": {name: _ratios(turns[OFF], turns[name]) for name in (READ, STALLED)},
+        "ratios": {name: _ratios(turns[OFF], turns[name]) for name in (AGAIN, READ, STALLED)},
         "config": environment(),
     }
     return Outcome(figures, partial(_show, figures))
@@ -113,7 +114,7 @@ def _play(engine: Engine, name: str, number: int, batch: int, prompt_tokens: int
 @contextmanager
 def _published(engine: Engine, name: str) -> Iterator[None]:
     """Publish the events of the engine's cache to such a consumer."""
-    if name == OFF:
+    if name in (OFF, AGAIN):
         yield
         return
     publisher = EventPublisher(engine.cache, LOCAL, max_unread=1 if name == STALLED else 10_000)

@@ -102,8 +102,7 @@ class StreamState:
     def replayed(self, messages: Iterable[Message], end: AnswerEnd) -> None:
         """A replay from `next_seq` came, or a part of it; as `next_seq` was when it was asked for."""
         for message in messages:
-            if message.epoch == end.epoch:
-                self.message(message)
+            self.message(message)
         if end.epoch != self.epoch or (self.next_seq < end.next_seq and not end.is_complete):
             self.wants_snapshot = True
 
