@@ -16,8 +16,9 @@ from radixkv import demo_model
 from radixkv.cli.trace_source import load_tokenizer, progress_on_stderr, read_trace_file
 from radixkv.cluster.router import new_router
 from radixkv.replay.belady import measure_reuse
+from radixkv.replay.fleet import Fleet, Happening
 from radixkv.replay.page_numbers import number_pages
-from radixkv.replay.replicas import Fleet, Happening, simulate_fleet
+from radixkv.replay.replicas import simulate_fleet
 from radixkv.replay.simulation import replay_trace
 from radixkv.replay.traces import ExpandedBlocks, Request, Trace, read_trace
 
@@ -326,6 +327,8 @@ def test_strict(tmp_path: Path) -> None:
         (["--router", "cost"], "--router needs --replicas, the number of replicas to simulate"),
         (["--load", "0.5"], "--load needs --replicas"),
         (["--shared-tier", "1k"], "--shared-tier needs --replicas"),
+        (["--decode-s", "1"], "--decode-s needs --replicas"),
+        (["--replicas", "2", "--decode-s", "-1"], "decode_s must be a number of at least 0, not -1"),
         (["--happening", "5:join"], "--happening needs --replicas"),
         (["--replicas", "2", "--router", "best"], "unknown router 'best'; the routers are cost, random, round-robin"),
         (["--replicas", "0"], "--replicas must be numbers from 1 to 4,096, comma-separated, not '0'"),

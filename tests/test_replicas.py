@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from radixkv.cluster.router import ROUTERS, new_router
 from radixkv.errors import ConfigError, NoReplicaError
+from radixkv.replay.fleet import Fleet, FleetResult, Happening
 from radixkv.replay.holders import PageHolders
 from radixkv.replay.page_numbers import PagedTrace, number_pages
-from radixkv.replay.replicas import LOAD_SHARE, Fleet, FleetResult, Happening, arrival_times_s, simulate_fleet
+from radixkv.replay.replicas import LOAD_SHARE, arrival_times_s, simulate_fleet
 from radixkv.replay.simulation import replay_trace
 from radixkv.replay.traces import Request
 
@@ -186,6 +187,14 @@ def test_without_shared_prefixes_it_is_no_worse_than_chance() -> None:
         assert cost.ttft_percentile_s(percent) <= drawn.ttft_percentile_s(percent)
 
 
+def test_requests_that_decode_make_prompts_take_longer() -> None:
+    requests = [Request.of_tokens([number] * 100, time_s=float(number)) for number in range(3)]
+    trace = number_pages(requests, 10)
+    fleet = Fleet(1, 1000, load=0.5, prefill_tokens_per_s=100.0, decode_s=4.5)  # arrivals after 0, 3 and 6 seconds
+    assert simulated(trace, fleet, "cost").ttft_s == pytest.approx([1.0, 1.02, 1.02])  # the first has ended at 5.5
+    assert simulated(trace, Fleet(1, 1000, load=0.5), "cost").ttft_s == pytest.approx([0.01] * 3)
+
+
 def test_a_shared_tier_makes_any_router_hit_what_was_computed_before() -> None:
     requests = conversations(500, 40)
     trace = paged(requests)
@@ -213,7 +222,7 @@ def test_no_request_is_lost_when_replicas_die_and_join(router: str) -> None:
         Happening(250, "die", 4),
         Happening(300, "slow", 2, 3.0),
     ]
-    result = simulated(trace, Fleet(4, 40_000, load=0.9, happenings=happenings), router)
+    result = simulated(trace, Fleet(4, 40_000, load=0.9, decode_s=0.5, happenings=happenings), router)
     assert (result.ttft_s > 0).all()
     assert len(result.work_s) == 5
     calm = simulated(trace, Fleet(4, 40_000, load=0.9), router)
@@ -255,6 +264,7 @@ def test_bad_fleets() -> None:
         ({"num_replicas": 0}, "num_replicas must be an integer of at least 1, not 0"),
         ({"load": 0}, "load must be a number above 0, not 0"),
         ({"prefill_tokens_per_s": -1}, "prefill_tokens_per_s must be a number above 0, not -1"),
+        ({"decode_s": -1}, "decode_s must be a number of at least 0, not -1"),
         ({"event_delay_s": -1}, "event_delay_s must be a number of at least 0, not -1"),
         ({"happenings": [Happening(3, "die", 4)]}, "replicas are numbered from 0 to 3; there is no 4"),
         ({"happenings": [Happening(3, "join"), Happening(2, "die", 4)]}, "there is no 4"),

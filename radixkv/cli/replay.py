@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -17,6 +17,8 @@ from radixkv.cache.eviction.policies import POLICIES
 from radixkv.cli.replay_fleet import (
     FleetOptions,
     FleetReport,
+    check_of_use,
+    check_unused,
     fleet_options,
     print_fleet_table,
     simulate_fleets,
@@ -33,8 +35,8 @@ from radixkv.config import CacheConfig, TierWrites
 from radixkv.config.checks import checked_choice
 from radixkv.errors import ConfigError
 from radixkv.replay.belady import measure_reuse
+from radixkv.replay.fleet import FleetResult
 from radixkv.replay.page_numbers import number_pages
-from radixkv.replay.replicas import FleetResult
 from radixkv.replay.simulation import BELADY, ReplayResult, replay_optimum, replay_trace, whole_pages
 from radixkv.replay.tiered import TieredResult, TierSize, replay_tiers
 from radixkv.replay.traces import BLOCKS, MOONCAKE_BLOCK_TOKENS, ExpandedBlocks, Request, Trace
@@ -74,7 +76,7 @@ go down as `tier_writes` of an engine says: "through", when they were computed; 
 second time; "back", when the pool evicts them. Loads take no time here.
 
 **Replicas**: with --replicas, so many replicas share the capacity in equal parts, and a router sends each request to
-one of them, in virtual time. Arrivals are those of the trace, stretched to --load. Decoding is left out. *cost* is the
+one of them, in virtual time. Arrivals are those of the trace, stretched to --load. *cost* is the
 router of radixkv; {", ".join(name for name in ROUTERS if name != "cost")} are rules to compare with.
 
 **Examples**
@@ -147,6 +149,15 @@ def replay(
             help="With --replicas: a tier below them that all share, in tokens, such as 20M.", show_default=False
         ),
     ] = None,
+    decode_s: Annotated[
+        float | None,
+        typer.Option(
+            "--decode-s",
+            help="With --replicas: how long a request decodes after its first token; each that does makes prompts "
+            "there take 2 % longer.  [default: 0]",
+            show_default=False,
+        ),
+    ] = None,
     happening: Annotated[
         list[str] | None,
         typer.Option(
@@ -188,18 +199,20 @@ def replay(
     capacities = [] if capacity_tokens is None else _capacities(capacity_tokens)
     hierarchies, writes = _hierarchies(tiers or []), _writes(tier_writes)
     policies = _policies(policy, has_optimum=tiers is None)
-    only_fleets = {"--router": router, "--load": load, "--shared-tier": shared_tier, "--happening": happening or None}
+    only_fleets: dict[str, object] = {"--router": router, "--load": load, "--shared-tier": shared_tier}
+    only_fleets |= {"--decode-s": decode_s, "--happening": happening or None}
     fleets = None
     if replicas is None:
-        _check_unused(only_fleets)
+        check_unused(only_fleets)
     else:
-        _check_lru(policy, tiers, writes)
+        check_of_use(policy, tiers, writes)
         fleets = fleet_options(
             replicas,
             "cost" if router is None else router,
             capacities,
             load=0.6 if load is None else load,
             shared_tier=shared_tier,
+            decode_s=0.0 if decode_s is None else decode_s,
             happenings=happening or (),
         )
     _check_places(json_file, plot_file)
@@ -244,23 +257,6 @@ def _check_one_of(capacity_tokens: str | None, tiers: Sequence[str] | None) -> N
     if (capacity_tokens is None) == (not tiers):
         given = "neither" if capacity_tokens is None else "both"
         raise ConfigError(f"give --capacity-tokens or --tiers, not {given}")
-
-
-def _check_unused(options: Mapping[str, object]) -> None:
-    """Raise ConfigError if options were given that only replicas have a use for."""
-    for name, value in options.items():
-        if value is not None:
-            raise ConfigError(f"{name} needs --replicas, the number of replicas to simulate")
-
-
-def _check_lru(policy: str, tiers: Sequence[str] | None, writes: Sequence[TierWrites]) -> None:
-    """Raise ConfigError for options that simulated replicas have no use for."""
-    if tiers:
-        raise ConfigError("--replicas go with --capacity-tokens and --shared-tier, not with --tiers")
-    if policy != "lru":
-        raise ConfigError(f"simulated replicas evict in LRU order; --replicas does not go with --policy {policy}")
-    if list(writes) != [WRITES[0]]:
-        raise ConfigError(f"a shared tier gets all that is computed; --replicas needs --tier-writes {WRITES[0]}")
 
 
 def _capacities(text: str) -> list[int]:

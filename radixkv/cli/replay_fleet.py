@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product, zip_longest
@@ -15,9 +15,11 @@ from radixkv.cli.replay_plot import COLORS, MARKERS, save, short_count
 from radixkv.cli.replay_report import Replayed
 from radixkv.cli.token_counts import token_count
 from radixkv.cluster.router import ROUTERS, new_router
+from radixkv.config import TierWrites
 from radixkv.errors import ConfigError
+from radixkv.replay.fleet import Fleet, FleetResult, Happening, Incident
 from radixkv.replay.page_numbers import PagedTrace
-from radixkv.replay.replicas import Fleet, FleetResult, Happening, Incident, simulate_fleet
+from radixkv.replay.replicas import simulate_fleet
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -83,6 +85,23 @@ class FleetReport(Replayed):
 # ------------------------------------------------------------------------------------------------------- command line
 
 
+def check_unused(options: Mapping[str, object]) -> None:
+    """Raise ConfigError if options were given that only replicas have a use for."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"{name} needs --replicas, the number of replicas to simulate")
+
+
+def check_of_use(policy: str, tiers: Sequence[str] | None, writes: Sequence[TierWrites]) -> None:
+    """Raise ConfigError for options that simulated replicas have no use for."""
+    if tiers:
+        raise ConfigError("--replicas go with --capacity-tokens and --shared-tier, not with --tiers")
+    if policy != "lru":
+        raise ConfigError(f"simulated replicas evict in LRU order; --replicas does not go with --policy {policy}")
+    if list(writes) != ["through"]:
+        raise ConfigError("a shared tier gets all that is computed; --replicas needs --tier-writes through")
+
+
 def fleet_options(
     replicas: str,
     router: str,
@@ -90,6 +109,7 @@ def fleet_options(
     *,
     load: float,
     shared_tier: str | None,
+    decode_s: float,
     happenings: Sequence[str],
 ) -> FleetOptions:
     """What the options ask for. Raises: ConfigError."""
@@ -102,7 +122,7 @@ def fleet_options(
     planned = tuple(_happening(text) for text in happenings)
     return FleetOptions(
         tuple(
-            Fleet(number, capacity, shared_tokens, load, happenings=planned)
+            Fleet(number, capacity, shared_tokens, load, decode_s=decode_s, happenings=planned)
             for capacity, number in product(capacities, _replica_counts(replicas))
         ),
         tuple(_routers(router)),

@@ -7,134 +7,38 @@ was computed; until then the pages of routed prompts are expected there. Rules t
 `Router.knows`) are told that. A tier that all replicas share holds what any of them has computed; loading a token takes
 `LOAD_SHARE` of what computing it takes.
 
+After its first token a request decodes for `decode_s`. Each request that decodes when a prompt's turn comes lengthens
+its computation by `DECODE_SHARE`, as tokens of a batch do. By default requests have one token.
+
 The load. Arrivals are those of the trace, stretched so that computing every prompt in full would keep all replicas busy
 for the share `load` of the time between the first and the last. A trace without times has exponential gaps.
 
-Left out: decoding and what it costs prompts, batches, transfers over a network, the time that routing takes.
+Left out: outputs of different lengths, what prompts cost decoding, batches of prompts, transfers over a network, the
+time that routing takes.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
 from math import inf
 from random import Random
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.cache.tree.radix_tree import RadixTree
 from radixkv.cluster.router import Router, RouteRequest
-from radixkv.config.checks import Bounds, checked_int, checked_number
-from radixkv.errors import ConfigError
+from radixkv.replay.fleet import Fleet, FleetResult, Happening
 from radixkv.replay.holders import PageHolders
 from radixkv.replay.page_numbers import PagedRequest, PagedTrace
 from radixkv.replay.simulation import whole_pages
 
 LOAD_SHARE = 0.1
+DECODE_SHARE = 0.02
 BATCH = 256  # requests between two reports of progress
-
-Incident: TypeAlias = Literal["die", "join", "drain", "slow"]
-
-
-@dataclass(frozen=True, slots=True)
-class Happening:
-    """What happens to a replica when so many requests have arrived.
-
-    Attributes:
-        after_requests: before the request of this number (from 0) is routed.
-        what: the replica "die"s, with all that it holds; "drain"s: gets no more requests; gets "slow" by `factor`; or
-            a new one "join"s, empty, under the next number.
-        replica: its number, from 0; of no meaning for "join".
-        factor: how many times as long everything takes from then on.
-    """
-
-    after_requests: int
-    what: Incident
-    replica: int = 0
-    factor: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Fleet:
-    """What is simulated.
-
-    Attributes:
-        num_replicas: at the beginning.
-        capacity_tokens: of all their caches together, in equal parts.
-        shared_tokens: of a tier that all share; 0 without.
-        load: how much of the time all replicas would compute if nothing were cached.
-        prefill_tokens_per_s: what one replica computes.
-        event_delay_s: how long events take to the router.
-        happenings: in any order.
-    """
-
-    num_replicas: int
-    capacity_tokens: int
-    shared_tokens: int = 0
-    load: float = 0.6
-    prefill_tokens_per_s: float = 10_000.0
-    event_delay_s: float = 0.05
-    happenings: Sequence[Happening] = ()
-
-    def __post_init__(self) -> None:
-        checked_int("num_replicas", self.num_replicas, 1)
-        checked_number("load", self.load, Bounds(above=0))
-        checked_number("prefill_tokens_per_s", self.prefill_tokens_per_s, Bounds(above=0))
-        checked_number("event_delay_s", self.event_delay_s, Bounds(minimum=0))
-        known = self.num_replicas
-        for happening in sorted(self.happenings, key=lambda happening: happening.after_requests):
-            if happening.what == "join":
-                known += 1
-            elif not 0 <= happening.replica < known:
-                raise ConfigError(f"replicas are numbered from 0 to {known - 1}; there is no {happening.replica}")
-
-
-@dataclass(frozen=True, slots=True)
-class FleetResult:
-    """What one router did.
-
-    Attributes:
-        router: its name.
-        num_replicas, capacity_tokens: as they were asked for; of all replicas together.
-        query_tokens: tokens of all prompts.
-        hit_tokens: those of them that were found, in the replica or the shared tier.
-        shared_hit_tokens: those of them that were found in the shared tier alone.
-        work_s: for each replica, how long it computed and loaded.
-        ttft_s: for each request, from its arrival until its prompt was computed.
-    """
-
-    router: str
-    num_replicas: int
-    capacity_tokens: int
-    query_tokens: int
-    hit_tokens: int
-    shared_hit_tokens: int
-    work_s: tuple[float, ...]
-    ttft_s: NDArray[np.float64]
-
-    @property
-    def hit_rate(self) -> float:
-        """The share of prompt tokens that were not computed."""
-        return self.hit_tokens / self.query_tokens if self.query_tokens else 0.0
-
-    @property
-    def shared_hit_rate(self) -> float:
-        """The share of prompt tokens that only the shared tier had."""
-        return self.shared_hit_tokens / self.query_tokens if self.query_tokens else 0.0
-
-    @property
-    def max_over_mean_work(self) -> float:
-        """How much more the busiest replica did than all did on average."""
-        total_s = sum(self.work_s)
-        return max(self.work_s) * len(self.work_s) / total_s if total_s else 1.0
-
-    def ttft_percentile_s(self, percent: float) -> float:
-        """The time to the first token that `percent` of the requests did not exceed."""
-        return float(np.percentile(self.ttft_s, percent)) if len(self.ttft_s) else 0.0
 
 
 def simulate_fleet(
@@ -220,17 +124,18 @@ class _Replica:
         self.cache = _Cache(num_pages)
         self.queue: deque[_Job] = deque()
         self.current: _Job | None = None
+        self.num_decoding = 0
         self.work_s = 0.0
         self.slowness = 1.0
         self.is_dead = False
 
 
 class _Done(NamedTuple):
-    """A prompt was computed, or events of it arrive (`is_told`)."""
+    """What happens to a request next: its prompt is computed, events of it arrive, or its last token came."""
 
     time_s: float
     order: int
-    is_told: bool
+    step: Literal["computed", "told", "decoded"]
     replica: _Replica
     job: _Job
     used: _Used
@@ -315,19 +220,22 @@ class _Simulation:
         self._hit_tokens += found_tokens + loaded_tokens
         self._shared_hit_tokens += loaded_tokens
         computed_tokens = max(1, request.num_tokens - found_tokens - loaded_tokens)  # an engine computes the last one
-        s_per_token = replica.slowness / self._fleet.prefill_tokens_per_s
+        slowness = replica.slowness * (1 + DECODE_SHARE * replica.num_decoding)
+        s_per_token = slowness / self._fleet.prefill_tokens_per_s
         work_s = (computed_tokens + LOAD_SHARE * loaded_tokens) * s_per_token
         replica.work_s += work_s
-        self._push(now + work_s, False, replica, job, used, computed_tokens)
+        self._push(_Done(now + work_s, self._next(), "computed", replica, job, used, computed_tokens))
 
     def _tokens(self, num_pages: int, request: PagedRequest) -> int:
         return min(num_pages * self._trace.page_tokens, request.num_tokens)  # the last block of a prompt may be partial
 
-    def _push(
-        self, time_s: float, is_told: bool, replica: _Replica, job: _Job, used: _Used, computed_tokens: int
-    ) -> None:
+    def _push(self, done: _Done) -> None:
+        heappush(self._coming, done)
+
+    def _next(self) -> int:
+        """Of what happens at the same time, the order."""
         self._order += 1
-        heappush(self._coming, _Done(time_s, self._order, is_told, replica, job, used, computed_tokens))
+        return self._order
 
     def _advance(self, until: float) -> None:
         """Let everything happen that is due."""
@@ -335,21 +243,28 @@ class _Simulation:
             done = heappop(self._coming)
             if done.replica.is_dead:
                 continue
-            if done.is_told:
+            if done.step == "computed":
+                self._complete(done)
+            elif done.step == "decoded":
+                done.replica.num_decoding -= 1
+                self._router.finished(str(done.job.number), done.time_s)
+            else:
                 self._held.remove(done.replica.number, done.used.evicted.tolist())
                 self._held.store(done.replica.number, done.used.stored.tolist())
                 self._held.expect_no_more(done.replica.number, done.job.expected)
-            else:
-                self._complete(done)
 
     def _complete(self, done: _Done) -> None:
         now, replica, number = done.time_s, done.replica, done.job.number
         self._ttft_s[number] = now - self._arrivals[number]
         self._router.computed(str(number), now, done.computed_tokens)
-        self._router.finished(str(number), now)
+        if self._fleet.decode_s:
+            replica.num_decoding += 1
+            self._push(done._replace(time_s=now + self._fleet.decode_s, order=self._next(), step="decoded"))
+        else:
+            self._router.finished(str(number), now)
         if self._shared is not None:
             self._shared.use(self._trace.requests[number])
-        self._push(now + self._fleet.event_delay_s, True, replica, done.job, done.used, 0)
+        self._push(done._replace(time_s=now + self._fleet.event_delay_s, order=self._next(), step="told"))
         replica.current = None
         self._start(replica, now)
 

@@ -56,7 +56,7 @@ class CostRouter(RoutingRule):
     >>> print(router.choose(RouteRequest("2", 1000, {"a": 900}), now=0.0).explain())
     a: the least cost; 900 tokens of the prompt are cached there
       a  20.0 ms = 10.0 queued + 10.0 to compute + 0.0 for what others hold
-      b  189.6 ms = 0.0 queued + 100.0 to compute + 89.6 for what others hold
+      b  190.0 ms = 0.0 queued + 100.0 to compute + 90.0 for what others hold
 
     Attributes:
         price: of copies, as learned so far.

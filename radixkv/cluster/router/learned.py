@@ -55,7 +55,7 @@ def relative_slowness(
     >>> done = np.full(3, 50_000.0), np.array([10.0, 11.0, 40.0])
     >>> running = np.zeros(3), np.zeros(3)
     >>> relative_slowness(*done, *running, pooled_s_per_token=0.0002).round(2)
-    array([1.  , 1.  , 2.8 ])
+    array([1. , 1. , 2.8])
     """
     tokens = done_tokens + POOLED_TOKENS
     seconds = done_s / pooled_s_per_token + POOLED_TOKENS  # as tokens of all together
@@ -74,9 +74,9 @@ def copy_tokens(held: Floats) -> Floats:
     array([ 0. , 43.3,  0. , 30. ])
     """
     order = np.argsort(-held, kind="stable")
-    missing = -np.diff(held[order]) / np.arange(1, len(held))
-    copied = np.empty(len(held))
-    copied[order] = np.concatenate(([0.0], np.cumsum(missing)))
+    most_first = held[order]
+    copied = np.zeros(len(held))
+    copied[order[1:]] = np.cumsum((most_first[:-1] - most_first[1:]) / np.arange(1, len(held)))
     return copied
 
 
