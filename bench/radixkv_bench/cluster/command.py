@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -36,6 +37,7 @@ def measure(face: str, turns: Sequence[Sequence[Turn]], num_replicas: int) -> di
     lost = [answered for answered in found if answered.trouble]
     before = hit_rate(found[:kill_at]) / hit_rate(one[:kill_at])
     again = hit_rate(found[after:]) / hit_rate(one[after:])
+    shares = Counter(answered.replica for answered in found[:kill_at])
     return {
         "face": face,
         "replicas": num_replicas,
@@ -47,9 +49,12 @@ def measure(face: str, turns: Sequence[Sequence[Turn]], num_replicas: int) -> di
         "hit_rate_between": hit_rate(found[kill_at:after]),
         "hit_rate_after": hit_rate(found[after:]),
         "one_engine_before": hit_rate(one[:kill_at]),
+        "one_engine_between": hit_rate(one[kill_at:after]),
         "one_engine_after": hit_rate(one[after:]),
         "share_before": before,
         "share_after": again,
+        "requests_by_replica_before": sorted(shares.values(), reverse=True),
+        "replicas_seen": len({answered.replica for answered in found if not answered.trouble}),
         "seconds": seconds,
     }
 
@@ -86,4 +91,7 @@ def _print(row: dict[str, Any]) -> None:
             f"  hit rate {when:6} {row[f'hit_rate_{when}']:.1%}, one engine {row[f'one_engine_{when}']:.1%}: "
             f"{row[f'share_{when}']:.1%} of it"
         )
-    print(f"  hit rate while one was missing and cold: {row['hit_rate_between']:.1%}")
+    missing, whole = row["hit_rate_between"], row["one_engine_between"]
+    print(f"  hit rate while one was missing or cold {missing:.1%}, one engine {whole:.1%}")
+    by_replica = ", ".join(map(str, row["requests_by_replica_before"]))
+    print(f"  requests by replica before: {by_replica}; replicas that answered in all: {row['replicas_seen']}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import httpx2 as httpx
@@ -20,6 +20,7 @@ class Answered(NamedTuple):
     turn: Turn
     text: str
     cached_tokens: int
+    replica: str = ""
     trouble: str = ""
 
     @property
@@ -70,32 +71,32 @@ class HttpAsker:
                 return await self._streamed(turn, body)
             answer = await self._client.post("/v1/completions", json=body)
             if answer.status_code != 200:
-                return Answered(turn, "", 0, f"status {answer.status_code}: {answer.text[:200]}")
-            return _answered(turn, answer.json()["choices"][0]["text"], answer.json()["usage"])
+                return Answered(turn, "", 0, trouble=f"status {answer.status_code}: {answer.text[:200]}")
+            return _answered(turn, answer.json()["choices"][0]["text"], answer.json()["usage"], answer.headers)
         except httpx.HTTPError as error:
-            return Answered(turn, "", 0, f"{type(error).__name__}: {error}")
+            return Answered(turn, "", 0, trouble=f"{type(error).__name__}: {error}")
 
     async def _streamed(self, turn: Turn, body: dict[str, Any]) -> Answered:
         more = {"stream": True, "stream_options": {"include_usage": True}, "radixkv_continue": True}
         text, usage = "", None
         async with self._client.stream("POST", "/v1/completions", json=body | more) as answer:
             if answer.status_code != 200:
-                return Answered(turn, "", 0, f"status {answer.status_code}: {(await answer.aread())[:200]!r}")
+                return Answered(turn, "", 0, trouble=f"status {answer.status_code}: {(await answer.aread())[:200]!r}")
             async for line in answer.aiter_lines():
                 if not line.startswith("data: {"):
                     continue
                 data = json.loads(line[6:])
                 if "error" in data:
-                    return Answered(turn, text, 0, data["error"]["message"])
+                    return Answered(turn, text, 0, trouble=data["error"]["message"])
                 usage = data.get("usage") or usage
                 text += "".join(choice["text"] for choice in data["choices"])
         if usage is None:
-            return Answered(turn, text, 0, "the stream ended early")
-        return _answered(turn, text, usage)
+            return Answered(turn, text, 0, trouble="the stream ended early")
+        return _answered(turn, text, usage, answer.headers)
 
 
-def _answered(turn: Turn, text: str, usage: dict[str, Any]) -> Answered:
-    return Answered(turn, text, usage["prompt_tokens_details"]["cached_tokens"])
+def _answered(turn: Turn, text: str, usage: dict[str, Any], headers: Mapping[str, str]) -> Answered:
+    return Answered(turn, text, usage["prompt_tokens_details"]["cached_tokens"], headers["x-radixkv-replica"])
 
 
 def over_http(address: str, turns: Sequence[Sequence[Turn]], at: dict[int, Callable[[], object]]) -> list[Answered]:
