@@ -13,7 +13,7 @@ from radixkv import AsyncEngine, SamplingParams
 from radixkv.models.loader import load
 from radixkv_bench.common.errors import BenchError
 
-SYSTEM_PROMPTS = 4
+SHARE_SYSTEM = 5  # sessions that share a system prompt
 CLIENTS = 8
 FIRST_ID = 100  # the tokens before it are control tokens and single bytes
 
@@ -38,13 +38,15 @@ class Sizes(NamedTuple):
 
 
 def sessions_of(num_sessions: int, num_turns: int, sizes: Sizes, settings: dict[str, Any]) -> list[list[Turn]]:
-    """For each turn, that of every session, `CLIENTS` at once. Each prompt is the one before, its answer, and more.
+    """The turns of each round. Each prompt of a session is the one before, its answer, and what the user says next.
+
+    Sessions begin one after another, over twice as many rounds as one has turns; five in a row share a system prompt.
 
     settings: of the one engine. Raises: BenchError unless the unmodified model answers the same.
     """
-    turns = asyncio.run(_converse(num_sessions, num_turns, sizes, settings))
-    _check(turns)
-    return turns
+    rounds = asyncio.run(_converse(num_sessions, num_turns, sizes, settings))
+    _check(rounds)
+    return rounds
 
 
 async def _converse(num_sessions: int, num_turns: int, sizes: Sizes, settings: dict[str, Any]) -> list[list[Turn]]:
@@ -63,28 +65,34 @@ async def _converse(num_sessions: int, num_turns: int, sizes: Sizes, settings: d
             text = output.text or ""
             return Turn(session, number, prompt, output.token_ids, text, output.cached_tokens)
 
-        systems = [text_ids(sizes.system) for _ in range(SYSTEM_PROMPTS)]
-        prompts = [systems[session % SYSTEM_PROMPTS] for session in range(num_sessions)]
-        turns: list[list[Turn]] = []
-        for number in range(num_turns):
-            prompts = [[*prompt, *text_ids(sizes.user)] for prompt in prompts]
-            asked = [answered(session, number, prompt) for session, prompt in enumerate(prompts)]
-            turns.append(list(await asyncio.gather(*asked)))
-            prompts = [[*turn.prompt_ids, *turn.answer_ids] for turn in turns[-1]]
-    return turns
+        systems = [text_ids(sizes.system) for _ in range(0, num_sessions, SHARE_SYSTEM)]
+        prompts = [systems[session // SHARE_SYSTEM] for session in range(num_sessions)]
+        begins = [2 * num_turns * session // num_sessions for session in range(num_sessions)]
+        rounds: list[list[Turn]] = []
+        for number in range(begins[-1] + num_turns):
+            active = [s for s in range(num_sessions) if begins[s] <= number < begins[s] + num_turns]
+            asked = [answered(s, number - begins[s], [*prompts[s], *text_ids(sizes.user)]) for s in active]
+            rounds.append(list(await asyncio.gather(*asked)))
+            for turn in rounds[-1]:
+                prompts[turn.session] = [*turn.prompt_ids, *turn.answer_ids]
+    return rounds
 
 
-def _check(turns: Sequence[Sequence[Turn]]) -> None:
+def _check(rounds: Sequence[Sequence[Turn]]) -> None:
     """Read each session once with the unmodified model: every token of an answer must be the likeliest there.
 
     By induction over its tokens, each answer is then what the model alone would answer, greedily.
     """
     model, _ = load("demo", dtype="float32", device="cpu")
-    for last in turns[-1]:
+    of_session: dict[int, list[Turn]] = {}
+    for turn in (turn for of_round in rounds for turn in of_round):
+        of_session.setdefault(turn.session, []).append(turn)
+    for session in of_session.values():
+        last = session[-1]
         ids = [*last.prompt_ids, *last.answer_ids]
         with torch.inference_mode():
             likeliest = model(torch.tensor([ids])).logits[0].argmax(-1).tolist()
-        for turn in (of_turn[last.session] for of_turn in turns):
+        for turn in session:
             first = len(turn.prompt_ids) - 1
             if likeliest[first : first + len(turn.answer_ids)] != turn.answer_ids:
                 raise BenchError(f"session {turn.session}, turn {turn.number}: the unmodified model answers otherwise")
