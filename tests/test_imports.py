@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
 }
 ARROWS["hf"] = {"errors", "config", "cache", "memory", "tiers"}
 ARROWS["serving"] = {"errors", "config", "engine", "cache", "tiers", "publish"}
-ARROWS["cluster"] = {"errors", "config", "cache", "engine", "serving", "tiers", "publish", "cluster.router"}
+ARROWS["cluster"] = {"errors", "config", "serving", "engine", "models", "cache", "publish", "tiers", "cluster.router"}
 ARROWS["radixkv"] = set(ARROWS)
 ARROWS["cli"] = set(ARROWS)
 

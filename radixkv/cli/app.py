@@ -24,6 +24,8 @@ COMMANDS = {  # each is a function of the module of its name; what it does is th
     "generate": "Continue prompts with a model. Several run as one batch, and what they share is computed once.",
     "chat": "Chat with a model; answers appear as they are written. Each turn computes only what is new in it.",
     "serve": "Serve a model over HTTP, to OpenAI's and Anthropic's clients and to curl.",
+    "route": "Take requests for several servers, and send each where its prefix is cached and little is queued.",
+    "cluster": "Run replicas of a server on Ray Serve, behind one address.",
     "tree": "Run prompts, then draw the radix tree: which beginnings they share, and what is kept of them.",
     "size": "Tell what a model's KV cache costs, per token, sequence and batch, and the largest batch a memory holds.",
     "replay": "Replay a trace of requests through the radix tree, and tell what each policy hits at each size.",

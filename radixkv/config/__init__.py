@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from radixkv.config.cache_config import CacheConfig
 from radixkv.config.cache_quota import CacheQuota
+from radixkv.config.cluster_config import ClusterConfig
 from radixkv.config.engine_config import (
     GB,
     KV_CACHE_DTYPES,
@@ -28,6 +29,7 @@ __all__ = [
     "SCHEDULE_POLICIES",
     "CacheConfig",
     "CacheQuota",
+    "ClusterConfig",
     "EngineConfig",
     "SamplingParams",
     "SchedulePolicy",

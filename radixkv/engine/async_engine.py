@@ -23,6 +23,7 @@ from radixkv.engine.arguments import CacheOptions, Prompt, as_list_of_params, as
 from radixkv.engine.assembly import EngineParts, assemble
 from radixkv.engine.core import EngineCore
 from radixkv.engine.core_thread import CoreThread, Reader
+from radixkv.engine.intake import NO_IDS
 from radixkv.engine.outputs import Progress, RequestOutput
 from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.engine.results import EngineStats, FinishedOutbox, GatheredOutputs, Outbox, ResetCache
@@ -183,6 +184,7 @@ class AsyncEngine:
         cache_salt: str | None = None,
         priority: int = 0,
         keep_for_s: float | None = None,
+        output_ids: TokenIds = NO_IDS,
     ) -> AsyncGenerator[Progress]:
         """Continue one prompt, piece by piece; the last piece carries the `RequestOutput`.
 
@@ -192,10 +194,16 @@ class AsyncEngine:
         The request starts with the first `anext`. A slow reader holds nobody up: what it has not taken is joined.
         Closing the iterator aborts the request.
 
-        Raises: as `generate`, and the request's own error where it occurs.
+        Args:
+            output_ids: the output's first tokens, if another engine made them: it goes on from there. They count as
+                output, and the first piece tells them again, with their text. A request that draws its tokens draws
+                the later ones anew, whatever its seed.
+
+        Raises: as `generate`, and the request's own error where it occurs; InvalidRequestError if `output_ids` are
+            given with several choices, logprobs or a `logits_transform`.
         """
         options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s)
-        return self._stream(prompt, params or SamplingParams(), options)
+        return self._stream(prompt, params or SamplingParams(), options, output_ids)
 
     async def abort(self, request_id: int) -> bool:
         """End a waiting or running request now, with all its choices; its reader gets what it has, and "abort".
@@ -277,9 +285,17 @@ class AsyncEngine:
     ) -> None:
         await self.close()
 
-    async def _stream(self, prompt: Prompt, params: SamplingParams, options: CacheOptions) -> AsyncGenerator[Progress]:
+    async def _stream(
+        self, prompt: Prompt, params: SamplingParams, options: CacheOptions, output_ids: TokenIds
+    ) -> AsyncGenerator[Progress]:
         ids = await asyncio.to_thread(self._intake.check, prompt, params, options.namespace)
-        requests = self._intake.make(ids, params, options, streams=True)
+        known = self._intake.check_output(ids, params, output_ids)
+        requests = self._intake.make(ids, params, options, streams=True, output_ids=known)
+        if requests[0].is_finished:
+            whole = requests[0].take_progress()
+            assert whole is not None, requests
+            yield whole
+            return
         reader = Reader(Outbox())
         try:
             self._thread.submit(requests, reader)

@@ -30,6 +30,8 @@ from radixkv.errors import (
     RadixKVError,
 )
 
+NO_IDS: NDArray[np.int32] = np.empty(0, np.int32)
+
 
 class ContextLimit(NamedTuple):
     """The most tokens that prompt and output of one request may have, what sets this limit, and how to raise it."""
@@ -154,10 +156,41 @@ class Intake:
             self.require_tokenizer(params.stops[0])
         return ids
 
+    def check_output(self, ids: NDArray[np.int32], params: SamplingParams, output_ids: TokenIds) -> NDArray[np.int32]:
+        """The first ids of an output to checked `ids`, which another engine made and this one is to go on from.
+
+        Raises: InvalidRequestError if the output cannot be taken up there; InvalidTokenIdsError, TokenIdsTypeError.
+        """
+        known = self.known_ids(output_ids)
+        if len(known) == 0:
+            return known
+        if params.n > 1 or params.logprobs is not None or params.prompt_logprobs is not None:
+            raise InvalidRequestError("output_ids need n=1 and no logprobs, which are not known of them")
+        if params.logits_transform is not None:
+            raise InvalidRequestError("output_ids cannot be given with logits_transform, which has not seen them")
+        if len(known) > params.max_tokens:
+            raise InvalidRequestError(
+                f"output_ids may hold max_tokens={params.max_tokens} tokens at most; got {len(known)}"
+            )
+        if len(ids) + len(known) > self._limit.tokens:
+            raise PromptTooLongError(
+                f"prompt and output_ids have {len(ids) + len(known)} tokens, and a request may have "
+                f"{self._limit.tokens}, {self._limit.reason}; shorten them{self._limit.hint}"
+            )
+        return known
+
     def make(
-        self, ids: NDArray[np.int32], params: SamplingParams, options: CacheOptions, *, streams: bool
+        self,
+        ids: NDArray[np.int32],
+        params: SamplingParams,
+        options: CacheOptions,
+        *,
+        streams: bool,
+        output_ids: NDArray[np.int32] = NO_IDS,
     ) -> list[Request]:
         """A request for each choice of checked `ids`; `streams` if their text is wanted piece by piece.
+
+        It begins with checked `output_ids`, which count as its output; they may be all of it, and then it has ended.
 
         Raises: InvalidSamplingParamsError if `logits_transform` returns something else than a LogitsTransform; what it
             raises itself.
@@ -171,7 +204,7 @@ class Intake:
         end_ids = [token_id for token_id in stop_ids if token_id < self._vocab_size]
         limit = self.limit_of(options.namespace)
         needs_text = self._tokenizer is not None and (streams or params.stops)
-        return [
+        requests = [
             Request(
                 id=request_ids[index],
                 choice_index=index,
@@ -188,6 +221,11 @@ class Intake:
             )
             for index, transform in enumerate(transforms)
         ]
+        for request in requests:
+            for token_id in output_ids.tolist():
+                if not request.is_finished:
+                    request.append(token_id)
+        return requests
 
     def _detokenizer(self, params: SamplingParams) -> Detokenizer:
         return Detokenizer(self._tokenizer, params.stops, params.min_tokens, self._token_bytes)

@@ -124,9 +124,9 @@ class Request:
         self.num_accounted = max(self.num_accounted, last)
 
     def was_found(self, cached_tokens: int) -> None:
-        """Count prompt tokens as found in the pool, at its first admission."""
-        self.cached_tokens = self.num_accounted = cached_tokens
-        self.cached_by["pool"] = cached_tokens
+        """Count prompt tokens as found in the pool, at its first admission. Tokens of its output do not count."""
+        self.cached_tokens = self.num_accounted = min(cached_tokens, len(self.prompt_ids))
+        self.cached_by["pool"] = self.cached_tokens
 
     def was_loaded(self, tier: str, first_token: int) -> None:
         """Count prompt tokens as found in `tier`: those from `first_token` to what is computed now.

@@ -53,6 +53,11 @@ def load(name_or_path: str | Path, *, dtype: str = "auto", device: str = "auto")
     return LoadedModel(model.eval().to(torch_device), _load_tokenizer(place))
 
 
+def load_tokenizer(name_or_path: str | Path) -> Any | None:
+    """The tokenizer that `load` gives, without the model; None if none lies there. Raises: ModelLoadError."""
+    return _load_tokenizer(demo_model.path() if str(name_or_path) == "demo" else name_or_path)
+
+
 def weight_files(name_or_path: str | Path) -> list[Path]:
     """The files with the weights that `load` reads for "demo" or a local directory; none for a hub id."""
     place = demo_model.path() if str(name_or_path) == "demo" else name_or_path

@@ -154,6 +154,8 @@ class MessagesBody(CountBody):
     diagnostics: DiagnosticsAsked | None = None
     cache_salt: str | None = Field(default=None, min_length=1, max_length=SALT_CHARACTERS)
     priority: int | None = None
+    radixkv_continue: bool | None = None
+    radixkv_output_ids: list[int] | None = None
     # accepted, and without meaning here
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None

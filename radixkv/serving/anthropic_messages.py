@@ -23,6 +23,7 @@ from radixkv.serving.history import Asked, BoundedStore, compare
 from radixkv.serving.sampling_fields import sampling_params
 from radixkv.serving.service import Service, in_thread, owner_of, tenant_of
 from radixkv.serving.streaming import event, unless_gone
+from radixkv.serving.told_ids import told
 from radixkv.serving.tool_calls import Arguments, Call, CallBegun, Piece, Text, whole_members
 from radixkv.serving.wire import JsonAnswer
 
@@ -39,7 +40,8 @@ def router(service: Service) -> APIRouter:
         service.check_model(body.model)
         call = await unless_gone(request, _MessageCall.of(service, body, request, history))
         if body.stream:
-            return service.stream(call.events(), lambda error: event(error.body(MESSAGES_PATH), "error"))
+            events = told(call.events(), call.generation) if body.radixkv_continue else call.events()
+            return service.stream(events, lambda error: event(error.body(MESSAGES_PATH), "error"))
         (output,) = await unless_gone(request, call.generation.outputs())
         return JsonAnswer(call.answer(output))
 
@@ -257,6 +259,8 @@ def _as_generation(body: MessagesBody) -> GenerationBody:
         stop=body.stop_sequences,
         cache_salt=body.cache_salt,
         priority=body.priority,
+        radixkv_continue=body.radixkv_continue,
+        radixkv_output_ids=body.radixkv_output_ids,
     )
 
 

@@ -66,6 +66,8 @@ class GenerationBody(Body):
     cache_salt: str | None = Field(default=None, min_length=1, max_length=SALT_CHARACTERS)
     prompt_cache_options: PromptCacheOptions | None = None
     user: str | None = None
+    radixkv_continue: bool | None = None
+    radixkv_output_ids: list[int] | None = None
 
 
 class UnknownFields:

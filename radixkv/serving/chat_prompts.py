@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from radixkv.cache.token_ids import common_tokens
-from radixkv.engine.async_engine import AsyncEngine
+from radixkv.cache.token_ids import TokenIds, common_tokens
 from radixkv.engine.chat_template import placeholders
 from radixkv.engine.outputs import RequestOutput
 from radixkv.serving.errors import ApiError, bad_request
@@ -58,10 +57,26 @@ class ChatPrompt(NamedTuple):
     owner: Owner
 
 
+class TextEncoder(Protocol):
+    """What makes ids of texts: an engine, or a tokenizer without one."""
+
+    def require_tokenizer(self, what_for: str) -> Any:
+        """The tokenizer. Raises: MissingTokenizerError."""
+        ...
+
+    def known_ids(self, ids: TokenIds) -> Ids:
+        """`ids` of the model's vocabulary. Raises: InvalidTokenIdsError, TokenIdsTypeError."""
+        ...
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> Ids:
+        """The ids of `text`. Raises: InvalidRequestError, InvalidTokenIdsError, MissingTokenizerError."""
+        ...
+
+
 class ChatPrompts:
     """Renders chats with the chat template of an engine's tokenizer, and encodes them. Any thread may call it."""
 
-    def __init__(self, engine: AsyncEngine, kept: KeptAnswers | None = None) -> None:
+    def __init__(self, engine: TextEncoder, kept: KeptAnswers | None = None) -> None:
         """kept: answers whose own ids are used where their text comes back."""
         self._engine = engine
         self._kept = kept

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from radixkv.config import SamplingParams
 from radixkv.engine.async_engine import AsyncEngine
 from radixkv.engine.outputs import Progress, RequestOutput, Usage
-from radixkv.serving.errors import as_api_error, shutting_down
+from radixkv.serving.errors import as_api_error, bad_request, shutting_down
 
 Ids: TypeAlias = "NDArray[np.int32]"
 
@@ -62,6 +62,7 @@ class Generation:
         keeps: Sequence[Keep] = (),
         on_prompt: Callable[[Ids, CacheUse], object] = lambda prompt, use: None,
         on_output: Callable[[RequestOutput], object] = lambda output: None,
+        output_ids: Sequence[int] = (),
     ) -> None:
         """A generation that has not begun.
 
@@ -69,7 +70,14 @@ class Generation:
             keeps: prefixes of the prompts that are to be kept.
             on_prompt: called with each prompt before it is submitted.
             on_output: called with the output of each choice that came to its end.
+            output_ids: the first ids of the output, if another server made them; for one choice of one prompt.
+
+        Raises: ApiError if there are several choices, and `output_ids`.
         """
+        if output_ids and len(prompts) * params.n > 1:
+            raise bad_request("radixkv_output_ids are for one choice of one prompt", "radixkv_output_ids")
+        self._output_ids = output_ids
+        self._untold_ids: list[int] = []  # of the one choice
         self._engine = engine
         self._params = params
         self._cache_use = cache_use
@@ -89,7 +97,7 @@ class Generation:
 
     async def outputs(self) -> list[RequestOutput]:
         """The output of each choice. Raises: as `AsyncEngine.generate`; ApiError if one failed."""
-        if self._keeps:  # a prefix is to be kept while its request still holds it
+        if self._keeps or self._output_ids:  # a prefix is to be kept while its request still holds it
             pieces = [piece async for piece in self.pieces() if piece.progress.output is not None]
             ordered = sorted(pieces, key=lambda piece: piece.number)
             return [piece.progress.output for piece in ordered if piece.progress.output is not None]
@@ -100,15 +108,16 @@ class Generation:
     async def pieces(self) -> AsyncGenerator[Piece]:
         """What each choice gains, as it comes; the last one of each carries its output. Raises: as `outputs`."""
         self._announce()
-        streams = [
-            self._engine.stream(prompt, self._params, **self._cache_use.as_arguments()) for prompt in self.prompts
-        ]
+        use = {**self._cache_use.as_arguments(), "output_ids": self._output_ids}
+        streams = [self._engine.stream(prompt, self._params, **use) for prompt in self.prompts]
         unkept = set(range(len(streams)))
         if len(streams) == 1:
             async with aclosing(streams[0]) as stream:
                 async for progress in stream:
                     if progress.output is not None or unkept:
                         await self._settle(0, progress, unkept)
+                    if self.num_choices == 1:
+                        self._untold_ids += progress.token_ids
                     yield Piece(progress.choice_index, progress)
             return
         async with aclosing(_merged(streams)) as pieces:
@@ -125,6 +134,11 @@ class Generation:
         elif number in unkept:
             unkept.discard(number)
             await self._keep()
+
+    def take_ids(self) -> list[int]:
+        """The ids that the one choice of the one prompt has gained since the last call; of several none are told."""
+        taken, self._untold_ids = self._untold_ids, []
+        return taken
 
     def usage(self, outputs: Sequence[RequestOutput]) -> Usage:
         """What `outputs`, one for each choice, used. The prompt of several choices counts once."""

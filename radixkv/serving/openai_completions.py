@@ -13,12 +13,12 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from radixkv.engine.async_engine import AsyncEngine
 from radixkv.engine.outputs import RequestOutput
 from radixkv.engine.sampling import TokenLogprobs
 from radixkv.serving.answer_form import ToolUse, grammar_of
 from radixkv.serving.bodies import GenerationBody
 from radixkv.serving.cache_use import implicit_keep
+from radixkv.serving.chat_prompts import TextEncoder
 from radixkv.serving.errors import bad_request
 from radixkv.serving.generation import Generation, Ids
 from radixkv.serving.openai_logprobs import of_completion
@@ -82,7 +82,7 @@ class _CompletionCall:
             prompt_logprobs=body.logprobs if body.echo else None,
         )
         params = await service.fitting(params, grammar_of(body, None, ToolUse({})))
-        prompts = await _encode_all(service.engine, body.prompt)
+        prompts = await encode_all(service.engine, body.prompt)
         keeps = [keep for prompt in prompts for keep in implicit_keep(body.prompt_cache_options, prompt)]
         return cls(service, body, service.generation(prompts, params, body, tenant_of(request), keeps))
 
@@ -161,7 +161,7 @@ class _CompletionCall:
         return text
 
 
-async def _encode_all(engine: AsyncEngine, given: str | list[str] | list[int] | list[list[int]]) -> list[Ids]:
+async def encode_all(engine: TextEncoder, given: str | list[str] | list[int] | list[list[int]]) -> list[Ids]:
     """The ids of all prompts. Raises: ApiError, RadixKVError."""
     if isinstance(given, str):
         return [await engine.encode(given)]

@@ -22,6 +22,7 @@ from radixkv.serving.response_items import ItemStream, output_items
 from radixkv.serving.responses_body import ResponsesBody
 from radixkv.serving.service import Service, tenant_of
 from radixkv.serving.streaming import event, unless_gone
+from radixkv.serving.told_ids import told
 from radixkv.serving.tool_calls import Parsed
 from radixkv.serving.wire import JsonAnswer
 
@@ -56,7 +57,8 @@ def router(service: Service) -> APIRouter:
         service.check_model(body.model)
         call = await unless_gone(request, _ResponseCall.of(service, body, request, store))
         if body.stream:
-            return service.stream(call.events(), call.error_event)
+            events = told(call.events(), call.chat.generation) if body.radixkv_continue else call.events()
+            return service.stream(events, call.error_event)
         (output,) = await unless_gone(request, call.chat.generation.outputs())
         return JsonAnswer(call.finish(output))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from radixkv.serving.bodies import Body
-from radixkv.serving.chat_prompts import Chat
+from radixkv.serving.chat_prompts import Chat, ChatPrompts, TextEncoder
 from radixkv.serving.errors import bad_request
 from radixkv.serving.generation import Ids
 from radixkv.serving.kept_answers import Owner
@@ -43,9 +43,16 @@ class PromptBody(Body):
 
 async def ids_of(service: Service, body: PromptBody, owner: Owner, *, add_special_tokens: bool = True) -> Ids:
     """The token ids of `owner`'s prompt. Raises: ApiError, RadixKVError."""
+    return await prompt_ids(service.engine, service.chat_prompts, body, owner, add_special_tokens=add_special_tokens)
+
+
+async def prompt_ids(
+    encoder: TextEncoder, chats: ChatPrompts, body: PromptBody, owner: Owner, *, add_special_tokens: bool = True
+) -> Ids:
+    """As `ids_of`, without a service."""
     chat = body.chat()
     if chat is not None:
-        return (await service.chat_prompts.prompt(chat, owner)).ids
+        return (await chats.prompt(chat, owner)).ids
     if isinstance(body.prompt, str):
-        return await service.engine.encode(body.prompt, add_special_tokens=add_special_tokens)
-    return service.engine.known_ids(body.prompt or [])
+        return await encoder.encode(body.prompt, add_special_tokens=add_special_tokens)
+    return encoder.known_ids(body.prompt or [])

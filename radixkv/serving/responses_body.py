@@ -89,6 +89,8 @@ class ResponsesBody(Body):
     store: bool | None = None
     metadata: dict[str, str] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    radixkv_continue: bool | None = None
+    radixkv_output_ids: list[int] | None = None
     # accepted, and without meaning here
     include: list[str] | None = None
     prompt_cache_key: str | None = None
@@ -125,6 +127,8 @@ class ResponsesBody(Body):
             cache_salt=self.cache_salt,
             priority=self.priority,
             chat_template_kwargs=self.chat_template_kwargs,
+            radixkv_continue=self.radixkv_continue,
+            radixkv_output_ids=self.radixkv_output_ids,
         )
 
 

@@ -32,6 +32,7 @@ from radixkv.serving.metrics import Metrics
 from radixkv.serving.openai_logprobs import TokenTexts
 from radixkv.serving.streaming import EventStream, event, unless_gone
 from radixkv.serving.tenants import KeyRing, Tenant
+from radixkv.serving.told_ids import told
 from radixkv.serving.wire import JsonAnswer
 
 T = TypeVar("T")
@@ -59,6 +60,7 @@ class Service:
         """model_name: what the model is called unless the settings say otherwise. Raises: ConfigError."""
         self.engine = engine
         self.config = config or ServerConfig()
+        self.model_source = model_name
         self.model_name = self.config.served_model_name or model_name
         self.created_at = int(time.time())
         self.keys = _key_ring(self.config)
@@ -108,7 +110,7 @@ class Service:
         self.check_model(body.model)
         call = await unless_gone(request, make_call(self, body, request))
         if body.stream:
-            return self.stream(call.events())
+            return self.stream(told(call.events(), call.generation) if body.radixkv_continue else call.events())
         return JsonAnswer(call.answer(await unless_gone(request, call.generation.outputs())))
 
     def generation(
@@ -135,6 +137,7 @@ class Service:
             keeps=keeps,
             on_prompt=self._look_up,
             on_output=note,
+            output_ids=body.radixkv_output_ids or (),
         )
 
     def _look_up(self, prompt: Ids, use: CacheUse) -> None:
