@@ -16,8 +16,10 @@ from radixkv.cache.events import Cleared, Stored
 from radixkv.cache.page_keys import prompt_keys, root_key
 from radixkv.errors import ConfigError, MissingPackageError
 from radixkv.publish.event_queue import EventQueue, Everything
-from radixkv.publish.mirror import TreeMirror
+from radixkv.publish.mirror import HeldMirror
 from radixkv.publish.publisher import EventPublisher
+from radixkv.tiers.memory_store import HostStore
+from store_cases import PAGE_SIZE, PAYLOAD_BYTES, Clock, chain, facts
 from strategies import PAGE, ids, share, spell
 
 LOCAL = "tcp://127.0.0.1:0"
@@ -93,6 +95,26 @@ def until(listener: Listener, num_events: int) -> list[list[bytes]]:
         messages, _ = listener.replay(0)
         if len(events_of(messages)) >= num_events:
             return messages
+
+
+def held_after(messages: list[list[bytes]]) -> dict[str, set[int]]:
+    """The names of the pages that each medium holds after these messages; of media that hold something."""
+    held: dict[str, set[int]] = {}
+    for event in events_of(messages):
+        if event["type"] == "AllBlocksCleared":
+            held.clear()
+        elif event["type"] == "BlockStored":
+            held.setdefault(event["medium"], set()).update(event["block_hashes"])
+        else:
+            held.get(event["medium"], set()).difference_update(event["block_hashes"])
+    return {medium: pages for medium, pages in held.items() if pages}
+
+
+def until_held(listener: Listener, expected: dict[str, list[int]]) -> bool:
+    """Asks until these pages are held, by medium."""
+    while held_after(listener.replay(0)[0]) != {medium: set(pages) for medium, pages in expected.items()}:
+        pass
+    return True
 
 
 def names(tokens: list[int], **namespace: str) -> list[int]:
@@ -245,6 +267,45 @@ def test_no_salt_is_sent_but_namespaces_are_told_apart() -> None:
         assert stored["extra_keys"] == [["cache_salt", key.hex()], None]
 
 
+def test_tiers_are_told_of_by_medium() -> None:
+    cache, host = exact_cache(3), HostStore(PAGE_SIZE, PAYLOAD_BYTES, 9 * PAYLOAD_BYTES, clock=Clock())
+    assert PAGE_SIZE == PAGE
+    known = facts(namespace=("tenant", SALT))
+    host.write(chain(ids("ab"), known))
+    with published(cache, tiers={"CPU": host.watch}) as (_, listener):
+        start, there = events_of(until(listener, 2))
+        assert start["type"] == "AllBlocksCleared"
+        epoch, salted = start["epoch"], names(ids("ab"), extra_key="tenant", cache_salt=SALT)
+        assert there == {
+            "type": "BlockStored",
+            "block_hashes": salted,
+            "parent_block_hash": None,
+            "token_ids": ids("ab"),
+            "block_size": PAGE,
+            "lora_id": None,
+            "medium": "CPU",
+            "lora_name": None,
+            "epoch": epoch,
+            "namespace": root_key("tenant", SALT),
+            "extra_keys": [["cache_salt", root_key("tenant", SALT).hex()], None],
+        }
+        share(cache, "xyz")
+        host.write(chain(ids("xyz")))
+        assert until_held(listener, {"GPU": names(ids("xyz")), "CPU": [*salted, *names(ids("xyz"))]})
+        share(cache, "d")  # which takes a page of the pool
+        held = {"GPU": [*names(ids("xyz"))[:2], *names(ids("d"))], "CPU": [*salted, *names(ids("xyz"))]}
+        assert until_held(listener, held)
+        messages, end = listener.ask(b"radixkv snapshot 1")
+        assert end["is_complete"]
+        assert held_after(messages) == {medium: set(pages) for medium, pages in held.items()}
+        host.remove(root_key("tenant", SALT))
+        cache.reset()
+        assert until_held(listener, {"CPU": names(ids("xyz"))})
+        messages += listener.replay(0)[0]
+        assert sum(event["type"] == "AllBlocksCleared" for event in events_of(messages)) == 1
+        assert not any(SALT.encode() in payload or b"tenant" in payload for _, _, payload in messages)
+
+
 def test_a_request_that_cannot_be_read_harms_nobody() -> None:
     with published(exact_cache()) as (_, listener):
         for frames in ([b""], [b"", b"short"], [b"x", b"12345678"], [b"", b"12345678", b"more"]):
@@ -329,8 +390,8 @@ def test_the_stream_says_when_it_dropped_something() -> None:
 
 
 def test_what_was_lost_is_a_number_in_the_event_that_clears_everything() -> None:
-    mirror = TreeMirror(PAGE, epoch=5)
-    assert mirror.lose(3) == {"type": "AllBlocksCleared", "epoch": 5, "dropped": 3}
+    mirror = HeldMirror(PAGE, epoch=5)
+    assert mirror.lose(3) == [{"type": "AllBlocksCleared", "epoch": 5, "dropped": 3}]
     (cleared,) = mirror.apply(Everything([], 4))
     assert cleared == {"type": "AllBlocksCleared", "epoch": 5, "dropped": 4}
     assert mirror.apply(Cleared("pool")) == [{"type": "AllBlocksCleared", "epoch": 5}]

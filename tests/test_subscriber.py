@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from radixkv import PrefixCache
-from radixkv.cache.page_keys import root_key
+from radixkv.cache.page_keys import prompt_keys, root_key
+from radixkv.cluster.index.lower_index import LowerIndex
 from radixkv.cluster.index.replica_index import ReplicaIndex
+from radixkv.cluster.subscriber.index_sink import IndexSink
 from radixkv.cluster.subscriber.subscriber import KVEventSubscriber
 from radixkv.errors import ConfigError
 from radixkv.publish.publisher import EventPublisher
 from radixkv.publish.wire import name_of
+from store_cases import chain, open_store
 from strategies import PAGE, ids, share
 
 LOCAL = "tcp://127.0.0.1:0"
@@ -109,6 +114,57 @@ def test_it_follows_several_replicas(replicas: list[Replica], subscriber: KVEven
     subscriber.remove_replica("b")
     assert subscriber.wait_for(lambda stats: set(stats) == {"a"}, TIMEOUT_S)
     assert subscriber.index.replicas == ["a"]
+
+
+def test_what_lies_below_is_known_after_a_restart_and_is_no_part_of_the_pool(tmp_path: Path) -> None:
+    store, lower = open_store(tmp_path / "kv"), LowerIndex(PAGE)
+    with (
+        closing(store),
+        closing(Replica("a")) as replica,
+        KVEventSubscriber(ReplicaIndex(PAGE), lower=lower, probe_s=0.05, answer_s=0.2) as subscriber,
+    ):
+        replica.restart(tiers={"STORAGE": store.watch})
+        replica.listen(subscriber)
+        share(replica.cache, "ab")
+        store.write(chain([*ids("abc"), 1]))
+        whole = {name_of(key) for key in prompt_keys(ids("abc"), PAGE)}
+
+        def reads(medium: str, expected: set[int]) -> bool:
+            def equal(_: object) -> bool:
+                with subscriber.lock:
+                    return lower.pages_of("a", medium) == expected
+
+            return subscriber.wait_for(equal, TIMEOUT_S) and follows(subscriber, replica)
+
+        assert reads("STORAGE", whole)
+        replica.cache.reset()
+        assert reads("STORAGE", whole)
+        replica.restart(tiers={"STORAGE": store.watch})
+        assert subscriber.wait_for(lambda stats: stats["a"].num_restarts == 1, TIMEOUT_S)
+        assert reads("STORAGE", whole)
+        with subscriber.lock:
+            held = subscriber.index.lookup(ids("abcd"), root_key(None, None))
+            assert held == {}
+            assert lower.lookup(ids("abcd"), root_key(None, None), held) == {"a": 3 * PAGE}
+        store.remove(root_key(None, None))
+        assert reads("STORAGE", set())
+        store.write(chain(ids("x")))
+        assert reads("STORAGE", {name_of(key) for key in prompt_keys(ids("x"), PAGE)})
+        subscriber.remove_replica("a")
+        assert subscriber.wait_for(lambda stats: not stats, TIMEOUT_S)
+        assert lower.pages_of("a", "STORAGE") == set()
+
+
+def test_all_blocks_cleared_is_of_all_media() -> None:
+    index, lower = ReplicaIndex(PAGE), LowerIndex(PAGE)
+    sink = IndexSink(index, threading.Lock(), "a", lower)
+    stored = {"type": "BlockStored", "parent_block_hash": None, "token_ids": ids("a"), "block_hashes": [1]}
+    orphan = {**stored, "parent_block_hash": 99, "medium": "STORAGE"}
+    assert sink.apply([{**stored, "medium": "GPU"}, orphan])
+    assert (index.pages_of("a"), lower.pages_of("a", "STORAGE")) == ({1}, {1})
+    assert sink.apply([{"type": "AllBlocksCleared"}])
+    assert (index.pages_of("a"), lower.pages_of("a", "STORAGE")) == (set(), set())
+    assert not sink.apply([{**orphan, "medium": "GPU"}]), "the pool has no page without the one before"
 
 
 def test_lost_messages_are_fetched(replicas: list[Replica], subscriber: KVEventSubscriber) -> None:

@@ -21,6 +21,7 @@ from radixkv.engine.outputs import Progress
 from radixkv.engine.request import Request
 from radixkv.engine.results import EngineStats, ResetCache
 from radixkv.engine.scheduler import Scheduler, Span
+from radixkv.engine.tier_stores import watches
 from radixkv.errors import ClosedError
 from radixkv.memory.req_to_token import ReqToTokenPool
 from radixkv.publish.publisher import EventPublisher, EventSources
@@ -247,11 +248,15 @@ class EngineCore:
                 self._tiers.computed(span.first, span.last, seconds * share)
 
     def _publish(self, endpoint: str) -> None:
-        """Publish the events of the cache. Raises: ConfigError if an address is taken."""
+        """Publish what the cache and its tiers hold. Raises: ConfigError if an address is taken."""
         config, cache = self._parts.config, self._parts.cache
         try:
             self._publisher = EventPublisher(
-                cache, endpoint, replay_endpoint=config.kv_events_replay, topic=config.kv_events_topic
+                cache,
+                endpoint,
+                tiers=watches(self._parts.stores),
+                replay_endpoint=config.kv_events_replay,
+                topic=config.kv_events_topic,
             )
         except BaseException:
             self._tiers.close()

@@ -14,10 +14,12 @@ from radixkv.memory.kv_identity import kv_identity, weight_tensors
 from radixkv.memory.kv_pool import KVPool
 from radixkv.memory.page_bytes import PageBytes
 from radixkv.memory.page_pool import PagePool
+from radixkv.publish.wire import TIERS
 from radixkv.tiers.disk_store import DiskStore
 from radixkv.tiers.fingerprint import Fingerprint, hash_files, hash_tensors
 from radixkv.tiers.memory_store import HostStore
 from radixkv.tiers.page_store import PageStore
+from radixkv.tiers.page_watch import PageWatch
 from radixkv.tiers.shared_store import SharedStore
 from radixkv.tiers.store_folder import weights_cache
 
@@ -71,6 +73,11 @@ def make_stores(config: EngineConfig, model: PreTrainedModel, pool: PagePool, we
             stores.append(shared)
         undo.pop_all()
     return tuple(stores)
+
+
+def watches(stores: Sequence[PageStore]) -> dict[str, PageWatch]:
+    """How to follow what is below the pool and this engine's own, by the medium that events call it."""
+    return {TIERS[store.name]: store.watch for store in stores if isinstance(store, HostStore | DiskStore)}
 
 
 def storable(pool: PagePool) -> KVPool:

@@ -8,30 +8,31 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from radixkv.cache.events import PageRun
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.config.checks import checked_int
 from radixkv.config.endpoints import check_endpoint, replay_endpoint_of
 from radixkv.errors import ConfigError
 from radixkv.publish import wire
 from radixkv.publish.event_queue import EventQueue
-from radixkv.publish.mirror import TreeMirror
+from radixkv.publish.following import BATCH_EVENTS, Following
 from radixkv.publish.requirements import optional_module
+from radixkv.publish.tier_feed import TierWatch
 from radixkv.publish.wire import WireEvent
 
 logger = logging.getLogger(__name__)
 
-MAX_QUEUED = 16_384  # events that wait for the thread
+MAX_QUEUED = 16_384  # events of the pool, and of each tier, that wait for the thread
 MAX_UNREAD = 10_000  # messages that wait in ZeroMQ for one subscriber, before it loses some
 BUFFER_STEPS = 10_000  # messages kept for replay …
 BUFFER_BYTES = 64 << 20  # … and their bytes
 BATCH_TOKENS = 65_536  # about so many tokens in one message at most
-BATCH_EVENTS = 256
 GATHER_S = 0.002  # an event waits so long for others of the same step
 CLOSE_S = 5.0
+BUSY_MS = 50  # until a tier that was busy is asked again
 LINGER_MS = 200
 EPOCH_BITS = 53  # any reader of JSON keeps them
 
@@ -57,11 +58,12 @@ class EventSources(NamedTuple):
 
 
 class EventPublisher:
-    """Publishes the events of a cache over ZeroMQ, in the format of vLLM; docs/events.md has the fields.
+    """Publishes what a cache and its tiers hold over ZeroMQ, in the format of vLLM; docs/events.md has the fields.
 
     The cache's thread appends each event to a bounded queue and goes on; a thread of the publisher's own encodes and
-    sends. If the queue is full, events are dropped: the stream says so (`AllBlocksCleared` with `dropped`), and
-    all that is cached follows as soon as the queue is empty and the cache changes again.
+    sends. If the queue is full, events are dropped: the stream says so (`dropped`), and all that is cached follows as
+    soon as the queue is empty and the cache changes again. The threads of each tier have a queue of their own; if that
+    is full, the publisher's thread lists the tier and sends what differs.
 
     The ROUTER socket answers two requests: `[b"", seq]` with all messages from that number on which are kept, as vLLM
     does, and `[b"", wire.SNAPSHOT_REQUEST]` with all that is cached, parents first. The messages from number
@@ -71,7 +73,6 @@ class EventPublisher:
 
     Attributes:
         sources: where others find it.
-        queue: where events wait for the thread.
         live: the PUB socket, which belongs to the thread.
     """
 
@@ -80,6 +81,7 @@ class EventPublisher:
         cache: PrefixCache,
         endpoint: str,
         *,
+        tiers: Mapping[str, TierWatch] = MappingProxyType({}),
         replay_endpoint: str | None = None,
         topic: str = "",
         max_queued: int = MAX_QUEUED,
@@ -91,17 +93,16 @@ class EventPublisher:
         Args:
             endpoint, replay_endpoint: addresses to bind, such as tcp://127.0.0.1:5557; port 0 takes a free one. By
                 default replays are served at the next port.
+            tiers: what holds pages below the pool, by medium. What they hold is listed by the publisher's thread.
 
-        Raises: ConfigError if an address is wrong or taken; MissingPackageError.
+        Raises: ConfigError if an address is wrong or taken, or a tier has a publisher; MissingPackageError.
         """
         self._zmq = optional_module("zmq")
         optional_module("msgpack")
-        self._cache, self._topic = cache, topic.encode()
+        self._topic, self._epoch = topic.encode(), secrets.randbits(EPOCH_BITS)
         self._max_unread = checked_int("max_unread", max_unread, 1)
         self._kept: deque[tuple[int, bytes]] = deque(maxlen=checked_int("buffer_steps", buffer_steps, 1))
         self._kept_bytes = self._next_seq = 0
-        self._mirror = TreeMirror(cache.page_size, secrets.randbits(EPOCH_BITS))
-        self._lost = False  # whether events were dropped, and what is cached did not come since
         self._closing = threading.Event()
         self._wakers = socket.socketpair()
         self._wakers[0].setblocking(False)
@@ -111,27 +112,28 @@ class EventPublisher:
             replay_endpoint = replay_endpoint or replay_endpoint_of(endpoint)
             router, kept = self._zmq.ROUTER, 2 * (buffer_steps + 1)
             self._router, replay_address = self._bind("replay_endpoint", router, replay_endpoint, kept)
+            max_queued = checked_int("max_queued", max_queued, 1)
+            self._held = Following(cache, tiers, epoch=self._epoch, max_queued=max_queued, wake=self._wake)
         except BaseException:
             self._close_sockets()
             raise
-        self.sources = EventSources(address, replay_address, topic, self._mirror.epoch, cache.page_size)
-        self.queue = EventQueue(self._cached_runs, checked_int("max_queued", max_queued, 1), self._wake)
-        self.queue.put_everything()
-        cache.add_observer(self.queue)
+        self.sources = EventSources(address, replay_address, topic, self._epoch, cache.page_size)
         self._thread = threading.Thread(target=self._run, name="radixkv-events", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Send what waits, and close the sockets. Idempotent."""
-        self._cache.remove_observer(self.queue)
+        self._held.stop()
         self._closing.set()
         self._wake()
         self._thread.join(CLOSE_S)
         if self._thread.is_alive():
             logger.warning("the thread that publishes events did not end in %s s", CLOSE_S)
 
-    def _cached_runs(self) -> Iterator[PageRun]:
-        return (run for _, run in self._cache.cached_runs())
+    @property
+    def queue(self) -> EventQueue:
+        """Where events of the pool wait for the thread."""
+        return self._held.queue
 
     @property
     def next_seq(self) -> int:
@@ -150,35 +152,35 @@ class EventPublisher:
             poller = self._zmq.Poller()
             poller.register(self._router, self._zmq.POLLIN)
             poller.register(self._wakers[1], self._zmq.POLLIN)
+            self._publish_waiting()
             while True:
                 self._wait(poller)
                 self._answer_requests()
                 self._publish_waiting()
-                if self._closing.is_set() and not len(self.queue):
+                if self._closing.is_set() and not self._held.is_behind:
                     return
         except Exception:
             logger.exception("events are published no more")
         finally:
-            self.queue.is_closed = True  # so that nothing gathers there
+            self._held.abandon()
             self._close_sockets()
 
     def _wait(self, poller: Any) -> None:
         """Sleep until there is something to do, and a little longer if that are events."""
-        self.queue.is_sleeping = True
-        waits = len(self.queue) == 0 and not self._closing.is_set()
-        ready = poller.poll(None if waits else 0)
-        self.queue.is_sleeping = False
+        self._held.fall_asleep()
+        waits = not self._held.is_behind and not self._closing.is_set()
+        ready = poller.poll((BUSY_MS if self._held.is_stale else None) if waits else 0)
+        self._held.wake_up()
         if any(where == self._wakers[1].fileno() for where, _ in ready):
             self._wakers[1].recv(4096)
             self._closing.wait(GATHER_S)
 
     def _publish_waiting(self) -> None:
-        while items := self.queue.take(BATCH_EVENTS):
-            self._publish(event for item in items for event in self._mirror.apply(item))
-            self._lost = False
-        if self.queue.num_dropped and not self._lost and not len(self.queue):
-            self._lost = True
-            self._publish([self._mirror.lose(self.queue.num_dropped)])
+        for events in self._held.take():
+            self._publish(events)
+        if not self._closing.is_set():  # a store may be closing, too
+            for events in self._held.list_stale():
+                self._publish(events)
 
     def _publish(self, events: Iterable[WireEvent]) -> None:
         for batch in _batches(events):
@@ -216,16 +218,16 @@ class EventPublisher:
 
     def _answer_snapshot(self, client: bytes) -> None:
         num_parts = 0
-        if not self._lost:
-            for batch in _batches(self._mirror.snapshot()):
+        if not self._held.is_lost:
+            for batch in _batches(self._held.mirror.snapshot()):
                 payload = wire.pack_batch(time.time(), batch)
                 self._router.send_multipart([client, b"", self._topic, wire.pack_seq(self._next_seq), payload])
                 num_parts += 1
-        self._end_answer(client, num_parts, is_complete=not self._lost)
+        self._end_answer(client, num_parts, is_complete=not self._held.is_lost)
 
     def _end_answer(self, client: bytes, num_parts: int, *, is_complete: bool) -> None:
         info = {
-            "epoch": self._mirror.epoch,
+            "epoch": self._epoch,
             "next_seq": self._next_seq,
             "num_parts": num_parts,
             "is_complete": is_complete,
@@ -264,7 +266,7 @@ def _batches(events: Iterable[WireEvent]) -> Iterator[Sequence[WireEvent]]:
     num_tokens = 0
     for event in events:
         batch.append(event)
-        num_tokens += len(event.get("token_ids", ()))
+        num_tokens += len(event.get("token_ids", ())) + len(event.get("block_hashes", ()))
         if num_tokens >= BATCH_TOKENS or len(batch) >= BATCH_EVENTS:
             yield batch
             batch, num_tokens = [], 0

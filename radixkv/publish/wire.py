@@ -16,7 +16,10 @@ from radixkv.cache.page_keys import root_key
 from radixkv.publish.requirements import optional_module
 
 WireEvent: TypeAlias = "dict[str, Any]"
-MEDIUM = "GPU"  # of the pool, on whatever device it is: readers know no other name for what attention reads
+POOL = "GPU"  # the medium of the pool, on whatever device: readers know no other name for what attention reads
+TIERS = {"host": "CPU", "disk": "STORAGE"}
+"""The medium of each tier, by the name of its store. One that others write, too, is not told of."""
+
 NAME_BYTES = 8
 SEQ_BYTES = 8
 SHARED_KEY = root_key(None, None)
@@ -46,7 +49,7 @@ def name_of(page_key: bytes) -> int:
     return int.from_bytes(page_key[:NAME_BYTES], "big", signed=True)
 
 
-def stored(pages: Pages, page_size: int, epoch: int) -> WireEvent:
+def stored(pages: Pages, page_size: int, epoch: int, medium: str) -> WireEvent:
     """`BlockStored` of whole pages, or of none and a tail."""
     names, tokens = list(pages.names), np.frombuffer(pages.tokens, np.int32).tolist()
     event: WireEvent = {
@@ -56,7 +59,7 @@ def stored(pages: Pages, page_size: int, epoch: int) -> WireEvent:
         "token_ids": [] if pages.is_tail else tokens,
         "block_size": page_size,
         "lora_id": None,
-        "medium": MEDIUM,
+        "medium": medium,
         "lora_name": None,
         "epoch": epoch,
     }
@@ -69,9 +72,9 @@ def stored(pages: Pages, page_size: int, epoch: int) -> WireEvent:
     return event
 
 
-def removed(names: Sequence[int], epoch: int, *, is_tail: bool) -> WireEvent:
+def removed(names: Sequence[int], epoch: int, medium: str, *, is_tail: bool) -> WireEvent:
     """`BlockRemoved` of whole pages, or of none and a tail."""
-    event: WireEvent = {"type": "BlockRemoved", "block_hashes": [] if is_tail else list(names), "medium": MEDIUM}
+    event: WireEvent = {"type": "BlockRemoved", "block_hashes": [] if is_tail else list(names), "medium": medium}
     event["epoch"] = epoch
     if is_tail:
         event["tail_hash"] = names[0]
@@ -79,7 +82,7 @@ def removed(names: Sequence[int], epoch: int, *, is_tail: bool) -> WireEvent:
 
 
 def cleared(epoch: int, dropped: int = 0) -> WireEvent:
-    """`AllBlocksCleared`; `dropped` events of the cache were lost before it, so that nothing is known for certain."""
+    """`AllBlocksCleared`, of all media; `dropped` events were lost before it, so that nothing is known for certain."""
     return {"type": "AllBlocksCleared", "epoch": epoch, **({"dropped": dropped} if dropped else {})}
 
 

@@ -38,6 +38,7 @@ from radixkv.tiers.page_lines import Names, guaranteed_pages, share_uses
 from radixkv.tiers.page_record import RecordFormat, payload_checksum
 from radixkv.tiers.page_slots import PageSlots, WritePlan, check_page
 from radixkv.tiers.page_store import FoundPage, NewPage, PageFacts, StoreStats
+from radixkv.tiers.page_watch import PageWatch
 from radixkv.tiers.slot_files import SlotFiles
 from radixkv.tiers.store_counts import StoreCounts
 from radixkv.tiers.store_folder import (
@@ -380,6 +381,11 @@ class DiskStore:
     def capacity_pages(self) -> int:
         """Pages that it holds at most, as long as stores of other fingerprints keep their room."""
         return self._slots.limit
+
+    @property
+    def watch(self) -> PageWatch:
+        """How to follow what it holds. Closing it is no change: the pages stay on disk."""
+        return PageWatch(self._index, self._lock)
 
     @property
     def policy(self) -> str:

@@ -12,6 +12,7 @@ from radixkv.tiers.page_index import PageIndex, StoredPage
 from radixkv.tiers.page_lines import Names, guaranteed_pages, share_uses
 from radixkv.tiers.page_slots import PageSlots, check_page
 from radixkv.tiers.page_store import FoundPage, NewPage, PageFacts, StoreStats
+from radixkv.tiers.page_watch import PageWatch
 
 
 class HostStore:
@@ -42,6 +43,11 @@ class HostStore:
         self._payloads: dict[int, bytes] = {}  # by slot
         self._pages_read = self._pages_written = self._pages_evicted = self._missing = 0
         self._is_closed = False
+
+    @property
+    def watch(self) -> PageWatch:
+        """How to follow what it holds."""
+        return PageWatch(self._index, self._lock)
 
     @property
     def capacity_pages(self) -> int:
@@ -138,6 +144,7 @@ class HostStore:
         with self._lock:
             self._is_closed = True
             self._payloads.clear()
+            self._index.is_lost()
 
     def _check_open(self) -> None:
         if self._is_closed:

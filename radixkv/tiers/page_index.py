@@ -10,8 +10,10 @@ evict from the end of a sequence; it is found as soon as its parent comes, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 from sortedcontainers import SortedDict
@@ -22,6 +24,8 @@ from radixkv.config.checks import checked_choice
 from radixkv.errors import InvariantError
 from radixkv.tiers.page_lines import Line, Names, PageLines, PageUse
 from radixkv.tiers.page_store import FoundPage, PageFacts
+
+logger = logging.getLogger(__name__)
 
 STORE_POLICIES = ("lru", "lfu", "priority")
 """Orders in which pages give way. Kept pages go last and low priorities first in each; "priority" adds nothing to
@@ -56,6 +60,25 @@ class StoredPage:
         self.rank: Rank = (0, 0, 0.0)
 
 
+class PageObserver(Protocol):
+    """Is told of each change of an index, in the thread that makes it, under the lock of its store.
+
+    It must neither wait nor change the index. One that raises is logged and told nothing more: it missed something.
+    """
+
+    def stored(self, page: StoredPage) -> None:
+        """`page` can be found from now on."""
+        ...
+
+    def removed(self, page: StoredPage) -> None:
+        """`page` cannot be found any more; those that follow it stay."""
+        ...
+
+    def cleared(self) -> None:
+        """Nothing can be found any more."""
+        ...
+
+
 class PageIndex:
     """The pages of a store by key, and the order in which they give way. Not thread-safe.
 
@@ -63,6 +86,9 @@ class PageIndex:
 
     - `_after` counts the pages that follow each key, and what holds it (`hold`); keys with none are not in it.
     - a page is in its namespace's line if no page follows it, and in none otherwise; each line counts its pages.
+
+    Attributes:
+        observer: is told of each change; None if nobody listens, which costs a comparison.
     """
 
     def __init__(self, page_size: int, policy: str = "lru") -> None:
@@ -74,6 +100,7 @@ class PageIndex:
         self._whole: dict[bytes, StoredPage] = {}  # whole pages by their own key
         self._after: dict[bytes, int] = {}
         self._lines = PageLines()
+        self.observer: PageObserver | None = None
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -115,6 +142,7 @@ class PageIndex:
     def fill(self, pages: dict[bytes, StoredPage]) -> None:
         """Take in pages, given by place, while there are none. O(pages × log pages), a few times as fast as `add`."""
         assert not self._pages, "an index is filled once"
+        assert self.observer is None, "who listens is told of single pages alone"
         for page in pages.values():
             if len(page.tokens) == self._page_bytes:
                 page.key = page_key(page.parent_key, page.tokens)
@@ -160,6 +188,9 @@ class PageIndex:
         self.hold(page.parent_key)
         if page.key not in self._after:
             self._queue(page)
+        observer = self.observer
+        if observer is not None:
+            self._tell(lambda: observer.stored(page))
 
     def discard(self, page: StoredPage) -> None:
         """Take out a page that is there; pages that follow it stay. O(log pages)."""
@@ -170,6 +201,22 @@ class PageIndex:
         if page.key not in self._after:
             self._unqueue(page)
         self.let_go(page.parent_key)
+        observer = self.observer
+        if observer is not None:
+            self._tell(lambda: observer.removed(page))
+
+    def is_lost(self) -> None:
+        """Tell that nothing can be found any more, as the store is closed and keeps nothing."""
+        observer = self.observer
+        if observer is not None:
+            self._tell(observer.cleared)
+
+    def _tell(self, tell: Callable[[], object]) -> None:
+        try:
+            tell()
+        except Exception:
+            self.observer = None
+            logger.exception("the observer of a store failed, and is told nothing more")
 
     def update(self, page: StoredPage, facts: PageFacts) -> None:
         """Give a page that is there other facts. O(log pages)."""

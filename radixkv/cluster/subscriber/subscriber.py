@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from radixkv.cluster.index.lower_index import LowerIndex
 from radixkv.cluster.index.replica_index import ReplicaIndex
 from radixkv.cluster.subscriber.index_sink import IndexSink
 from radixkv.cluster.subscriber.stream_state import AnswerEnd, Message, StreamState
@@ -56,23 +57,31 @@ class _Replica:
 
 
 class KVEventSubscriber:
-    """Feeds a `ReplicaIndex` from the events of replicas, in a thread of its own.
+    """Feeds a `ReplicaIndex` from the events of replicas, in a thread of its own; and a `LowerIndex`, if there is one.
 
     It begins with a snapshot, fills gaps by replay, and takes a snapshot again where a replay cannot help: the replica
     began anew, does not keep the messages any more, or something does not fit. A replica that is silent is asked every
     `probe_s` whether a message was lost.
 
-    Hold `lock` while you use the index: the thread writes under it, one message at a time.
+    Hold `lock` while you use an index: the thread writes under it, one message at a time.
     """
 
-    def __init__(self, index: ReplicaIndex, *, probe_s: float = PROBE_S, answer_s: float = ANSWER_S) -> None:
-        """answer_s: a replica that sends no part of an answer for so long is asked anew.
+    def __init__(
+        self,
+        index: ReplicaIndex,
+        *,
+        lower: LowerIndex | None = None,
+        probe_s: float = PROBE_S,
+        answer_s: float = ANSWER_S,
+    ) -> None:
+        """lower: takes in what replicas hold below their pools; else that is left out.
+        answer_s: a replica that sends no part of an answer for so long is asked anew.
 
         Raises: MissingPackageError.
         """
         self._zmq = optional_module("zmq")
         optional_module("msgpack")
-        self.index, self.lock = index, threading.Lock()
+        self.index, self.lower, self.lock = index, lower, threading.Lock()
         self._probe_s, self._answer_s = probe_s, answer_s
         self._replicas: dict[str, _Replica] = {}
         self._stats: dict[str, StreamStats] = {}
@@ -249,7 +258,7 @@ class KVEventSubscriber:
         live.setsockopt(self._zmq.SUBSCRIBE, topic.encode())
         live.connect(endpoint)
         self._poller.register(live, self._zmq.POLLIN)
-        state = StreamState(IndexSink(self.index, self.lock, name))
+        state = StreamState(IndexSink(self.index, self.lock, name, self.lower))
         self._replicas[name] = _Replica(name, live, replay_endpoint, state)
 
     def _remove(self, name: str) -> None:
@@ -261,6 +270,8 @@ class KVEventSubscriber:
         replica.live.close(linger=0)
         with self.lock:
             self.index.drop_replica(name)
+            if self.lower is not None:
+                self.lower.drop_replica(name)
         with self._news:
             del self._stats[name]
             self._news.notify_all()
