@@ -206,7 +206,7 @@ def test_numbers_of_namespaces_are_used_again() -> None:
     for tenant in range(50):
         stored(cache, [1, 2, 3, 4], extra_key=str(tenant))
         assert drafts(drafter, [1, 2], Namespace(str(tenant))).token_ids.tolist() == [3, 4]
-    assert len(drafter._spaces) <= 2
+    assert drafter.num_namespaces <= 2
 
 
 @pytest.mark.parametrize("tail", [1, 3])

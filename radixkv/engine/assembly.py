@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from radixkv.attention.backend import AttentionNeeds, ChoosesExtends, choose_backend
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.config import EngineConfig
+from radixkv.engine.drafts.cache_drafter import CacheDrafter
+from radixkv.engine.drafts.drafter import Drafter
 from radixkv.engine.gpu_sampling import DeviceSampler, sampling_kernels
 from radixkv.engine.graphs import make_graphs
 from radixkv.engine.intake import ContextLimit, Intake
@@ -45,6 +47,7 @@ class EngineParts:
         limit: the most tokens of a request.
         vocab_size: ids that the model has embeddings for.
         eos_ids: ids that end an output.
+        drafter: guesses tokens, which steps then check; None to go without.
         stores: of pages below the pool, the fastest first; the core closes them.
         clock: seconds, by which the speed of loads is measured and their time runs out.
     """
@@ -62,6 +65,7 @@ class EngineParts:
     vocab_size: int
     eos_ids: frozenset[int]
     stores: tuple[PageStore, ...] = ()
+    drafter: Drafter | None = None
     clock: Callable[[], float] = time.monotonic
 
     def new_intake(self) -> Intake:
@@ -82,6 +86,7 @@ def assemble(
     config: EngineConfig | None = None,
     *,
     weight_files: Sequence[Path] = (),
+    drafter: Drafter | None = None,
 ) -> EngineParts:
     """The parts of an engine for `model`, on its device and in its dtype.
 
@@ -90,6 +95,7 @@ def assemble(
     Args:
         weight_files: what `model` was loaded from, and nothing was changed since; without them its tensors are hashed
             if a store below the pool needs to know which weights these are.
+        drafter: guesses tokens, whatever `config.speculate` says.
 
     Raises: UnsupportedModelError, UnsupportedBackendError, ConfigError; TierError if a store below the pool cannot be
         opened.
@@ -141,6 +147,7 @@ def assemble(
         vocab_size=model.config.get_text_config().vocab_size,
         eos_ids=eos_token_ids(model),
         stores=stores,
+        drafter=CacheDrafter(memory.cache) if drafter is None and config.speculate == "cache" else drafter,
     )
 
 

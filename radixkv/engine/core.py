@@ -14,6 +14,7 @@ from radixkv.cache.quotas.accounts import QuotaKey, checked_quotas
 from radixkv.cache.token_ids import TokenIds
 from radixkv.config import CacheQuota
 from radixkv.engine.assembly import EngineParts
+from radixkv.engine.drafts.speculation import Speculation
 from radixkv.engine.executor import Executor
 from radixkv.engine.lower_tiers import LowerTiers
 from radixkv.engine.outputs import Progress
@@ -53,8 +54,9 @@ class EngineCore:
             clock=parts.clock,
         )
         self._clock = parts.clock
-        self._scheduler = Scheduler(config, parts.cache, table, self._tiers)
-        self._executor = Executor(parts.runner, self._scheduler, parts.sampler, parts.device_sampler)
+        self._speculation = None if parts.drafter is None else Speculation(parts.drafter, parts.vocab_size)
+        self._scheduler = Scheduler(config, parts.cache, table, self._tiers, self._speculation)
+        self._executor = Executor(parts.runner, self._scheduler, parts.sampler, parts.device_sampler, self._speculation)
         self._steps = self._peak_used_pages = 0
         self._closed = False
 
@@ -149,6 +151,8 @@ class EngineCore:
             peak_used_pages=self._peak_used_pages,
             kv_bytes_per_token=self._parts.kv_bytes_per_token,
             pool_bytes=self._parts.pool.num_bytes,
+            sampled_steps=self._executor.sampled_steps,
+            speculation=None if self._speculation is None else self._speculation.stats(),
         )
 
     def set_quotas(self, quotas: Mapping[QuotaKey, CacheQuota]) -> None:

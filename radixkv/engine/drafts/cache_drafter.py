@@ -51,6 +51,11 @@ class CacheDrafter:
         return self._cached.num_tokens
 
     @property
+    def num_namespaces(self) -> int:
+        """Namespaces of which the cache holds something."""
+        return len(self._spaces)
+
+    @property
     def num_bytes(self) -> int:
         """Size of the index of the cache."""
         return self._cached.num_bytes
