@@ -16,6 +16,7 @@ from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.config import EngineConfig
 from radixkv.engine.drafts.cache_drafter import CacheDrafter
 from radixkv.engine.drafts.drafter import Drafter
+from radixkv.engine.drafts.speculation import Speculation
 from radixkv.engine.gpu_sampling import DeviceSampler, sampling_kernels
 from radixkv.engine.graphs import make_graphs
 from radixkv.engine.intake import ContextLimit, Intake
@@ -47,7 +48,7 @@ class EngineParts:
         limit: the most tokens of a request.
         vocab_size: ids that the model has embeddings for.
         eos_ids: ids that end an output.
-        drafter: guesses tokens, which steps then check; None to go without.
+        speculation: guesses tokens, which steps then check; None to go without.
         stores: of pages below the pool, the fastest first; the core closes them.
         clock: seconds, by which the speed of loads is measured and their time runs out.
     """
@@ -65,7 +66,7 @@ class EngineParts:
     vocab_size: int
     eos_ids: frozenset[int]
     stores: tuple[PageStore, ...] = ()
-    drafter: Drafter | None = None
+    speculation: Speculation | None = None
     clock: Callable[[], float] = time.monotonic
 
     def new_intake(self) -> Intake:
@@ -132,6 +133,9 @@ def assemble(
     graphs = None
     if on_gpu and streaming is None:
         graphs = make_graphs(model, memory.backend, resolved, scratch_page=memory.sizes.num_pages)
+    vocab_size = model.config.get_text_config().vocab_size
+    if drafter is None and config.speculate == "cache":
+        drafter = CacheDrafter(memory.cache)
     stores = make_stores(config, model, memory.pool, weights)
     return EngineParts(
         config=resolved,
@@ -144,10 +148,10 @@ def assemble(
         sampler=Sampler(),
         device_sampler=DeviceSampler(sampling_kernels(), model.device, config.seed) if on_gpu else None,
         limit=limit,
-        vocab_size=model.config.get_text_config().vocab_size,
+        vocab_size=vocab_size,
         eos_ids=eos_token_ids(model),
         stores=stores,
-        drafter=CacheDrafter(memory.cache) if drafter is None and config.speculate == "cache" else drafter,
+        speculation=None if drafter is None else Speculation(drafter, vocab_size),
     )
 
 

@@ -14,7 +14,6 @@ from radixkv.cache.quotas.accounts import QuotaKey, checked_quotas
 from radixkv.cache.token_ids import TokenIds
 from radixkv.config import CacheQuota
 from radixkv.engine.assembly import EngineParts
-from radixkv.engine.drafts.speculation import Speculation
 from radixkv.engine.executor import Executor
 from radixkv.engine.lower_tiers import LowerTiers
 from radixkv.engine.outputs import Progress
@@ -54,7 +53,7 @@ class EngineCore:
             clock=parts.clock,
         )
         self._clock = parts.clock
-        self._speculation = None if parts.drafter is None else Speculation(parts.drafter, parts.vocab_size)
+        self._speculation = parts.speculation
         self._scheduler = Scheduler(config, parts.cache, table, self._tiers, self._speculation)
         self._executor = Executor(parts.runner, self._scheduler, parts.sampler, parts.device_sampler, self._speculation)
         self._steps = self._peak_used_pages = 0

@@ -99,7 +99,8 @@ def replay(calls: Sequence[Call], most: int, *, own_sessions: bool) -> Replayed:
     found = Replayed()
     for number, call in enumerate(calls):
         namespace = Namespace(call.session) if own_sessions else SHARED
-        with cache.acquire(call.token_ids, extra_key=namespace.extra_key) as lease:
+        findable = call.num_prompt - 1
+        with cache.acquire(call.token_ids, extra_key=namespace.extra_key, max_cached_tokens=findable) as lease:
             lease.commit(call.token_ids[: call.num_prompt])
             _answer(drafter, number, call, namespace, most, found)
             lease.commit(call.token_ids[:-1])

@@ -14,11 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from radixkv.cache.events import Cleared, Event, Stored
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.engine.drafts.drafter import NO_DRAFT, Draft, Text
 from radixkv.engine.drafts.token_store import MAX_MATCH, GrowingText, PagedTokens
+from radixkv.kernels.compiling import log_if_slow
 from radixkv.kernels.ngram_chains import NONE
 
 OWN = "own"
@@ -41,9 +44,11 @@ class CacheDrafter:
         self._spaces: dict[Namespace, _Space] = {}
         self._free_spaces: list[int] = []
         self._own: dict[int, GrowingText] = {}
-        for run in cache.tree.cached_runs():
+        with log_if_slow("the index of drafts"):
+            self._load_kernels()
+        for _, run in cache.cached_runs():
             self.observe(Stored(run, "pool"))
-        cache.tree.add_observer(self.observe)
+        cache.add_pool_observer(self.observe)
 
     @property
     def num_cached(self) -> int:
@@ -67,6 +72,15 @@ class CacheDrafter:
     def ended(self, request_id: int) -> None:
         """As `Drafter.ended`."""
         self._own.pop(request_id, None)
+
+    def _load_kernels(self) -> None:
+        """Compile what is not compiled yet now, and not when the first draft is wanted."""
+        ids = np.arange(2, dtype=np.int32)
+        tokens = PagedTokens(num_pages=1, page_size=2)
+        tokens.store(ids, ids[:1])
+        tokens.find(ids, 1)
+        tokens.forget(2, ids[:1])
+        GrowingText().find(ids, 1)
 
     def _draft(self, text: Text) -> Draft:
         own = self._own.get(text.request_id)

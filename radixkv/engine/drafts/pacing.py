@@ -166,7 +166,8 @@ class Account:
     """What drafts gained and lost so far, in seconds; they are made as long as it is not overdrawn.
 
     All steps of decodes pay a little in, so that what is lost on text that does not repeat stays below that share of
-    the time: `ALLOWED_LOSS`. What was gained is kept for `SAVED_STEPS` at most.
+    the time: `ALLOWED_LOSS`. What was gained is kept for `SAVED_STEPS` at most,
+    and a single step that was disturbed costs no more than `FIRST_STEPS`.
     """
 
     def __init__(self) -> None:
@@ -181,4 +182,4 @@ class Account:
         """Count a step that would have taken `plain_s` without drafts, which gained so much, or lost it if negative."""
         balance_s = FIRST_STEPS * plain_s if self._balance_s is None else self._balance_s
         balance_s += ALLOWED_LOSS * plain_s + gained_s
-        self._balance_s = max(-SAVED_STEPS * plain_s, min(SAVED_STEPS * plain_s, balance_s))
+        self._balance_s = max(-FIRST_STEPS * plain_s, min(SAVED_STEPS * plain_s, balance_s))
