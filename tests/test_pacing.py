@@ -15,6 +15,7 @@ from radixkv.engine.drafts.drafter import Draft, Text
 from radixkv.engine.drafts.pacing import (
     ALLOWED_LOSS,
     FIRST_STEPS,
+    FORGOTTEN,
     SAVED_STEPS,
     Account,
     Offer,
@@ -43,11 +44,21 @@ def test_times_follow_what_is_measured_and_ignore_a_disturbed_step() -> None:
     assert times.seconds(8) > times.seconds(4)
 
 
+def test_a_size_that_was_disturbed_once_is_tried_again() -> None:
+    times = times_of(t1=1.0, t9=99.0)
+    assert times.seconds(9) < 5.0, "the first measurement, too"
+    before = times.seconds(9)
+    for _ in range(2 * FORGOTTEN):
+        times.note(1, 1.0)
+    assert times.seconds(9) < before
+    assert times.seconds(1) == 1.0
+
+
 def test_large_steps_are_told_apart_by_quarters_of_a_power_of_two() -> None:
-    times = times_of(t17=1.0, t100=5.0)
+    times = times_of(t17=1.0, t100=2.5)
     assert times.seconds(20) == 1.0
-    assert times.seconds(97) == 5.0
-    assert 1.0 < times.seconds(60) < 5.0
+    assert times.seconds(97) == 2.5
+    assert 1.0 < times.seconds(60) < 2.5
 
 
 offers = st.lists(st.builds(Offer, st.integers(0, 4), st.sampled_from([0.05, 0.3, 0.6, 0.9, 0.99])), max_size=3)

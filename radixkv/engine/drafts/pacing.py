@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 TREND = 0.2  # weight of the newest measurement of a step
 OUTLIER = 3.0  # times the known time: a step that took longer was disturbed
+FORGOTTEN = 256  # steps
 FIRST_GUESS = 0.05  # of a step's time: what each further token costs, before it was measured
 ALLOWED_LOSS = 0.015  # share of the time that drafts may lose
 SAVED_STEPS = 24.0  # steps' time that gains may be kept for later losses
@@ -34,6 +35,9 @@ def evidence_class(evidence: int) -> int:
 class StepTimes:
     """How long steps of decodes take by the number of their tokens, as measured; between measurements interpolated.
 
+    A size that was not measured for `FORGOTTEN` steps is forgotten, but for the smallest: a step that was disturbed may
+    have made it look dear, and what looks dear is not tried again.
+
     >>> times = StepTimes()
     >>> times.note(1, 0.010), times.note(9, 0.014)
     (None, None)
@@ -44,12 +48,20 @@ class StepTimes:
     def __init__(self) -> None:
         self._sizes: list[int] = []
         self._seconds: dict[int, float] = {}
+        self._noted_at: dict[int, int] = {}
+        self._num_noted = 0
 
     def note(self, num_tokens: int, seconds: float) -> None:
         """A step of `num_tokens` took so long. O(log sizes)."""
         size = _rounded(num_tokens)
+        self._num_noted += 1
+        if self._num_noted % FORGOTTEN == 0:
+            self._forget()
+        self._noted_at[size] = self._num_noted
         known = self._seconds.get(size)
         if known is None:
+            if self._sizes:
+                seconds = min(seconds, OUTLIER * self.seconds(size))
             insort(self._sizes, size)
             self._seconds[size] = seconds
         else:
@@ -70,6 +82,12 @@ class StepTimes:
             share = (size - below) / (above - below)
             return seconds[below] + share * (seconds[above] - seconds[below])
         return seconds[below] * (1 + FIRST_GUESS * (size - below) / max(1, below))
+
+    def _forget(self) -> None:
+        for size in self._sizes[1:]:
+            if self._noted_at[size] <= self._num_noted - FORGOTTEN:
+                del self._seconds[size], self._noted_at[size]
+        self._sizes = sorted(self._seconds)
 
 
 def _rounded(num_tokens: int) -> int:
