@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radixkv.engine.drafts.drafter import Draft, Text
+from radixkv.engine.drafts.drafter import NO_DRAFT, Draft, Text
 from radixkv.engine.drafts.pacing import (
     ALLOWED_LOSS,
     FIRST_STEPS,
@@ -23,7 +23,7 @@ from radixkv.engine.drafts.pacing import (
     StepTimes,
     best_lengths,
 )
-from radixkv.engine.drafts.speculation import Speculation
+from radixkv.engine.drafts.speculation import IDLE_ROUNDS, LOOK_EVERY, Speculation
 
 
 def times_of(**seconds: float) -> StepTimes:
@@ -188,6 +188,26 @@ def test_speculation_goes_on_where_it_is_right() -> None:
         speculation.stepped(1, 1 + num, num, 1 + 0.1 * num)
     assert lengths[0] == 0, "the time of a step is not known yet"
     assert min(lengths[-20:]) == 16
+
+
+class Nothing(Wrong):
+    """Never has a draft."""
+
+    def draft(self, texts: list[Text]) -> list[Draft]:
+        self.num_asked += 1
+        return [NO_DRAFT for _ in texts]
+
+
+def test_steps_are_launched_ahead_again_where_no_drafts_are_found() -> None:
+    speculation = Speculation(Nothing(), 100, clock=lambda: 0.0)
+    request, waited = request_of(0), []
+    for _ in range(IDLE_ROUNDS + 10 * LOOK_EVERY):
+        waited.append(speculation.needs_tokens)
+        if waited[-1]:
+            speculation.drafts([request], 1, 100)
+        speculation.stepped(1, 1, 0, 1.0)
+    assert all(waited[1:IDLE_ROUNDS])
+    assert 9 <= sum(waited[IDLE_ROUNDS + 1 :]) <= 11
 
 
 def test_time_that_drafting_takes_counts_as_loss() -> None:

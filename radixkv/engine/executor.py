@@ -117,7 +117,7 @@ class Executor:
         """Launch the next step of the same requests, if it is certain that they are the next step."""
         if launched.pending is None or not all(self._surely_goes_on(span) for span in launched.batch):
             return None
-        if self._speculation is not None and self._speculation.is_on:
+        if self._speculation is not None and self._speculation.needs_tokens:
             return None  # drafts need the tokens
         batch = self._scheduler.look_ahead([span.request for span in launched.batch])
         if batch is None:

@@ -13,6 +13,8 @@ from radixkv.engine.request import Request
 
 MOST_TOKENS = 16  # of a draft
 MAX_REST = 8  # steps for which a request is not asked about that nothing is found for
+IDLE_ROUNDS = 8  # without any draft, until steps are launched ahead again
+LOOK_EVERY = 16  # steps: how often they wait for tokens then, and drafts are looked for
 NEGLIGIBLE = 0.005  # share of a step that looking may take without resting
 
 logger = logging.getLogger(__name__)
@@ -89,12 +91,22 @@ class Speculation:
         self._look_s = 0.0  # of one text, on average
         self._sources: dict[str, list[int]] = {}
         self._drafted_steps = 0
+        self._idle = 0  # rounds in a row that brought no draft
+        self._num_steps = 0
         self._drafting_s = 0.0
 
     @property
     def is_on(self) -> bool:
         """Whether it would ask the drafter for the next step."""
         return not self._failed and (self._always or self._account.allows)
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the next step must wait for this step's tokens, to draft after them.
+
+        Where no draft was found for a while, steps may be launched ahead of the tokens again, but for one now and then.
+        """
+        return self.is_on and (self._always or self._idle < IDLE_ROUNDS or self._num_steps % LOOK_EVERY == 0)
 
     def stats(self) -> SpeculationStats:
         """What drafts did so far."""
@@ -129,6 +141,7 @@ class Speculation:
         drafts = self._worth_it([request for _, request in asked], drafts, num_rows, room)
         for (place, request), draft in zip(asked, drafts, strict=True):
             none[place] = _allowed(request, draft)
+        self._idle = 0 if any(len(draft.token_ids) for draft in drafts) else self._idle + 1
         seconds = self._clock() - started_at
         self._looked_s += seconds
         self._drafting_s += seconds
@@ -151,6 +164,7 @@ class Speculation:
 
     def stepped(self, num_rows: int, num_tokens: int, accepted: int, seconds: float) -> None:
         """A step of decodes alone, with or without drafts, took so long; `accepted` drafted tokens were right."""
+        self._num_steps += 1
         self._times.note(num_tokens, seconds)
         if num_tokens == num_rows:
             plain_s, gained_s = seconds, 0.0
