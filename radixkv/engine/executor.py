@@ -179,9 +179,7 @@ class Executor:
                 if span.samples and span.request.max_new_tokens == 0:
                     span.request.finish_without_tokens()
                 elif span.samples:
-                    is_drawn = self._device_sampler is not None and self._device_sampler.draws(_row(span))
-                    own_logits = launched.own_logits.get(row)
-                    self._accept(span.request, token_ids[row], launched.logits[row], own_logits, is_drawn=is_drawn)
+                    self._accept(span, token_ids[row], launched.logits[row], launched.own_logits.get(row))
                     self.sampled_steps += 1
             except Exception as error:  # of this request's logits or tokenizer: the others go on
                 span.request.finish("error", error)
@@ -240,7 +238,7 @@ class Executor:
                 (token_id,), (is_finite,) = self._sampler.likeliest(row)
             if not is_finite:
                 raise _not_finite(request, row[0])
-            self._accept(request, token_id, row[0], own_logits, is_drawn=False)
+            self._accept(span, token_id, row[0], own_logits)
             is_right = place < len(draft) and request.output_ids[-1] == draft[place]
             right += is_right
             if request.is_finished or not is_right:
@@ -258,13 +256,10 @@ class Executor:
         token_ids = request.prompt_ids[positions.start + 1 : positions.stop + 1].tolist()
         request.prompt_logprobs += self._sampler.logprobs_of_rows(logits, token_ids, request.params.prompt_logprobs)
 
-    def _accept(
-        self, request: Request, token_id: int, logits: Tensor, own_logits: Tensor | None, *, is_drawn: bool
-    ) -> None:
-        """Take a token for the request, chosen from `logits`; `own_logits` are the model's, if they were edited.
-
-        `token_id` is the one to take, unless one is to be drawn and that is not done yet (`is_drawn`).
-        """
+    def _accept(self, span: Span, token_id: int, logits: Tensor, own_logits: Tensor | None) -> None:
+        """Take a token for the request, drawn from `logits`; `own_logits` are the model's, if they were edited."""
+        request = span.request
+        is_drawn = self._device_sampler is not None and self._device_sampler.draws(_row(span)) and not span.num_drafted
         if request.generator is not None and not is_drawn:
             token_id = self._sampler.draw(logits, request.params, request.generator)
         if request.params.logprobs is not None:
