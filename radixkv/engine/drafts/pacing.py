@@ -158,7 +158,7 @@ def best_lengths(offers: Sequence[Offer], num_rows: int, times: StepTimes, room:
     >>> times = StepTimes()
     >>> times.note(2, 1.0), times.note(10, 2.0)
     (None, None)
-    >>> best_lengths([Offer(8, 0.95), Offer(8, 0.1)], 2, times, 100)
+    >>> best_lengths([Offer(8, 0.95), Offer(8, 0.1)], 2, times, 8)
     [8, 0]
     """
     chances = [
