@@ -7,12 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from drafters import Knowing
 from oracles import GreedyOracle
 from prompts import random_ids
 from radixkv import Engine, SamplingParams
+from radixkv.engine.drafts.speculation import Speculation
 from radixkv.engine.gpu_sampling import DeviceSampler
 from radixkv.engine.step_input import StepInput
 from runners import Around
+from tiny_models import VOCAB_SIZE
 
 GREEDY = SamplingParams(max_tokens=9)
 
@@ -21,12 +24,16 @@ class Ahead:
     """An engine whose executor launches ahead, as on a GPU, and a log of its launches."""
 
     def __init__(
-        self, make_engine: Callable[..., Engine], around_ahead: Around | None, settings: dict[str, object]
+        self,
+        make_engine: Callable[..., Engine],
+        around_ahead: Around | None,
+        speculation: Speculation | None,
+        settings: dict[str, object],
     ) -> None:
         self.launched_ahead = 0
         self._around_ahead = around_ahead
-        sampler = DeviceSampler(None, torch.device("cpu"), seed=0)
-        self.engine = make_engine(around=self._around, parts={"device_sampler": sampler}, **settings)
+        parts = {"device_sampler": DeviceSampler(None, torch.device("cpu"), seed=0), "speculation": speculation}
+        self.engine = make_engine(around=self._around, parts=parts, **settings)
 
     def _around(self, step: StepInput, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         if len(step.token_ids):
@@ -37,7 +44,9 @@ class Ahead:
 
 @pytest.fixture
 def make_ahead(make_engine: Callable[..., Engine]) -> Callable[..., Ahead]:
-    return lambda around_ahead=None, **settings: Ahead(make_engine, around_ahead, settings)
+    return lambda around_ahead=None, speculation=None, **settings: Ahead(
+        make_engine, around_ahead, speculation, settings
+    )
 
 
 def test_same_tokens(make_ahead: Callable[..., Ahead], oracle: GreedyOracle) -> None:
@@ -49,6 +58,32 @@ def test_same_tokens(make_ahead: Callable[..., Ahead], oracle: GreedyOracle) -> 
         assert output.token_ids == oracle.continuation(prompt, p.max_tokens)
     assert ahead.launched_ahead > 8
     assert ahead.engine.stats().generated_tokens == sum(p.max_tokens for p in params)
+
+
+class InTurns(Speculation):
+    """Lets three steps in four be launched ahead of their tokens."""
+
+    asked = 0
+
+    @property
+    def needs_tokens(self) -> bool:
+        self.asked += 1
+        return self.asked % 4 == 0
+
+
+def test_same_tokens_with_drafts_now_and_then(make_ahead: Callable[..., Ahead], oracle: GreedyOracle) -> None:
+    prompts = [random_ids(seed, 6 + seed) for seed in range(3)]
+    expected = [oracle.continuation(prompt, 30) for prompt in prompts]
+    knowing = Knowing(*[[*prompt, *answer] for prompt, answer in zip(prompts, expected, strict=True)], mistakes=0.8)
+    ahead = make_ahead(speculation=InTurns(knowing, VOCAB_SIZE, always=True))
+    stop = expected[1][11]
+    params = [SamplingParams(max_tokens=30, stop_token_ids=[stop] if i == 1 else []) for i in range(3)]
+    outputs = ahead.engine.generate(prompts, params)
+    assert [outputs[0].token_ids, outputs[2].token_ids] == [expected[0], expected[2]]
+    assert outputs[1].token_ids == expected[1][: expected[1].index(stop) + 1]
+    assert ahead.launched_ahead > 0
+    assert outputs[0].accepted_tokens > 0
+    ahead.engine.check_invariants()
 
 
 def test_a_stop_token_that_nobody_foresaw(make_ahead: Callable[..., Ahead], oracle: GreedyOracle) -> None:

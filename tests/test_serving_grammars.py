@@ -61,3 +61,24 @@ def test_an_output_that_left_its_grammar_fails_alone(grammars: Grammars) -> None
     logits = torch.zeros(2, 2048)
     assert list(group.apply(transforms, logits, [0, 1])) == [0]
     assert logits[1].isfinite().any()
+
+
+def test_a_grammar_tells_how_much_of_a_draft_it_allows(grammars: Grammars) -> None:
+    """Against the masks, one token after the other; beyond the end of the grammar nothing is allowed."""
+    for grammar in GRAMMARS:
+        transform, other = (grammars.transform(grammar)() for _ in range(2))
+        output: list[int] = []
+        for _ in range(6):
+            logits = torch.zeros(2048)
+            other.start(output)
+            other.apply(logits)
+            allowed, forbidden = int(logits.argmax()), int(logits.argmin())
+            if other.matcher.is_stopped():
+                break
+            newest = output[-1:]  # of which it was not told yet
+            assert transform.num_allowed([*newest, allowed]) == len(newest) + 1
+            assert transform.num_allowed([*newest, forbidden, allowed]) == len(newest)
+            transform.start(output)
+            assert transform.num_allowed([allowed]) == 1
+            assert transform.num_allowed([forbidden]) == 0
+            output.append(allowed)

@@ -111,6 +111,7 @@ def test_the_feed_tells_what_is_cached(server: Running) -> None:
         assert pool["free_pages"] + pool["pinned_pages"] + pool["evictable_pages"] + pool["leased_pages"] == 256
         assert [point["factor"] for point in state["what_if"]] == [0.125, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4]
         assert state["requests"]["running"] == 0
+        assert state["requests"]["tokens_per_step"] is None, "an engine without drafts"
         miss = next(miss for miss in state["misses"] if miss["prompt_tokens"] == output.usage.prompt_tokens)
         assert miss["reason"] in ("never seen", "evicted")
 

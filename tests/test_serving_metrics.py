@@ -12,6 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from http_server import SMALL, Running, running
 from radixkv import AsyncEngine, Engine, SamplingParams
+from radixkv.engine.drafts.speculation import SourceStats, SpeculationStats
+from radixkv.serving.metrics import Metrics
 
 DASHBOARD = Path(__file__).resolve().parents[1] / "docs" / "grafana-dashboard.json"
 VLLM = {
@@ -134,3 +136,14 @@ def test_the_dashboard_asks_for_what_is_exported(server: Running) -> None:
     exported = {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
     exported |= set(re.findall(r"# TYPE (\S+) (?:counter|gauge)", text))  # those that have no sample as yet
     assert names - exported == set()
+
+
+def test_drafts_are_counted_by_source() -> None:
+    engine = Engine.from_pretrained("demo", kv_cache_tokens=2048, speculate="cache")
+    stats = engine.stats()._replace(speculation=SpeculationStats((SourceStats("own", 7, 3),), 2, 0.5), sampled_steps=9)
+    text = Metrics("demo").render(stats).decode()
+    assert 'radixkv_drafted_tokens_total{source="own"} 7.0' in text
+    assert 'radixkv_accepted_tokens_total{source="own"} 3.0' in text
+    assert "radixkv_drafting_seconds_total 0.5" in text
+    assert "radixkv_sampled_steps_total 9.0" in text
+    assert "drafted" not in Metrics("demo").render(stats._replace(speculation=None)).decode()

@@ -147,14 +147,18 @@ class PageRun:
 
     Attributes:
         prefix: the tokens before them.
+        page_before: the page that holds the last tokens of `prefix`; None if there are none.
         page_size: tokens a page; the last page may hold fewer, if the run is a tail.
     """
 
-    __slots__ = ("_page_keys", "_pages", "_tokens", "page_size", "prefix")
+    __slots__ = ("_page_keys", "_pages", "_tokens", "page_before", "page_size", "prefix")
 
-    def __init__(self, prefix: Prefix, tokens: bytes, pages: bytes | memoryview) -> None:
+    def __init__(
+        self, prefix: Prefix, tokens: bytes, pages: bytes | memoryview, page_before: int | None = None
+    ) -> None:
         """`tokens` and `pages`: int32 bytes of the tokens and of the page ids."""
         self.prefix = prefix
+        self.page_before = page_before
         self.page_size = prefix.page_size
         self._tokens, self._pages = tokens, pages
         self._page_keys: tuple[bytes, ...] | None = None
@@ -199,10 +203,13 @@ class PageRun:
     def each_page(self) -> list[PageRun]:
         """One run for each of its pages. O(tokens)."""
         runs, prefix, page_bytes = [], self.prefix, self.page_size * TOKEN_BYTES
+        page_before = self.page_before
         for number, page_key in enumerate(self.page_keys):
             tokens = self._tokens[number * page_bytes : (number + 1) * page_bytes]
-            page = PageRun(prefix, tokens, self._pages[number * TOKEN_BYTES : (number + 1) * TOKEN_BYTES])
+            page_id = self._pages[number * TOKEN_BYTES : (number + 1) * TOKEN_BYTES]
+            page = PageRun(prefix, tokens, page_id, page_before)
             page._page_keys = (page_key,)
+            page_before = int.from_bytes(page_id, "little")
             runs.append(page)
             prefix = Prefix(self.namespace, self.page_size, prefix, tokens)
             prefix._key = page_key
@@ -306,5 +313,7 @@ def prefix_of(node: TreeNode, page_size: int) -> Prefix:
 
 def run_of(node: TreeNode, page_size: int) -> PageRun:
     """The pages of `node`, which is in the tree and no root."""
-    assert node.parent is not None, node
-    return PageRun(prefix_of(node.parent, page_size), node.edge, node.pages)
+    above = node.parent
+    assert above is not None, node
+    page_before = int.from_bytes(above.pages[-TOKEN_BYTES:], "little") if above.pages else None
+    return PageRun(prefix_of(above, page_size), node.edge, node.pages, page_before)

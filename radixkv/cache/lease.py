@@ -126,6 +126,27 @@ class Lease:
             row[self._num_pages : needed] = self._cache._take(needed - self._num_pages, self._namespace)
             self._row, self._num_pages = row, needed
 
+    def shrink(self, num_tokens: int) -> None:
+        """Give back the pages behind the first `num_tokens` tokens, which hold nothing that is still wanted.
+
+        What is committed stays. O(pages given back). Raises: ClosedError.
+
+        >>> from radixkv import PrefixCache
+        >>> with PrefixCache(num_pages=4, page_size=2).acquire([1, 2, 3]) as lease:
+        ...     lease.grow(8)
+        ...     before = lease.capacity_tokens
+        ...     lease.shrink(5)
+        ...     before, lease.capacity_tokens
+        (8, 6)
+        """
+        self._check_open()
+        kept = self._cache.pages_for(max(num_tokens, self.committed_tokens))
+        if kept < self._num_pages:
+            self._claim.uncover(self.pages, kept)
+            dropped = self.pages[kept:].copy()
+            self._num_pages = kept
+            self._cache.give_back(dropped)
+
     @property
     def seen_pages(self) -> NDArray[np.int32]:
         """The pages that the next token sees in layers of a window, as far as `cover` went."""

@@ -368,6 +368,10 @@ class PrefixCache:
         self.residency.report_to(self.tree.events, self.tree.cached_runs)
         self.tree.add_observer(observer)
 
+    def add_pool_observer(self, observer: Observer) -> None:
+        """As `add_observer`, without window pages: events of the medium "pool" alone are promised."""
+        self.tree.add_observer(observer)
+
     def remove_observer(self, observer: Observer) -> None:
         """Call `observer` no more."""
         self.tree.remove_observer(observer)

@@ -41,6 +41,7 @@ SAMPLING_SETTINGS = FromSettings(
         "logits_transform": "a function does not fit an option",
         "logprobs": "no command prints them",
         "prompt_logprobs": "no command prints them",
+        "speculate": "--speculate is the engine's",
     },
     more={"stop": "May be given several times; in bash `$'\\n'` is a line break."},
     panel="Sampling",

@@ -14,6 +14,7 @@ from radixkv.config.engine_config import (
     SCHEDULE_POLICIES,
     EngineConfig,
     SchedulePolicy,
+    Speculate,
     TierWrites,
 )
 from radixkv.config.limits import MAX_COUNT
@@ -34,6 +35,7 @@ __all__ = [
     "SamplingParams",
     "SchedulePolicy",
     "ServerConfig",
+    "Speculate",
     "TierWrites",
     "schema_of",
 ]

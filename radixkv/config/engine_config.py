@@ -14,6 +14,7 @@ SchedulePolicy = Literal["lpm", "fcfs"]
 SCHEDULE_POLICIES: tuple[SchedulePolicy, ...] = get_args(SchedulePolicy)
 GB = 1_000_000_000  # bytes of a gigabyte in settings
 TierWrites = Literal["through", "selective", "back"]
+Speculate = Literal["off", "cache"]
 KV_CACHE_DTYPES = ("auto", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 
 
@@ -164,6 +165,13 @@ class EngineConfig:
             "program; False runs the model's own modules."
         ),
     ] = True
+    speculate: Annotated[
+        Speculate,
+        Setting(
+            "Whether tokens are guessed and checked several at a time: off, or cache (guesses from the request's own "
+            "text and from what the cache holds of its namespace). Outputs are the same."
+        ),
+    ] = "off"
     prefix_cache: Annotated[
         bool,
         Setting("False computes every prompt from its first token, to measure what the cache brings."),

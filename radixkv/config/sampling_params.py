@@ -120,6 +120,9 @@ class SamplingParams:
         Sequence[int], Setting("Ids that end the output, as the model's own end-of-sequence ids do.", minimum=0)
     ] = ()
     ignore_eos: Annotated[bool, Setting("Go on after end-of-sequence ids.")] = False
+    speculate: Annotated[
+        bool, Setting("Whether its tokens may be guessed and checked several at a time, where the engine does so.")
+    ] = True
     logprobs: Annotated[
         int | None,
         Setting(

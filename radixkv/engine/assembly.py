@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 from radixkv.attention.backend import AttentionNeeds, ChoosesExtends, choose_backend
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.config import EngineConfig
+from radixkv.engine.drafts.cache_drafter import CacheDrafter
+from radixkv.engine.drafts.drafter import Drafter
+from radixkv.engine.drafts.speculation import Speculation
 from radixkv.engine.gpu_sampling import DeviceSampler, sampling_kernels
 from radixkv.engine.graphs import make_graphs
 from radixkv.engine.intake import ContextLimit, Intake
@@ -46,6 +49,7 @@ class EngineParts:
         limit: the most tokens of a request.
         vocab_size: ids that the model has embeddings for.
         eos_ids: ids that end an output.
+        speculation: guesses tokens, which steps then check; None to go without.
         stores: of pages below the pool, the fastest first; the core closes them.
         clock: seconds, by which the speed of loads is measured and their time runs out.
     """
@@ -63,6 +67,7 @@ class EngineParts:
     vocab_size: int
     eos_ids: frozenset[int]
     stores: tuple[PageStore, ...] = ()
+    speculation: Speculation | None = None
     clock: Callable[[], float] = time.monotonic
 
     def new_intake(self) -> Intake:
@@ -83,6 +88,7 @@ def assemble(
     config: EngineConfig | None = None,
     *,
     weight_files: Sequence[Path] = (),
+    drafter: Drafter | None = None,
 ) -> EngineParts:
     """The parts of an engine for `model`, on its device and in its dtype.
 
@@ -91,6 +97,7 @@ def assemble(
     Args:
         weight_files: what `model` was loaded from, and nothing was changed since; without them its tensors are hashed
             if a store below the pool needs to know which weights these are.
+        drafter: guesses tokens, whatever `config.speculate` says.
 
     Raises: UnsupportedModelError, UnsupportedBackendError, ConfigError; TierError if a store below the pool cannot be
         opened; MissingPackageError if `kv_events` needs a package.
@@ -129,6 +136,9 @@ def assemble(
     graphs = None
     if on_gpu and streaming is None:
         graphs = make_graphs(model, memory.backend, resolved, scratch_page=memory.sizes.num_pages)
+    vocab_size = model.config.get_text_config().vocab_size
+    if drafter is None and config.speculate == "cache":
+        drafter = CacheDrafter(memory.cache)
     stores = make_stores(config, model, memory.pool, weights)
     return EngineParts(
         config=resolved,
@@ -141,9 +151,10 @@ def assemble(
         sampler=Sampler(),
         device_sampler=DeviceSampler(sampling_kernels(), model.device, config.seed) if on_gpu else None,
         limit=limit,
-        vocab_size=model.config.get_text_config().vocab_size,
+        vocab_size=vocab_size,
         eos_ids=eos_token_ids(model),
         stores=stores,
+        speculation=None if drafter is None else Speculation(drafter, vocab_size),
     )
 
 

@@ -23,6 +23,7 @@ from radixkv.engine.arguments import CacheOptions, Prompt, as_list_of_params, as
 from radixkv.engine.assembly import EngineParts, assemble
 from radixkv.engine.core import EngineCore
 from radixkv.engine.core_thread import CoreThread, Reader
+from radixkv.engine.drafts.drafter import Drafter
 from radixkv.engine.intake import NO_IDS
 from radixkv.engine.outputs import Progress, RequestOutput
 from radixkv.engine.resolved_config import ResolvedConfig
@@ -60,15 +61,17 @@ class AsyncEngine:
         config: EngineConfig | None = None,
         *,
         max_waiting: int = MAX_WAITING,
+        drafter: Drafter | None = None,
     ) -> None:
         """Take over `model` as it is, on its device and in its dtype.
 
         Args:
             max_waiting: how many requests may wait for pages; one more is refused with QueueFullError.
+            drafter: as in `Engine`.
 
         Raises: UnsupportedModelError, UnsupportedBackendError, ConfigError.
         """
-        self._set_up(assemble(model, tokenizer, config), max_waiting)
+        self._set_up(assemble(model, tokenizer, config, drafter=drafter), max_waiting)
 
     @classmethod
     def from_parts(cls, parts: EngineParts, *, max_waiting: int = MAX_WAITING) -> AsyncEngine:
@@ -79,7 +82,12 @@ class AsyncEngine:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, *, max_waiting: int = MAX_WAITING, **settings: Any
+        cls,
+        name_or_path: str | Path,
+        *,
+        max_waiting: int = MAX_WAITING,
+        drafter: Drafter | None = None,
+        **settings: Any,
     ) -> AsyncEngine:
         """Load "demo", a local directory or a hub id, and make an engine of it. Blocks while it loads.
 
@@ -89,7 +97,7 @@ class AsyncEngine:
         """
         config = EngineConfig.from_keywords(settings)
         model, tokenizer = load(name_or_path, dtype=config.dtype, device=config.device)
-        parts = assemble(model, tokenizer, config, weight_files=weight_files(name_or_path))
+        parts = assemble(model, tokenizer, config, weight_files=weight_files(name_or_path), drafter=drafter)
         return cls.from_parts(parts, max_waiting=max_waiting)
 
     def _set_up(self, parts: EngineParts, max_waiting: int) -> None:

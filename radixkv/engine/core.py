@@ -56,8 +56,9 @@ class EngineCore:
             clock=parts.clock,
         )
         self._clock = parts.clock
-        self._scheduler = Scheduler(config, parts.cache, table, self._tiers)
-        self._executor = Executor(parts.runner, self._scheduler, parts.sampler, parts.device_sampler)
+        self._speculation = parts.speculation
+        self._scheduler = Scheduler(config, parts.cache, table, self._tiers, self._speculation)
+        self._executor = Executor(parts.runner, self._scheduler, parts.sampler, parts.device_sampler, self._speculation)
         self._steps = self._peak_used_pages = 0
         self._closed = False
         self._publisher: EventPublisher | None = None
@@ -160,6 +161,8 @@ class EngineCore:
             peak_used_pages=self._peak_used_pages,
             kv_bytes_per_token=self._parts.kv_bytes_per_token,
             pool_bytes=self._parts.pool.num_bytes,
+            sampled_steps=self._executor.sampled_steps,
+            speculation=None if self._speculation is None else self._speculation.stats(),
         )
 
     def set_quotas(self, quotas: Mapping[QuotaKey, CacheQuota]) -> None:

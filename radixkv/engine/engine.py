@@ -24,6 +24,7 @@ from radixkv.config import CacheQuota, EngineConfig
 from radixkv.engine.arguments import CacheOptions, Prompt, as_list_of_params, as_list_of_prompts, checked_cache_options
 from radixkv.engine.assembly import EngineParts, assemble
 from radixkv.engine.core import EngineCore
+from radixkv.engine.drafts.drafter import Drafter
 from radixkv.engine.gate import Gate
 from radixkv.engine.kv_memory import Pool
 from radixkv.engine.outputs import Progress, RequestOutput
@@ -53,13 +54,21 @@ class Engine:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any | None = None, config: EngineConfig | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any | None = None,
+        config: EngineConfig | None = None,
+        *,
+        drafter: Drafter | None = None,
     ) -> None:
         """Take over `model` as it is, on its device and in its dtype.
 
+        Args:
+            drafter: guesses tokens, which the engine checks several at a time, in place of `config.speculate`.
+
         Raises: UnsupportedModelError, UnsupportedBackendError, ConfigError.
         """
-        self._set_up(assemble(model, tokenizer, config))
+        self._set_up(assemble(model, tokenizer, config, drafter=drafter))
 
     @classmethod
     def from_parts(cls, parts: EngineParts) -> Engine:
@@ -69,16 +78,17 @@ class Engine:
         return engine
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **settings: Any) -> Engine:
+    def from_pretrained(cls, name_or_path: str | Path, *, drafter: Drafter | None = None, **settings: Any) -> Engine:
         """Load "demo", a local directory or a hub id, and make an engine of it.
 
-        `settings` are the fields of `EngineConfig`.
+        `drafter` is as in `Engine`; `settings` are the fields of `EngineConfig`.
 
         Raises: ModelNotFoundError, UnsupportedModelError, UnsupportedBackendError, ConfigError.
         """
         config = EngineConfig.from_keywords(settings)
         model, tokenizer = load(name_or_path, dtype=config.dtype, device=config.device)
-        return cls.from_parts(assemble(model, tokenizer, config, weight_files=weight_files(name_or_path)))
+        files = weight_files(name_or_path)
+        return cls.from_parts(assemble(model, tokenizer, config, weight_files=files, drafter=drafter))
 
     def _set_up(self, parts: EngineParts) -> None:
         self._parts = parts

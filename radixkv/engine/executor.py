@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from radixkv.engine.drafts.speculation import Speculation
 from radixkv.engine.gpu_sampling import DeviceSampler, PendingTokens, RowSampling
 from radixkv.engine.logit_edits import LogitEdits, RowEdits, edit_logits, start_transforms
 from radixkv.engine.request import Request
@@ -24,8 +27,9 @@ class _Launched(NamedTuple):
     batch: list[Span]
     logits: Tensor  # [spans, vocab_size], after the edits that requests ask for
     own_logits: dict[int, Tensor]  # the model's, of the rows with edits whose log probabilities are wanted
-    prompt_logits: Tensor  # [rows that `prompt_logprobs` needs besides, vocab_size]
+    more_logits: Tensor  # [rows that `prompt_logprobs` and drafts need besides, vocab_size]
     pending: PendingTokens | None  # None where tokens are chosen on the CPU
+    started_at: float
 
 
 class Executor:
@@ -38,18 +42,25 @@ class Executor:
     vain is overwritten before it is read.
 
     Attributes:
-        computed_tokens, generated_tokens: counts since the executor was made.
+        computed_tokens, generated_tokens, sampled_steps: counts since the executor was made.
     """
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, sampler: Sampler, device_sampler: DeviceSampler | None
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        sampler: Sampler,
+        device_sampler: DeviceSampler | None,
+        speculation: Speculation | None = None,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._sampler = sampler
         self._device_sampler = device_sampler
         self._ahead: _Launched | None = None
-        self.computed_tokens = self.generated_tokens = 0
+        self._speculation = speculation
+        self._ended_at = 0.0  # the last step
+        self.computed_tokens = self.generated_tokens = self.sampled_steps = 0
 
     def step(self) -> list[Span]:
         """Run one batch, and give its requests their tokens; those that ended are still to be released.
@@ -72,33 +83,42 @@ class Executor:
         except Exception as error:  # of the device, which tells late
             self._run_apart(launched.batch, error)
             return launched.batch
-        self._hand_out(launched, token_ids, finite)
+        accepted = self._hand_out(launched, token_ids, finite)
+        began_at, self._ended_at = max(launched.started_at, self._ended_at), time.perf_counter()
+        if self._speculation is not None and all(_is_decode(span) for span in launched.batch):
+            num_tokens = sum(span.last - span.first for span in launched.batch)
+            self._speculation.stepped(len(launched.batch), num_tokens, accepted, self._ended_at - began_at)
         self._ahead = ahead
         return launched.batch
 
     def _launch(self, batch: list[Span], input_ids: Tensor | None = None) -> _Launched:
+        started_at = time.perf_counter()
         edited = [RowEdits(row, edits) for row, span in enumerate(batch) if (edits := _edits(span)) is not None]
         failures = start_transforms(edited, [batch[row].request.output_ids for row, _ in edited]) if edited else {}
         for row, failure in failures.items():  # of the request's own transform: what is computed for it is ignored
             batch[row].request.finish("error", failure)
         step = make_step_input(batch, self._scheduler.req_to_token, known_tokens=input_ids is None)
         logits = self._runner.run(step, input_ids)
-        logits, prompt_logits = logits[: len(batch)], logits[len(batch) :]
+        logits, more_logits = logits[: len(batch)], logits[len(batch) :]
         own_logits: dict[int, Tensor] = {}
-        if edited:
-            edited = [edit for edit in edited if not batch[edit.row].request.is_finished]
+        if edited:  # but for drafts, whose rows are edited one after the other, with the tokens that are accepted
+            edited = [
+                edit for edit in edited if not (span := batch[edit.row]).request.is_finished and not span.num_drafted
+            ]
             own_logits = {row: logits[row].clone() for row, edits in edited if edits.params.logprobs is not None}
             for row, failure in edit_logits(logits, edited).items():
                 batch[row].request.finish("error", failure)
         pending = None
         if self._device_sampler is not None:
             pending = self._device_sampler.start(logits, [_row(span) for span in batch])
-        return _Launched(batch, logits, own_logits, prompt_logits, pending)
+        return _Launched(batch, logits, own_logits, more_logits, pending, started_at)
 
     def _look_ahead(self, launched: _Launched) -> _Launched | None:
         """Launch the next step of the same requests, if it is certain that they are the next step."""
         if launched.pending is None or not all(self._surely_goes_on(span) for span in launched.batch):
             return None
+        if self._speculation is not None and self._speculation.needs_tokens:
+            return None  # drafts need the tokens
         batch = self._scheduler.look_ahead([span.request for span in launched.batch])
         if batch is None:
             return None
@@ -114,6 +134,7 @@ class Executor:
         return (
             not request.is_finished
             and span.samples
+            and not span.num_drafted
             and len(request.output_ids) + 1 < request.max_new_tokens
             and request.params.logprobs is None
             and request.edits is None
@@ -134,17 +155,23 @@ class Executor:
             if span.request.is_finished:
                 continue
             try:
-                launched = self._launch([span])
+                launched = self._launch([Span(span.request, span.first, span.last - span.num_drafted)])
                 self._hand_out(launched, *self._read(launched))
             except Exception as own_error:
                 span.request.finish("error", own_error)
 
-    def _hand_out(self, launched: _Launched, token_ids: list[int], finite: list[bool]) -> None:
+    def _hand_out(self, launched: _Launched, token_ids: list[int], finite: list[bool]) -> int:
+        """Give the requests their tokens. Returns: how many drafted tokens were right."""
         live = [(row, span) for row, span in enumerate(launched.batch) if not span.request.is_finished]
-        prompt_logits = _prompt_logits(launched)
         self.computed_tokens += sum(span.last - span.first for _, span in live)
+        accepted = self._check_drafts(
+            launched, [(row, span) for row, span in live if span.num_drafted], token_ids, finite
+        )
+        prompt_logits = _prompt_logits(launched)
         for row, span in live:
             try:
+                if span.num_drafted:
+                    continue
                 if not finite[row]:
                     raise _not_finite(span.request, launched.logits[row])
                 if row in prompt_logits:
@@ -153,6 +180,7 @@ class Executor:
                     span.request.finish_without_tokens()
                 elif span.samples:
                     self._accept(span, token_ids[row], launched.logits[row], launched.own_logits.get(row))
+                    self.sampled_steps += 1
             except Exception as error:  # of this request's logits or tokenizer: the others go on
                 span.request.finish("error", error)
         # After the tokens, not before: whoever interrupts in between leaves requests that compute a token once more,
@@ -163,6 +191,60 @@ class Executor:
                     self._scheduler.computed(span)
             except Exception as error:  # of sharing what this request computed
                 span.request.finish("error", error)
+        return accepted
+
+    def _check_drafts(
+        self, launched: _Launched, drafted: list[tuple[int, Span]], token_ids: list[int], finite: list[bool]
+    ) -> int:
+        """Give requests with drafts the tokens that are right, and one more. Returns: how many were right."""
+        if not drafted or self._speculation is None:
+            return 0
+        more_ids, more_finite = self._sampler.likeliest(launched.more_logits)
+        places = _more_places(launched.batch)
+        accepted = 0
+        for row, span in drafted:
+            place = places[row]
+            rows = [launched.more_logits[place], launched.logits[row : row + 1]]
+            chosen = list(zip([*more_ids[place], token_ids[row]], [*more_finite[place], finite[row]], strict=True))
+            try:
+                right = self._check_draft(span, rows, chosen)
+                span.request.was_drafted(span.draft.source, span.num_drafted, right)
+                self._speculation.checked(span.request, span.draft, right)
+                accepted += right
+            except Exception as error:  # of this request's logits, edits or tokenizer: the others go on
+                span.request.finish("error", error)
+        return accepted
+
+    def _check_draft(self, span: Span, logits: list[Tensor], chosen: list[tuple[int, bool]]) -> int:
+        """Take the tokens of one draft as long as they are what the model says, and then what it says instead.
+
+        Each token is chosen as it would be without a draft: the likeliest one, or one that is drawn with the request's
+        own generator. A draft names one token for each place, so to accept it if the draw gives that token is
+        speculative sampling (Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2) with a proposal that
+        has all its mass there; and the generator's draws are those of a request without drafts.
+
+        Args:
+            logits: [tokens of the draft, vocab_size] and [1, vocab_size]; edits are still to be made.
+            chosen: for each row the likeliest token, and whether the row can be sampled from.
+        """
+        request, draft = span.request, span.draft.token_ids.tolist()
+        right = 0
+        for place, (token_id, is_finite) in enumerate(chosen):
+            row = logits[0][place : place + 1] if place < len(draft) else logits[1]
+            own_logits = None
+            if request.edits is not None:
+                own_logits = row[0].clone() if request.params.logprobs is not None else None
+                _edit_alone(request, request.edits, row)
+                (token_id,), (is_finite,) = self._sampler.likeliest(row)
+            if not is_finite:
+                raise _not_finite(request, row[0])
+            self._accept(span, token_id, row[0], own_logits)
+            is_right = place < len(draft) and request.output_ids[-1] == draft[place]
+            right += is_right
+            if request.is_finished or not is_right:
+                break
+        self.sampled_steps += 1
+        return right
 
     def _report_prompt(self, span: Span, logits: Tensor) -> None:
         """Note the log probabilities of the tokens after `span.prompt_positions`, whose logits are given."""
@@ -177,7 +259,7 @@ class Executor:
     def _accept(self, span: Span, token_id: int, logits: Tensor, own_logits: Tensor | None) -> None:
         """Take a token for the request, drawn from `logits`; `own_logits` are the model's, if they were edited."""
         request = span.request
-        is_drawn = self._device_sampler is not None and self._device_sampler.draws(_row(span))
+        is_drawn = self._device_sampler is not None and self._device_sampler.draws(_row(span)) and not span.num_drafted
         if request.generator is not None and not is_drawn:
             token_id = self._sampler.draw(logits, request.params, request.generator)
         if request.params.logprobs is not None:
@@ -185,6 +267,25 @@ class Executor:
             request.logprobs.append(self._sampler.logprobs(reported, token_id, request.params.logprobs))
         request.append(token_id)
         self.generated_tokens += 1
+
+
+def _is_decode(span: Span) -> bool:
+    """Whether the span computes the newest token alone, and perhaps a draft."""
+    return span.last - span.num_drafted - span.first == 1
+
+
+def _edit_alone(request: Request, edits: LogitEdits, logits: Tensor) -> None:
+    """Edit a row [1, vocab_size] of logits that follow the tokens of a request. Raises what edits raise."""
+    rows = [RowEdits(0, edits)]
+    failures = start_transforms(rows, [request.output_ids]) or edit_logits(logits, rows)
+    for failure in failures.values():
+        raise failure
+
+
+def _more_places(batch: Sequence[Span]) -> list[slice]:
+    """Which rows of the further logits belong to each span."""
+    ends = list(accumulate(len(span.more_positions) for span in batch))
+    return [slice(first, last) for first, last in zip([0, *ends], ends, strict=False)]
 
 
 def _edits(span: Span) -> LogitEdits | None:
@@ -196,15 +297,13 @@ def _edits(span: Span) -> LogitEdits | None:
 def _prompt_logits(launched: _Launched) -> dict[int, Tensor]:
     """The logits of `prompt_positions` of each row of the batch that has some, [positions, vocab_size]."""
     found: dict[int, Tensor] = {}
-    taken = 0
-    for row, span in enumerate(launched.batch):
-        if span.request.prompt_logprobs is None:
-            continue
+    if all(span.request.prompt_logprobs is None for span in launched.batch):
+        return found
+    for row, (span, place) in enumerate(zip(launched.batch, _more_places(launched.batch), strict=True)):
         inner, positions = len(span.inner_prompt_positions), len(span.prompt_positions)
         if positions:
             last = launched.logits[row : row + positions - inner]
-            found[row] = torch.cat([launched.prompt_logits[taken : taken + inner], last])
-        taken += inner
+            found[row] = torch.cat([launched.more_logits[place], last])
     return found
 
 

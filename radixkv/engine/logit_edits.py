@@ -20,7 +20,8 @@ class LogitsTransform(Protocol):
 
     `start` is called when the output's tokens are known, before the model computes the logits of the next one; `apply`
     after that. So `start` can begin work in a thread of its own, which runs while the model does, and `apply` waits for
-    it. Both are called by the thread that runs the engine. What they raise fails this request alone.
+    it. (Of several tokens that one pass checks, each but the first has its `start` directly before its `apply`.) Both
+    are called by the thread that runs the engine. What they raise fails this request alone.
     """
 
     def start(self, token_ids: Sequence[int]) -> None:
@@ -36,6 +37,9 @@ class LogitsTransform(Protocol):
         Minus infinity forbids a token. It may be called again for the same token if a step has to be repeated.
         """
         ...
+
+    # It may have a method `num_allowed(token_ids) -> int`: how many of the first of `token_ids` it would allow one
+    # after the other, after what it was started with last. Drafts are cut there, before they are checked in vain.
 
 
 class TransformGroup(Protocol):
@@ -158,6 +162,14 @@ class LogitEdits:
     def group(self) -> TransformGroup | None:
         """What the transform does with those of other requests; None if it works alone."""
         return getattr(self.transform, "group", None)
+
+    def num_allowed(self, output_ids: Sequence[int], token_ids: NDArray[np.int32]) -> int:
+        """How many of the first of `token_ids` the transform may allow after `output_ids`; all, if it cannot tell."""
+        count = getattr(self.transform, "num_allowed", None)
+        if count is None:
+            return len(token_ids)
+        newest = [] if self._num_started == len(output_ids) else list(output_ids[-1:])  # not known to it yet
+        return max(0, int(count([*newest, *token_ids.tolist()])) - len(newest))
 
     def is_to_start(self, output_ids: Sequence[int]) -> bool:
         """Whether there is a transform that was not started for the token after `output_ids`. True once."""

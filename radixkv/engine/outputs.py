@@ -33,7 +33,8 @@ class Usage(NamedTuple):
 
     `cached_tokens` of the `prompt_tokens` were found in the cache when the request came; `cache_write_tokens` others
     were stored there by it. Choices that find what the first one computed count neither. Of the `cached_tokens`,
-    `loaded_by` tells those that tiers below the pool had: their names and numbers.
+    `loaded_by` tells those that tiers below the pool had: their names and numbers. `drafted_tokens` were guessed, and
+    `accepted_tokens` of these turned out to be right: they are among the `output_tokens`.
     """
 
     prompt_tokens: int
@@ -41,6 +42,8 @@ class Usage(NamedTuple):
     cache_write_tokens: int
     output_tokens: int
     loaded_by: tuple[tuple[str, int], ...] = ()
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def cached_by(self) -> dict[str, int]:
@@ -59,6 +62,8 @@ class Usage(NamedTuple):
             min(written, first.prompt_tokens - first.cached_tokens),
             sum(len(output.token_ids) for output in choices),
             below_the_pool(first.cached_by),
+            sum(output.drafted_tokens for output in choices),
+            sum(output.accepted_tokens for output in choices),
         )
 
     @classmethod
@@ -74,6 +79,8 @@ class Usage(NamedTuple):
             sum(usage.cache_write_tokens for usage in usages),
             sum(usage.output_tokens for usage in usages),
             below_the_pool(loaded_by),
+            sum(usage.drafted_tokens for usage in usages),
+            sum(usage.accepted_tokens for usage in usages),
         )
 
 
@@ -104,6 +111,8 @@ class RequestOutput:
             precedes. Of several choices the first has them.
         choice_index: number of the choice, from 0.
         others: the choices after this one, if it is the first and `generate` returns it.
+        drafted_by: tokens that were guessed and checked, by the source of the draft.
+        accepted_by: those of them that were right, and are in `token_ids`.
     """
 
     request_id: int
@@ -121,6 +130,18 @@ class RequestOutput:
     choice_index: int = 0
     others: tuple[RequestOutput, ...] = ()
     cached_by: Mapping[str, int] = field(default_factory=dict)
+    drafted_by: Mapping[str, int] = field(default_factory=dict)
+    accepted_by: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Tokens that were guessed and checked."""
+        return sum(self.drafted_by.values())
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Guessed tokens that were right; each spared a step."""
+        return sum(self.accepted_by.values())
 
     @property
     def choices(self) -> tuple[RequestOutput, ...]:

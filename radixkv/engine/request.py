@@ -56,6 +56,8 @@ class Request:
     handed_pages: dict[str, int] = field(default_factory=dict)  # by tier: leading pages that are stored or will be
     stored_pages: dict[str, int] = field(default_factory=dict)  # by tier: leading pages that were stored before
     awaited: tuple[Request, int] | None = None  # one that computes what both begin with, and how many tokens that is
+    drafted_by: dict[str, int] = field(default_factory=dict)  # tokens that were guessed and checked, by source
+    accepted_by: dict[str, int] = field(default_factory=dict)  # those that were right
     retractions: int = 0
     started_at: float | None = None
     first_token_at: float | None = None
@@ -85,6 +87,15 @@ class Request:
     def token_ids(self) -> NDArray[np.int32]:
         """Prompt and output so far; a view."""
         return self._tokens[: self.num_tokens]
+
+    def tokens_between(self, first: int, last: int) -> NDArray[np.int32]:
+        """The tokens `[first, last)`; a view. Those from `num_tokens` on are guesses."""
+        return self._tokens[first:last]
+
+    def guess(self, token_ids: NDArray[np.int32]) -> None:
+        """Write guesses of the next tokens behind those that are known, where `append` overwrites them."""
+        assert self.num_tokens + len(token_ids) < len(self._tokens), "more guesses than tokens that it wants"
+        self._tokens[self.num_tokens : self.num_tokens + len(token_ids)] = token_ids
 
     @property
     def computed_ids(self) -> NDArray[np.int32]:
@@ -167,6 +178,11 @@ class Request:
             self._settle()  # before it counts as finished: decoding may fail
             self.finish("stop" if stopped else "length")
 
+    def was_drafted(self, source: str, drafted: int, accepted: int) -> None:
+        """Count a draft of so many tokens, the first of which were accepted."""
+        self.drafted_by[source] = self.drafted_by.get(source, 0) + drafted
+        self.accepted_by[source] = self.accepted_by.get(source, 0) + accepted
+
     def finish_without_tokens(self) -> None:
         """Finish a request that asks for none, now that its prompt is computed."""
         assert self.max_new_tokens == 0, self
@@ -231,6 +247,8 @@ class Request:
             stopped_by=self._stopped_by(),
             cache_write_tokens=self.cache_write_tokens,
             choice_index=self.choice_index,
+            drafted_by=dict(self.drafted_by),
+            accepted_by=dict(self.accepted_by),
         )
 
     def _usage(self) -> Usage:
@@ -241,6 +259,8 @@ class Request:
             self.cache_write_tokens,
             len(self.output_ids),
             below_the_pool(self.cached_by),
+            sum(self.drafted_by.values()),
+            sum(self.accepted_by.values()),
         )
 
     def _stopped_by(self) -> str | int | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from types import NoneType
 from typing import get_args, get_type_hints
 
-from radixkv.config import EngineConfig, SchedulePolicy, TierWrites
+from radixkv.config import EngineConfig, SchedulePolicy, Speculate, TierWrites
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,7 @@ class ResolvedConfig:
     max_skips: int
     cuda_graphs: bool | None
     fused_layers: bool
+    speculate: Speculate
     prefix_cache: bool
     disk_cache: str | None
     disk_cache_gb: float

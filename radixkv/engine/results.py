@@ -8,6 +8,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from radixkv.cache.cache_stats import CacheStats, SizeEstimate
+from radixkv.engine.drafts.speculation import SpeculationStats
 from radixkv.engine.outputs import Progress, RequestOutput
 from radixkv.engine.request import Request
 from radixkv.tiers.tier import TierStats
@@ -121,6 +122,8 @@ class EngineStats(NamedTuple):
     `computed_tokens` went through the model; `generated_tokens` were sampled; `retractions` counts how often a
     running request had its pages taken back. `peak_used_pages` includes unused prefixes that are kept.
     `kv_bytes_per_token` counts a token that every layer keeps; `pool_bytes` is the size of the KV pool.
+    `sampled_steps` counts, for each request, the steps that gave it tokens: without drafts, each of them gave one.
+    `speculation` tells what drafts did; None without them.
     `loading` requests have their pages and wait for what a tier below the pool has of their prompts; `tiers` tell of
     each of these, and `tiers_busy_s` is the part of the engine's own time that copying to and from them took.
     """
@@ -138,6 +141,13 @@ class EngineStats(NamedTuple):
     loading: int = 0
     tiers: tuple[TierStats, ...] = ()
     tiers_busy_s: float = 0.0
+    sampled_steps: int = 0
+    speculation: SpeculationStats | None = None
+
+    @property
+    def tokens_per_step(self) -> float:
+        """How many tokens a step gave each request in it, on average; 1 without drafts, 0 before the first step."""
+        return self.generated_tokens / self.sampled_steps if self.sampled_steps else 0.0
 
     @property
     def loaded_tokens(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -13,6 +13,8 @@ import numpy as np
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import common_tokens
+from radixkv.engine.drafts.drafter import NO_DRAFT, Draft
+from radixkv.engine.drafts.speculation import Speculation
 from radixkv.engine.giving_way import GivingWay
 from radixkv.engine.lower_tiers import LowerTiers
 from radixkv.engine.request import Request
@@ -30,16 +32,22 @@ logger = logging.getLogger(__name__)
 
 
 class Span(NamedTuple):
-    """The tokens `[first, last)` of a request, to be computed in this step."""
+    """The tokens `[first, last)` of a request, to be computed in this step; the last ones may be a draft."""
 
     request: Request
     first: int
     last: int
+    draft: Draft = NO_DRAFT
+
+    @property
+    def num_drafted(self) -> int:
+        """How many of the tokens are guesses, which the step checks."""
+        return len(self.draft.token_ids)
 
     @property
     def samples(self) -> bool:
-        """Whether the step ends at the request's last known token, so that its next one can be chosen."""
-        return self.last == self.request.num_tokens
+        """Whether the step computes the request's last known token, so that its next one can be chosen."""
+        return self.last - self.num_drafted == self.request.num_tokens
 
     @property
     def prompt_positions(self) -> range:
@@ -51,6 +59,13 @@ class Span(NamedTuple):
         """`prompt_positions` but for the span's last token, whose logits are wanted in any case."""
         positions = self.prompt_positions
         return range(positions.start, min(positions.stop, self.last - 1))
+
+    @property
+    def more_positions(self) -> range:
+        """Tokens but for the span's last one whose logits are wanted: for the prompt's sake, or to check a draft."""
+        if self.num_drafted:
+            return range(self.last - 1 - self.num_drafted, self.last - 1)
+        return self.inner_prompt_positions
 
 
 class Scheduler:
@@ -77,11 +92,13 @@ class Scheduler:
         cache: PrefixCache,
         req_to_token: ReqToTokenPool,
         tiers: LowerTiers | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self._config = config
         self._cache = cache
         self._req_to_token = req_to_token
         self._tiers = LowerTiers.none() if tiers is None else tiers
+        self._speculation = speculation
         self.waiting = WaitingQueue(config, cache)
         self.running: list[Request] = []  # in order of admission
         self.loading: list[Request] = []  # in order of admission
@@ -142,6 +159,8 @@ class Scheduler:
             self._make_way()
             batch = self._fill()
         self._waits_for_load = not batch and bool(self.loading)
+        if self._speculation is not None:
+            batch = self._with_drafts(batch, self._speculation)
         now = time.perf_counter()
         for span in batch:
             span.request.started_at = span.request.started_at or now
@@ -206,6 +225,10 @@ class Scheduler:
         """Note that the KV of `span` is in the pages now, and share it while the prompt is being computed."""
         request = span.request
         request.num_computed = span.last
+        if span.num_drafted:
+            request.num_computed = request.num_tokens - 1  # what was accepted, and nothing behind it
+            if request.lease is not None:
+                request.lease.shrink(request.num_tokens)
         if span.first < len(request.prompt_ids):
             self._share(request)
 
@@ -224,6 +247,8 @@ class Scheduler:
             finally:
                 self._leave(request)
                 self._ended.append(request)
+        if self._speculation is not None:
+            self._speculation.ended(request)
 
     def check_invariants(self) -> None:
         """Prove the invariant of the class docstring. For tests."""
@@ -263,6 +288,37 @@ class Scheduler:
                 self._retract(self._giving_way.cheapest())
                 continue
             return
+
+    def _with_drafts(self, batch: list[Span], speculation: Speculation) -> list[Span]:
+        """`batch`, with drafts of the tokens after those of its decodes where these are worth checking.
+
+        They take what is left of the budget of tokens, and pages that are free or evictable: nobody is retracted for
+        them.
+        """
+        room = self._config.max_batch_tokens - sum(span.last - span.first for span in batch)
+        decodes = [place for place, span in enumerate(batch) if span.samples and span.last - span.first == 1]
+        if room < 1 or not decodes:
+            return batch
+        drafts = speculation.drafts([batch[place].request for place in decodes], len(batch), room)
+        for place, draft in zip(decodes, drafts, strict=True):
+            if len(draft.token_ids):
+                batch[place] = self._with_draft(batch[place], draft)
+        return batch
+
+    def _with_draft(self, span: Span, draft: Draft) -> Span:
+        """`span` with as much of `draft` as there are pages for."""
+        request = span.request
+        lease, _ = request.running()
+        with suppress(OutOfPagesError):  # the rest of its last page may do
+            lease.grow(span.last + len(draft.token_ids))
+        num = min(lease.capacity_tokens, lease.coverable_tokens()) - span.last
+        ids = draft.token_ids[: max(0, num)]
+        if not len(ids):
+            lease.shrink(request.num_tokens)
+            return span
+        lease.cover(span.first, span.last + len(ids))
+        request.guess(ids)
+        return Span(request, span.first, span.last + len(ids), draft._replace(token_ids=ids))
 
     def _retract(self, request: Request) -> None:
         self._tiers.end_load(request)

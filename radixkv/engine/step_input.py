@@ -25,7 +25,7 @@ class StepInput(NamedTuple):
         layout: where each sequence begins, and the pages of its KV.
         logits_of: int64 [sequences + …], the last row of each sequence. Those that do not sample have logits too:
             logits that are not finite betray KV that must not be shared. Then, sequence by sequence, the other rows
-            that `prompt_logprobs` needs.
+            that `prompt_logprobs` or the check of a draft needs.
     """
 
     request_ids: tuple[int, ...]
@@ -42,18 +42,18 @@ def make_step_input(spans: Sequence[Span], table: ReqToTokenPool, *, known_token
         known_tokens: False if the step before chooses the tokens, and the device alone will know them.
     """
     layout = lay_out([_sequence(span, table) for span in spans], page_size=table.page_size)
-    tokens = [span.request.token_ids[span.first : span.last] for span in spans] if known_tokens else []
+    tokens = [span.request.tokens_between(span.first, span.last) for span in spans] if known_tokens else []
     return StepInput(
         tuple(span.request.id for span in spans),
         np.concatenate([np.empty(0, np.int64), *tokens]),
         layout,
-        np.concatenate([layout.qo_indptr[1:].astype(np.int64) - 1, *_prompt_rows(spans, layout)]),
+        np.concatenate([layout.qo_indptr[1:].astype(np.int64) - 1, *_more_rows(spans, layout)]),
     )
 
 
-def _prompt_rows(spans: Sequence[Span], layout: BatchLayout) -> Iterator[NDArray[np.int64]]:
+def _more_rows(spans: Sequence[Span], layout: BatchLayout) -> Iterator[NDArray[np.int64]]:
     for span, row in zip(spans, layout.qo_indptr.tolist(), strict=False):
-        positions = span.inner_prompt_positions
+        positions = span.more_positions
         if positions:
             yield np.arange(positions.start, positions.stop) - span.first + row
 

@@ -100,6 +100,12 @@ class GrammarTransform:
         """Begin to compute which tokens may follow `token_ids`."""
         self.group.start([self], [token_ids])
 
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        """How many of the first of `token_ids` the grammar allows one after the other."""
+        if self.masks is not None:
+            self.masks.result()  # its thread has done with the matcher
+        return 0 if self.matcher.is_error() else int(self.matcher.validate_tokens(list(token_ids)))
+
     def apply(self, logits: Tensor) -> None:
         """Set the logits of all other tokens to minus infinity."""
         for error in self.group.apply([self], logits[None], [0]).values():

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from radixkv.cache.insight.eviction_ages import LIMITS_S, EvictionAges
 from radixkv.cache.insight.explanation import Explanation
 from radixkv.cache.quotas.accounts import NamespaceUse
+from radixkv.engine.drafts.speculation import SpeculationStats
 from radixkv.engine.outputs import RequestOutput
 from radixkv.engine.results import EngineStats
 from radixkv.serving.tier_metrics import tier_metrics
@@ -209,10 +210,25 @@ def _ours(stats: EngineStats) -> Iterator[Metric]:
         ("radixkv_computed_tokens", "Tokens that went through the model.", stats.computed_tokens),
         ("radixkv_generated_tokens", "Tokens that were sampled.", stats.generated_tokens),
         ("radixkv_retractions", "Times that a running request's pages were taken back.", stats.retractions),
+        ("radixkv_sampled_steps", "Steps that gave a request tokens, one or several.", stats.sampled_steps),
     ):
         yield CounterMetricFamily(name, help, value=value)
+    if stats.speculation is not None:
+        yield from _drafts(stats.speculation)
     yield GaugeMetricFamily("radixkv_pool_bytes", "Size of the KV pool.", value=stats.pool_bytes)
     yield _eviction_ages(cache.eviction_ages)
+
+
+def _drafts(stats: SpeculationStats) -> Iterator[Metric]:
+    drafted = CounterMetricFamily(
+        "radixkv_drafted_tokens", "Tokens that were guessed and checked, by source.", labels=["source"]
+    )
+    accepted = CounterMetricFamily("radixkv_accepted_tokens", "Guessed tokens that were right.", labels=["source"])
+    for source in stats.sources:
+        drafted.add_metric([source.source], source.drafted_tokens)
+        accepted.add_metric([source.source], source.accepted_tokens)
+    yield from (drafted, accepted)
+    yield CounterMetricFamily("radixkv_drafting_seconds", "Time spent on guessing.", value=stats.drafting_s)
 
 
 def _namespaces(uses: Sequence[NamespaceUse]) -> Metric:

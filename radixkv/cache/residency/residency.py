@@ -44,6 +44,10 @@ class Claim(Protocol):
         """
         ...
 
+    def uncover(self, pages: Pages, kept: int) -> None:
+        """Undo `cover` for all but the first `kept` of `pages`, which the lease is about to give back. Cannot fail."""
+        ...
+
     def release(self, pages: Pages) -> None:
         """Unpin everything. Cannot fail."""
         ...
@@ -135,6 +139,9 @@ class NoClaim:
         return capacity_tokens
 
     def cover(self, pages: Pages, first: int, last: int) -> None:
+        """Nothing to do."""
+
+    def uncover(self, pages: Pages, kept: int) -> None:
         """Nothing to do."""
 
     def release(self, pages: Pages) -> None:

@@ -62,6 +62,13 @@ class WindowClaim:
             windows.take(pages[self._covered : end])
             self._covered = end
 
+    def uncover(self, pages: Pages, kept: int) -> None:
+        """See the pages from `kept` on no more. O(pages given up)."""
+        first = max(kept, self._seen_from)
+        if first < self._covered:
+            self._windows.unpin_passed(pages[first : self._covered])
+            self._covered = first
+
     def release(self, pages: Pages) -> None:
         """Unpin all; what a request ended on is taken back later than what it passed. O(pages seen)."""
         self._windows.unpin_ended(self.seen_pages(pages))

@@ -107,6 +107,8 @@ function show(data) {
   byId("hit-detail").textContent = `${number(data.hit_tokens)} of ${tokens(data.query_tokens)} were cached; ${number(data.evicted_tokens)} evicted so far`;
   byId("running").textContent = number(data.requests.running);
   byId("waiting").textContent = number(data.requests.waiting);
+  const perStep = data.requests.tokens_per_step; // null without drafts
+  byId("per-step").textContent = perStep === null ? "" : `${perStep.toFixed(1)} tokens a step`;
   showTreeNote(data.tree);
   showMisses(data.misses);
   showRequests(data.requests);

@@ -1,0 +1,1 @@
+"""bench/speculation.py: what drafts from the cache bring."""
