@@ -171,6 +171,24 @@ def test_the_cache_switched_off_computes_everything(make_engine: MakeEngine, ora
     assert engine.stats().cache.total_tokens == 0
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_requests_without_the_cache_find_and_leave_nothing(
+    make_engine: MakeEngine, oracle: GreedyOracle, n: int
+) -> None:
+    engine, prompt = make_engine(), random_ids(1, 41)
+    other = engine.generate(prompt[:30], GREEDY_8)[0]
+    before = engine.stats().cache
+    outputs = engine.generate([prompt, prompt], SamplingParams(max_tokens=8, ignore_eos=True, n=n), prefix_cache=False)
+    for output in outputs:
+        assert [choice.token_ids for choice in output.choices] == [oracle.continuation(prompt, 8)] * n
+        assert (output.usage.cached_tokens, output.usage.cache_write_tokens) == (0, 0)
+    after = engine.stats().cache
+    assert (after.query_tokens, after.total_tokens) == (before.query_tokens, before.total_tokens), "nothing is counted"
+    assert engine.generate(other.prompt_token_ids, GREEDY_8)[0].cached_tokens == 29
+    with pytest.raises(InvalidRequestError, match="prefix_cache must be True or False, not 'no'"):
+        engine.generate(prompt, prefix_cache="no")
+
+
 def test_namespaces_do_not_share(make_engine: MakeEngine) -> None:
     engine = make_engine()
     prompt = random_ids(1, 33)

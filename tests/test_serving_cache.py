@@ -98,6 +98,16 @@ def test_prewarm_is_an_option_of_chats_too(server: Running) -> None:
     assert usage_of(server, {**GREEDY, "messages": messages})[1] == answer["usage"]["prompt_tokens"] - 1
 
 
+def test_explicit_mode_without_a_breakpoint_is_no_caching(server: Running) -> None:
+    asked = {**GREEDY, "prompt": PROMPT}
+    explicit = {"prompt_cache_options": {"mode": "explicit"}}
+    prompt_tokens, *rest = usage_of(server, {**asked, **explicit})
+    assert rest == [0, 0]
+    assert usage_of(server, asked) == (prompt_tokens, 0, prompt_tokens), "nothing was left"
+    assert usage_of(server, {**asked, **explicit}) == (prompt_tokens, 0, 0), "nothing is found"
+    assert usage_of(server, asked)[1] == prompt_tokens - 1
+
+
 def test_flush_is_defined_while_requests_run(server: Running) -> None:
     usage_of(server, {**GREEDY, "prompt": PROMPT})
     held = post(server, "/v1/cache/flush", {})

@@ -39,12 +39,13 @@ def as_list_of_params(params: SamplingParams | Sequence[SamplingParams] | None, 
 
 
 class CacheOptions(NamedTuple):
-    """How a request uses the cache: in which namespace, and how long what it leaves there should outlive others."""
+    """How a request uses the cache: in which namespace, how long what it leaves there should outlive others; or not."""
 
     extra_key: str | None = None
     cache_salt: str | None = None
     priority: int = 0
     keep_for_s: float | None = None
+    prefix_cache: bool = True
 
     @property
     def namespace(self) -> Namespace:
@@ -53,8 +54,16 @@ class CacheOptions(NamedTuple):
 
 
 def checked_cache_options(
-    extra_key: object, cache_salt: object, priority: object = 0, keep_for_s: object = None
+    extra_key: object,
+    cache_salt: object,
+    priority: object = 0,
+    keep_for_s: object = None,
+    prefix_cache: object = True,
 ) -> CacheOptions:
-    """Raises: InvalidRequestError unless keys are text or None, `priority` is an integer and `keep_for_s` a time."""
+    """Raises: InvalidRequestError unless keys are text or None, `priority` is an integer, `keep_for_s` a time, and
+    `prefix_cache` a truth value.
+    """
     namespace = Namespace.of(extra_key, cache_salt)
-    return CacheOptions(*namespace, checked_priority(priority), checked_keep_for_s(keep_for_s))
+    if not isinstance(prefix_cache, bool):
+        raise InvalidRequestError(f"prefix_cache must be True or False, not {prefix_cache!r}")
+    return CacheOptions(*namespace, checked_priority(priority), checked_keep_for_s(keep_for_s), prefix_cache)

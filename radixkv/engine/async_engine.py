@@ -156,6 +156,7 @@ class AsyncEngine:
         cache_salt: str | None = None,
         priority: int = 0,
         keep_for_s: float | None = None,
+        prefix_cache: bool = True,
         on_finish: Callable[[RequestOutput], object] | None = None,
     ) -> list[RequestOutput]:
         """Continue each prompt; returns one output for each, in the order of the prompts.
@@ -165,7 +166,7 @@ class AsyncEngine:
         """
         prompt_list = as_list_of_prompts(prompts)
         params_list = as_list_of_params(params, len(prompt_list))
-        options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s)
+        options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s, prefix_cache)
         all_ids = await asyncio.to_thread(self._intake.check_all, prompt_list, params_list, options.namespace)
         by_prompt = [
             self._intake.make(ids, p, options, streams=False) for ids, p in zip(all_ids, params_list, strict=True)
@@ -192,6 +193,7 @@ class AsyncEngine:
         cache_salt: str | None = None,
         priority: int = 0,
         keep_for_s: float | None = None,
+        prefix_cache: bool = True,
         output_ids: TokenIds = NO_IDS,
     ) -> AsyncGenerator[Progress]:
         """Continue one prompt, piece by piece; the last piece carries the `RequestOutput`.
@@ -210,7 +212,7 @@ class AsyncEngine:
         Raises: as `generate`, and the request's own error where it occurs; InvalidRequestError if `output_ids` are
             given with several choices, logprobs or a `logits_transform`.
         """
-        options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s)
+        options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s, prefix_cache)
         return self._stream(prompt, params or SamplingParams(), options, output_ids)
 
     async def abort(self, request_id: int) -> bool:

@@ -151,6 +151,7 @@ class Engine:
         cache_salt: str | None = None,
         priority: int = 0,
         keep_for_s: float | None = None,
+        prefix_cache: bool = True,
         on_finish: Callable[[RequestOutput], object] | None = None,
     ) -> list[RequestOutput]:
         """Continue each prompt; returns one output for each, in the order of the prompts.
@@ -167,13 +168,15 @@ class Engine:
             priority: what the "priority" eviction policy orders by; tokens keep the highest they were given.
             keep_for_s: for so many seconds after its end, what a request leaves in the cache is evicted only if nothing
                 else can be.
+            prefix_cache: False for requests that find nothing in the cache and leave nothing there; of several choices
+                each computes the prompt. The cache does not count them.
             on_finish: called with the output of each prompt as it finishes (for progress bars).
 
         Raises: InvalidRequestError, InvalidTokenIdsError, TokenIdsTypeError.
         """
         prompt_list = as_list_of_prompts(prompts)
         params_list = as_list_of_params(params, len(prompt_list))
-        options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s)
+        options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s, prefix_cache)
         all_ids = self._intake.check_all(prompt_list, params_list, options.namespace)
         by_prompt = [
             self._intake.make(ids, p, options, streams=False) for ids, p in zip(all_ids, params_list, strict=True)
@@ -201,6 +204,7 @@ class Engine:
         cache_salt: str | None = None,
         priority: int = 0,
         keep_for_s: float | None = None,
+        prefix_cache: bool = True,
     ) -> Generator[Progress]:
         """Continue one prompt, piece by piece; the last piece carries the `RequestOutput`.
 
@@ -213,7 +217,7 @@ class Engine:
         Raises: as `generate`, at once; and the request's own error where it occurs.
         """
         params = params or SamplingParams()
-        options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s)
+        options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s, prefix_cache)
         ids = self._intake.check(prompt, params, options.namespace)
         return self._stream(ids, params, options)
 

@@ -113,6 +113,8 @@ class Request:
 
         The last token's logits choose the next one; with `prompt_logprobs` those of a prompt token give the next one's.
         """
+        if not self.cache_options.prefix_cache:
+            return self._tokens[:0]
         num_findable = self.num_tokens - 1
         if self.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_ids):
             num_findable = len(self.prompt_logprobs) - 1

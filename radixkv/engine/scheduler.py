@@ -197,7 +197,8 @@ class Scheduler:
                 batch = [span for span in batch if span.request.lease is not None]
             if request.load is None:
                 budget = self._add_chunk(batch, request, budget)
-            in_progress.setdefault(_head(request), []).append(request)
+            if request.cache_options.prefix_cache:
+                in_progress.setdefault(_head(request), []).append(request)
         return batch
 
     def look_ahead(self, requests: list[Request]) -> list[Span] | None:
@@ -364,7 +365,8 @@ class Scheduler:
         found: dict[Head, list[Request]] = {}
         if self._config.prefix_cache:
             for request in prefills:
-                found.setdefault(_head(request), []).append(request)
+                if request.cache_options.prefix_cache:
+                    found.setdefault(_head(request), []).append(request)
         return found
 
     def _will_be_computed(
@@ -416,9 +418,10 @@ class Scheduler:
     def _start(self, request: Request) -> bool:
         """Move a waiting request to the running ones, or to those that load; False if its pages cannot be had."""
         limit = len(request.findable_ids) if self._config.prefix_cache else 0
-        acquire = self._cache.acquire if request.cached_tokens is None else self._cache.resume  # counted once
-        row = self._req_to_token.alloc()
         options = request.cache_options._asdict()
+        is_counted = options.pop("prefix_cache") and request.cached_tokens is None  # each once
+        acquire = self._cache.acquire if is_counted else self._cache.resume
+        row = self._req_to_token.alloc()
         try:
             with ExitStack() as undo:
                 undo.callback(self._req_to_token.free, row)
@@ -458,7 +461,7 @@ class Scheduler:
 
     def _share(self, request: Request, *, is_end: bool = False) -> None:
         """Commit what was computed, so that others can hit it, and let it go down to the tiers."""
-        if self._config.prefix_cache:
+        if self._config.prefix_cache and request.cache_options.prefix_cache:
             self._commit(request)
             (self._tiers.ends if is_end else self._tiers.shared)(request)
 

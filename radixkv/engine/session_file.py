@@ -32,6 +32,7 @@ UserSpecialTokens = Literal["allow", "text"]
 
 FORMAT, VERSION = "radixkv session", 1
 MAX_HEAD_BYTES = 4096  # of the first line
+SAVED_OPTIONS = ("extra_key", "cache_salt", "priority", "keep_for_s")  # conversations always use the cache
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token")  # that chat templates write
 SAMPLE = (
     "Hello, world!\n\n  It's 12345 tokens:\tx_y <a> [INST] "
@@ -56,7 +57,7 @@ def write_session(path: Path, saved: SavedSession, engine: Engine) -> None:
     """
     content = {
         "conversation": _written_conversation(saved.conversation),
-        "options": saved.options._asdict(),
+        "options": {name: getattr(saved.options, name) for name in SAVED_OPTIONS},
         "tokenizer": tokenizer_hashes(engine),
         "user_special_tokens": saved.user_special_tokens,
         "warned": saved.warned,

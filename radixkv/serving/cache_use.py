@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from radixkv.cache.keeping import MAX_PRIORITY, MIN_PRIORITY
 from radixkv.serving.bodies import GenerationBody, PromptCacheOptions
 from radixkv.serving.generation import CacheUse, Ids, Keep
@@ -24,9 +26,14 @@ def implicit_keep(options: PromptCacheOptions | None, prompt: Ids) -> list[Keep]
     return [Keep(prompt, default_ttl_s(options))]
 
 
-def cache_use(body: GenerationBody, tenant: Tenant) -> CacheUse:
-    """The namespace is the tenant's; a salt divides it further. The priority is what both ask for together."""
+def cache_use(body: GenerationBody, tenant: Tenant, keeps: Sequence[Keep]) -> CacheUse:
+    """The namespace is the tenant's; a salt divides it further. The priority is what both ask for together.
+
+    Who asks for breakpoints alone, and sets none, wants no caching.
+    """
+    options = body.prompt_cache_options
     return CacheUse(
+        prefix_cache=options is None or options.mode != "explicit" or bool(keeps),
         extra_key=tenant.namespace,
         cache_salt=body.cache_salt,
         priority=max(MIN_PRIORITY, min(MAX_PRIORITY, tenant.priority + (body.priority or 0))),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -26,10 +26,11 @@ class CacheUse:
     extra_key: str | None = None
     cache_salt: str | None = None
     priority: int = 0
+    prefix_cache: bool = True
 
     def as_arguments(self) -> dict[str, Any]:
         """By name."""
-        return {"extra_key": self.extra_key, "cache_salt": self.cache_salt, "priority": self.priority}
+        return asdict(self)
 
 
 class Keep(NamedTuple):
@@ -68,7 +69,7 @@ class Generation:
 
         Args:
             keeps: prefixes of the prompts that are to be kept.
-            on_prompt: called with each prompt before it is submitted.
+            on_prompt: called with each prompt before it is submitted, if it is looked up in the cache.
             on_output: called with the output of each choice that came to its end.
             output_ids: the first ids of the output, if another server made them; for one choice of one prompt.
 
@@ -146,8 +147,9 @@ class Generation:
         return Usage.total(Usage.of(outputs[first : first + self.num_choices]) for first in firsts)
 
     def _announce(self) -> None:
-        for prompt in self.prompts:
-            self._on_prompt(prompt, self._cache_use)
+        if self._cache_use.prefix_cache:
+            for prompt in self.prompts:
+                self._on_prompt(prompt, self._cache_use)
 
     async def _keep(self) -> None:
         """Keep what is to be kept: from the first token on, and anew when the output has been added to the prefix."""

@@ -133,7 +133,7 @@ class Service:
             self.engine,
             prompts,
             params,
-            cache_use(body, tenant),
+            cache_use(body, tenant, keeps),
             keeps=keeps,
             on_prompt=self._look_up,
             on_output=note,
