@@ -13,7 +13,7 @@ import radixkv
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(radixkv.__path__, "radixkv.")
-    if not module.name.startswith("radixkv.kernels.")
+    if not module.name.startswith("radixkv.kernels.") and module.name != "radixkv.cluster.serve_router"  # needs ray
 ]
 
 
