@@ -62,6 +62,7 @@ def test_each_setting_is_a_flag() -> None:
             assert parameters[field.name].default == field.default
 
 
+@pytest.mark.cluster  # a whole process, which imports all there is
 def test_it_takes_a_file_and_flags_says_how_to_reach_it_and_drains_at_a_signal(tmp_path: Path) -> None:
     file = tmp_path / "server.toml"
     file.write_text('model = "demo"\nport = 8000\npage_size = 4\nserved_model_name = "mine"\nkv_cache_tokens = 2048\n')

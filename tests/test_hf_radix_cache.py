@@ -102,9 +102,7 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 # ---------------------------------------------------------------------------------------- same tokens
 
 
-@pytest.mark.parametrize(
-    "family", some_of([*FAMILIES, "falcon"], {"llama", "qwen3", "mistral", "gemma2", "gpt_oss", "llama4", "falcon"})
-)
+@pytest.mark.parametrize("family", some_of([*FAMILIES, "falcon"], {"llama", "mistral", "gpt_oss", "llama4", "falcon"}))
 def test_cold_warm_and_partly_warm_give_the_tokens_of_a_call_without_it(family: str) -> None:
     model = servable(family)
     cache = RadixCache(model, max_tokens=512, page_size=4)
@@ -715,9 +713,7 @@ def bert(model_type: str, *, is_decoder: bool = True) -> PreTrainedModel:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "model_type", some_of([*FROM_ONE, *FROM_ZERO], {"roberta", "data2vec-text", "bert", "megatron-bert", "roformer"})
-)
+@pytest.mark.parametrize("model_type", some_of([*FROM_ONE, *FROM_ZERO], {"roberta", "bert", "roformer"}))
 def test_rows_that_share_a_prefix_get_their_tokens_wherever_positions_begin(model_type: str) -> None:
     model = bert(model_type)
     cache = RadixCache(model, max_tokens=1000)

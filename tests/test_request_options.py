@@ -167,7 +167,7 @@ def test_a_step_has_few_logits_of_prompts(make_engine: MakeEngine) -> None:
 # -- all together ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page_size", [1, 3])
+@pytest.mark.parametrize("page_size", [pytest.param(1, marks=pytest.mark.stress), 3])
 def test_a_mixture_in_a_small_pool_gives_what_each_gives_alone(make_engine: MakeEngine, page_size: int) -> None:
     rng = random.Random(page_size)
     head = random_ids(0, 30)

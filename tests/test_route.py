@@ -18,6 +18,7 @@ import pytest
 from http_server import Running, running
 from radixkv.errors import ConfigError, MissingPackageError
 from routed_servers import Routed, new_engine, routed
+from stress_cases import some_of
 
 PROMPT = "First Citizen: Before we proceed any further, hear me speak. All: Speak, speak. "
 CHAT = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12, "temperature": 0}
@@ -161,7 +162,7 @@ def test_one_that_is_lost_later_ends_the_stream_with_an_error_of_its_interface(b
         list(speaker.messages.create(**body, stream=True))
 
 
-@pytest.mark.parametrize("path", FACES)
+@pytest.mark.parametrize("path", some_of(FACES, {"/v1/responses", "/v1/messages"}))
 def test_a_stream_goes_on_at_another_replica_if_the_client_asked_for_it(both: Routed, path: str) -> None:
     short = {name: 6 for name in ("max_tokens", "max_output_tokens") if name in FACES[path]}
     whole = ask(both, path, stream=True, radixkv_continue=True, **short)

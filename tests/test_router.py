@@ -13,6 +13,7 @@ from radixkv.cluster.router import ROUTERS, ConsistentHashRouter, CostRouter, Ro
 from radixkv.cluster.router.learned import PRICE_BOUNDS, CopyPrice, copy_tokens
 from radixkv.cluster.router.peers import RayPrefixAffinityRouter, SGLangCacheAwareRouter
 from radixkv.errors import ConfigError, InvalidRequestError, NoReplicaError
+from stress_cases import some_of
 
 NAMES = ("a", "b", "c", "d")
 
@@ -32,7 +33,7 @@ def cost_fleet(names: str) -> CostRouter:
 # ------------------------------------------------------------------------------------------------------- every router
 
 
-@pytest.mark.parametrize("rule", ROUTERS)
+@pytest.mark.parametrize("rule", some_of(ROUTERS, {"cost", "consistent-hash", "sglang-cache-aware"}))
 @given(st.data())
 def test_whatever_happens(rule: str, data: st.DataObject) -> None:
     """Requests come and end, replicas join, drain and die, in any order; beside it a dull model of who may."""
