@@ -19,6 +19,7 @@ from radixkv.cluster.known_prompts import KnownPrompts, PromptReader
 from radixkv.cluster.relay import Journey, Relay
 from radixkv.cluster.replica_link import ReplicaCall, end_to_end
 from radixkv.cluster.route_metrics import RouteMetrics
+from radixkv.cluster.route_page import page_files
 from radixkv.cluster.router.routing import Choice
 from radixkv.cluster.stored_responses import RESPONSES_PATH, holder_of
 from radixkv.errors import NoReplicaError
@@ -55,11 +56,13 @@ class RouteApp:
         self._callers = Callers(fleet)
         self._make_reader = make_reader
         self._max_body_bytes = max_body_bytes
+        self._page = page_files()
         self._of_all: dict[tuple[str, str], Callable[[ReplicaCall], Awaitable[Response]]] = {
             ("GET", "/metrics"): lambda call: gathered.metrics(fleet, self.metrics, call),
             ("GET", "/v1/cache/stats"): lambda call: gathered.stats(fleet, call),
             ("POST", "/v1/cache/flush"): lambda call: gathered.flush(fleet, call),
             ("GET", "/server_info"): lambda call: gathered.server_info(fleet, call),
+            ("GET", "/route/replicas"): lambda call: gathered.overview(fleet, call),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,8 +106,8 @@ class RouteApp:
         path = _path(scope)
         if call.method == "GET" and path in ("/health", "/ready"):
             await self._answer(gathered.health(self.fleet, ready=path == "/ready"), scope, send)
-        elif call.method == "GET" and path == "/":
-            await self._answer(gathered.page(self.fleet), scope, send)
+        elif call.method == "GET" and path in self._page:
+            await self._answer(self._page[path].answer(), scope, send)
         elif (of_all := self._of_all.get((call.method, path))) is not None:
             await self._answer(await of_all(call), scope, send)
         elif call.method == "POST" and path == "/route/explain":
