@@ -236,6 +236,8 @@ def test_what_tells_of_a_server_tells_of_all(both: Routed) -> None:
 
 def test_the_page_shows_the_replicas_side_by_side(both: Routed) -> None:
     folder = files("radixkv.cluster") / "page"
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert '"radixkv.cluster" = ["page/*"]' in project
     with both.http() as client:
         page = client.get("/")
         loaded = re.findall(r'(?:src|href)="([^"]+)"', page.text)
