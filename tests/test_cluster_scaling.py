@@ -55,12 +55,15 @@ class Scaled:
 
 @pytest.fixture(scope="module")
 def scaled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scaled]:
-    """Up to two replicas, above one Redis if there is one. Serve is told how many as by its own autoscaler, but without its delays."""
+    """Up to two replicas, above one Redis if there is one.
+
+    Serve's controller is told how many as by an autoscaler, but without the delays of Serve's own.
+    """
     import ray
     from ray import serve
     from ray.serve._private.common import DeploymentID
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
     from ray.serve.config import HTTPOptions
-    from ray.serve.context import _get_global_client
 
     from radixkv.cli.cluster import _join_ray
     from radixkv.cluster.serve_app import ClusterSettings, build
@@ -79,7 +82,7 @@ def scaled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scaled]:
                 ClusterSettings(engine=engine, server={"port": port, "drain_s": ENDLESS_S}, cluster={"replicas": 1})
             )
             serve.run(app, name="radixkv", route_prefix="/", external_scaler_enabled=True)
-            controller = _get_global_client()._controller
+            controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
 
             def scale(number: int) -> None:
                 ray.get(controller.update_deployment_replicas.remote(DeploymentID("replicas", "radixkv"), number))
