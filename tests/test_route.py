@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from http_server import Running, running
+from live_stream import LiveReader
 from radixkv.errors import ConfigError, MissingPackageError
 from routed_servers import Routed, new_engine, routed
 
@@ -272,6 +273,18 @@ def test_the_page_shows_the_replicas_side_by_side(both: Routed) -> None:
     ]
     assert all(row["queued_s"] == 0 and row["trouble"] is None for row in rows)
     assert all(0 <= row["hit_rate"] <= 1 and row["requests"]["running"] == 0 for row in rows)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_texts_are_shown_only_by_a_router_that_listens_on_loopback(replicas: list[Running], host: str) -> None:
+    with routed(replicas[:1], host=host) as router, router.http() as client:
+        client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 1})
+        for path in ("/v1/cache/live", "/replicas/0/v1/cache/live", "/replicas/0/v1/cache/%256Cive"):
+            with client.stream("GET", path, headers={"Host": "localhost"}) as feed:
+                reader = LiveReader(feed.iter_lines())
+                while not reader.state.get("tree", {}).get("tokens"):
+                    reader.read()
+            assert bool(reader.texts()) == (host == "127.0.0.1"), path
 
 
 def test_errors_of_a_replica_are_its_own(both: Routed) -> None:

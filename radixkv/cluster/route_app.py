@@ -32,6 +32,8 @@ ROUTED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", 
 EXPLAIN = "/v1/cache/explain"
 BYTES_PER_TOKEN = 4
 """Of a body whose prompt is not known: a guess, from which its work is guessed."""
+ELSEWHERE = b"router.invalid"
+"""The host that clients elsewhere ask for, as replicas hear it: to those at their own machine they show texts."""
 _REPLICA = re.compile(r"^/replicas/(\d+)(/.*)$")
 _RESPONSE = re.compile(rf"^{RESPONSES_PATH}/([^/]+)$")
 
@@ -49,13 +51,18 @@ class RouteApp:
         make_reader: Callable[[], PromptReader | None],
         *,
         max_body_bytes: int = 16 << 20,
+        is_local: bool = True,
     ) -> None:
-        """Args: make_reader: the reader of prompts, once a replica has answered; None if there is none."""
+        """Args:
+        make_reader: the reader of prompts, once a replica has answered; None if there is none.
+        is_local: whether the replicas may believe a client that says it is at their own machine.
+        """
         self.fleet = fleet
         self.metrics = RouteMetrics(fleet)
         self._callers = Callers(fleet)
         self._make_reader = make_reader
         self._max_body_bytes = max_body_bytes
+        self._is_local = is_local
         self._page = page_files()
         self._of_all: dict[tuple[str, str], Callable[[ReplicaCall], Awaitable[Response]]] = {
             ("GET", "/metrics"): lambda call: gathered.metrics(fleet, self.metrics, call),
@@ -100,7 +107,10 @@ class RouteApp:
         raw = request.scope.get("raw_path") or _path(request.scope).encode()
         root = request.scope.get("root_path", "")
         target = raw.decode("latin-1").removeprefix(root) + (f"?{query}" if query else "")
-        return ReplicaCall(request.method, target, end_to_end(request.scope["headers"]), b"".join(parts))
+        headers = end_to_end(request.scope["headers"])
+        if not self._is_local:
+            headers = [(name, ELSEWHERE if name == b"host" else value) for name, value in headers]
+        return ReplicaCall(request.method, target, headers, b"".join(parts))
 
     async def _serve(self, call: ReplicaCall, scope: Scope, send: Send) -> None:
         path = _path(scope)
