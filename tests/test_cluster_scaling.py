@@ -1,4 +1,4 @@
-"""Ray Serve starts and ends replicas: those that join are warm, those that leave finish what they have."""
+"""Ray Serve starts and ends replicas: those that join are warm, those that leave finish, and the page shows them."""
 
 from __future__ import annotations
 
@@ -135,6 +135,26 @@ async def written_pages(client: httpx.AsyncClient) -> float:
     metrics = (await client.get("/metrics")).text
     found = re.findall(r"^radixkv_tier_pages_total\{.*written.*\} (\S+)$", metrics, re.MULTILINE)
     return sum(map(float, found))
+
+
+def test_the_page_shows_the_replicas_of_ray_serve(scaled: Scaled) -> None:
+    async def main() -> None:
+        async with scaled.client() as client:
+            names = await scaled.scale(client, 2)
+            assert "route/replicas.js" in (await client.get("/")).text
+            rows = (await client.get("/route/replicas")).json()["replicas"]
+            assert [(row["number"], row["replica"], row["state"], row["queued_s"]) for row in rows] == [
+                (number, name, "up", 0) for number, name in enumerate(names)
+            ]
+            for number, name in enumerate(names):
+                for path in ("", "live/page.js", "live/page.css"):
+                    answer = await client.get(f"/replicas/{number}/{path}")
+                    assert "frame-ancestors 'self'" in answer.headers["content-security-policy"]
+                async with client.stream("GET", f"/replicas/{number}/v1/cache/live") as feed:
+                    assert (await anext(feed.aiter_lines())).startswith("event: ")
+                    assert feed.headers["x-radixkv-replica"] == name
+
+    asyncio.run(main())
 
 
 def test_a_replica_that_leaves_finishes_its_streams_and_no_request_is_lost(scaled: Scaled) -> None:
