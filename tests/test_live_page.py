@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import pytest
 from http_server import SMALL, Running, running
 from radixkv import AsyncEngine
 from radixkv.engine.core import EngineCore
+from routed_servers import Routed, new_engine, routed
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -88,7 +89,7 @@ class Page:
 
 
 @contextmanager
-def opened(browser: Any, server: Running, *, width: int = 1200, scheme: str = "light") -> Iterator[Page]:
+def opened(browser: Any, server: Running | Routed, *, width: int = 1200, scheme: str = "light") -> Iterator[Page]:
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     try:
         yield Page(context.new_page(), server.address)
@@ -277,3 +278,54 @@ def test_tiers_below_the_pool_are_told_of(browser: Any, server: Running, tmp_pat
     with opened(browser, server) as page:
         page.page.wait_for_selector("#status[data-state=live]")
         assert not page.page.is_visible("#tiers")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_router_shows_the_pages_of_its_replicas_side_by_side(browser: Any, width: int, scheme: str) -> None:
+    with ExitStack() as stack:
+        servers = [stack.enter_context(running(new_engine())) for _ in range(2)]
+        router = stack.enter_context(routed([*servers, "http://127.0.0.1:9"]))
+        cache_texts(servers[1], *SPEECHES)
+        page = stack.enter_context(opened(browser, router, width=width, scheme=scheme))
+        page.page.wait_for_selector("#status:text-is('2 of 3 up')")
+        assert page.page.locator(".replica").count() == 3
+        assert [page.text(f".replica:nth-of-type({n}) .state") for n in (1, 2, 3)] == ["up", "up", "down"]
+        assert page.page.is_visible(".replica:nth-of-type(3) .trouble")
+        for number in range(2):
+            frame = page.page.frame_locator(f".replica:nth-of-type({number + 1}) iframe")
+            frame.locator("#status[data-state=live]").wait_for()
+            nodes = {0: "0", 1: "4"}[number]
+            frame.locator(f"#icicle[data-nodes='{nodes}']").wait_for()
+        boxes = [page.page.locator(".replica").nth(number).bounding_box() for number in range(2)]
+        assert (boxes[0]["y"] == boxes[1]["y"]) == (width > 1000)
+        assert page.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it is too wide"
+        background = page.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert background == {"light": "rgb(244, 246, 248)", "dark": "rgb(14, 20, 27)"}[scheme]
+        page.page.click(".replica:nth-of-type(1) .toggle")
+        assert page.page.locator("iframe").count() == 1
+        page.page.click(".replica:nth-of-type(1) .toggle")
+        page.page.frame_locator(".replica:nth-of-type(1) iframe").locator("#status[data-state=live]").wait_for()
+        assert page.problems == []
+        assert page.hosts == {router.address}
+
+
+def test_one_key_opens_the_pages_of_all_replicas(browser: Any, tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(f"[[key]]\nname = 'boss'\nsha256 = '{sha256(b'key-boss').hexdigest()}'\nadmin = true\n")
+    with ExitStack() as stack:
+        servers = [stack.enter_context(running(new_engine(), api_keys=str(file))) for _ in range(2)]
+        router = stack.enter_context(routed(servers, key="key-boss"))
+        page = stack.enter_context(opened(browser, router))
+        for key, heading in (("wrong", "These servers need a key"), ("key-boss", "Nobody has this key")):
+            page.page.wait_for_selector(f"#ask-title:text-is('{heading}')")
+            assert page.page.locator("iframe").count() == 0
+            page.page.fill("#key", key)
+            page.page.keyboard.press("Enter")
+        for number in (1, 2):
+            frame = page.page.frame_locator(f".replica:nth-of-type({number}) iframe")
+            frame.locator("#status[data-state=live]").wait_for()
+            assert not frame.locator("#ask").is_visible()
+        assert not page.page.is_visible("#ask")
+        page.page.click("header #forget")
+        page.page.wait_for_selector("#ask-title:text-is('These servers need a key')")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import openai
 import pytest
 
 from http_server import Running, running
+from live_stream import LiveReader
 from radixkv.errors import ConfigError, MissingPackageError
 from routed_servers import Routed, new_engine, routed
 from stress_cases import some_of
@@ -226,13 +228,64 @@ def test_what_tells_of_a_server_tells_of_all(both: Routed) -> None:
         assert client.get("/v1/models").json()["data"][0]["id"] == "demo"
         assert client.post("/tokenize", json={"prompt": "a"}).json()["count"] > 0
         assert client.get("/nowhere").status_code == 404
-        assert "replicas/1/" in client.get("/").text
         assert "<title>radixkv</title>" in client.get("/replicas/1/").text
         assert client.get("/replicas/7/").status_code == 404
         assert client.get("/health").json()["status"] == "ok"
         body = {"prompt": "Warm.", "keep_for_s": 1}
         assert client.post("/v1/cache/prewarm", json=body).json()["prompt_tokens"] > 0
         assert client.post("/v1/cache/explain", json={"prompt": "Warm."}).json()["cached_tokens"] > 0
+
+
+def test_the_page_shows_the_replicas_side_by_side(both: Routed) -> None:
+    folder = files("radixkv.cluster") / "page"
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert '"radixkv.cluster" = ["page/*"]' in project
+    with both.http() as client:
+        page = client.get("/")
+        loaded = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+        assert {"live/page.css", "route/replicas.css", "route/replicas.js"} <= set(loaded)
+        for path in ("", *loaded, "live/feed.js"):
+            answer = client.get(f"/{path}")
+            assert answer.status_code == 200, path
+            assert "x-radixkv-replica" not in answer.headers, "the router has it itself, and needs no replica for it"
+            policy = answer.headers["content-security-policy"]
+            assert policy.startswith("default-src 'none'; ")
+            assert "frame-src 'self'" in policy
+            assert "frame-ancestors 'self'" in policy
+        for file in folder.iterdir():
+            text = file.read_text(encoding="utf-8")
+            assert not re.search(r"https?:|//[a-z]+\.", text), file
+            assert not re.search(r"<script(?![^>]*src=)|<style|\sstyle=|\son[a-z]+=\"|innerHTML", text), file
+        for number in range(2):  # what is shown in a frame
+            live = client.get(f"/replicas/{number}/")
+            assert "frame-ancestors 'self'" in live.headers["content-security-policy"]
+            for path in re.findall(r'(?:src|href)="([^"]+)"', live.text):
+                assert not path.startswith("/"), "it is found below the frame's address"
+                assert client.get(f"/replicas/{number}/{path}").status_code == 200
+            with client.stream("GET", f"/replicas/{number}/v1/cache/live") as feed:
+                assert next(feed.iter_lines()).startswith("event: ")
+                assert feed.headers["x-radixkv-replica"] == both.links[number].name
+        client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 1})
+        found = client.get("/route/replicas").json()
+    assert found["model"] == "demo"
+    rows = found["replicas"]
+    assert [(row["number"], row["replica"], row["state"]) for row in rows] == [
+        (number, link.name, "up") for number, link in enumerate(both.links)
+    ]
+    assert all(row["queued_s"] == 0 and row["trouble"] is None for row in rows)
+    assert all(0 <= row["hit_rate"] <= 1 and row["requests"]["running"] == 0 for row in rows)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_texts_are_shown_only_by_a_router_that_listens_on_loopback(replicas: list[Running], host: str) -> None:
+    with routed(replicas[:1], host=host) as router, router.http() as client:
+        client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 1})
+        for path in ("/v1/cache/live", "/replicas/0/v1/cache/live", "/replicas/0/v1/cache/%256Cive"):
+            with client.stream("GET", path, headers={"Host": "localhost"}) as feed:
+                reader = LiveReader(feed.iter_lines())
+                while not reader.state.get("tree", {}).get("tokens"):
+                    reader.read()
+            assert bool(reader.texts()) == (host == "127.0.0.1"), path
 
 
 def test_errors_of_a_replica_are_its_own(both: Routed) -> None:
@@ -275,6 +328,8 @@ def test_tenants_keep_their_namespaces(tmp_path: Path) -> None:
         assert nobody.get("/metrics").status_code == 401
         assert red.get("/v1/cache/stats").status_code == 403
         assert root.get("/v1/cache/stats").status_code == 200
+        assert [client.get("/").status_code for client in (nobody, red, root)] == [200, 200, 200]
+        assert [client.get("/route/replicas").status_code for client in (nobody, red, root)] == [401, 403, 200]
 
 
 def test_a_replica_that_drains_gets_nothing_new_and_one_that_comes_back_does() -> None:
@@ -290,6 +345,11 @@ def test_a_replica_that_drains_gets_nothing_new_and_one_that_comes_back_does() -
                 assert answer.status_code == 200
                 assert answer.headers["x-radixkv-replica"] == steady.address
         router.wait_until(lambda: router.state_of(1) == "draining")
+        with router.http() as client:
+            rows = client.get("/route/replicas").json()["replicas"]
+        assert [row["queued_s"] for row in rows] == [0, None, None]
+        assert rows[2]["hit_rate"] is rows[2]["requests"] is None
+        assert rows[2]["trouble"]
 
 
 def test_a_replica_with_other_pages_is_not_used() -> None:

@@ -62,7 +62,7 @@ def test_the_page_comes_without_a_key_and_may_load_nothing_from_elsewhere(keyed:
         assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'")
         assert "unsafe" not in policy
         assert answer.headers["x-content-type-options"] == "nosniff"
-        assert "frame-ancestors 'none'" in policy
+        assert "frame-ancestors 'self'" in policy
     assert http.get("/").headers["content-type"] == "text/html; charset=utf-8"
     assert http.get("/live/page.js").headers["content-type"].startswith("text/javascript")
     assert http.get("/live/nothing.js").status_code == 401

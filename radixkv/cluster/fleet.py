@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeAlias
 from radixkv.cluster.held_prefixes import HeldPrefixes
 from radixkv.cluster.replica_info import ReplicaInfo
 from radixkv.cluster.replica_link import Headers, ReplicaCall, ReplicaLink, ReplicaLostError, json_of
-from radixkv.cluster.router.routing import Choice, Router, RouteRequest
+from radixkv.cluster.router.cost import CostRouter
+from radixkv.cluster.router.routing import Choice, RouteRequest
 from radixkv.errors import ConfigError, NoReplicaError
 from radixkv.serving.generation import Ids
 
@@ -66,7 +67,7 @@ class Fleet:
 
     def __init__(
         self,
-        router: Router,
+        router: CostRouter,
         *,
         headers: Headers = (),
         clock: Callable[[], float] = time.monotonic,
@@ -190,6 +191,11 @@ class Fleet:
         choice = self.router.choose(request, self._clock())
         self.router.finished(asked.id, self._clock())
         return choice
+
+    def queued_s(self, name: str) -> float | None:
+        """How long what is queued at a replica will take, in seconds; None if it is not up."""
+        member = self.members.get(name)
+        return self.router.queued_s(name, self._clock()) if member is not None and member.state == "up" else None
 
     def computed(self, request_id: str) -> None:
         """The first token of a request has come."""

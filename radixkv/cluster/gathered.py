@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 
 from radixkv.cluster.fleet import Fleet
 from radixkv.cluster.replica_link import ReplicaAnswer, ReplicaCall, ReplicaLostError
 from radixkv.cluster.route_metrics import RouteMetrics
 from radixkv.serving.errors import ApiError
-from radixkv.serving.live_page import HEADERS
 from radixkv.serving.metrics import CONTENT_TYPE
 from radixkv.serving.wire import JsonAnswer
 
@@ -97,18 +96,25 @@ def health(fleet: Fleet, *, ready: bool) -> Response:
     return JsonAnswer({"status": status, "replicas": states}, 200 if is_fine else 503)
 
 
-def page(fleet: Fleet) -> Response:
-    """`/`: the way to the page of each replica."""
-    rows = "".join(
-        f'<li><a href="replicas/{number}/">{_text(name)}</a>: {member.state}</li>'
-        for number, (name, member) in enumerate(fleet.members.items())
-    )
-    html = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>radixkv: replicas</title>'
-        '<link rel="stylesheet" href="live/page.css"></head>'
-        f"<body><header><h1>radixkv <span>replicas</span></h1></header><main><ul>{rows}</ul></main></body></html>"
-    )
-    return HTMLResponse(html, headers=HEADERS)
+async def overview(fleet: Fleet, call: ReplicaCall) -> Response:
+    """`/route/replicas`: a row for each replica, in the order of their numbers, for the page."""
+    found = await gather(fleet, replace(call, target="/v1/cache/stats"))  # for administrators, as it is there
+    rows = []
+    for number, (name, member) in enumerate(fleet.members.items()):
+        own = json.loads(found.bodies[name]) if name in found.bodies else None
+        rows.append(
+            {
+                "number": number,
+                "replica": name,
+                "state": member.state,
+                "trouble": member.trouble or None,
+                "queued_s": fleet.queued_s(name),
+                "hit_rate": None if own is None else own["hit_rate"],
+                "requests": None if own is None else own["requests"],
+            }
+        )
+    info = fleet.info
+    return JsonAnswer({"model": None if info is None else info.model, "replicas": rows})
 
 
 async def _ask(fleet: Fleet, name: str, call: ReplicaCall) -> tuple[int, bytes] | str:
@@ -126,7 +132,3 @@ def _as_error(status: int, body: bytes) -> ApiError:
         return ApiError(status, error["message"], param=error.get("param"), code=error.get("code"))
     except (ValueError, KeyError, TypeError):
         return ApiError(status, "the replicas refuse this")
-
-
-def _text(text: str) -> str:
-    return quote(text, safe=" :/.-_#")

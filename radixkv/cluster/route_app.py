@@ -19,6 +19,7 @@ from radixkv.cluster.known_prompts import KnownPrompts, PromptReader
 from radixkv.cluster.relay import Journey, Relay
 from radixkv.cluster.replica_link import ReplicaCall, end_to_end
 from radixkv.cluster.route_metrics import RouteMetrics
+from radixkv.cluster.route_page import page_files
 from radixkv.cluster.router.routing import Choice
 from radixkv.cluster.stored_responses import RESPONSES_PATH, holder_of
 from radixkv.errors import NoReplicaError
@@ -31,6 +32,8 @@ ROUTED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", 
 EXPLAIN = "/v1/cache/explain"
 BYTES_PER_TOKEN = 4
 """Of a body whose prompt is not known: a guess, from which its work is guessed."""
+ELSEWHERE = b"router.invalid"
+"""The host that clients elsewhere ask for, as replicas hear it: to those at their own machine they show texts."""
 _REPLICA = re.compile(r"^/replicas/(\d+)(/.*)$")
 _RESPONSE = re.compile(rf"^{RESPONSES_PATH}/([^/]+)$")
 
@@ -48,18 +51,25 @@ class RouteApp:
         make_reader: Callable[[], PromptReader | None],
         *,
         max_body_bytes: int = 16 << 20,
+        is_local: bool = True,
     ) -> None:
-        """Args: make_reader: the reader of prompts, once a replica has answered; None if there is none."""
+        """Args:
+        make_reader: the reader of prompts, once a replica has answered; None if there is none.
+        is_local: whether the replicas may believe a client that says it is at their own machine.
+        """
         self.fleet = fleet
         self.metrics = RouteMetrics(fleet)
         self._callers = Callers(fleet)
         self._make_reader = make_reader
         self._max_body_bytes = max_body_bytes
+        self._is_local = is_local
+        self._page = page_files()
         self._of_all: dict[tuple[str, str], Callable[[ReplicaCall], Awaitable[Response]]] = {
             ("GET", "/metrics"): lambda call: gathered.metrics(fleet, self.metrics, call),
             ("GET", "/v1/cache/stats"): lambda call: gathered.stats(fleet, call),
             ("POST", "/v1/cache/flush"): lambda call: gathered.flush(fleet, call),
             ("GET", "/server_info"): lambda call: gathered.server_info(fleet, call),
+            ("GET", "/route/replicas"): lambda call: gathered.overview(fleet, call),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,14 +107,17 @@ class RouteApp:
         raw = request.scope.get("raw_path") or _path(request.scope).encode()
         root = request.scope.get("root_path", "")
         target = raw.decode("latin-1").removeprefix(root) + (f"?{query}" if query else "")
-        return ReplicaCall(request.method, target, end_to_end(request.scope["headers"]), b"".join(parts))
+        headers = end_to_end(request.scope["headers"])
+        if not self._is_local:
+            headers = [(name, ELSEWHERE if name == b"host" else value) for name, value in headers]
+        return ReplicaCall(request.method, target, headers, b"".join(parts))
 
     async def _serve(self, call: ReplicaCall, scope: Scope, send: Send) -> None:
         path = _path(scope)
         if call.method == "GET" and path in ("/health", "/ready"):
             await self._answer(gathered.health(self.fleet, ready=path == "/ready"), scope, send)
-        elif call.method == "GET" and path == "/":
-            await self._answer(gathered.page(self.fleet), scope, send)
+        elif call.method == "GET" and path in self._page:
+            await self._answer(self._page[path].answer(), scope, send)
         elif (of_all := self._of_all.get((call.method, path))) is not None:
             await self._answer(await of_all(call), scope, send)
         elif call.method == "POST" and path == "/route/explain":

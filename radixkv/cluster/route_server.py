@@ -19,6 +19,7 @@ from radixkv.cluster.replica_info import ReplicaInfo
 from radixkv.cluster.replica_link import Headers
 from radixkv.cluster.route_app import RouteApp
 from radixkv.cluster.router.cost import CostRouter
+from radixkv.config import ServerConfig
 from radixkv.errors import ConfigError, RadixKVError
 from radixkv.models.loader import load_tokenizer
 
@@ -83,7 +84,7 @@ class RouteServer(uvicorn.Server):
         for address in addresses:
             self.fleet.join(HttpLink(address, self._client))
         self._readers = Readers(self.fleet)
-        self.app = RouteApp(self.fleet, self._readers)
+        self.app = RouteApp(self.fleet, self._readers, is_local=ServerConfig(host=host).is_local)
         self._check_every_s = check_every_s
         self._on_start = on_start
         self._checking: asyncio.Task[None] | None = None

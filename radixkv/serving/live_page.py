@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from typing import NamedTuple
 
 from fastapi import APIRouter
 from starlette.responses import Response
@@ -21,9 +22,9 @@ _FILES = {"/": ("index.html", "text/html; charset=utf-8")} | {
 PAGE_PATHS = frozenset(_FILES)
 """Paths that answer without a key: the page asks for it."""
 
-HEADERS = {
+HEADERS = {  # of a router's page, too, which has the pages of its replicas in frames: the same origin
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -32,17 +33,33 @@ HEADERS = {
 }
 
 
+class PageFile(NamedTuple):
+    """A file of a page."""
+
+    content: bytes
+    media_type: str
+
+    def answer(self) -> Response:
+        """It, as an answer."""
+        return Response(self.content, media_type=self.media_type, headers=HEADERS)
+
+
+def page_files() -> dict[str, PageFile]:
+    """The files of the page, by their paths."""
+    folder = files("radixkv.serving") / "page"
+    return {path: PageFile((folder / name).read_bytes(), media_type) for path, (name, media_type) in _FILES.items()}
+
+
 def router() -> APIRouter:
     """The routes."""
     routes = APIRouter()
-    folder = files("radixkv.serving") / "page"
-    for path, (name, media_type) in _FILES.items():
-        _add(routes, path, (folder / name).read_bytes(), media_type)
+    for path, file in page_files().items():
+        _add(routes, path, file)
     return routes
 
 
-def _add(routes: APIRouter, path: str, content: bytes, media_type: str) -> None:
+def _add(routes: APIRouter, path: str, file: PageFile) -> None:
     async def get_file() -> Response:
-        return Response(content, media_type=media_type, headers=HEADERS)
+        return file.answer()
 
     routes.add_api_route(path, get_file, methods=["GET"], include_in_schema=False)
