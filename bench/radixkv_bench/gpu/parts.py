@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ ROUNDS = 2
 
 def check_engine(device: torch.device) -> list[dict[str, Any]]:
     """Greedy tokens of the model that ships with radixkv, on the device, by each backend that can serve it there:
-    whether a cold run, a warm one and a batch give what the unmodified model gives alone.
+    whether a cold run, a warm one, a batch, and one that checks drafts give what the unmodified model gives alone.
     """
     found = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -51,6 +52,8 @@ def check_engine(device: torch.device) -> list[dict[str, Any]]:
                 row["left_out"] = reason
             else:
                 row |= _compare(Engine(models.twin(model), None, _config(name)), prompts, expected)
+                drafting = Engine(models.twin(model), None, replace(_config(name), speculate="cache"))
+                row |= _compare_drafted(drafting, prompts, expected)
             found.append(row)
     return found
 
@@ -84,16 +87,31 @@ def _compare(engine: Engine, prompts: list[list[int]], expected: list[list[int]]
     }
     engine.reset_cache()
     runs["batched"] = [output.token_ids for output in engine.generate(list(prompts), params)]
+    return {name: _share_equal(answers, expected) for name, answers in runs.items()}
+
+
+def _compare_drafted(engine: Engine, prompts: list[list[int]], expected: list[list[int]]) -> dict[str, float]:
+    """The share as expected of answers that are asked for again, so that they are drafted from the cache."""
+    params = SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0.0, ignore_eos=True)
+    engine.generate(list(prompts), params)
+    outputs = [engine.generate(prompt, params)[0] for prompt in prompts]
     return {
-        name: sum(one == other for one, other in zip(answers, expected, strict=True)) / len(expected)
-        for name, answers in runs.items()
+        "drafted": _share_equal([output.token_ids for output in outputs], expected),
+        "drafted_tokens": sum(output.drafted_tokens for output in outputs),
     }
+
+
+def _share_equal(answers: list[list[int]], expected: list[list[int]]) -> float:
+    return sum(one == other for one, other in zip(answers, expected, strict=True)) / len(expected)
 
 
 def engine_is_right(rows: list[dict[str, Any]]) -> bool:
     """Whether all float32 answers were as expected; in 16 bit, rounding may decide between close tokens."""
     return all(
-        row.get(run, 1.0) == 1.0 for row in rows if row["dtype"] == "float32" for run in ("cold", "warm", "batched")
+        row.get(run, 1.0) == 1.0
+        for row in rows
+        if row["dtype"] == "float32"
+        for run in ("cold", "warm", "batched", "drafted")
     )
 
 
