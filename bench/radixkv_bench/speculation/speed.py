@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
@@ -91,7 +92,7 @@ def _run(
     vocab = model.config.vocab_size
     ratios, speeds = [], {"off": [], "cache": []}
     same = True
-    before = engines["cache"].stats()
+    counts = Counter[str]()  # of the calls that are timed
     for turn in range(rounds):
         prompts = rng.integers(ALPHABET, vocab, (case.batch, prompt_tokens)).tolist()
         params = _params(case, output_tokens, turn)
@@ -101,27 +102,34 @@ def _run(
             engine.reset_cache()
             if case.repeats:
                 engine.generate(prompts, list(params))
-                before = engine.stats() if turn == 0 and speculate == "cache" else before
+            before = _counts(engine)
             outputs = engine.generate(prompts, params)
+            if speculate == "cache":
+                counts += _counts(engine) - before
             answers[speculate] = [output.token_ids for output in outputs]
             seconds[speculate] = max(o.metrics.total_s for o in outputs) - max(o.metrics.ttft_s for o in outputs)
             speeds[speculate].append(case.batch * (output_tokens - 1) / seconds[speculate])
         same = same and answers["off"] == answers["cache"]
         ratios.append(seconds["off"] / seconds["cache"])
-    after = engines["cache"].stats()
-    assert after.speculation is not None
-    assert before.speculation is not None
     return Row(
         case,
         median(ratios),
         ratios,
         median(speeds["off"]),
         median(speeds["cache"]),
-        (after.generated_tokens - before.generated_tokens) / (after.sampled_steps - before.sampled_steps),
-        after.speculation.drafted_tokens - before.speculation.drafted_tokens,
-        after.speculation.accepted_tokens - before.speculation.accepted_tokens,
+        counts["generated"] / counts["steps"],
+        counts["drafted"],
+        counts["accepted"],
         same,
     )
+
+
+def _counts(engine: radixkv.Engine) -> Counter[str]:
+    stats = engine.stats()
+    counts = Counter(generated=stats.generated_tokens, steps=stats.sampled_steps)
+    if stats.speculation is not None:
+        counts.update(drafted=stats.speculation.drafted_tokens, accepted=stats.speculation.accepted_tokens)
+    return counts
 
 
 def _params(case: Case, output_tokens: int, turn: int) -> list[radixkv.SamplingParams]:
