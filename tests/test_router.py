@@ -311,3 +311,21 @@ def test_sglangs_rule() -> None:
     for number in range(65):
         assert router.choose(RouteRequest(f"hot {number}", 100, {"a": 100}), 0.0).replica == "a"
     assert router.choose(RouteRequest("3", 100, {"a": 100}), 0.0).reason == "runs the fewest requests"
+
+
+@pytest.mark.parametrize("rule", ROUTERS)
+def test_asking_where_a_request_would_go_changes_nothing(rule: str) -> None:
+    asked, twin = new_router(rule, seed=3), new_router(rule, seed=3)
+    for router in (asked, twin):
+        for name in "abc":
+            router.add_replica(name, 0.0)
+    for number in range(40):
+        request = RouteRequest(str(number), 1000, {"a": 900, "b": 10 * number}, affinity=str(number))
+        if rule != "random":  # which draws anew
+            for _ in range(3):
+                asked.would_choose(request, float(number))
+        choices = [router.choose(request, float(number)) for router in (asked, twin)]
+        assert rule == "random" or choices[0].replica == choices[1].replica
+        assert choices[0].costs == choices[1].costs
+        for router in (asked, twin):
+            router.computed(str(number), number + 0.5)

@@ -107,7 +107,7 @@ def up(
     settings = ClusterSettings(
         model=model, engine=engine_options.settings, server=server_options.settings, cluster=cluster_options.settings
     )
-    application = build(settings)
+    application = build(settings, is_local=server.is_local)
     _join_ray(ray, ray_address, config, server)
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # after Ray has set its own

@@ -126,6 +126,19 @@ class Fleet:
         """`check` every replica, side by side."""
         await asyncio.gather(*[self.check(name) for name in list(self.members)])
 
+    async def keep_checking(self, every_s: float, prepare: Callable[[], object]) -> None:
+        """`check` all replicas again and again, until it is cancelled; a fault in one look is logged, and not the end.
+
+        prepare: called after each look, in a thread, for what takes long and must be there for the next request.
+        """
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                await self.check_all()
+                await asyncio.to_thread(prepare)
+            except Exception:
+                logger.exception("the replicas could not be looked at")
+
     async def check(self, name: str) -> None:
         """Find out how a replica is."""
         member = self.members.get(name)
@@ -188,9 +201,7 @@ class Fleet:
     def would_choose(self, asked: Asked) -> Choice:
         """As `choose`, but nothing is sent and nothing counts."""
         request = RouteRequest(asked.id, asked.num_tokens, self.held(asked))
-        choice = self.router.choose(request, self._clock())
-        self.router.finished(asked.id, self._clock())
-        return choice
+        return self.router.would_choose(request, self._clock())
 
     def queued_s(self, name: str) -> float | None:
         """How long what is queued at a replica will take, in seconds; None if it is not up."""

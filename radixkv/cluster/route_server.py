@@ -114,7 +114,7 @@ class RouteServer(uvicorn.Server):
         await asyncio.to_thread(self._readers)
         await super().startup(sockets)
         if self.started:
-            self._checking = asyncio.create_task(self._keep_checking())
+            self._checking = asyncio.create_task(self.fleet.keep_checking(self._check_every_s, self._readers))
             self._on_start(self.address)
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
@@ -126,13 +126,6 @@ class RouteServer(uvicorn.Server):
                 await self._checking
         await self._client.aclose()
         await asyncio.to_thread(self.fleet.close)
-
-    async def _keep_checking(self) -> None:
-        while True:
-            await asyncio.sleep(self._check_every_s)
-            await self.fleet.check_all()
-            if self.fleet.info is not None:
-                await asyncio.to_thread(self._readers)
 
 
 def route(server: RouteServer) -> None:

@@ -43,8 +43,12 @@ class ClusterSettings:
         return cls(model=model, **parts)
 
 
-def build(settings: ClusterSettings) -> Any:
-    """The application, for `serve.run`. Raises: ConfigError, MissingPackageError."""
+def build(settings: ClusterSettings, *, is_local: bool = False) -> Any:
+    """The application, for `serve.run`.
+
+    Args: is_local: whether Ray Serve listens at this machine alone; if not, no live page shows texts without a key.
+    Raises: ConfigError, MissingPackageError.
+    """
     check_ray_installed()
     from ray import serve
     from ray.serve.config import RequestRouterConfig
@@ -79,7 +83,7 @@ def build(settings: ClusterSettings) -> Any:
     key = cluster.replica_key or server.api_key
     own = {"kv_events": "tcp://127.0.0.1:0" if server.is_local else "tcp://*:0"}
     running = replicas.bind(settings.model, own | dict(settings.engine), dict(settings.server))
-    return ingress.bind(running, key, server.max_body_bytes)
+    return ingress.bind(running, key, server.max_body_bytes, is_local)
 
 
 def _scale(cluster: ClusterConfig) -> dict[str, Any]:

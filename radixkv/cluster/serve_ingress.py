@@ -7,6 +7,7 @@ itself cannot know the prompt. Hence the ingress is a deployment of its own, whi
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
@@ -20,17 +21,21 @@ from radixkv.cluster.router.cost import CostRouter
 from radixkv.cluster.serve_call import AddressedCall
 from radixkv.cluster.serve_link import ServeLink
 
+logger = logging.getLogger(__name__)
+
 
 class ServeIngress:
     """Keeps the fleet in step with the replicas that Serve runs, and answers requests."""
 
-    def __init__(self, handle: Any, key: str | None, max_body_bytes: int) -> None:
-        """Args: handle: of the replicas' deployment. key: what the replicas know the router by, if they need one."""
+    def __init__(self, handle: Any, key: str | None, max_body_bytes: int, is_local: bool) -> None:
+        """Args: handle: of the replicas' deployment. key: what the replicas know the router by, if they need one.
+        is_local: as `RouteApp`.
+        """
         self._handle = handle.options(stream=True)
         headers: Headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
         self._fleet = Fleet(CostRouter(), headers=headers)
         self._readers = Readers(self._fleet)
-        self._app = RouteApp(self._fleet, self._readers, max_body_bytes=max_body_bytes)
+        self._app = RouteApp(self._fleet, self._readers, max_body_bytes=max_body_bytes, is_local=is_local)
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
 
@@ -51,7 +56,10 @@ class ServeIngress:
         await self._say_hello()
         await self._follow_roster()
         await asyncio.to_thread(self._readers)
-        self._tasks = [asyncio.create_task(self._keep_following()), asyncio.create_task(self._keep_checking())]
+        self._tasks = [
+            asyncio.create_task(self._keep_following()),
+            asyncio.create_task(self._fleet.keep_checking(CHECK_EVERY_S, self._readers)),
+        ]
         await send({"type": "lifespan.startup.complete"})
         await receive()
         for task in self._tasks:
@@ -78,9 +86,7 @@ class ServeIngress:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            await self._follow_roster()
-
-    async def _keep_checking(self) -> None:
-        while True:
-            await asyncio.sleep(CHECK_EVERY_S)
-            await self._fleet.check_all()
+            try:
+                await self._follow_roster()
+            except Exception:  # the next change is followed again
+                logger.exception("a change of the replicas could not be followed")

@@ -85,9 +85,8 @@ async def answer_of(app: ASGIApp, call: ReplicaCall) -> AsyncGenerator[AnswerHea
         await task
     finally:
         left.set()
-        while not task.done():  # it may wait for room
-            if not pieces.empty():
-                pieces.get_nowait()
+        while not task.done():  # it may wait for room; the last that it puts in is None
+            await pieces.get()
             await asyncio.sleep(0)
 
 

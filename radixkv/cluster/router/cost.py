@@ -123,8 +123,9 @@ class CostRouter(RoutingRule):
         total_s = queued_s + compute_s + price_s
         tied = np.flatnonzero(total_s <= total_s.min() * (1 + TIE))
         chosen = int(tied[np.argmin(self._table[rows[tied], ASSIGNED])])
-        self.price.learn(found=float(held.max()), copied=float(copied[chosen]))
-        return Pick(candidates[chosen], "the least cost", partial(_costs, names, queued_s, compute_s, price_s, total_s))
+        costs = partial(_costs, names, queued_s, compute_s, price_s, total_s)
+        learn = partial(self.price.learn, found=float(held.max()), copied=float(copied[chosen]))
+        return Pick(candidates[chosen], "the least cost", costs, learn)
 
     def _learn(self, replica: ReplicaLoad, tokens: int, seconds: float) -> None:
         self._pooled = self._pooled.then(tokens, seconds)

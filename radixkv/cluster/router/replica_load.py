@@ -68,11 +68,12 @@ class ReplicaLoad:
 
 
 class Pick(NamedTuple):
-    """What a rule decided, why, and what makes the costs of the candidates."""
+    """What a rule decides, why, what makes the costs of the candidates, and what the rule learns if it comes to that."""
 
     replica: ReplicaLoad
     reason: str
     weigh: Callable[[], tuple[ReplicaCost, ...]] = tuple
+    learn: Callable[[], object] = bool  # nothing
 
 
 class RoutingRule:
@@ -103,7 +104,22 @@ class RoutingRule:
         if name in self.replicas:
             self.replicas[name].draining = True
 
+    def would_choose(self, request: RouteRequest, now: float, exclude: Collection[str] = ()) -> Choice:
+        pick, cached_tokens = self._decide(request, now, exclude)
+        return Choice(pick.replica.name, cached_tokens, pick.reason, pick.weigh)
+
     def choose(self, request: RouteRequest, now: float, exclude: Collection[str] = ()) -> Choice:
+        pick, cached_tokens = self._decide(request, now, exclude)
+        replica = pick.replica
+        pick.learn()
+        replica.take(request.request_id, max(1, request.prompt_tokens - cached_tokens), now)
+        self._replica_of[request.request_id] = replica
+        self._changed(replica)
+        self._age()
+        return Choice(replica.name, cached_tokens, pick.reason, pick.weigh)
+
+    def _decide(self, request: RouteRequest, now: float, exclude: Collection[str]) -> tuple[Pick, int]:
+        """What the rule says, and what that replica is thought to hold; nothing changes but what chance draws."""
         if request.prompt_tokens < 1:
             raise InvalidRequestError(f"a prompt must have at least 1 token, not {request.prompt_tokens}")
         if request.request_id in self._replica_of:
@@ -112,13 +128,8 @@ class RoutingRule:
         if not candidates:
             draining = sum(replica.draining for replica in self.replicas.values())
             raise NoReplicaError(known=len(self.replicas), draining=draining)
-        replica, reason, weigh = self._pick(request, now, candidates)
-        cached_tokens = min(request.prompt_tokens, request.held.get(replica.name, 0))
-        replica.take(request.request_id, max(1, request.prompt_tokens - cached_tokens), now)
-        self._replica_of[request.request_id] = replica
-        self._changed(replica)
-        self._age()
-        return Choice(replica.name, cached_tokens, reason, weigh)
+        pick = self._pick(request, now, candidates)
+        return pick, min(request.prompt_tokens, request.held.get(pick.replica.name, 0))
 
     def computed(self, request_id: str, now: float, computed_tokens: int | None = None) -> None:
         replica = self._replica_of.get(request_id)

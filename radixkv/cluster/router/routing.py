@@ -104,6 +104,9 @@ class Router(Protocol):
             of no tokens, or an id that runs already.
         """
 
+    def would_choose(self, request: RouteRequest, now: float, exclude: Collection[str] = ()) -> Choice:
+        """As `choose`, but nothing is queued and nothing learned. O(replicas)."""
+
     def computed(self, request_id: str, now: float, computed_tokens: int | None = None) -> None:
         """The prompt was computed: its first token came. O(1).
 
