@@ -31,7 +31,7 @@ from radixkv.models.loader import eos_token_ids, max_context_tokens
 from radixkv.models.probe import plug_in_paged_attention
 from radixkv.models.skinny_linear import speed_up_linears
 from radixkv.models.streaming import MAX_CONTEXT_TOKENS, Streaming
-from radixkv.publish.requirements import check_installed
+from radixkv.publish.requirements import PACKAGES as EVENT_PACKAGES
 from radixkv.tiers.page_store import PageStore
 
 
@@ -106,7 +106,7 @@ def assemble(
         raise ConfigError(f"model must be a loaded model, not {model!r}; to load one, use from_pretrained({model!r})")
     config = config or EngineConfig()
     if config.kv_events is not None:
-        check_installed()
+        EVENT_PACKAGES.check()
     weights = ""
     if asks_for_tiers(config):
         weights = hash_weights(model, weight_files, config)  # before anything is laid out anew

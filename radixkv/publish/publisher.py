@@ -19,7 +19,7 @@ from radixkv.errors import ConfigError
 from radixkv.publish import wire
 from radixkv.publish.event_queue import EventQueue
 from radixkv.publish.following import BATCH_EVENTS, Following
-from radixkv.publish.requirements import optional_module
+from radixkv.publish.requirements import PACKAGES
 from radixkv.publish.tier_feed import TierWatch
 from radixkv.publish.wire import WireEvent
 
@@ -97,8 +97,8 @@ class EventPublisher:
 
         Raises: ConfigError if an address is wrong or taken, or a tier has a publisher; MissingPackageError.
         """
-        self._zmq = optional_module("zmq")
-        optional_module("msgpack")
+        self._zmq = PACKAGES.module("zmq")
+        PACKAGES.module("msgpack")
         self._topic, self._epoch = topic.encode(), secrets.randbits(EPOCH_BITS)
         self._max_unread = checked_int("max_unread", max_unread, 1)
         self._kept: deque[tuple[int, bytes]] = deque(maxlen=checked_int("buffer_steps", buffer_steps, 1))

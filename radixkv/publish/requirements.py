@@ -1,27 +1,7 @@
-"""The optional packages that events need: imported here, when they are used."""
+"""The optional packages that events need."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from radixkv.config.optional_packages import OptionalPackages
 
-from radixkv.errors import MissingPackageError
-
-PACKAGES = {"zmq": "pyzmq", "msgpack": "msgpack"}
-"""Each module and the package that it comes with."""
-
-
-def optional_module(name: str) -> Any:
-    """A module of `PACKAGES`. Raises: MissingPackageError, which says what to install."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise MissingPackageError(
-            f"KV events need {PACKAGES[name]}, which is not installed; run: pip install 'radixkv[events]'"
-        ) from None
-
-
-def check_installed() -> None:
-    """Make sure that events can be sent and read. Raises: MissingPackageError."""
-    for name in PACKAGES:
-        optional_module(name)
+PACKAGES = OptionalPackages("a stream of KV events", "events", {"zmq": "pyzmq", "msgpack": "msgpack"})

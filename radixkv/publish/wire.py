@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from radixkv.cache.page_keys import root_key
-from radixkv.publish.requirements import optional_module
+from radixkv.publish.requirements import PACKAGES
 
 WireEvent: TypeAlias = "dict[str, Any]"
 POOL = "GPU"  # the medium of the pool, on whatever device: readers know no other name for what attention reads
@@ -88,19 +88,19 @@ def cleared(epoch: int, dropped: int = 0) -> WireEvent:
 
 def pack_batch(timestamp: float, events: Sequence[WireEvent]) -> bytes:
     """The payload of one message."""
-    packed: bytes = optional_module("msgpack").packb([timestamp, events, 0])
+    packed: bytes = PACKAGES.module("msgpack").packb([timestamp, events, 0])
     return packed
 
 
 def pack_info(info: dict[str, Any]) -> bytes:
     """What the end of an answer says."""
-    packed: bytes = optional_module("msgpack").packb(info)
+    packed: bytes = PACKAGES.module("msgpack").packb(info)
     return packed
 
 
 def unpack(payload: bytes) -> Any:
     """What `pack_batch` or `pack_info` packed. Raises: ValueError and others of msgpack if it is something else."""
-    return optional_module("msgpack").unpackb(payload)
+    return PACKAGES.module("msgpack").unpackb(payload)
 
 
 def pack_seq(seq: int) -> bytes:

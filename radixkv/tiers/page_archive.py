@@ -25,7 +25,7 @@ from radixkv.errors import TierError
 from radixkv.tiers.fingerprint import Fingerprint, differences
 from radixkv.tiers.page_record import payload_checksum
 from radixkv.tiers.page_store import FoundPage, NewPage, PageFacts, PageStore
-from radixkv.tiers.requirements import optional_module
+from radixkv.tiers.requirements import PACKAGES
 
 MAGIC = b"rkvpage1"
 _LENGTH = struct.Struct("<I")
@@ -156,12 +156,12 @@ def _name(written: bytes | None) -> str | None:
 
 
 def _write_block(file: BinaryIO, number: int, content: object) -> None:
-    packed: bytes = optional_module("msgpack").packb(content)
+    packed: bytes = PACKAGES.module("msgpack").packb(content)
     file.write(_LENGTH.pack(len(packed)) + packed + _checksum(number, packed))
 
 
 def _read_block(file: BinaryIO, number: int, kind: type | tuple[type, ...]) -> Any:
-    msgpack = optional_module("msgpack")
+    msgpack = PACKAGES.module("msgpack")
     length = file.read(_LENGTH.size)
     num_bytes = _LENGTH.unpack(length)[0] if len(length) == _LENGTH.size else 0
     packed = file.read(num_bytes) if num_bytes <= _MAX_BLOCK_BYTES else b""

@@ -30,7 +30,7 @@ from radixkv.tiers.page_index import StoredPage, shared_tokens
 from radixkv.tiers.page_record import NO_NAMES, DamagedRecordError, RecordFormat, payload_checksum
 from radixkv.tiers.page_slots import check_page
 from radixkv.tiers.page_store import FoundPage, NewPage, PageFacts, StoreStats
-from radixkv.tiers.requirements import optional_module
+from radixkv.tiers.requirements import PACKAGES
 from radixkv.tiers.store_counts import StoreCounts
 from radixkv.tiers.store_folder import store_identity
 
@@ -71,7 +71,7 @@ class SharedStore:
 
         Raises: ConfigError for another URL, MissingPackageError without the package redis.
         """
-        redis = optional_module("redis")
+        redis = PACKAGES.module("redis")
         parts = urlsplit(url)
         if parts.scheme not in _SCHEMES:
             raise ConfigError(f"a shared store is at redis://, rediss://, unix:// or valkey://, not {parts.scheme!r}")

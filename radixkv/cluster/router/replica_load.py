@@ -68,7 +68,7 @@ class ReplicaLoad:
 
 
 class Pick(NamedTuple):
-    """What a rule decides, why, what makes the costs of the candidates, and what the rule learns if it comes to that."""
+    """What a rule decides, why, what makes the costs of the candidates, and what the rule learns if it is done."""
 
     replica: ReplicaLoad
     reason: str

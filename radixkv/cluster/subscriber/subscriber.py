@@ -17,7 +17,7 @@ from radixkv.cluster.subscriber.index_sink import IndexSink
 from radixkv.cluster.subscriber.stream_state import AnswerEnd, Message, StreamState
 from radixkv.config.endpoints import check_endpoint
 from radixkv.publish import wire
-from radixkv.publish.requirements import optional_module
+from radixkv.publish.requirements import PACKAGES
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +79,8 @@ class KVEventSubscriber:
 
         Raises: MissingPackageError.
         """
-        self._zmq = optional_module("zmq")
-        optional_module("msgpack")
+        self._zmq = PACKAGES.module("zmq")
+        PACKAGES.module("msgpack")
         self.index, self.lower, self.lock = index, lower, threading.Lock()
         self._probe_s, self._answer_s = probe_s, answer_s
         self._replicas: dict[str, _Replica] = {}
