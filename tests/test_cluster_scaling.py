@@ -13,8 +13,8 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from radixkv_bench.cluster.fleets import free_port
 from radixkv_bench.common.redis_server import NO_SERVER, SERVER, running_redis
+from radixkv_bench.common.server_processes import free_port
 
 pytestmark = [
     pytest.mark.cluster,
