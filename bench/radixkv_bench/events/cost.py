@@ -20,7 +20,7 @@ from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.cache.events import PageRun, Prefix, Stored
 from radixkv.cache.namespace import SHARED
 from radixkv.publish.publisher import EventPublisher
-from radixkv.publish.requirements import optional_module
+from radixkv.publish.requirements import PACKAGES
 from radixkv_bench.common import models
 from radixkv_bench.common.command import Outcome, command, error_console
 from radixkv_bench.common.machine import environment
@@ -144,7 +144,7 @@ def _reading(publisher: EventPublisher) -> Iterator[None]:
 @contextmanager
 def _stalled(publisher: EventPublisher) -> Iterator[None]:
     """A consumer that reads nothing, and whose queue is full."""
-    zmq = optional_module("zmq")
+    zmq = PACKAGES.module("zmq")
     context = zmq.Context()
     try:
         live = context.socket(zmq.SUB)

@@ -82,15 +82,14 @@ def main(
             started = time.perf_counter()
             run()
             times[key].append(1e3 * (time.perf_counter() - started))
-    alone = float(np.median(times["alone", 0][1:]))
-    cells = [
-        {"asked": name, "rows_asking": asking, "ms": float(np.median(taken[1:]))}
-        for (name, asking), taken in times.items()
-    ]
+    medians = {key: float(np.median(taken[1:])) for key, taken in times.items()}
     report = {
         "rows": rows,
         "vocab_size": vocab_size,
-        "choices": [cell | {"times_alone": cell["ms"] / alone} for cell in cells],
+        "choices": [
+            {"asked": name, "rows_asking": asking, "ms": ms, "times_alone": ms / medians["alone", 0]}
+            for (name, asking), ms in medians.items()
+        ],
         "config": environment(),
     }
     return Outcome(report, partial(_print, report))

@@ -90,7 +90,8 @@ def _run(
 ) -> Row:
     rng = np.random.default_rng(case.batch)
     vocab = model.config.vocab_size
-    ratios, speeds = [], {"off": [], "cache": []}
+    ratios: list[float] = []
+    speeds: dict[str, list[float]] = {"off": [], "cache": []}
     same = True
     counts = Counter[str]()  # of the calls that are timed
     for turn in range(rounds):

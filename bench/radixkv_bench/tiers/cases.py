@@ -31,7 +31,9 @@ from radixkv_bench.tiers.workload import (
 
 def restart(model: PreTrainedModel, sizes: Sizes) -> Figures:
     """The first token of a prompt: computed, loaded by the next engine on the same path, and found in the pool."""
-    computed, loaded, dropped, again, found, read = [], [], [], [], [], []
+    computed, again, found, read = [], [], [], []
+    loaded: list[float] = []
+    dropped: list[float] = []
     for number in range(sizes.rounds):
         prompt = sizes.prompt(number)
         with tempfile.TemporaryDirectory() as folder:

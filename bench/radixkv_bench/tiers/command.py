@@ -18,7 +18,8 @@ from radixkv_bench.common.command import Outcome, command, error_console
 from radixkv_bench.common.errors import BenchError
 from radixkv_bench.common.options import RUN, ModelName, RandomModelSizes, Rounds, choose_model, size
 from radixkv_bench.common.tables import number_table
-from radixkv_bench.tiers.cases import CASES, Figures, Sizes
+from radixkv_bench.tiers.cases import CASES
+from radixkv_bench.tiers.workload import Figures, Sizes
 
 
 @command("tiers", plots=False)

@@ -22,7 +22,10 @@ WRITTEN = "written"
 
 def killed(model: PreTrainedModel, sizes: Sizes) -> Figures:
     """The first token of a prompt that an engine in another process computed, before it was killed (kill -9)."""
-    computed, loaded, dropped, found = [], [], [], []
+    computed: list[float] = []
+    loaded: list[float] = []
+    dropped: list[float] = []
+    found: list[float] = []
     with Engine(model, None, settings_of(sizes, 2 * sizes.prompt_tokens)) as plain:
         for number in range(sizes.rounds):
             prompt = sizes.prompt(number)
