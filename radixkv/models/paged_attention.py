@@ -111,18 +111,26 @@ class _FlattenedPositions:
 
 
 def flattened_forward(
-    model: PreTrainedModel, input_ids: Tensor, positions: Tensor, logits_of: Tensor, context: AttentionContext
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    positions: Tensor,
+    logits_of: Tensor,
+    context: AttentionContext,
+    past_key_values: Any | None = None,
 ) -> Tensor:
     """One forward pass over a flattened batch.
 
     Args:
         input_ids, positions: int64 [tokens]
         logits_of: int64 [n], the rows whose logits are wanted
+        past_key_values: what stands in for transformers' cache, where layers ask it for states.
 
     Returns: logits, [n, vocab_size].
     """
     tunes_temperature = getattr(model.config.get_text_config(), "attn_temperature_tuning", False)
     cache = {"past_key_values": _FlattenedPositions(positions)} if tunes_temperature else {}
+    if past_key_values is not None:
+        cache = {"past_key_values": past_key_values}
     try:
         output = model(
             input_ids=input_ids[None],
