@@ -228,10 +228,10 @@ def test_broken_invariants_are_found(damage: Callable[[WindowPages, NDArray[np.i
     windows.take(pages)
     pins = np.array([1] * 4 + [0] * 28)
     in_tree = np.zeros(32, bool)
-    windows.check_invariants(pins, in_tree)
+    windows.check_invariants(pins, in_tree, [])
     damage(windows, pages[:1])
     with pytest.raises(InvariantError, match=message):
-        windows.check_invariants(pins, in_tree)
+        windows.check_invariants(pins, in_tree, [])
 
 
 # -- a cache with simulated KV ------------------------------------------------------------------------------------

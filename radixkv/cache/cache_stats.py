@@ -29,6 +29,9 @@ class CacheStats(NamedTuple):
     Of `window_pages`, which the layers that see a window share, `free_window_pages` are lent to no page, and
     `evictable_window_pages` to cached pages alone; `window_pages_taken_back` counts those that cached pages lost so far
     (all four are 0 where every layer keeps everything).
+    Of `states` of recurrent layers that there is room for, `free_states` hold nothing, and `evictable_states` are kept
+    by the cache alone; `states_taken_back` counts those that it lost for others' sake so far (all four are 0 where no
+    layer keeps a state).
     `estimated_hit_rates` tell, from a sample of the traffic, what pools of other sizes would bring (empty without
     diagnostics). `broken_promise_tokens` of the `evicted_tokens` were to be kept longer (`keep_for_s`), and
     `eviction_ages` tell how long the evicted tokens had not been used (nothing is counted without diagnostics).
@@ -51,6 +54,10 @@ class CacheStats(NamedTuple):
     free_window_pages: int = 0
     evictable_window_pages: int = 0
     window_pages_taken_back: int = 0
+    states: int = 0
+    free_states: int = 0
+    evictable_states: int = 0
+    states_taken_back: int = 0
     estimated_hit_rates: tuple[SizeEstimate, ...] = ()
     broken_promise_tokens: int = 0
     eviction_ages: EvictionAges = EvictionAges()

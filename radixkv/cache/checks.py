@@ -49,6 +49,6 @@ def check_cache(
             raise InvariantError(f"{node} is pinned by {locks[id(node)]} leases")
         if node.lock_ref == 0 and (expected[node.page_ids] > 1).any():
             raise InvariantError(f"{node} is unpinned, and a lease holds one of its pages")
-    residency.check_invariants(pins, in_tree)
+    residency.check_invariants(pins, in_tree, [lease.claim for lease in leases])
     if shares is not None:
         shares.check_invariants(leases)

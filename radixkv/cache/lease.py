@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.cache.namespace import Namespace
+from radixkv.cache.residency.residency import HeldTokens
 from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, token_array
 from radixkv.cache.tree.node import PartialPage, TreeNode
+from radixkv.cache.tree.page_ids import PageBytes
 from radixkv.errors import ClosedError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -153,8 +155,33 @@ class Lease:
         return self._claim.seen_pages(self.pages)
 
     def coverable_tokens(self) -> int:
-        """Up to which token `cover` could go now, if nothing is given up before. O(1)."""
+        """Up to which token `cover` could, or should, go now, if nothing is given up before. O(1).
+
+        With recurrent states it stops where hits are expected to end, so that a state is kept there.
+        """
         return self._claim.coverable_tokens(self.capacity_tokens)
+
+    @property
+    def claim(self) -> Claim:
+        """Its share of what pages need besides."""
+        return self._claim
+
+    def checkpoint_at(self, num_tokens: int) -> None:
+        """Expect hits to end after so many tokens. Of use where layers keep states: see `coverable_tokens`. O(1)."""
+        self._check_open()
+        self._claim.checkpoint_at(num_tokens)
+
+    def advance(self, num_tokens: int) -> None:
+        """Note that the first `num_tokens` tokens, to which `cover` went, are computed. O(1). Raises: ClosedError."""
+        self._check_open()
+        self._claim.advance(num_tokens)
+
+    def state_slots(self) -> tuple[int, ...]:
+        """The slots of recurrent states that the next step reads and writes; () in a cache without such states. O(1).
+
+        At the start of a sequence nothing is read, and both are the same.
+        """
+        return self._claim.state_slots()
 
     def cover(self, first: int, last: int) -> None:
         """Get ready to compute the tokens `[first, last)`, for which the lease has pages, in layers of a window.
@@ -212,9 +239,13 @@ class Lease:
         self._unpin(before)  # from here on a policy may fail: what was done so far stands
         rest = tokens[whole_tokens:]
         is_shared = cache.shares_partial_pages or not len(rest)
+        page_runs: list[PageBytes] = [self.pages[:num_pages].data]
         if is_shared and len(rest):
-            self._share_tail(rest, int(self.pages[num_pages]))
+            page_runs.append(np.array([self._share_tail(rest, int(self.pages[num_pages]))], np.int32).data)
             self._known = tokens.tobytes()
+        self._claim.share(
+            HeldTokens(self._namespace, tokens if is_shared else tokens[:whole_tokens], page_runs), shared_pages
+        )
         self._drop_source(len(tokens))
         if self._priority or self._keep_for_s is not None:
             cache.tree.retain(self._node, priority=self._priority, keep_for_s=self._keep_for_s)
@@ -264,16 +295,20 @@ class Lease:
             if before.is_tail(self._cache.page_size):
                 self._cache.remove(before)
 
-    def _share_tail(self, rest: NDArray[np.int32], page: int) -> None:
-        """Let others copy the tokens of a last page in part; nothing to do if they can from somebody else's page."""
+    def _share_tail(self, rest: NDArray[np.int32], page: int) -> int:
+        """Let others copy the tokens of a last page in part; nothing to do if they can from somebody else's page.
+
+        Returns: the page that they copy from.
+        """
         tree = self._cache.tree
         while (found := tree.find_partial(self._node, rest)) is not None and found.num_tokens == len(rest):
             if not self._is_worn_out(found):
-                return
+                return found.page
             self._cache.remove(found.node)
         tail = tree.insert_tail(self._node, rest, page)
         self._cache.allocator.retain(np.array([page], np.int32))
         tree.dec_lock_ref(self._move_pin(tail))
+        return page
 
     def _is_worn_out(self, found: PartialPage) -> bool:
         """Whether it is a tail that has lost its window page, so that nobody can copy it, and that nobody pins."""

@@ -29,7 +29,7 @@ from radixkv.cache.lease import Lease
 from radixkv.cache.namespace import SHARED, Namespace
 from radixkv.cache.quotas.accounts import QuotaKey, checked_quotas
 from radixkv.cache.quotas.shares import Shares
-from radixkv.cache.residency.residency import Claim, Everywhere, Residency
+from radixkv.cache.residency.residency import Claim, Everywhere, HeldTokens, Residency
 from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.cache.tree.node import MatchResult, PartialPage, TreeNode
 from radixkv.cache.tree.radix_tree import RadixTree
@@ -171,6 +171,11 @@ class PrefixCache:
         return self._copy_page is not None
 
     @property
+    def can_go_back(self) -> bool:
+        """Whether a request may drop the last tokens that it computed, and compute others in their place."""
+        return self.residency.can_go_back
+
+    @property
     def residency_changes(self) -> int:
         """A number that grows when pages may lose or gain what the residency gives them. Watches are not told. O(1)."""
         return self.residency.num_changes
@@ -194,12 +199,13 @@ class PrefixCache:
 
     def _peek(self, ids: NDArray[np.int32], namespace: Namespace) -> int:
         held_tokens, path = self.tree.peek_tokens(ids, namespace)
-        return self.usable_tokens(path, held_tokens)
+        return self.usable_tokens(path, ids[:held_tokens], namespace)
 
-    def usable_tokens(self, path: Sequence[TreeNode], held_tokens: int) -> int:
-        """How many of the tokens that the tree holds along `path` a request would find. O(1); O(pages) with windows."""
-        tokens = self.residency.usable_tokens(path, held_tokens)
-        return tokens if self.shares_partial_pages else tokens // self.page_size * self.page_size
+    def usable_tokens(self, path: Sequence[TreeNode], held: NDArray[np.int32], namespace: Namespace) -> int:
+        """How many of the tokens `held`, which lie along `path`, a request would find. O(1); O(pages) with windows."""
+        if not self.shares_partial_pages:
+            held = held[: len(held) // self.page_size * self.page_size]
+        return self.residency.usable_tokens(HeldTokens(namespace, held, [node.pages for node in path]))
 
     def watch(
         self,
@@ -309,18 +315,12 @@ class PrefixCache:
             raise InvalidRequestError(f"{len(tokens)} tokens need a row of {num_pages} pages, not {len(own_row)}")
         self._reap()
         wanted = tokens if max_cached_tokens is None else tokens[:max_cached_tokens]
-        match = self.tree.match_tokens(wanted, namespace)
-        held_tokens = match.length
-        match, found_pages = self._usable(match, wanted, namespace)
+        match, partial, held_tokens = self._find(wanted, namespace, num_pages)
+        found_pages = match.pages
         num_found = len(found_pages)
         num_own_pages = num_pages - num_found
-        undo: list[tuple[Callable[[Any], object], Any]] = []
+        undo: list[tuple[Callable[[Any], object], Any]] = [(self.tree.dec_lock_ref, match.node)]
         try:
-            self.tree.inc_lock_ref(match.node)
-            undo.append((self.tree.dec_lock_ref, match.node))
-            partial = None
-            if match.length == held_tokens:
-                partial = self._find_partial(match.node, wanted[match.length :], num_own_pages, namespace)
             if partial is not None:  # stays until it is copied
                 self.tree.touch(partial.node)
                 self.tree.inc_lock_ref(partial.node)
@@ -331,7 +331,8 @@ class PrefixCache:
             pages[:num_found], pages[num_found:] = found_pages, own_pages
             cached_tokens = match.length + (0 if partial is None else partial.num_tokens)
             source = None if partial is None else partial.page
-            claim = self.residency.claim(pages, cached_tokens, held_tokens, source)
+            found = HeldTokens(namespace, tokens[:cached_tokens], match.page_runs)
+            claim = self.residency.claim(pages, found, held_tokens, source)
             undo.append((claim.release, pages))
             if partial is not None:
                 self._copy(partial, int(own_pages[0]))
@@ -440,7 +441,7 @@ class PrefixCache:
     def stats(self) -> CacheStats:
         """What the cache holds now, and what it did so far. O(quotas), with a summation of some thousand numbers."""
         self._reap()
-        side_pages = self.residency.side_pages()
+        side_pages, states = self.residency.side_pages(), self.residency.states()
         return CacheStats(
             num_pages=self.num_pages,
             page_size=self.page_size,
@@ -458,6 +459,10 @@ class PrefixCache:
             free_window_pages=side_pages.free,
             evictable_window_pages=side_pages.evictable,
             window_pages_taken_back=side_pages.num_taken_back,
+            states=states.total,
+            free_states=states.free,
+            evictable_states=states.evictable,
+            states_taken_back=states.num_taken_back,
             estimated_hit_rates=self.estimate_hit_rates(),
             broken_promise_tokens=self.tree.broken_promise_tokens,
             eviction_ages=EvictionAges() if self._diagnostics is None else self._diagnostics.ages.ages(),
@@ -560,28 +565,49 @@ class PrefixCache:
         curve = self._diagnostics.curve
         return tuple(SizeEstimate(factor, size, curve.hit_rate(size)) for factor, size in sizes.items())
 
-    def _usable(
-        self, match: MatchResult, wanted: NDArray[np.int32], namespace: Namespace
-    ) -> tuple[MatchResult, NDArray[np.int32]]:
-        """`match`, or the longest part of it after which a request can go on in all layers; and its pages."""
-        pages = match.pages
-        usable = self.residency.usable_pages(pages)
-        if usable < len(pages):
-            match = self.tree.match_tokens(wanted[: usable * self.page_size], namespace)
-            pages = match.pages
-        return match, pages
+    def _find(
+        self, wanted: NDArray[np.int32], namespace: Namespace, num_pages: int
+    ) -> tuple[MatchResult, PartialPage | None, int]:
+        """The longest part of `wanted` after which a request with `num_pages` can go on, and pin its whole pages.
 
-    def _find_partial(
-        self, node: TreeNode, rest: NDArray[np.int32], num_pages: int, namespace: Namespace
-    ) -> PartialPage | None:
-        """What can be copied of the page after `node`; None where its source is needed to make room."""
-        if self._copy_page is None or not len(rest):
-            return None
-        found = self.tree.find_partial(node, rest)
-        if found is None or not self.residency.holds(found.page):
-            return None
-        held = len(found.node.page_ids) if found.node.lock_ref == 0 else 0
-        return found if num_pages <= self.available_to(namespace) - held else None
+        Returns: its whole pages, what can be copied of the page after them, and how many tokens the tree holds, usable
+            or not.
+        """
+        held_tokens = None
+        while True:
+            match = self.tree.match_tokens(wanted, namespace)
+            partial = self._find_partial(match.node, wanted[match.length :])
+            found_tokens = match.length + (0 if partial is None else partial.num_tokens)
+            held_tokens = found_tokens if held_tokens is None else held_tokens
+            usable = self._usable(match, partial, wanted[:found_tokens], namespace)
+            if usable in (match.length, found_tokens):
+                partial = partial if usable == found_tokens else None
+                self.tree.inc_lock_ref(match.node)
+                if partial is None or self._can_copy(partial, num_pages - len(match.pages), namespace):
+                    return match, partial, held_tokens
+                usable = self._usable(match, None, wanted[: match.length], namespace)
+                if usable == match.length:
+                    return match, None, held_tokens
+                self.tree.dec_lock_ref(match.node)
+            wanted = wanted[:usable]
+
+    def _usable(
+        self, match: MatchResult, partial: PartialPage | None, held: NDArray[np.int32], namespace: Namespace
+    ) -> int:
+        """How many of the tokens `held`, which were found there, may be hit."""
+        runs = match.page_runs
+        if partial is not None:
+            runs = [*runs, np.array([partial.page], np.int32).data]
+        return self.residency.usable_tokens(HeldTokens(namespace, held, runs))
+
+    def _find_partial(self, node: TreeNode, rest: NDArray[np.int32]) -> PartialPage | None:
+        """What could be copied of the page after `node`."""
+        return self.tree.find_partial(node, rest) if self._copy_page is not None and len(rest) else None
+
+    def _can_copy(self, partial: PartialPage, num_pages: int, namespace: Namespace) -> bool:
+        """Whether `num_pages` can be had while the source of a copy, which is not pinned yet, stays."""
+        held = len(partial.node.page_ids) if partial.node.lock_ref == 0 else 0
+        return num_pages <= self.available_to(namespace) - held
 
     def _copy(self, partial: PartialPage, target: int) -> None:
         assert self._copy_page is not None, "nothing to copy with"

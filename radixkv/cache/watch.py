@@ -95,7 +95,7 @@ class PrefixWatch:
         next_page = self._tokens[end : end + tree.page_size].tobytes()
         self._changes = subscriptions.add(self._subscription, node, self._namespace, next_page)
         self._residency_changes = self._cache.residency.num_changes
-        self.cached_tokens = self._cache.usable_tokens(path, held_tokens)
+        self.cached_tokens = self._cache.usable_tokens(path, self._tokens[:held_tokens], self._namespace)
         return self.cached_tokens
 
     def close(self) -> None:

@@ -72,6 +72,27 @@ class EngineConfig:
             "needs",
         ),
     ] = None
+    state_slots: Annotated[
+        int | None,
+        Setting(
+            "States of recurrent layers that there is room for: two of each running request, and those that the cache "
+            "keeps. A hit ends where a state was kept.",
+            unit="states",
+            minimum=3,
+            maximum=MAX_COUNT,
+            unset="as many as fit in a third of the memory for KV, or in as much again as `kv_cache_tokens` take; at "
+            "most 4 for each running request",
+        ),
+    ] = None
+    state_interval_tokens: Annotated[
+        int,
+        Setting(
+            "Prefills of models with recurrent layers stop at multiples of it, where a state is kept.",
+            unit="tokens",
+            minimum=1,
+            maximum=MAX_COUNT,
+        ),
+    ] = 1024
     window: Annotated[
         int | None,
         Setting(

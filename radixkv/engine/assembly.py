@@ -21,6 +21,7 @@ from radixkv.engine.gpu_sampling import DeviceSampler, sampling_kernels
 from radixkv.engine.graphs import make_graphs
 from radixkv.engine.intake import ContextLimit, Intake
 from radixkv.engine.kv_memory import KVMemory, Pool, make_kv_memory
+from radixkv.engine.recurrent_states import RecurrentStates
 from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.engine.runner import ModelRunner, Runner
 from radixkv.engine.sampling import Sampler
@@ -28,7 +29,7 @@ from radixkv.engine.tier_stores import asks_for_tiers, hash_weights, make_stores
 from radixkv.errors import ConfigError
 from radixkv.models.fused_decoder import fuse
 from radixkv.models.loader import eos_token_ids, max_context_tokens
-from radixkv.models.probe import plug_in_paged_attention
+from radixkv.models.probe import plug_in_paged_attention, recurrent_modules
 from radixkv.models.skinny_linear import speed_up_linears
 from radixkv.models.streaming import MAX_CONTEXT_TOKENS, Streaming
 from radixkv.publish.requirements import PACKAGES as EVENT_PACKAGES
@@ -111,6 +112,9 @@ def assemble(
     if asks_for_tiers(config):
         weights = hash_weights(model, weight_files, config)  # before anything is laid out anew
     layers = plug_in_paged_attention(model.eval())
+    recurrent = recurrent_modules(model)
+    if recurrent is not None:
+        _check_recurrent(config, drafter)
     speed_up_linears(model)
     fused = fuse(model, layers) if config.fused_layers else None
     context_tokens = max_context_tokens(model.config)
@@ -130,11 +134,15 @@ def assemble(
         config,
         context_tokens=context_tokens,
         scratch_pages=int(on_gpu),  # CUDA graphs pad batches with a page that the cache does not know
+        state_shapes=() if recurrent is None else recurrent.shapes,
     )
+    states = None
+    if recurrent is not None and memory.states is not None:
+        states = RecurrentStates(model, recurrent, memory.states)
     limit = _context_limit(context_tokens, config, memory)
     resolved = _resolve(config, model, memory, limit)
     graphs = None
-    if on_gpu and streaming is None:
+    if on_gpu and streaming is None and states is None:
         graphs = make_graphs(model, memory.backend, resolved, scratch_page=memory.sizes.num_pages)
     vocab_size = model.config.get_text_config().vocab_size
     if drafter is None and config.speculate == "cache":
@@ -147,7 +155,7 @@ def assemble(
         pool=memory.pool,
         cache=memory.cache,
         kv_bytes_per_token=memory.bytes_per_token,
-        runner=ModelRunner(model, memory.backend, graphs, streaming, fused),
+        runner=ModelRunner(model, memory.backend, graphs, streaming, fused, states),
         sampler=Sampler(),
         device_sampler=DeviceSampler(sampling_kernels(), model.device, config.seed) if on_gpu else None,
         limit=limit,
@@ -156,6 +164,22 @@ def assemble(
         stores=stores,
         speculation=None if drafter is None else Speculation(drafter, vocab_size),
     )
+
+
+def _check_recurrent(config: EngineConfig, drafter: Drafter | None) -> None:
+    """Raise ConfigError for what a state does not allow."""
+    if drafter is not None or config.speculate != "off":
+        raise ConfigError(
+            "speculate and drafter are not for models with recurrent layers: what a rejected draft left in their state "
+            "cannot be taken back"
+        )
+    if config.window is not None:
+        raise ConfigError("window is not for models with recurrent layers: their state has no window")
+    if asks_for_tiers(config):
+        raise ConfigError(
+            "disk_cache, host_cache_gb and shared_cache are not for models with recurrent layers yet: they keep pages "
+            "without the states that belong to them"
+        )
 
 
 def _context_limit(context_tokens: int | None, config: EngineConfig, memory: KVMemory) -> ContextLimit:
@@ -178,6 +202,7 @@ def _resolve(config: EngineConfig, model: PreTrainedModel, memory: KVMemory, lim
         device=str(model.device),
         kv_cache_tokens=num_pages * config.page_size,
         window_cache_tokens=None if num_window_pages is None else num_window_pages * config.page_size,
+        state_slots=None if memory.states is None else memory.states.num_slots,
         attention_backend=memory.backend.name,
         long_extends=memory.backend.long_extends if isinstance(memory.backend, ChoosesExtends) else None,
         max_running_requests=config.max_running_requests or min(256, config.max_batch_tokens),

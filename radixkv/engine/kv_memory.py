@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -11,10 +12,12 @@ from radixkv.attention.split_backend import make_split_backend, sees_window, spl
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.residency.window_pages import WindowPages
 from radixkv.config import EngineConfig
+from radixkv.engine.state_memory import make_state_memory
 from radixkv.errors import ConfigError
 from radixkv.memory.kv_pool import KVPool, kv_budget_of, num_pages_that_fit
 from radixkv.memory.quantized_pool import kv_bytes_per_token, make_kv_pool
 from radixkv.memory.split_pool import SplitKVPool
+from radixkv.memory.state_pool import StatePool, StateShape
 
 Pool: TypeAlias = "KVPool | SplitKVPool"
 
@@ -37,6 +40,7 @@ class KVMemory(NamedTuple):
     backend: AttentionBackend
     bytes_per_token: int  # of a token that every layer keeps
     sizes: PoolSizes
+    states: StatePool | None = None  # where layers keep a state
 
 
 class Sight(NamedTuple):
@@ -62,15 +66,21 @@ def make_kv_memory(
     *,
     context_tokens: int | None,
     scratch_pages: int,
+    state_shapes: Sequence[StateShape] = (),
 ) -> KVMemory:
     """Pools of the sizes that `config` asks for, a cache and a backend over them.
 
     Args:
         context_tokens: prompt and output of one request at most, as far as the model says.
         scratch_pages: pages that the cache does not know.
+        state_shapes: what layers keep of a sequence in place of KV. Layers that see a window keep all KV then.
 
     Raises: ConfigError.
     """
+    if state_shapes:
+        return _with_states(backend_class, needs, config, state_shapes, scratch_pages)
+    if config.state_slots is not None:
+        raise ConfigError("state_slots is for models with recurrent layers, and this one has none")
     sight = Sight.of(needs)
     sizes = pool_sizes(needs, sight, config, context_tokens)
     kept = [layer.kv for layer in needs.layers]
@@ -99,6 +109,34 @@ def make_kv_memory(
         windows.window_page_of,
     )
     return KVMemory(split, cache, backend, bytes_per_token, sizes)
+
+
+def _with_states(
+    backend_class: BackendClass,
+    needs: AttentionNeeds,
+    config: EngineConfig,
+    state_shapes: Sequence[StateShape],
+    scratch_pages: int,
+) -> KVMemory:
+    if config.window_cache_tokens is not None:
+        raise ConfigError(
+            "window_cache_tokens is not for models with recurrent layers: their layers with a window keep all tokens"
+        )
+    kept = [layer.kv for layer in needs.layers]
+    bytes_per_token = kv_bytes_per_token(kept, needs.kv_dtype, needs.dtype)
+    states, slots = make_state_memory(state_shapes, config, bytes_per_token, needs.device)
+    num_pages = _pages(config.kv_cache_tokens, config.page_size)
+    if num_pages is None:
+        num_pages = num_pages_that_fit(
+            bytes_per_token,
+            config.page_size,
+            device=needs.device,
+            mem_fraction=config.mem_fraction,
+            taken_bytes=states.num_bytes,
+        )
+    pool = _pool(backend_class, needs, num_pages + scratch_pages)
+    cache = PrefixCache(num_pages, config.page_size, config.eviction_policy, copy_page=pool.copy_page, residency=slots)
+    return KVMemory(pool, cache, backend_class(pool, needs), bytes_per_token, PoolSizes(num_pages, None), states)
 
 
 def pool_sizes(

@@ -14,8 +14,8 @@ class ResolvedConfig:
     """As `EngineConfig`, with a value for each setting that was "auto" or None.
 
     What may still be None says that there is no such thing: `window_cache_tokens` if every layer keeps every page,
-    `window` without StreamingLLM, `long_extends` where the backend has one way, `disk_cache` and the other tiers, a
-    bound of the rate at which they are written, and addresses of events.
+    `state_slots` if no layer keeps a state, `window` without StreamingLLM, `long_extends` where the backend has one
+    way, `disk_cache` and the other tiers, a bound of the rate at which they are written, and addresses of events.
     """
 
     dtype: str
@@ -23,6 +23,8 @@ class ResolvedConfig:
     page_size: int
     kv_cache_tokens: int
     window_cache_tokens: int | None
+    state_slots: int | None
+    state_interval_tokens: int
     window: int | None
     sinks: int
     kv_cache_dtype: str

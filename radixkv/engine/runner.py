@@ -13,6 +13,7 @@ from radixkv.attention.backend import AttentionBackend, AttentionPlan
 from radixkv.attention.metadata import AttentionMetadata, to_device
 from radixkv.attention.program_plan import ProgramPlan
 from radixkv.engine.graphs import GraphRunner
+from radixkv.engine.recurrent_states import RecurrentStates
 from radixkv.engine.step_input import StepInput
 from radixkv.models.fused_decoder import FusedDecoder
 from radixkv.models.paged_attention import PagedContext, flattened_forward
@@ -50,6 +51,7 @@ class ModelRunner:
         graphs: runs the steps that it can by CUDA graphs.
         streaming: how window and sinks change attention, where there are any.
         fused: computes steps of few tokens in place of the model's modules, where it can.
+        states: what layers that keep a state read and write, if there are any.
     """
 
     def __init__(
@@ -59,12 +61,14 @@ class ModelRunner:
         graphs: GraphRunner | None = None,
         streaming: Streaming | None = None,
         fused: FusedDecoder | None = None,
+        states: RecurrentStates | None = None,
     ) -> None:
         self.model = model
         self.backend = backend
         self._graphs = graphs
         self._streaming = streaming
         self._fused = fused
+        self._states = states
 
     @torch.inference_mode()
     def run(self, step: StepInput, input_ids: Tensor | None = None) -> Tensor:
@@ -87,7 +91,9 @@ class ModelRunner:
                 return found.float()
         adjustment = None if self._streaming is None else self._streaming.step(metadata.positions)
         context = PagedContext(plan, self.backend.num_layers, adjustment)
-        if fused is not None:
+        if self._states is not None:
+            logits = self._states.forward(step, input_ids, metadata.positions, logits_of, context)
+        elif fused is not None:
             logits = fused.run(input_ids, metadata.positions, logits_of, context)
         else:
             logits = flattened_forward(self.model, input_ids, metadata.positions, logits_of, context)

@@ -205,11 +205,11 @@ class Scheduler:
         """The step after one that computes the last token of each of `requests`, before its tokens are known.
 
         It is certain if they are all that run and nobody waits, and takes nobody's pages: those that the next tokens
-        need must be free or evictable.
+        need must be free or evictable. It may be in vain, so requests must be able to go back.
 
         Returns: None if it is not certain.
         """
-        if self.waiting or self.loading or len(requests) != len(self.running):
+        if self.waiting or self.loading or len(requests) != len(self.running) or not self._cache.can_go_back:
             return None
         for request in requests:
             assert request.lease is not None, request
@@ -226,6 +226,8 @@ class Scheduler:
         """Note that the KV of `span` is in the pages now, and share it while the prompt is being computed."""
         request = span.request
         request.num_computed = span.last
+        if request.lease is not None:
+            request.lease.advance(span.last)
         if span.num_drafted:
             request.num_computed = request.num_tokens - 1  # what was accepted, and nothing behind it
             if request.lease is not None:
@@ -435,6 +437,8 @@ class Scheduler:
             return False
         request.lease = lease
         request.row = row
+        if len(request.choice_ids) > 1:
+            lease.checkpoint_at(limit)  # where the other choices begin
         request.num_computed = request.num_shared = lease.cached_tokens
         if request.cached_tokens is None:
             request.was_found(lease.cached_tokens)

@@ -26,12 +26,15 @@ class StepInput(NamedTuple):
         logits_of: int64 [sequences + …], the last row of each sequence. Those that do not sample have logits too:
             logits that are not finite betray KV that must not be shared. Then, sequence by sequence, the other rows
             that `prompt_logprobs` or the check of a draft needs.
+        state_slots: int64 [sequences, 2], where layers that keep a state read that of each sequence, and write the
+            next one; [sequences, 0] where no layer does. At the start of a sequence nothing is read.
     """
 
     request_ids: tuple[int, ...]
     token_ids: NDArray[np.int64]
     layout: BatchLayout
     logits_of: NDArray[np.int64]
+    state_slots: NDArray[np.int64]
 
 
 def make_step_input(spans: Sequence[Span], table: ReqToTokenPool, *, known_tokens: bool = True) -> StepInput:
@@ -48,6 +51,7 @@ def make_step_input(spans: Sequence[Span], table: ReqToTokenPool, *, known_token
         np.concatenate([np.empty(0, np.int64), *tokens]),
         layout,
         np.concatenate([layout.qo_indptr[1:].astype(np.int64) - 1, *_more_rows(spans, layout)]),
+        np.array([span.request.running()[0].state_slots() for span in spans], np.int64),
     )
 
 

@@ -229,13 +229,18 @@ def available_bytes(device: torch.device) -> int:
 
 
 def num_pages_that_fit(
-    bytes_per_token: int, page_size: int, *, device: torch.device, mem_fraction: float | None = None
+    bytes_per_token: int,
+    page_size: int,
+    *,
+    device: torch.device,
+    mem_fraction: float | None = None,
+    taken_bytes: int = 0,
 ) -> int:
-    """How many pages `mem_fraction` of the free memory of `device` holds.
+    """How many pages `mem_fraction` of the free memory of `device` holds, beside `taken_bytes` of it.
 
     Raises: ConfigError if not even one does.
     """
-    num_bytes = kv_budget_of(device, mem_fraction)
+    num_bytes = kv_budget_of(device, mem_fraction) - taken_bytes
     num_pages = num_bytes // (bytes_per_token * page_size)
     if num_pages < 1:
         raise ConfigError(

@@ -16,14 +16,14 @@ class StateShape(NamedTuple):
     Attributes:
         layer: index of the layer in the model.
         kind: "conv" for the last inputs of a convolution, "recurrent" for what a recurrence carries on.
-        index: number of the tensor among those of its kind in its layer.
+        number: of the tensor among those of its kind in its layer.
         shape: of one sequence, without the dimension of the batch.
         dtype: the layer's own.
     """
 
     layer: int
     kind: str
-    index: int
+    number: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 

@@ -213,7 +213,10 @@ def _run_step(
         for slot, (part, first, last) in enumerate(zip(tokens, firsts, ends, strict=True))
     ]
     positions = torch.cat(
-        [torch.arange(f, f + len(part), dtype=torch.int64, device=device) for f, part in zip(firsts, tokens, strict=True)]
+        [
+            torch.arange(f, f + len(part), dtype=torch.int64, device=device)
+            for f, part in zip(firsts, tokens, strict=True)
+        ]
     )
     rows = torch.tensor(ends, dtype=torch.int64, device=device) - 1
     step = recurrent.step(pool, spans)

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.cache.events import EventChannel, PageRun
-from radixkv.cache.tree.node import TreeNode
+from radixkv.cache.namespace import Namespace
+from radixkv.cache.tree.page_ids import PageBytes
 
 Pages: TypeAlias = NDArray[np.int32]
 
@@ -17,13 +18,35 @@ RefCounts: TypeAlias = Callable[[Pages], NDArray[np.int32]]
 """ref_counts(pages): how many references each of `pages` has, in the tree and in leases."""
 
 
+class HeldTokens(NamedTuple):
+    """Leading tokens of a prompt that the tree holds.
+
+    Attributes:
+        namespace: where they are.
+        tokens: int32, which they are.
+        page_runs: the pages with their KV in order, the last one perhaps in part; more may follow.
+    """
+
+    namespace: Namespace
+    tokens: NDArray[np.int32]
+    page_runs: Sequence[PageBytes]
+
+    @property
+    def pages(self) -> Pages:
+        """`page_runs` as one array, read-only. O(pages)."""
+        return np.frombuffer(b"".join(self.page_runs), np.int32)
+
+
 class SidePages(NamedTuple):
-    """How many pages a residency lends besides those of the cache."""
+    """How many things of one kind a residency lends besides the pages of the cache."""
 
     total: int
     free: int
     evictable: int
     num_taken_back: int  # from cached pages, since the cache was made
+
+
+NO_SIDE_PAGES = SidePages(0, 0, 0, 0)
 
 
 class Claim(Protocol):
@@ -34,7 +57,11 @@ class Claim(Protocol):
         ...
 
     def coverable_tokens(self, capacity_tokens: int) -> int:
-        """Up to which token `cover` could go now, for a lease with pages for `capacity_tokens`. O(1)."""
+        """Up to which token `cover` could, or should, go now, for a lease with pages for `capacity_tokens`. O(1)."""
+        ...
+
+    def checkpoint_at(self, num_tokens: int) -> None:
+        """Expect hits to end after so many tokens."""
         ...
 
     def cover(self, pages: Pages, first: int, last: int) -> None:
@@ -46,6 +73,18 @@ class Claim(Protocol):
 
     def uncover(self, pages: Pages, kept: int) -> None:
         """Undo `cover` for all but the first `kept` of `pages`, which the lease is about to give back. Cannot fail."""
+        ...
+
+    def advance(self, num_tokens: int) -> None:
+        """The first `num_tokens` tokens, to which `cover` went, are computed now. Cannot fail."""
+        ...
+
+    def share(self, held: HeldTokens, first_page: int) -> None:
+        """The tree holds `held` from now on, the pages from `first_page` on for the lease's sake. O(pages of these)."""
+        ...
+
+    def state_slots(self) -> tuple[int, ...]:
+        """Slots of recurrent states for the next step: the one to read and the one to write; () without such states."""
         ...
 
     def release(self, pages: Pages) -> None:
@@ -62,19 +101,20 @@ class Residency(Protocol):
 
     @property
     def num_changes(self) -> int:
-        """A number that grows whenever `usable_pages`, `usable_tokens` or `holds` may have changed."""
+        """A number that grows whenever `usable_tokens` or `holds` may have changed."""
+        ...
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether a request may drop the last tokens that it computed, and compute others in their place."""
         ...
 
     def attach(self, num_pages: int, page_size: int, ref_counts: RefCounts) -> None:
         """Serve a cache of that many pages. Raises: ConfigError if this was made for another size."""
         ...
 
-    def usable_pages(self, pages: Pages) -> int:
-        """How many of the leading whole `pages` of a prefix may be hit: the most after which a request can go on."""
-        ...
-
-    def usable_tokens(self, path: Sequence[TreeNode], num_tokens: int) -> int:
-        """How many of the `num_tokens` tokens that the tree holds along `path` may be hit, a last page in part too."""
+    def usable_tokens(self, held: HeldTokens) -> int:
+        """How many of the tokens that the tree holds may be hit: the most after which a request can go on."""
         ...
 
     def holds(self, page: int) -> bool:
@@ -86,13 +126,13 @@ class Residency(Protocol):
         for others."""
         ...
 
-    def claim(self, pages: Pages, cached_tokens: int, held_tokens: int, source: int | None) -> Claim:
+    def claim(self, pages: Pages, found: HeldTokens, held_tokens: int, source: int | None) -> Claim:
         """Pin what the next token of a new lease sees.
 
         Args:
             pages: those of the lease.
-            cached_tokens: how many leading tokens it found.
-            held_tokens: how many the tree holds, usable or not.
+            found: the leading tokens that it found, all of which are usable.
+            held_tokens: how many the tree holds in whole pages, and of the next one, usable or not.
             source: the page that the last of the found tokens will be copied from; None if all are in whole pages.
 
         Raises: OutOfPagesError if there is no room to copy to; nothing is pinned then.
@@ -112,15 +152,20 @@ class Residency(Protocol):
         ...
 
     def side_pages(self) -> SidePages:
-        """What it lends now. O(1)."""
+        """The window pages that it lends now. O(1)."""
         ...
 
-    def check_invariants(self, pins: NDArray[np.integer], in_tree: NDArray[np.bool_]) -> None:
+    def states(self) -> SidePages:
+        """The slots of recurrent states that it lends now. O(1)."""
+        ...
+
+    def check_invariants(self, pins: NDArray[np.integer], in_tree: NDArray[np.bool_], claims: Sequence[Claim]) -> None:
         """Prove its own invariants. O(num_pages).
 
         Args:
             pins: [num_pages], how many claims see each page.
             in_tree: [num_pages]
+            claims: those that were not released.
 
         Raises: InvariantError.
         """
@@ -144,6 +189,19 @@ class NoClaim:
     def uncover(self, pages: Pages, kept: int) -> None:
         """Nothing to do."""
 
+    def checkpoint_at(self, num_tokens: int) -> None:
+        """Nothing to do: hits may end anywhere."""
+
+    def advance(self, num_tokens: int) -> None:
+        """Nothing to do."""
+
+    def share(self, held: HeldTokens, first_page: int) -> None:
+        """Nothing to do."""
+
+    def state_slots(self) -> tuple[int, ...]:
+        """There are none."""
+        return ()
+
     def release(self, pages: Pages) -> None:
         """Nothing to do."""
 
@@ -156,16 +214,17 @@ class Everywhere:
         """Nothing ever changes."""
         return 0
 
+    @property
+    def can_go_back(self) -> bool:
+        """Always: KV is overwritten where it lies."""
+        return True
+
     def attach(self, num_pages: int, page_size: int, ref_counts: RefCounts) -> None:
         """Any cache will do."""
 
-    def usable_pages(self, pages: Pages) -> int:
+    def usable_tokens(self, held: HeldTokens) -> int:
         """All of them."""
-        return len(pages)
-
-    def usable_tokens(self, path: Sequence[TreeNode], num_tokens: int) -> int:
-        """All of them."""
-        return num_tokens
+        return len(held.tokens)
 
     def holds(self, page: int) -> bool:
         """Always."""
@@ -175,7 +234,7 @@ class Everywhere:
         """Always: the cache's own pages are counted elsewhere."""
         return True
 
-    def claim(self, pages: Pages, cached_tokens: int, held_tokens: int, source: int | None) -> NoClaim:
+    def claim(self, pages: Pages, found: HeldTokens, held_tokens: int, source: int | None) -> NoClaim:
         """The same for every lease."""
         return _NO_CLAIM
 
@@ -190,9 +249,13 @@ class Everywhere:
 
     def side_pages(self) -> SidePages:
         """None."""
-        return SidePages(0, 0, 0, 0)
+        return NO_SIDE_PAGES
 
-    def check_invariants(self, pins: NDArray[np.integer], in_tree: NDArray[np.bool_]) -> None:
+    def states(self) -> SidePages:
+        """None."""
+        return NO_SIDE_PAGES
+
+    def check_invariants(self, pins: NDArray[np.integer], in_tree: NDArray[np.bool_], claims: Sequence[Claim]) -> None:
         """Nothing to prove."""
 
 

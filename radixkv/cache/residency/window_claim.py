@@ -9,7 +9,7 @@ import numpy as np
 from radixkv.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from radixkv.cache.residency.residency import Pages
+    from radixkv.cache.residency.residency import HeldTokens, Pages
     from radixkv.cache.residency.window_pages import WindowPages
 
 
@@ -68,6 +68,19 @@ class WindowClaim:
         if first < self._covered:
             self._windows.unpin_passed(pages[first : self._covered])
             self._covered = first
+
+    def checkpoint_at(self, num_tokens: int) -> None:
+        """Nothing to do: a hit may end wherever the window is."""
+
+    def advance(self, num_tokens: int) -> None:
+        """Nothing to do."""
+
+    def share(self, held: HeldTokens, first_page: int) -> None:
+        """Nothing to do."""
+
+    def state_slots(self) -> tuple[int, ...]:
+        """There are none."""
+        return ()
 
     def release(self, pages: Pages) -> None:
         """Unpin all; what a request ended on is taken back later than what it passed. O(pages seen)."""

@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.cache.events import EventChannel, PageRun
-from radixkv.cache.residency.residency import Pages, RefCounts, SidePages
+from radixkv.cache.residency.residency import NO_SIDE_PAGES, HeldTokens, Pages, RefCounts, SidePages
 from radixkv.cache.residency.window_claim import WindowClaim
 from radixkv.cache.residency.window_events import WindowEvents
-from radixkv.cache.tree.node import TreeNode
 from radixkv.errors import ConfigError, InvariantError, OutOfPagesError
 
 
@@ -107,14 +106,17 @@ class WindowPages:
         """Whether `page` has a window page, so that it can be copied in all layers."""
         return bool(self.window_page_of[page] != self.scratch)
 
-    def usable_tokens(self, path: Sequence[TreeNode], num_tokens: int) -> int:
-        """How many of the `num_tokens` tokens that the tree holds along `path` may be hit. O(pages)."""
-        if not path:
-            return num_tokens
-        whole, rest = divmod(num_tokens, self.page_size)
-        pages = np.concatenate([node.page_ids for node in path])
+    @property
+    def can_go_back(self) -> bool:
+        """Always, as far as the window reaches: KV is overwritten where it lies."""
+        return True
+
+    def usable_tokens(self, held: HeldTokens) -> int:
+        """How many of the tokens that the tree holds may be hit. O(pages)."""
+        whole, rest = divmod(len(held.tokens), self.page_size)
+        pages = held.pages
         valid = self.usable_pages(pages[:whole])
-        return num_tokens if valid == whole and (not rest or self.holds(pages[whole])) else valid * self.page_size
+        return len(held.tokens) if valid == whole and (not rest or self.holds(pages[whole])) else valid * self.page_size
 
     def usable_pages(self, pages: Pages) -> int:
         """How many of the leading `pages` of a sequence may be hit: the most after which the next token has all the
@@ -195,12 +197,12 @@ class WindowPages:
         """Take back the window pages of those of `pages` that one lease alone has, which sees them no more. O(pages)"""
         self.drop(pages[self._ref_counts(pages) == 1])  # in the tree they would count twice
 
-    def claim(self, pages: Pages, cached_tokens: int, held_tokens: int, source: int | None) -> WindowClaim:
+    def claim(self, pages: Pages, found: HeldTokens, held_tokens: int, source: int | None) -> WindowClaim:
         """Pin what the token after the hit sees; the last of its pages is about to be copied from `source`, if any.
 
         O(pages pinned). Raises: OutOfPagesError if there is no window page to copy to; nothing is pinned then.
         """
-        whole = cached_tokens // self.page_size
+        whole = len(found.tokens) // self.page_size
         claim = WindowClaim(
             self,
             covered=whole + (source is not None),
@@ -255,6 +257,10 @@ class WindowPages:
         """Window pages in all, free, evictable, and taken back so far. O(1)."""
         return SidePages(self.num_window_pages, self.num_free, self.num_evictable, self.num_taken_back)
 
+    def states(self) -> SidePages:
+        """None."""
+        return NO_SIDE_PAGES
+
     def _take_back(self, num: int) -> None:
         for queue in (self._passed, self._ended):
             while num > 0 and queue:
@@ -273,13 +279,14 @@ class WindowPages:
     def _is_current(self, page: int, stamp: int) -> bool:
         return bool(self._stamps[page] == stamp and self._pins[page] == 0 and self.window_page_of[page] != self.scratch)
 
-    def check_invariants(self, pins: NDArray[np.integer], in_tree: NDArray[np.bool_]) -> None:
+    def check_invariants(self, pins: NDArray[np.integer], in_tree: NDArray[np.bool_], claims: Sequence[object]) -> None:
         """Prove the invariants of the class docstring, and that pages which only leases hold are pinned if they have a
         window page. O(num_pages).
 
         Args:
             pins: [num_pages], how many leases see each page.
             in_tree: [num_pages]
+            claims: those that were not released.
 
         Raises: InvariantError.
         """

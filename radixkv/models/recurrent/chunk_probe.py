@@ -44,7 +44,7 @@ def _takes_chunks(found: RecurrentModule, example_tokens: int) -> bool:
     device = next((value.device for value in module.parameters()), torch.device("cpu"))
     shapes = [shape._replace(dtype=torch.float32) for shape in found.shapes]
     pool = StatePool(shapes, 3, device)
-    tensors = {(shape.kind, shape.index): number for number, shape in enumerate(shapes)}
+    tensors = {(shape.kind, shape.number): number for number, shape in enumerate(shapes)}
     states = ModuleStates(found.layer, found.num_states, tensors, takes_chunks=True)
     half = num_tokens // 2
     whole = _run(states, pool, module, found.call, num_tokens, StateSpan(0, num_tokens, None, 0))
@@ -69,7 +69,9 @@ def _run(
 
 def _repeated(call: Call, num_tokens: int, times: int) -> Call:
     """A call with the tokens of `call`, several times one after the other."""
-    args, kwargs = cut_arguments(tuple(call), num_tokens, lambda tensor: torch.cat([tensor] * times, dim=1), DynamicCache())
+    args, kwargs = cut_arguments(
+        tuple(call), num_tokens, lambda tensor: torch.cat([tensor] * times, dim=1), DynamicCache()
+    )
     return Call(args, kwargs)
 
 

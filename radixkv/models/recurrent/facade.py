@@ -42,14 +42,11 @@ class LayerStates:
         """All that it holds, by kind and index."""
         indexes = range(self.layer.number_of_states)
         return {
-            (kind, index): state
-            for kind in KINDS
-            for index in indexes
-            if (state := self.take(kind, index)) is not None
+            (kind, index): state for kind in KINDS for index in indexes if (state := self.take(kind, index)) is not None
         }
 
 
-class OneLayerCache(Cache):
+class OneLayerCache(Cache):  # type: ignore[misc]
     """What a recurrent module is handed as its cache, while it computes some sequences: the states of one layer."""
 
     def __init__(self, layer_index: int, states: LayerStates) -> None:
@@ -64,7 +61,7 @@ class StepStates(Protocol):
         ...
 
 
-class FlattenedCache(Cache):
+class FlattenedCache(Cache):  # type: ignore[misc]
     """Stands in for a cache that keeps nothing, while a flattened batch runs.
 
     Attributes:

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from radixkv.memory.state_pool import StateShape
@@ -39,7 +39,7 @@ class RecurrentModule(NamedTuple):
     call: Call
 
 
-class _RecordingCache(DynamicCache):
+class _RecordingCache(DynamicCache):  # type: ignore[misc]
     """transformers' own cache, which notes who asks it for states."""
 
     def __init__(self, config: Any, running: list[nn.Module]) -> None:
@@ -52,21 +52,25 @@ class _RecordingCache(DynamicCache):
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         self._note(layer_idx, "conv", state_idx)
-        return super().get_conv_state(layer_idx, state_idx)
+        state: Tensor | None = super().get_conv_state(layer_idx, state_idx)
+        return state
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
         self._note(layer_idx, "conv", state_idx)
-        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+        state: Tensor = super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+        return state
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         self._note(layer_idx, "recurrent", state_idx)
-        return super().get_recurrent_state(layer_idx, state_idx)
+        state: Tensor | None = super().get_recurrent_state(layer_idx, state_idx)
+        return state
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
         self._note(layer_idx, "recurrent", state_idx)
-        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+        state: Tensor = super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+        return state
 
 
 def keeps_states(model: PreTrainedModel) -> bool:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from radixkv.memory.state_pool import StatePool, StateShape
 from radixkv.models.paged_attention import AttentionContext
@@ -35,7 +35,7 @@ class RecurrentModules:
             ModuleStates(
                 each.layer,
                 each.num_states,
-                {(shape.kind, shape.index): next(numbers) for shape in each.shapes},
+                {(shape.kind, shape.number): next(numbers) for shape in each.shapes},
                 takes,
             )
             for each, takes in zip(found, takes_chunks, strict=True)
