@@ -125,10 +125,7 @@ class StateSlots:
         return StateClaim(self, slot, len(found.tokens), held_tokens)
 
     def hand_over(self, own: Pages, theirs: Pages) -> None:
-        """States in `own` pages, which leave the tree, belong to `theirs`, which hold the same tokens. O(pages)."""
-        for page, other in zip(own.tolist(), theirs.tolist(), strict=True):
-            for slot in list(self._of_page.get(page, ())):
-                self._move(slot, other)
+        """Nothing to do: whoever shared `theirs` moved the states of their tokens along."""
 
     def drop(self, pages: Pages) -> None:
         """`pages` are free now, and the states in them go. O(pages)."""
