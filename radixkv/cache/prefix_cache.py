@@ -396,7 +396,8 @@ class PrefixCache:
         held_tokens, _ = self.tree.peek_tokens(tokens, namespace)
         if not self.shares_partial_pages:
             held_tokens = held_tokens // self.page_size * self.page_size
-        return self._diagnostics.explain(tokens, namespace, cached_tokens, held_tokens)
+        shortfall = self.residency.shortfall
+        return self._diagnostics.explain(tokens, namespace, cached_tokens, held_tokens, shortfall)
 
     def explain_as_admin(
         self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None

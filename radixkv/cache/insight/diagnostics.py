@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hashlib import blake2b
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,10 +105,15 @@ class Diagnostics:
     # -- explanations ------------------------------------------------------------------------------------------------
 
     def explain(
-        self, tokens: NDArray[np.int32], namespace: Namespace, cached_tokens: int, held_tokens: int
+        self,
+        tokens: NDArray[np.int32],
+        namespace: Namespace,
+        cached_tokens: int,
+        held_tokens: int,
+        shortfall: Literal["window", "state"],
     ) -> Explanation:
         """Why no more than `cached_tokens` of `tokens` would be found now, of which the tree has `held_tokens`. Changes
-        nothing, and looks at nothing that belongs to another namespace.
+        nothing, and looks at nothing that belongs to another namespace. `shortfall` is the reason where it has more.
 
         O(tokens + page_size × pages remembered).
         """
@@ -117,7 +123,7 @@ class Diagnostics:
         if cached_tokens == len(tokens):
             reason = "hit"
         elif held_tokens > cached_tokens:
-            reason = "window"
+            reason = shortfall
         elif eviction is not None:
             reason = "evicted"
         elif self._is_rounded(len(tokens), cached_tokens, near_miss):

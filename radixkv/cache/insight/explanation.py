@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from radixkv.cache.insight.history import Eviction
 
-MissReason = Literal["hit", "window", "evicted", "other namespace", "page", "never seen"]
+MissReason = Literal["hit", "window", "state", "evicted", "other namespace", "page", "never seen"]
 CONTEXT_TOKENS = 16  # of a near miss that are shown on either side
 _SHOWN_IDS = 4  # of these, in one line
 
@@ -68,6 +68,8 @@ class Explanation(NamedTuple):
 
             "hit": it does not, all tokens are cached;
             "window": `given_up_tokens` more are cached, but no longer in the layers that see a window of tokens;
+            "state": `given_up_tokens` more are cached, but recurrent layers can go on from no later state: none is
+                kept there (any more);
             "evicted": the next page, or the end of a prompt in it, was cached and had to make room: see `eviction`;
             "other namespace": another namespace holds more of it: see `other_namespaces`; for administrators only;
             "page": whole pages alone are shared, and the next one is the same in part only, or the prompt ends in it;
@@ -78,7 +80,8 @@ class Explanation(NamedTuple):
         other_namespaces: how many others hold more of it; None if none does, or the caller is no administrator.
         near_miss: the cached sequence that agrees with it the longest; None if nothing agrees in the first token, or
             if all tokens are cached.
-        given_up_tokens: tokens after `cached_tokens` whose KV the layers with a window have lost, and others have not.
+        given_up_tokens: tokens after `cached_tokens` whose KV the layers with a window have lost, and others have not;
+            or whose KV is there, and no state of the recurrent layers.
         below: what the tiers below the pool hold beyond `cached_tokens`.
     """
 
@@ -105,6 +108,8 @@ class Explanation(NamedTuple):
                 f"{self.given_up_tokens} more are, but not in the layers that see a window of tokens: "
                 "their pages made room for others"
             )
+        if self.reason == "state":
+            return f"{self.given_up_tokens} more are, but no state of the recurrent layers is kept after any of them"
         if self.reason == "evicted":
             return self._why_evicted()
         if self.reason == "other namespace":

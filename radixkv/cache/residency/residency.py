@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from radixkv.cache.namespace import Namespace
 from radixkv.cache.tree.page_ids import PageBytes
 
 Pages: TypeAlias = NDArray[np.int32]
+Shortfall: TypeAlias = Literal["window", "state"]
 
 RefCounts: TypeAlias = Callable[[Pages], NDArray[np.int32]]
 """ref_counts(pages): how many references each of `pages` has, in the tree and in leases."""
@@ -102,6 +103,11 @@ class Residency(Protocol):
     @property
     def num_changes(self) -> int:
         """A number that grows whenever `usable_tokens` or `holds` may have changed."""
+        ...
+
+    @property
+    def shortfall(self) -> Shortfall:
+        """What is missing where the tree holds more of a prompt than `usable_tokens`."""
         ...
 
     @property
@@ -213,6 +219,11 @@ class Everywhere:
     def num_changes(self) -> int:
         """Nothing ever changes."""
         return 0
+
+    @property
+    def shortfall(self) -> Shortfall:
+        """Nothing is ever missing."""
+        return "window"
 
     @property
     def can_go_back(self) -> bool:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from radixkv.cache.events import EventChannel, PageRun
 from radixkv.cache.namespace import Namespace
-from radixkv.cache.residency.residency import NO_SIDE_PAGES, HeldTokens, Pages, RefCounts, SidePages
+from radixkv.cache.residency.residency import NO_SIDE_PAGES, HeldTokens, Pages, RefCounts, Shortfall, SidePages
 from radixkv.cache.residency.state_claim import StateClaim
 from radixkv.errors import ConfigError, InvariantError, OutOfPagesError
 
@@ -71,6 +71,11 @@ class StateSlots:
         self._of_page: dict[int, set[int]] = {}  # slots whose place is in a page of the tree
         self._passed: dict[int, None] = {}  # slots, the least recently used first
         self._ended: dict[int, None] = {}
+
+    @property
+    def shortfall(self) -> Shortfall:
+        """No state is kept there."""
+        return "state"
 
     @property
     def can_go_back(self) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.cache.events import EventChannel, PageRun
-from radixkv.cache.residency.residency import NO_SIDE_PAGES, HeldTokens, Pages, RefCounts, SidePages
+from radixkv.cache.residency.residency import NO_SIDE_PAGES, HeldTokens, Pages, RefCounts, Shortfall, SidePages
 from radixkv.cache.residency.window_claim import WindowClaim
 from radixkv.cache.residency.window_events import WindowEvents
 from radixkv.errors import ConfigError, InvariantError, OutOfPagesError
@@ -105,6 +105,11 @@ class WindowPages:
     def holds(self, page: int) -> bool:
         """Whether `page` has a window page, so that it can be copied in all layers."""
         return bool(self.window_page_of[page] != self.scratch)
+
+    @property
+    def shortfall(self) -> Shortfall:
+        """Layers that see a window have lost KV."""
+        return "window"
 
     @property
     def can_go_back(self) -> bool:
