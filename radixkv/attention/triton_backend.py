@@ -65,6 +65,8 @@ class TritonBackend:
             return f"needs compute capability 8.9 or newer to read fp8_e4m3 KV; use fp8_e5m2 on {needs.device}"
         if needs.dtype not in KV_DTYPES:
             return f"reads float32, float16 and bfloat16 KV, and the model's is {needs.dtype}"
+        if any(layer.params.key_bias is not None for layer in needs.layers):
+            return "has no biases of keys (ALiBi)"
         largest = MAX_HEAD_BYTES // needs.dtype.itemsize
         if (head_dim := largest_head_dim(needs)) > largest:
             return f"reads heads of at most {largest} values, and the model's have {head_dim}"
