@@ -17,7 +17,8 @@ from radixkv.kernels.torch_reference import dense_attention, visible_mask
 from radixkv.memory.kv_shape import LayerKV
 from radixkv.memory.latent_pool import LatentKV
 from radixkv.models.latent_attention import absorb_projections, expand_again, why_not_latent
-from radixkv.models.paged_attention import INTERFACE_NAME, AttentionContext, flattened_forward
+from radixkv.models.own_attention import replace_own_attention, restore_own_attention
+from radixkv.models.paged_attention import INTERFACE_NAME, AttentionContext, flattened_forward, set_implementation
 
 PROBE_LENGTHS = (11, 5)  # two sequences in one batch, of different lengths
 MAX_DIFFERENCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the logits, relative to their largest
@@ -57,7 +58,14 @@ class _ProbeContext:
             )
             outputs.append(
                 dense_attention(
-                    own_q, own_k, own_v, visible, scale=params.scale, softcap=params.softcap, sinks=params.sinks
+                    own_q,
+                    own_k,
+                    own_v,
+                    visible,
+                    scale=params.scale,
+                    softcap=params.softcap,
+                    sinks=params.sinks,
+                    bias=None if params.key_bias is None else params.key_bias.between(positions, len(own_q)),
                 )
             )
         return torch.cat(outputs)
@@ -82,20 +90,22 @@ def plug_in_paged_attention(model: PreTrainedModel) -> tuple[LayerAttention, ...
     _give_own_configs(model)
     if before == INTERFACE_NAME:  # asked for when the model was loaded
         before = "eager"
-        model.set_attn_implementation(before)
+        set_implementation(model, before)
     sequences = [_probe_ids(length, config.vocab_size).to(model.device) for length in PROBE_LENGTHS]
     expected = torch.cat([model(input_ids=ids[None], use_cache=False).logits[:, -1] for ids in sequences])
     try:
-        model.set_attn_implementation(INTERFACE_NAME)
+        set_implementation(model, INTERFACE_NAME)
         absorb_projections(model)
+        replace_own_attention(model)
         context = _ProbeContext(PROBE_LENGTHS)
         found = _run(model, sequences, context)
         _check(model, context, found, expected)
         if found.dtype not in MAX_DIFFERENCE:
             _check_isolation(model, sequences, found)
     except BaseException as error:
-        model.set_attn_implementation(before)
+        set_implementation(model, before)
         expand_again(model)
+        restore_own_attention(model)
         if not isinstance(error, Exception):
             raise
         if odd := sorted(set(getattr(config, "layers_block_type", None) or []) - {"attention"}):
