@@ -210,7 +210,6 @@ def test_a_model_that_is_refused_is_as_it_was(family: str, monkeypatch: pytest.M
     with pytest.raises(UnsupportedModelError):
         plug_in_paged_attention(model)
     assert [(type(module), sorted(vars(module))) for module in model.modules()] == before
-    assert model.config._attn_implementation in ("eager", "sdpa")
     assert torch.equal(logits_of(model, [5, 6, 7]), expected)
 
 
