@@ -137,7 +137,7 @@ _FALCON: Mapping[str, Any] = {
     "eos_token_id": 2,
 }
 
-OWN_ATTENTION: Mapping[str, Callable[[], hf.PretrainedConfig]] = {  # modules that compute attention by themselves
+_OWN_ATTENTION: Mapping[str, Callable[[], hf.PretrainedConfig]] = {  # modules that compute attention by themselves
     "bloom": lambda: hf.BloomConfig(
         vocab_size=VOCAB_SIZE, hidden_size=48, n_layer=2, n_head=6, bos_token_id=1, eos_token_id=2, pad_token_id=0
     ),
@@ -187,11 +187,11 @@ OWN_ATTENTION: Mapping[str, Callable[[], hf.PretrainedConfig]] = {  # modules th
         eos_token_id=2,
     ),
 }
-WITHOUT_KEYWORD: Mapping[str, Callable[[], hf.PretrainedConfig]] = {  # models that drop what is passed to `forward`
+_WITHOUT_KEYWORD: Mapping[str, Callable[[], hf.PretrainedConfig]] = {  # models that drop what is passed to `forward`
     "stablelm": lambda: hf.StableLmConfig(**with_common(qk_layernorm=True)),
     "nemotron": lambda: hf.NemotronConfig(**with_common()),
 }
-OLDER: Mapping[str, Callable[[], hf.PretrainedConfig]] = {**OWN_ATTENTION, **WITHOUT_KEYWORD}
+OLDER: Mapping[str, Callable[[], hf.PretrainedConfig]] = {**_OWN_ATTENTION, **_WITHOUT_KEYWORD}
 
 REFUSED: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
     "mamba2": lambda: hf.Mamba2Config(

@@ -31,11 +31,13 @@ class _Place(NamedTuple):
     Attributes:
         config: of the model; it says which attention is asked for.
         layer: its number.
+        before: the attention implementation that the model had.
         biases: of the model's layers, by their dtype and device.
     """
 
     config: PretrainedConfig
     layer: int
+    before: str
     biases: dict[tuple[torch.dtype, torch.device], KeyBias]
 
 
@@ -68,7 +70,7 @@ class OwnAttention(nn.Module):
         Returns: [1, tokens, num_q_heads, v_head_dim], in v's dtype.
         """
         place = self.radixkv
-        context = current_context(self, place.config, "eager")
+        context = current_context(self, place.config, place.before)
         bias = None
         if make_biases is not None:
             bias = place.biases.setdefault((v.dtype, v.device), KeyBias(make_biases))
@@ -279,8 +281,11 @@ KNOWN: Mapping[str, type[OwnAttention]] = {
 """By the names of transformers' classes, below `transformers.models`."""
 
 
-def replace_own_attention(model: PreTrainedModel) -> None:
-    """Let those modules of `model` that compute attention by themselves attend over pages, as far as they are known."""
+def replace_own_attention(model: PreTrainedModel, before: str) -> None:
+    """Let those modules of `model` that compute attention by themselves attend over pages, as far as they are known.
+
+    before: the attention implementation to go back to.
+    """
     biases: dict[tuple[torch.dtype, torch.device], KeyBias] = {}
     found = 0
     for module in model.modules():
@@ -289,7 +294,7 @@ def replace_own_attention(model: PreTrainedModel) -> None:
         if paged is not None:
             numbers = (getattr(module, name, None) for name in ("layer_idx", "layer_id"))
             layer = next((number for number in numbers if number is not None), found)  # some do not know theirs
-            module.radixkv = _Place(model.config, layer, biases)
+            module.radixkv = _Place(model.config, layer, before, biases)
             module.__class__ = _subclass(paged, kind)  # type: ignore[arg-type]  # a class is hashable
             found += 1
     if found:  # now it can be switched, as models with the interface can

@@ -96,7 +96,7 @@ def plug_in_paged_attention(model: PreTrainedModel) -> tuple[LayerAttention, ...
     try:
         set_implementation(model, INTERFACE_NAME)
         absorb_projections(model)
-        replace_own_attention(model)
+        replace_own_attention(model, before)
         context = _ProbeContext(PROBE_LENGTHS)
         found = _run(model, sequences, context)
         _check(model, context, found, expected)
