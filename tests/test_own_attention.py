@@ -17,7 +17,7 @@ from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.attention.backend import AttentionParams
 from radixkv.errors import UnsupportedModelError
 from radixkv.hf import RadixCache
-from radixkv.memory.sizing import kv_shape_from_config
+from radixkv.memory.sizing import kv_shape_from_config, layers_from_config
 from radixkv.models.own_attention import OwnAttention
 from radixkv.models.paged_attention import flattened_forward
 from radixkv.models.probe import plug_in_paged_attention
@@ -114,6 +114,12 @@ def test_sizes_read_off_the_config_are_those_that_are_kept(family: str) -> None:
     model = tiny_model(family)
     expected = kv_shape_from_config(model.config).layers
     assert tuple(layer.kv for layer in plug_in_paged_attention(model)) == expected
+
+
+def test_windows_read_off_the_config_are_those_that_are_seen() -> None:
+    model = tiny_model("gpt_neo")
+    expected = [layer.window for layer in layers_from_config(model.config)]
+    assert [layer.params.sliding_window for layer in plug_in_paged_attention(model)] == expected == [None, 9]
 
 
 def test_one_kv_head_is_kept_where_all_queries_share_it() -> None:
