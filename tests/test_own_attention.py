@@ -145,6 +145,17 @@ def test_only_the_engine_can_call_the_model_until_it_is_switched_back(family: st
     torch.testing.assert_close(logits_of(model, prompt), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", OUTSIDE)
+def test_a_model_that_was_switched_back_can_serve_again(family: str) -> None:
+    model = tiny_model(family)
+    prompt = random_prompts(5, [13], shared=0)[0]
+    before = plug_in_paged_attention(model)
+    model.set_attn_implementation("sdpa" if family == "falcon_alibi" else "eager")
+    engine = Engine(model, config=EngineConfig(page_size=4, kv_cache_tokens=128))
+    assert engine.generate(prompt, GREEDY)[0].token_ids == oracle_of(family).continuation(prompt, NEW_TOKENS)
+    assert [layer.kv for layer in plug_in_paged_attention(model)] == [layer.kv for layer in before]
+
+
 @torch.inference_mode()
 def test_a_falcon_that_adds_its_biases_twice_is_refused() -> None:
     """So does its own eager attention: they are in its mask, too."""

@@ -1,10 +1,9 @@
 """Attention modules that compute attention by themselves, in place of handing it to transformers' interface.
 
 Their classes are older than the interface: Bloom, Falcon, MPT, XGLM, GPT-J, CodeGen, GPT-Neo, the first GPT and
-GPT-NeoX-Japanese.
-Each makes its queries, keys and values, and its output, as ever; what is replaced is what lies between. Some have a
-method for that, `_attn(query, key, value, mask)`, and need no more than to say how they scale scores and how far they
-see. Others compute it in the middle of `forward`, and a few lines here take its place.
+GPT-NeoX-Japanese. Each makes its queries, keys and values, and its output, as ever; what is replaced is what lies
+between. Some have a method for that, `_attn(query, key, value, mask)`, and need no more than to say how they scale
+scores and how far they see. Others compute it in the middle of `forward`, and a few lines here take its place.
 
 As with latents, a module gets a subclass of its own class while the model runs on pages, and nothing else changes.
 """
@@ -289,13 +288,13 @@ def replace_own_attention(model: PreTrainedModel, before: str) -> None:
     biases: dict[tuple[torch.dtype, torch.device], KeyBias] = {}
     found = 0
     for module in model.modules():
-        kind = type(module)
-        paged = KNOWN.get(f"{kind.__module__}.{kind.__qualname__}".removeprefix("transformers.models."))
+        plain = _plain_class(module)  # one that was switched back is replaced again: its model has another config now
+        paged = KNOWN.get(f"{plain.__module__}.{plain.__qualname__}".removeprefix("transformers.models."))
         if paged is not None:
             numbers = (getattr(module, name, None) for name in ("layer_idx", "layer_id"))
             layer = next((number for number in numbers if number is not None), found)  # some do not know theirs
             module.radixkv = _Place(model.config, layer, before, biases)
-            module.__class__ = _subclass(paged, kind)  # type: ignore[arg-type]  # a class is hashable
+            module.__class__ = _subclass(paged, plain)  # type: ignore[arg-type]  # a class is hashable
             found += 1
     if found:  # now it can be switched, as models with the interface can
         model._can_set_attn_implementation = _yes
@@ -305,7 +304,7 @@ def restore_own_attention(model: nn.Module) -> None:
     """Undo `replace_own_attention`."""
     for module in model.modules():
         if isinstance(module, OwnAttention):
-            module.__class__ = type(module).__bases__[1]
+            module.__class__ = _plain_class(module)
             del module.radixkv
     vars(model).pop("_can_set_attn_implementation", None)
 
@@ -320,10 +319,14 @@ def _subclass(paged: type[OwnAttention], plain: type[nn.Module]) -> type[nn.Modu
     return type(f"Paged{plain.__name__}", (paged, plain), {"__module__": __name__})
 
 
+def _plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has when it is not replaced."""
+    return type(module).__bases__[1] if isinstance(module, OwnAttention) else type(module)
+
+
 def _function_beside(module: nn.Module, name: str) -> Callable[..., Any]:
     """A function of the file that `module`'s class in transformers comes from."""
-    plain = type(module).__bases__[1]
-    function: Callable[..., Any] = getattr(sys.modules[plain.__module__], name)
+    function: Callable[..., Any] = getattr(sys.modules[_plain_class(module).__module__], name)
     return function
 
 
