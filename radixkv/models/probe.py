@@ -17,7 +17,7 @@ from radixkv.kernels.torch_reference import dense_attention, visible_mask
 from radixkv.memory.kv_shape import LayerKV
 from radixkv.memory.latent_pool import LatentKV
 from radixkv.models.latent_attention import absorb_projections, expand_again, why_not_latent
-from radixkv.models.own_attention import replace_own_attention, restore_own_attention
+from radixkv.models.older_families import replace_own_attention, restore_own_attention
 from radixkv.models.paged_attention import INTERFACE_NAME, AttentionContext, flattened_forward, set_implementation
 
 PROBE_LENGTHS = (11, 5)  # two sequences in one batch, of different lengths
