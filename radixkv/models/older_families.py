@@ -221,7 +221,7 @@ def restore_own_attention(model: nn.Module) -> None:
     """Undo `replace_own_attention`."""
     for module in model.modules():
         if isinstance(module, OwnAttention):
-            module.__class__ = plain_class(module)
+            module.__class__ = plain_class(module)  # type: ignore[assignment]
             del module.radixkv
     vars(model).pop("_can_set_attn_implementation", None)
 
