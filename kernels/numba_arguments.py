@@ -71,6 +71,8 @@ ATTENTION = Arguments(
         ("v", "i8"),
         ("k_scales", "i8"),  # bfloat16 [pages, heads, scale (and zero), page_size], where the mode has scales
         ("v_scales", "i8"),
+        ("key_bias", "i8"),  # float32 [num_q_heads, key_bias_tokens], a multiple of 16; 0 for none
+        ("q_positions", "i8"),  # int64 [tokens], read where there are biases
         ("out", "i8"),  # float32 [num_rows, v_dim]
         ("lse", "i8"),  # float32 [num_rows]
         ("partial_out", "i8"),  # the same of partial rows
@@ -80,6 +82,8 @@ ATTENTION = Arguments(
         ("v_dim", "i8"),
         ("num_kv_heads", "i8"),
         ("page_size", "i8"),
+        ("key_bias_tokens", "i8"),
+        ("num_q_heads", "i8"),
         ("in_lanes", "i8"),  # 1 or 0; always 1 where K and V are codes
         ("k_head_bytes", "i8"),  # from one head of a page to the next, in lanes
         ("v_head_bytes", "i8"),
@@ -87,6 +91,8 @@ ATTENTION = Arguments(
         ("softcap", "f4"),  # the cap * log2(e), or 0
         ("inverse_softcap", "f4"),  # 1 / the cap, or 0
         ("v_unit", "f4"),  # what V is read as is 1 / `v_unit` of its values
+        ("inverse_scale", "f4"),  # what makes biases of scores biases of products
+        ("unused", "f4"),
     ]
 )
 """Of `numba_cpu.attention_worker`. A task's partial row is the first of those it writes; -1 if it writes results."""

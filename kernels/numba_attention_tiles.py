@@ -203,6 +203,23 @@ def limit_row(typing, scores, num_vectors, low, high, factor, softcap, inverse_s
 
 
 @intrinsic
+def bias_row(typing, scores, biases, num_vectors, own, factor):  # type: ignore[no-untyped-def]
+    """scores += (biases - own) * factor, for a row of scores; both are addresses of float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emitter(builder)
+        address, biases_address, count, own_bias, scale = args
+        own_vec, factor_vec = e.splat(own_bias), e.splat(scale)
+        with e.loop(count) as i:
+            offset = builder.mul(i, e.const(64))
+            bias = builder.fsub(e.load(biases_address, offset, VEC), own_vec)
+            e.store(e.fma(bias, factor_vec, e.load(address, offset, VEC)), address, offset)
+        return context.get_dummy_value()
+
+    return types.void(scores, biases, num_vectors, own, factor), codegen
+
+
+@intrinsic
 def exp2_row(typing, scores, weights, num_vectors, largest):  # type: ignore[no-untyped-def]
     """weights = 2**(scores - largest); returns their sum. May be in place."""
     return types.float32(scores, weights, num_vectors, largest), _emit_exp2_row(to_bf16=False)

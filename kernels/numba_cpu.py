@@ -33,6 +33,7 @@ from radixkv.kernels import (
 from radixkv.kernels.compiling import cache_depends_on, can_cache, inner
 from radixkv.kernels.numba_attention_tiles import (
     NO_SCORE,
+    bias_row,
     exp2_row,
     exp2_row_to_bf16,
     limit_row,
@@ -316,6 +317,8 @@ def weigh(a, first_row, first_token, size, scores, weights, maximum, total, resc
             rescale[r] = 1
             weights[r] = 0
             continue
+        if a.key_bias:
+            add_key_bias(a, first_row + r, first_token, row_scores, num_vectors)
         largest = limit_row(row_scores, num_vectors, low, high, factor, cap, inverse_cap)
         largest = max(largest, maximum[r])
         rescale[r] = np.float32(2.0 ** max(maximum[r] - largest, np.float32(-126)))
@@ -325,6 +328,15 @@ def weigh(a, first_row, first_token, size, scores, weights, maximum, total, resc
             total[r] += exp2_row_to_bf16(row_scores, row_weights, num_vectors, largest)
         else:
             total[r] += exp2_row(row_scores, row_weights, num_vectors, largest)
+
+
+@inner
+def add_key_bias(a, row, first_token, row_scores, num_vectors):
+    """Add what the row's head adds to each key of a block, less what it adds to one at the row's own position."""
+    row_id = np.int64(load_i32(a.row_ids, row))
+    table = row_id % a.num_q_heads * a.key_bias_tokens
+    own = load_f32(a.key_bias, table + load_i64(a.q_positions, row_id // a.num_q_heads))
+    bias_row(row_scores, a.key_bias + (table + first_token) * 4, num_vectors, own, a.inverse_scale)
 
 
 @inner

@@ -2,7 +2,8 @@
 
 For a query at position p of its sequence, with keys at positions [0, kv_len):
 
-    score(j)  = scale * <q, k_j>,  then softcap * tanh(score / softcap) if there is a soft cap
+    score(j)  = scale * <q, k_j> + b(j) - b(p),  then softcap * tanh(score / softcap) if there is a soft cap;
+                b is 0 where there is no bias of keys, and the query head's own otherwise
     visible   = j <= p, and j > p - sliding_window, and j // chunk_size == p // chunk_size, where those are set;
                 the first `sink_tokens` keys besides, which are multiplied with queries of their own, if there are any
     out       = sum_j softmax(score)_j v_j over the visible j; a sink logit joins the softmax's denominator alone
@@ -46,6 +47,7 @@ def dense_attention(
     sinks: Tensor | None = None,
     sink_tokens: int = 0,
     sink_queries: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of one sequence over contiguous KV.
 
@@ -55,6 +57,7 @@ def dense_attention(
         visible: bool [q_len, kv_len]
         sinks: logits, [num_q_heads]
         sink_tokens, sink_queries: what the first keys are multiplied with in place of q, of the same shape
+        bias: what is added to the scaled scores, [num_q_heads, q_len, kv_len]
 
     Returns: [q_len, num_q_heads, v_head_dim], in q's dtype. Half types are computed in float32.
     """
@@ -67,6 +70,8 @@ def dense_attention(
     if sink_queries is not None:
         sink_q_t = sink_queries.to(compute_dtype).transpose(0, 1)
         scores[..., :sink_tokens] = sink_q_t @ k_t[..., :sink_tokens] * scale
+    if bias is not None:
+        scores = scores + bias.to(compute_dtype)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, float("-inf"))
@@ -99,6 +104,7 @@ def paged_attention(
     sinks: Tensor | None = None,
     sink_tokens: int = 0,
     sink_queries: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of a batch over paged KV; the queries of a sequence are its last tokens.
 
@@ -108,6 +114,7 @@ def paged_attention(
         qo_indptr: sequence i has queries [qo_indptr[i], qo_indptr[i + 1])
         kv_indptr, kv_indices: and its KV lies in pages kv_indices[kv_indptr[i] : kv_indptr[i + 1]]
         kv_lens: of which the first kv_lens[i] slots are its tokens
+        key_bias: b of each query head and position, [num_q_heads, at least the longest of kv_lens]
 
     Returns: [num_q_tokens, num_q_heads, v_head_dim]
     """
@@ -120,6 +127,9 @@ def paged_attention(
             positions, kv_len, sliding_window=sliding_window, chunk_size=chunk_size, sink_tokens=sink_tokens
         )
         own_sink_q = None if sink_queries is None else sink_queries[qo_indptr[i] : qo_indptr[i + 1]]
+        bias = None
+        if key_bias is not None:
+            bias = key_bias[:, None, :kv_len] - key_bias[:, positions, None]
         k = gather_kv(k_pages, page_ids, kv_len)
         v = gather_kv(v_pages, page_ids, kv_len)
         outputs.append(
@@ -133,6 +143,7 @@ def paged_attention(
                 sinks=sinks,
                 sink_tokens=sink_tokens,
                 sink_queries=own_sink_q,
+                bias=bias,
             )
         )
     return torch.cat(outputs)

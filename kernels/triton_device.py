@@ -39,6 +39,8 @@ def decode_kernel(
     kv_lens,
     part_indptr,
     sinks,
+    key_bias,
+    bias_tokens,
     out,
     lse,
     num_splits,
@@ -76,6 +78,8 @@ def decode_kernel(
     in_group = of_group < group
     head = kv_head * group + of_group
     q_rows = _load_rows(q, row * q_token_stride + head * q_head_stride, in_group, k_dim, block_k, dot_dtype)
+    position = tl.zeros([head_rows], tl.int32) + tl.maximum(kv_len - 1, 0)
+    bias_rows, own_bias = _bias_rows(key_bias, bias_tokens, tl.where(in_group, head, 0), position)
     highest = tl.full([head_rows], float("-inf"), tl.float32)  # of the scores, in base 2
     denominator = tl.zeros([head_rows], tl.float32)
     acc = tl.zeros([head_rows, block_v], tl.float32)
@@ -84,7 +88,8 @@ def decode_kernel(
         inside = tokens < hi
         kv_rows = _kv_rows(page_list, tokens, inside, kv_head, num_kv_heads, page_size)
         k = _load_kv(k_pages, k_scales, kv_rows, inside, k_dim, block_k, coding, dot_dtype)
-        scores = _scores(q_rows, k, k_scales, kv_rows, inside, scale, softcap, coding)
+        bias = _bias(bias_rows, own_bias, tokens, inside)
+        scores = _scores(q_rows, k, k_scales, kv_rows, inside, scale, bias, softcap, coding)
         scores = tl.where(inside[None, :], scores, float("-inf"))
         v = _load_kv(v_pages, v_scales, kv_rows, inside, v_dim, block_v, coding, dot_dtype)
         highest, denominator, acc = _add(highest, denominator, acc, scores, v, v_scales, kv_rows, inside, False, coding)
@@ -114,6 +119,8 @@ def tile_kernel(
     members,
     slots,
     sinks,
+    key_bias,
+    bias_tokens,
     out,
     lse,
     scale,
@@ -153,6 +160,7 @@ def tile_kernel(
     head = kv_head * group + row % group
     query = query.to(tl.int64)
     q_rows = _load_rows(q, query * q_token_stride + head * q_head_stride, valid, k_dim, block_k, dot_dtype)
+    bias_rows, own_bias = _bias_rows(key_bias, bias_tokens, head, position)
     highest = tl.full([block_rows], float("-inf"), tl.float32)
     denominator = tl.zeros([block_rows], tl.float32)
     acc = tl.zeros([block_rows, block_v], tl.float32)
@@ -164,7 +172,8 @@ def tile_kernel(
             tokens = t + tl.arange(0, block_tokens)
             kv_rows = _kv_rows(page_list, tokens, None, kv_head, num_kv_heads, page_size)
             k = _load_kv(k_pages, k_scales, kv_rows, None, k_dim, block_k, coding, dot_dtype)
-            scores = _scores(q_rows, k, k_scales, kv_rows, None, scale, softcap, coding)
+            bias = _bias(bias_rows, own_bias, tokens, None)
+            scores = _scores(q_rows, k, k_scales, kv_rows, None, scale, bias, softcap, coding)
             v = _load_kv(v_pages, v_scales, kv_rows, None, v_dim, block_v, coding, dot_dtype)
             highest, denominator, acc = _add(
                 highest, denominator, acc, scores, v, v_scales, kv_rows, None, False, coding
@@ -174,7 +183,8 @@ def tile_kernel(
         inside = tokens < hi
         kv_rows = _kv_rows(page_list, tokens, inside, kv_head, num_kv_heads, page_size)
         k = _load_kv(k_pages, k_scales, kv_rows, inside, k_dim, block_k, coding, dot_dtype)
-        scores = _scores(q_rows, k, k_scales, kv_rows, inside, scale, softcap, coding)
+        bias = _bias(bias_rows, own_bias, tokens, inside)
+        scores = _scores(q_rows, k, k_scales, kv_rows, inside, scale, bias, softcap, coding)
         visible = inside[None, :] & (tokens[None, :] <= position[:, None])
         if window > 0:
             visible = visible & (tokens[None, :] > position[:, None] - window)
@@ -349,11 +359,36 @@ def _load(at, mask):
 
 
 @triton.jit
-def _scores(q_rows, k, k_scales, kv_rows, inside, scale, softcap: tl.constexpr, coding: tl.constexpr):
+def _bias_rows(key_bias, bias_tokens, head, position):
+    """Where the biases of each row's head begin, and the one at its own position; None where there are none."""
+    rows = key_bias
+    own = key_bias
+    if key_bias is not None:
+        rows = key_bias + head.to(tl.int64) * bias_tokens
+        own = tl.load(rows + position)
+    return rows, own
+
+
+@triton.jit
+def _bias(rows, own, tokens, inside):
+    """What is added to the scores of `tokens`, [rows, tokens]."""
+    bias = rows
+    if rows is not None:
+        mask = inside
+        if inside is not None:
+            mask = inside[None, :]
+        bias = _load(rows[:, None] + tokens[None, :], mask) - own[:, None]
+    return bias
+
+
+@triton.jit
+def _scores(q_rows, k, k_scales, kv_rows, inside, scale, bias, softcap: tl.constexpr, coding: tl.constexpr):
     """[rows, tokens], in base 2: a weight is 2 ** score. Codes are multiplied as they are, their scales come after."""
     scores = tl.dot(q_rows, tl.trans(k), input_precision="ieee") * scale
     if k_scales is not None and coding != PACKED:
         scores = scores * _load(k_scales + kv_rows, inside).to(tl.float32)[None, :]
+    if bias is not None:
+        scores = scores + bias
     if softcap > 0:
         # tanh(x) = 1 - 2 / (e ** 2x + 1), right at both ends
         scores = softcap - 2 * softcap / (tl.exp2(scores * (2 * LOG2_E / softcap)) + 1)

@@ -72,13 +72,22 @@ class PagedKV(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """The tokens that a query sees, and how scores become weights; the options are as in `torch_reference`."""
+    """The tokens that a query sees, and how scores become weights; the options are as in `torch_reference`.
+
+    `key_bias` is float32 and contiguous.
+    """
 
     scale: float
     sliding_window: int | None = None
     chunk_size: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    key_bias: Tensor | None = None
+
+    @property
+    def bias_tokens(self) -> int:
+        """Positions that `key_bias` has."""
+        return 0 if self.key_bias is None else self.key_bias.shape[1]
 
 
 class Partials(NamedTuple):
@@ -269,6 +278,8 @@ def _launch_decode(
         decodes.kv_lens,
         part_indptr,
         sinks,
+        rule.key_bias,
+        rule.bias_tokens,
         out,
         lse,
         num_splits,
@@ -296,6 +307,8 @@ def _launch_tiles(
         tiles.members,
         tiles.slots,
         sinks,
+        rule.key_bias,
+        rule.bias_tokens,
         out,
         lse,
         rule.scale,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from radixkv.attention.backend import AttentionNeeds, AttentionParams, AttentionPlan, LayerAttention, choose_backend
+from radixkv.attention.key_bias import KeyBias
 from radixkv.attention.metadata import AttentionMetadata, PathNode, SequenceSpan, build_metadata
 from radixkv.kernels.torch_reference import paged_attention
 from radixkv.memory.kv_pool import KVPool
@@ -73,10 +74,23 @@ class Case:
         return build_metadata([SequenceSpan(*span) for span in spans], page_size=self.page_size, device=self.device)
 
     def params(self, **options: Any) -> AttentionParams:
-        """Parameters of a layer; `sinks=True` takes random ones, as `sink_tokens` do for their queries."""
+        """Parameters of a layer; `sinks=True` and `key_bias=True` take random ones, as `sink_tokens` do for queries."""
         sinks = self.sinks if options.pop("sinks", False) else None
         sink_queries = self.sink_queries if options.get("sink_tokens") else None
-        return AttentionParams(scale=self.q.shape[-1] ** -0.5, sinks=sinks, sink_queries=sink_queries, **options)
+        return AttentionParams(
+            scale=self.q.shape[-1] ** -0.5,
+            sinks=sinks,
+            sink_queries=sink_queries,
+            key_bias=KeyBias(self._biases) if options.pop("key_bias", False) else None,
+            **options,
+        )
+
+    def _biases(self, num_tokens: int) -> Tensor:
+        """Biases with slopes and with jumps, [num_q_heads, num_tokens]."""
+        generator = torch.Generator().manual_seed(7)
+        slopes = torch.linspace(0.02, 0.5, self.num_q_heads)[:, None]
+        jumps = torch.randn(self.num_q_heads, 1 << 12, generator=generator)[:, :num_tokens]
+        return (slopes * torch.arange(num_tokens) + jumps).to(self.device)
 
     def needs(self, params: AttentionParams, long_extends: str | None = None) -> AttentionNeeds:
         layer = LayerAttention(self.layer, self.num_q_heads, params)
@@ -114,6 +128,7 @@ class Case:
 
     def expected(self, params: AttentionParams) -> Tensor:
         """The reference, in float64."""
+        longest = int(self.metadata.kv_lens.max())
         return paged_attention(
             self.q.double().cpu(),
             *self.kept(),
@@ -128,6 +143,7 @@ class Case:
             sinks=None if params.sinks is None else params.sinks.cpu(),
             sink_tokens=params.sink_tokens,
             sink_queries=None if params.sink_queries is None else params.sink_queries.double().cpu(),
+            key_bias=None if params.key_bias is None else params.key_bias.table(longest).double().cpu(),
         )
 
     def check(

@@ -76,11 +76,13 @@ def check(
 run = JITFunction.run
 JITFunction.run = compile_only
 driver.set_active(NoLaunch())
-half, plain, rich = torch.bfloat16, Rule(0.1), Rule(0.1, 64, 32, 5.0, torch.zeros(16, dtype=torch.bfloat16))
+half, plain = torch.bfloat16, Rule(0.1)
+rich = Rule(0.1, 64, 32, 5.0, torch.zeros(16, dtype=torch.bfloat16), torch.zeros(16, 64))
 check(half, half, 4, 16, 16, rich, tile_counts=(1,))  # every kernel once; larger blocks take longest
 if sys.argv[1] == "all":
     check(half, half, 4, 128, 16, rich)
     check(half, half, 4, 128, 16, plain)
+    check(half, half, 1, 128, 16, plain._replace(key_bias=rich.key_bias))
     check(half, torch.int8, 4, 128, 16, rich)
     check(half, torch.uint8, 4, 128, 16, plain)
     check(half, torch.float8_e4m3fn, 4, 128, 16, plain)

@@ -36,6 +36,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 3.0},
     "sinks": {"sinks": True},
     "window, softcap and sinks": {"sliding_window": 11, "softcap": 3.0, "sinks": True},
+    "key bias": {"key_bias": True},
+    "key bias, window, softcap and sinks": {"key_bias": True, "sliding_window": 11, "softcap": 3.0, "sinks": True},
     "streaming": {"sliding_window": 7, "sink_tokens": 4},
     "streaming, softcap and sinks": {"sliding_window": 9, "sink_tokens": 5, "softcap": 3.0, "sinks": True},
 }

@@ -18,6 +18,7 @@ from prompts import random_prompts
 from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.attention import latent_backend
 from radixkv.attention.backend import AttentionNeeds, AttentionParams, LayerAttention
+from radixkv.attention.key_bias import KeyBias
 from radixkv.attention.latent_backend import LatentBackend
 from radixkv.attention.metadata import SequenceSpan, build_metadata
 from radixkv.attention.reference_backend import ReferenceBackend
@@ -111,6 +112,11 @@ def test_the_pool_holds_one_vector_a_token() -> None:
         (LayerKV(1, 24, 16), {}, "reads latents (MLA), not keys and values of their own, as layer 1 asks"),
         (LatentKV.of(latent_dim=16, rope_dim=8), {"sliding_window": 7}, "has no limits of sight on latents"),
         (LatentKV.of(latent_dim=16, rope_dim=8), {"softcap": 3.0}, "has no soft cap and no sinks on latents"),
+        (
+            LatentKV.of(latent_dim=16, rope_dim=8),
+            {"key_bias": KeyBias(torch.zeros)},
+            "has no biases of keys",
+        ),
     ],
 )
 def test_why_not(kv: LayerKV, options: dict[str, Any], reason: str) -> None:

@@ -93,7 +93,6 @@ def _keep(seen: list[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("falcon", "AttentionInterface"),
         ("mamba2", "AttentionInterface"),
         ("qwen3_next", r"layers \[0\] of 2"),
         ("zamba2", "Zamba2ForCausalLM .* it has layers of the types hybrid, .*, which keep a state"),

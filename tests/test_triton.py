@@ -34,11 +34,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "chunk": {"chunk_size": 8},
     "softcap": {"softcap": 3.0},
     "sinks": {"sinks": True},
+    "key bias": {"key_bias": True},
+    "key bias, window, softcap and sinks": {"key_bias": True, "sliding_window": 11, "softcap": 3.0, "sinks": True},
     "window, softcap and sinks": {"sliding_window": 11, "softcap": 3.0, "sinks": True},
     "streaming": {"sliding_window": 7, "sink_tokens": 4},
     "streaming, softcap and sinks": {"sliding_window": 9, "sink_tokens": 5, "softcap": 3.0, "sinks": True},
 }
-TOGETHER = ["plain", "chunk", "window, softcap and sinks", "streaming, softcap and sinks"]  # each at least once
+TOGETHER = [
+    "plain",
+    "key bias",
+    "chunk",
+    "window, softcap and sinks",
+    "streaming, softcap and sinks",
+]  # each at least once
 ALWAYS_SHARE = BreakEven(min_sequences=2, min_tokens=1)
 MORE = [] if DEVICE == "cuda" else [pytest.mark.stress]  # cases that are too slow in the interpreter to run every time
 
@@ -201,7 +209,7 @@ def graph_plan(case: Case, params: AttentionParams, batch_size: int, max_pages: 
 @pytest.mark.parametrize("batch_size", [3, 5])
 def test_a_fixed_batch_is_padded(batch_size: int) -> None:
     decodes = case([(40, 41), (0, 1), (79, 80)], num_q_heads=2, num_kv_heads=1)
-    params = decodes.params(sinks=True)
+    params = decodes.params(sinks=True, key_bias=True)
     plan = graph_plan(decodes, params, batch_size, max_pages=20)
     q = torch.full((batch_size, *decodes.q.shape[1:]), math.nan, device=DEVICE)
     q[:3] = decodes.q
@@ -242,9 +250,10 @@ def without_first(metadata: AttentionMetadata) -> AttentionMetadata:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-def test_a_captured_run_reads_what_was_planned_last() -> None:
+@pytest.mark.parametrize("option", ["plain", "key bias"])
+def test_a_captured_run_reads_what_was_planned_last(option: str) -> None:
     decodes = case([(40, 41), (0, 1), (799, 800)], num_q_heads=8, dtype=torch.float16, head_dim=64)
-    params = decodes.params()
+    params = decodes.params(**OPTIONS[option])
     plan = graph_plan(decodes, params, 4, max_pages=100)
     q = torch.zeros(4, *decodes.q.shape[1:], dtype=decodes.dtype, device=DEVICE)
     plan.attend(0, q, params)  # compiles

@@ -119,10 +119,81 @@ LATENT: Mapping[str, Callable[[], hf.PretrainedConfig]] = {  # multi-head latent
     "youtu": lambda: hf.YoutuConfig(**with_common(**_LATENT)),
 }
 
-REFUSED: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
-    "falcon": lambda: hf.FalconConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
+_NAMED_AS_GPT_2: Mapping[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_FALCON: Mapping[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+_OWN_ATTENTION: Mapping[str, Callable[[], hf.PretrainedConfig]] = {  # modules that compute attention by themselves
+    "bloom": lambda: hf.BloomConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=48, n_layer=2, n_head=6, bos_token_id=1, eos_token_id=2, pad_token_id=0
     ),
+    "falcon": lambda: hf.FalconConfig(**_FALCON),
+    "falcon_grouped": lambda: hf.FalconConfig(**_FALCON, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon_alibi": lambda: hf.FalconConfig(  # 16 slopes are no powers of two, so what is rounded shows
+        **{**_FALCON, "hidden_size": 64, "num_attention_heads": 16},
+        alibi=True,
+        multi_query=False,
+        parallel_attn=False,
+        bias=True,
+    ),
+    "mpt": lambda: hf.MptConfig(
+        vocab_size=VOCAB_SIZE, d_model=48, n_layers=2, n_heads=6, max_seq_len=512, attn_config={"clip_qkv": 0.5}
+    ),
+    "gptj": lambda: hf.GPTJConfig(**_NAMED_AS_GPT_2, rotary_dim=4),
+    "codegen": lambda: hf.CodeGenConfig(**_NAMED_AS_GPT_2, rotary_dim=4),
+    "gpt_neo": lambda: hf.GPTNeoConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=9,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "gpt_neox_japanese": lambda: hf.GPTNeoXJapaneseConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "gpt": lambda: hf.OpenAIGPTConfig(**_NAMED_AS_GPT_2),
+    "xglm": lambda: hf.XGLMConfig(
+        vocab_size=VOCAB_SIZE,
+        d_model=32,
+        ffn_dim=48,
+        num_layers=2,
+        attention_heads=4,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+}
+_WITHOUT_KEYWORD: Mapping[str, Callable[[], hf.PretrainedConfig]] = {  # models that drop what is passed to `forward`
+    "stablelm": lambda: hf.StableLmConfig(**with_common(qk_layernorm=True)),
+    "nemotron": lambda: hf.NemotronConfig(**with_common()),
+}
+OLDER: Mapping[str, Callable[[], hf.PretrainedConfig]] = {**_OWN_ATTENTION, **_WITHOUT_KEYWORD}
+
+REFUSED: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
     "mamba2": lambda: hf.Mamba2Config(
         vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, head_dim=16, num_heads=4, state_size=8, n_groups=1
     ),
@@ -182,7 +253,7 @@ def make_model(config: hf.PretrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A random model of `family`."""
-    return make_model({**FAMILIES, **LATENT, **REFUSED}[family](), seed)
+    return make_model({**FAMILIES, **LATENT, **OLDER, **REFUSED}[family](), seed)
 
 
 @cache

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from radixkv.attention.key_bias import KeyBias
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.errors import UnsupportedBackendError
 from radixkv.memory.kv_pool import KVLayout, KVPool
@@ -34,6 +35,7 @@ class AttentionParams:
         sinks: logits [num_q_heads] that join the softmax's denominator alone.
         sink_tokens: a token sees so many first ones beside its sliding window; StreamingLLM's sinks.
         sink_queries: [tokens, num_q_heads, k_head_dim], what these are multiplied with in place of the queries.
+        key_bias: what is added to the scaled scores, before a soft cap; not beside `sink_tokens`.
     """
 
     scale: float
@@ -43,6 +45,7 @@ class AttentionParams:
     sinks: Tensor | None = None
     sink_tokens: int = 0
     sink_queries: Tensor | None = None
+    key_bias: KeyBias | None = None
 
 
 @dataclass(frozen=True, slots=True)

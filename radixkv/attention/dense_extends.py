@@ -18,6 +18,7 @@ from radixkv.memory.kv_pool import KVPool
 
 CHUNK_TOKENS = 1 << 16  # KV tokens gathered at a time
 BLOCK_SCORES = 1 << 22  # entries of one mask: 16 MiB in float32, however long the context
+BIASED_HEADS = 4  # masks of that size at once, where each head has its own
 
 
 class _Extends(NamedTuple):
@@ -72,12 +73,17 @@ class DenseExtends:
         pages = extends.pages[:, start // page_size :]  # those that any query sees
         q = q.unflatten(0, (-1, qo_len))  # [batch, qo_len, num_q_heads, k_head_dim]
         k, v = self._gather(layer, pages, kv_len - start)  # [batch, kv_len - start, num_kv_heads, head_dim]
-        if params.softcap is None and params.sinks is None and params.sink_queries is None:
+        if is_plain(params):
+            if params.key_bias is not None:
+                return self._biased(q, k, v, extends, start, params).flatten(0, 1)
             return _sdpa(q, k, v, self._extend_bias(q, extends, start, params), params.scale).flatten(0, 1)
         visible = self._extend_visible(extends, start, params)
         sink_queries: list[Tensor | None] = [None] * len(q)
         if params.sink_queries is not None:
             sink_queries = list(params.sink_queries[extends.rows].unflatten(0, (-1, qo_len)))
+        bias = None
+        if params.key_bias is not None:
+            bias = params.key_bias.between(self._positions(extends), kv_len)[..., start:]
         return torch.cat(
             [
                 dense_attention(
@@ -90,6 +96,7 @@ class DenseExtends:
                     sinks=params.sinks,
                     sink_tokens=params.sink_tokens,
                     sink_queries=own_sink_queries,
+                    bias=bias,
                 )
                 for own_q, own_k, own_v, own_sink_queries in zip(q, k, v, sink_queries, strict=True)
             ]
@@ -100,6 +107,24 @@ class DenseExtends:
         k, v = self._pool.gather(layer, page_ids.flatten())
         shape = (page_ids.shape[0], -1)
         return k.unflatten(0, shape)[:, :num_tokens], v.unflatten(0, shape)[:, :num_tokens]
+
+    def _biased(
+        self, q: Tensor, k: Tensor, v: Tensor, extends: _Extends, start: int, params: AttentionParams
+    ) -> Tensor:
+        """As `_sdpa` where keys have biases, so many heads at a time that these stay small."""
+        assert params.key_bias is not None
+        group, num_kv_heads = q.shape[2] // k.shape[2], k.shape[2]
+        hidden = ~self._extend_visible(extends, start, params)
+        positions = self._positions(extends)
+        size = max(1, BIASED_HEADS * BLOCK_SCORES // (group * hidden.numel()))
+        outputs = []
+        for first in range(0, num_kv_heads, size):
+            heads = slice(first, min(first + size, num_kv_heads))
+            q_heads = slice(heads.start * group, heads.stop * group)
+            bias = params.key_bias.between(positions, extends.kv_len, q_heads)[..., start:]
+            bias = bias.to(q.dtype).masked_fill(hidden, float("-inf"))  # [heads, qo_len, kv_len - start]
+            outputs.append(_sdpa(q[:, :, q_heads], k[:, :, heads], v[:, :, heads], bias, params.scale))
+        return torch.cat(outputs, dim=2)
 
     def _extend_bias(self, q: Tensor, extends: _Extends, start: int, params: AttentionParams) -> Tensor | None:
         """What is added to the scores, [qo_len, kv_len - start]; None where the plain causal mask is meant."""
@@ -115,11 +140,12 @@ class DenseExtends:
     def _extend_visible(self, extends: _Extends, start: int, params: AttentionParams) -> Tensor:
         key = ("visible", extends.qo_len, extends.kv_len, start, *limits(params).values())
         if key not in self._masks:
-            positions = torch.arange(
-                extends.kv_len - extends.qo_len, extends.kv_len, dtype=torch.int64, device=self._pool.device
-            )
-            self._masks[key] = visible_mask(positions, extends.kv_len, **limits(params))[:, start:]
+            self._masks[key] = visible_mask(self._positions(extends), extends.kv_len, **limits(params))[:, start:]
         return self._masks[key]
+
+    def _positions(self, extends: _Extends) -> Tensor:
+        first = extends.kv_len - extends.qo_len
+        return torch.arange(first, extends.kv_len, dtype=torch.int64, device=self._pool.device)
 
     def _tensor(self, indices: NDArray[Any]) -> Tensor:
         return torch.from_numpy(indices).to(self._pool.device, torch.int64)
@@ -136,6 +162,12 @@ def _blocks(qo_len: int, kv_len: int) -> Iterator[tuple[int, int, int]]:
         size = min(qo_len - row, max(1, BLOCK_SCORES // kv_len))
         yield row, size, first_key + row + size
         row += size
+
+
+def is_plain(params: AttentionParams) -> bool:
+    """Whether scores are products and biases alone, so that `scaled_dot_product_attention` can compute the layer."""
+    others = (params.softcap, params.sinks, params.sink_queries)
+    return all(option is None for option in others)
 
 
 def limits(params: AttentionParams) -> dict[str, Any]:

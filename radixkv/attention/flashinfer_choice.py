@@ -24,6 +24,8 @@ def why_not_layer(layer: LayerAttention) -> str | None:
         return "has no chunked attention"
     if params.sinks is not None or params.sink_tokens:
         return "has no attention sinks here"
+    if params.key_bias is not None:
+        return "has no biases of keys (ALiBi) here"
     return None
 
 

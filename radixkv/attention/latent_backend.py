@@ -182,6 +182,8 @@ def _why_not_layer(layer: LayerAttention) -> str | None:
         return "has no limits of sight on latents"
     if params.softcap is not None or params.sinks is not None:
         return "has no soft cap and no sinks on latents"
+    if params.key_bias is not None:
+        return "has no biases of keys"
     return None
 
 

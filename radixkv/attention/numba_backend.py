@@ -160,6 +160,7 @@ class NumbaPlan:
         self._num_threads = backend.num_threads
         self._work: dict[_Visible, Work] = {}  # planned when the first layer of its kind comes
         self._kept: list[_Scratch] = []  # what operations write to
+        self._tables: dict[int, Tensor] = {}  # of biases, which tasks read
         self._pages = np.ascontiguousarray(metadata.kv_indices, np.int32)
         self._is_dense = (metadata.qo_lens >= MIN_DENSE_TOKENS) & (backend.long_extends == "dense")
         self._dense = DenseExtends(self.pool, metadata, np.flatnonzero(self._is_dense))
@@ -294,8 +295,23 @@ class NumbaPlan:
             in_lanes=pool.layout == "lanes",
             k_head_bytes=k_head_bytes,
             v_head_bytes=v_head_bytes,
+            num_q_heads=q.shape[1],
+            **self._bias_fields(params),
             **_factors(params, self._mode.unit),
         )
+
+    def _bias_fields(self, params: AttentionParams) -> dict[str, int]:
+        """Where the biases of keys lie, and the positions of queries; the table belongs to `_tables` then."""
+        if params.key_bias is None:
+            return {"key_bias": 0, "q_positions": 0, "key_bias_tokens": 0}
+        assert not params.sink_tokens, "a sink's place differs from its position"
+        table = params.key_bias.table(int(self._metadata.kv_lens.max()))
+        self._tables[id(table)] = table
+        return {
+            "key_bias": table.data_ptr(),
+            "q_positions": self._metadata.positions.data_ptr(),
+            "key_bias_tokens": table.shape[1],
+        }
 
     def _attend(self, layer: int, work: Work, q: Tensor, params: AttentionParams, out: Tensor) -> None:
         scratch = self._scratch(layer, work, q)
@@ -370,11 +386,13 @@ def _why_not_codes(needs: AttentionNeeds) -> str | None:
 def _factors(params: AttentionParams, unit: float) -> dict[str, float]:
     """The factors of scores and values, for K and V that are read as 1 / `unit` of their values."""
     log2_e, scale = float(numba_cpu.LOG2_E), params.scale * unit
+    inverse_scale = 0.0 if params.key_bias is None else 1 / scale
+    common = {"v_unit": unit, "inverse_scale": inverse_scale, "unused": 0}
     if params.softcap is None:
-        return {"score_factor": scale * log2_e, "softcap": 0, "inverse_softcap": 0, "v_unit": unit}
+        return {"score_factor": scale * log2_e, "softcap": 0, "inverse_softcap": 0, **common}
     return {
         "score_factor": scale,
         "softcap": params.softcap * log2_e,
         "inverse_softcap": 1 / params.softcap,
-        "v_unit": unit,
+        **common,
     }

@@ -61,4 +61,5 @@ class ReferencePlan:
             sinks=params.sinks,
             sink_tokens=params.sink_tokens,
             sink_queries=params.sink_queries,
+            key_bias=None if params.key_bias is None else params.key_bias.table(int(self._metadata.kv_lens.max())),
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from radixkv.attention.backend import AttentionNeeds, AttentionParams, why_not_keys_and_values
-from radixkv.attention.dense_extends import CHUNK_TOKENS, DenseExtends, limits
+from radixkv.attention.dense_extends import CHUNK_TOKENS, DenseExtends, is_plain, limits
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.kernels.torch_reference import dense_attention, visible_mask
 from radixkv.memory.kv_pool import KVLayout, KVPool
@@ -89,8 +89,12 @@ class TorchPlan:
         k, v = self._gather(layer, self._decodes[chunk], kv_lens)  # [batch, num_kv_heads, longest, head_dim]
         visible = visible_mask(kv_lens - 1, longest, **limits(params))  # [batch, longest]
         grouped = q.unflatten(1, (k.shape[1], -1))  # [batch, num_kv_heads, group, k_head_dim]
-        if params.softcap is None and params.sinks is None and params.sink_queries is None:
+        bias = None if params.key_bias is None else params.key_bias.between(kv_lens - 1, longest)
+        if is_plain(params):
             mask = visible[:, None, None, :]
+            if bias is not None:  # [num_q_heads, batch, longest]
+                of_groups = bias.transpose(0, 1).unflatten(1, grouped.shape[1:3]).to(q.dtype)
+                mask = of_groups.masked_fill(~mask, float("-inf"))
             return scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=params.scale).flatten(1, 2)
         rows = [
             dense_attention(
@@ -103,6 +107,7 @@ class TorchPlan:
                 sinks=params.sinks,
                 sink_tokens=params.sink_tokens,
                 sink_queries=None if params.sink_queries is None else params.sink_queries[i : i + 1],
+                bias=None if bias is None else bias[:, i : i + 1],
             )
             for i in range(len(chunk))
         ]

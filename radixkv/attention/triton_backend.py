@@ -96,12 +96,14 @@ class TritonBackend:
         else:
             triton_paged.write(k, v, slots, self._kv[layer])
 
-    def run(self, steps: list[DecodeStep | ExtendStep], layer: int, q: Tensor, params: AttentionParams) -> Tensor:
-        """Attention of a layer that sees no sinks, in `steps` that have different rows."""
+    def run(
+        self, steps: list[DecodeStep | ExtendStep], layer: int, q: Tensor, params: AttentionParams, kv_len: int
+    ) -> Tensor:
+        """Attention of a layer that sees no sinks, in `steps` that have different rows; no sequence is longer."""
         q = self._queries(q)
         out = q.new_empty(*q.shape[:2], self.pool.layers[layer].v_head_dim)
         for step in steps:
-            step.run(self._kv[layer], q, _rule(params), self._group_sizes[layer], out)
+            step.run(self._kv[layer], q, _rule(params, kv_len), self._group_sizes[layer], out)
         return out
 
     def run_stream(self, step: StreamStep, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
@@ -109,7 +111,8 @@ class TritonBackend:
         sink_q = q if params.sink_queries is None else params.sink_queries
         q, sink_q = self._queries(q), self._queries(sink_q)
         out = q.new_empty(*q.shape[:2], self.pool.layers[layer].v_head_dim)
-        step.run(self._kv[layer], q, sink_q, _rule(params), self._group_sizes[layer], out)
+        assert params.key_bias is None, "a sink's place differs from its position"
+        step.run(self._kv[layer], q, sink_q, _rule(params, 0), self._group_sizes[layer], out)
         return out
 
     def _queries(self, q: Tensor) -> Tensor:
@@ -136,7 +139,7 @@ class TritonPlan:
     def attend(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
         if params.sink_tokens:
             return self._backend.run_stream(self._stream(params.sink_tokens), layer, q, params)
-        return self._backend.run(self._steps, layer, q, params)
+        return self._backend.run(self._steps, layer, q, params, int(self._metadata.kv_lens.max()))
 
     def _stream(self, sink_tokens: int) -> StreamStep:
         """The batch for layers that see `sink_tokens` sinks beside a window."""
@@ -173,6 +176,8 @@ class TritonGraphPlan:
         num_splits = backend.launches.decode_splits(batch_size)
         merging = Merging(decodes.rows, places * num_splits, batch_size * num_splits) if num_splits > 1 else None
         self._step = DecodeStep(decodes, num_splits, merging, {})
+        self._longest = min(len(arrays) - self._indices_at, backend.pool.num_pages) * backend.pool.page_size
+        self._tables: set[Tensor] = set()
 
     def update(self, metadata: AttentionMetadata) -> None:
         """As `GraphPlan.update`, by one copy to the device; a batch may have fewer sequences than there are slots."""
@@ -192,7 +197,9 @@ class TritonGraphPlan:
 
     def attend(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
         assert not params.sink_tokens, "streaming has no graphs"
-        return self._backend.run([self._step], layer, q, params)
+        if params.key_bias is not None:  # what was captured reads this table, though it may grow for others
+            self._tables.add(params.key_bias.table(self._longest))
+        return self._backend.run([self._step], layer, q, params, self._longest)
 
 
 def _knows_e4m3(device: torch.device) -> bool:
@@ -210,5 +217,7 @@ def _paged_kv(pool: KVPool) -> list[PagedKV]:
     return [PagedKV(k, v, float8=float8) for k, v, _, _ in kept]
 
 
-def _rule(params: AttentionParams) -> Rule:
-    return Rule(params.scale, params.sliding_window, params.chunk_size, params.softcap, params.sinks)
+def _rule(params: AttentionParams, kv_len: int) -> Rule:
+    """What a layer asks, where no sequence is longer than `kv_len`."""
+    key_bias = None if params.key_bias is None else params.key_bias.table(kv_len)
+    return Rule(params.scale, params.sliding_window, params.chunk_size, params.softcap, params.sinks, key_bias)

@@ -18,6 +18,8 @@ def window_of_layer(fields: Fields, index: int, layer_type: str) -> int | None:
     """
     if layer_type == "chunked_attention":
         return _positive(fields, "attention_chunk_size")
+    if _is_local(fields, index):
+        return _positive(fields, "window_size")
     if "sliding" in layer_type or (layer_type == "attention" and _slides_by_rule(fields, index)):
         return _window(fields)
     return None
@@ -42,6 +44,12 @@ def _slides_by_rule(fields: Fields, index: int) -> bool | None:
     if isinstance(full_every, int) and full_every > 0:
         return (index + 1) % full_every != 0
     return True if model_type in _ALL_LAYERS_SLIDE else None
+
+
+def _is_local(fields: Fields, index: int) -> bool:
+    """Whether GPT-Neo's config names the layer among the local ones."""
+    kinds = fields.get("attention_layers")
+    return isinstance(kinds, (list, tuple)) and index < len(kinds) and kinds[index] == "local"
 
 
 def _window(fields: Fields) -> int | None:

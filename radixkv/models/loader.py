@@ -119,7 +119,8 @@ def max_context_tokens(config: PretrainedConfig) -> int | None:
     angles than new ones, so such models are served up to the length they were first trained on.
     """
     text_config = config.get_text_config()
-    limits = (getattr(text_config, "max_position_embeddings", None), length_dependent_limit(text_config))
+    names = ("max_position_embeddings", "max_seq_len")  # MPT has the other one
+    limits = (*(getattr(text_config, name, None) for name in names), length_dependent_limit(text_config))
     return min((limit for limit in limits if limit is not None), default=None)
 
 

@@ -2,12 +2,16 @@
 
 transformers lets an attention function be registered by name, and decoders pass it their queries, keys and values,
 their options (scaling, sliding window, soft cap, sinks) and the keyword arguments of the forward call. So a batch is
-flattened to `input_ids [1, tokens]`, and a context rides along as the keyword `radixkv`.
+flattened to `input_ids [1, tokens]`, and a context rides along as the keyword `radixkv`. Where a model drops the
+keyword on its way (StableLM), its attention finds the context of the forward pass that runs it in a context variable.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +22,14 @@ from radixkv.attention.backend import AttentionParams, AttentionPlan
 from radixkv.errors import UnsupportedModelError
 
 INTERFACE_NAME = "radixkv"
+
+
+def set_implementation(model: PreTrainedModel, name: str) -> None:
+    """As `model.set_attn_implementation`, which does nothing in models that it takes to know no interface."""
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(name)
+    else:
+        model.config._attn_implementation = name
 
 
 class AttentionContext(Protocol):
@@ -84,13 +96,47 @@ class PagedContext:
 class _NoContextError(UnsupportedModelError):
     """The attention of a model that serves an engine was called by something else than an engine."""
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, before: str) -> None:
         super().__init__(
             "this model, or one with the same config object, serves a radixkv Engine, and only the engine can call it; "
-            "load another instance for generate() or forward(), or call model.set_attn_implementation('sdpa') once the "
-            "engine is no longer used"
+            f"load another instance for generate() or forward(), or call model.set_attn_implementation({before!r}) "
+            "once the engine is no longer used"
         )
         self.module = module
+
+
+class _Pass(NamedTuple):
+    """A forward pass of ours, and the configs of the model that it runs."""
+
+    context: AttentionContext
+    configs: tuple[PretrainedConfig, ...]
+
+
+_CURRENT: ContextVar[_Pass | None] = ContextVar("radixkv_forward_pass", default=None)  # each thread has its own
+
+
+@contextmanager
+def _running(model: PreTrainedModel, context: AttentionContext) -> Iterator[None]:
+    token = _CURRENT.set(_Pass(context, (model.config, model.config.get_text_config())))
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def current_context(module: nn.Module, config: PretrainedConfig, before: str = "sdpa") -> AttentionContext:
+    """The context of the forward pass that runs `module`, where none reached it as a keyword.
+
+    Args:
+        config: that `module` has of its model.
+        before: another attention implementation that the model has, for the error.
+
+    Raises: UnsupportedModelError if no engine runs that model in this thread.
+    """
+    current = _CURRENT.get()
+    if current is None or not any(own is config for own in current.configs):
+        raise _NoContextError(type(module).__name__, before)
+    return current.context
 
 
 class _FlattenedPositions:
@@ -132,14 +178,15 @@ def flattened_forward(
     if past_key_values is not None:
         cache = {"past_key_values": past_key_values}
     try:
-        output = model(
-            input_ids=input_ids[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=logits_of,
-            radixkv=context,
-            **cache,
-        )
+        with _running(model, context):
+            output = model(
+                input_ids=input_ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=logits_of,
+                radixkv=context,
+                **cache,
+            )
     except _NoContextError as error:
         raise UnsupportedModelError(
             f"{error.module} does not hand the forward call's keyword arguments on to its attention"
@@ -163,12 +210,12 @@ def _attention_function(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer. Returns [1, tokens, num_q_heads, v_head_dim] and no weights."""
+    config: PretrainedConfig = module.config
     if radixkv is None:
-        raise _NoContextError(type(module).__name__)
+        radixkv = current_context(module, config)
     if attention_mask is not None:
         raise UnsupportedModelError(f"{type(module).__name__} makes an attention mask of its own")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    config: PretrainedConfig = module.config
     params = AttentionParams(
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
         sliding_window=sliding_window,

@@ -19,7 +19,8 @@ from radixkv.memory.kv_shape import LayerKV
 from radixkv.memory.latent_pool import LatentKV
 from radixkv.memory.state_pool import StatePool
 from radixkv.models.latent_attention import absorb_projections, expand_again, why_not_latent
-from radixkv.models.paged_attention import INTERFACE_NAME, AttentionContext, flattened_forward
+from radixkv.models.older_families import replace_own_attention, restore_own_attention
+from radixkv.models.paged_attention import INTERFACE_NAME, AttentionContext, flattened_forward, set_implementation
 from radixkv.models.recurrent.chunk_probe import takes_chunks
 from radixkv.models.recurrent.finding import find_recurrent_modules, keeps_states
 from radixkv.models.recurrent.forward import recurrent_forward
@@ -78,7 +79,14 @@ class _ProbeContext:
             )
             outputs.append(
                 dense_attention(
-                    own_q, own_k, own_v, visible, scale=params.scale, softcap=params.softcap, sinks=params.sinks
+                    own_q,
+                    own_k,
+                    own_v,
+                    visible,
+                    scale=params.scale,
+                    softcap=params.softcap,
+                    sinks=params.sinks,
+                    bias=None if params.key_bias is None else params.key_bias.between(positions, len(own_q)),
                 )
             )
         return torch.cat(outputs)
@@ -103,13 +111,14 @@ def plug_in_paged_attention(model: PreTrainedModel) -> tuple[LayerAttention, ...
     _give_own_configs(model)
     if before == INTERFACE_NAME:  # asked for when the model was loaded
         before = "eager"
-        model.set_attn_implementation(before)
+        set_implementation(model, before)
     sequences = [_probe_ids(length, config.vocab_size).to(model.device) for length in PROBE_LENGTHS]
     expected = torch.cat([model(input_ids=ids[None], use_cache=False).logits[:, -1] for ids in sequences])
     recurrent = _recurrent_modules(model, sequences[0])
     try:
-        model.set_attn_implementation(INTERFACE_NAME)
+        set_implementation(model, INTERFACE_NAME)
         absorb_projections(model)
+        replace_own_attention(model, before)
         if recurrent is not None:
             recurrent.plug_in()
         context = _ProbeContext(PROBE_LENGTHS)
@@ -120,10 +129,11 @@ def plug_in_paged_attention(model: PreTrainedModel) -> tuple[LayerAttention, ...
         if found.dtype not in MAX_DIFFERENCE:
             _check_isolation(model, sequences, found, recurrent)
     except BaseException as error:
-        model.set_attn_implementation(before)
+        set_implementation(model, before)
         expand_again(model)
         if recurrent is not None:
             recurrent.unplug()
+        restore_own_attention(model)
         if not isinstance(error, Exception):
             raise
         if odd := sorted(set(getattr(config, "layers_block_type", None) or []) - {"attention"}):

@@ -79,6 +79,8 @@ class Streaming:
             )
         if any(layer.kv.is_latent for layer in layers):
             raise _unsupported(model, "it keeps latents (MLA), whose rotary keys all heads share")
+        if any(layer.params.key_bias is not None for layer in layers):
+            raise _unsupported(model, "its scores have biases by position (ALiBi), which go on counting")
         self._window, self._sinks = window, sinks
         self._streams = [layer.params.sliding_window is None and layer.params.chunk_size is None for layer in layers]
         self.layers = tuple(
