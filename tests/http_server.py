@@ -24,6 +24,26 @@ SMALL: dict[str, Any] = {
 }  # nothing to compile
 
 
+# Tests speak plain HTTP, so their clients verify nothing: to read the system's certificates takes each 60 ms.
+
+
+def new_openai(address: str, key: str = "none", **options: Any) -> openai.OpenAI:
+    """OpenAI's client of a server."""
+    http = openai.DefaultHttpxClient(verify=False)
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, http_client=http, **options)
+
+
+def new_anthropic(address: str, key: str = "none") -> anthropic.Anthropic:
+    """Anthropic's client of a server."""
+    http = anthropic.DefaultHttpxClient(verify=False)
+    return anthropic.Anthropic(base_url=address, api_key=key, max_retries=0, http_client=http)
+
+
+def new_http(address: str, **options: Any) -> httpx.Client:
+    """A client of a server."""
+    return httpx.Client(base_url=address, timeout=60, verify=False, **options)
+
+
 class Running:
     """A server that runs, and ways to speak to it."""
 
@@ -37,22 +57,22 @@ class Running:
         return self.service.engine
 
     def openai(self, key: str = "none", **options: Any) -> Any:  # typed, each call would need its own overload
-        client = openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, **options)
-        return self._clients.enter_context(client)
+        return self._clients.enter_context(new_openai(self.address, key, **options))
 
     def async_openai(self, key: str = "none") -> Any:
-        return openai.AsyncOpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0)
+        http = openai.DefaultAsyncHttpxClient(verify=False)
+        return openai.AsyncOpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, http_client=http)
 
     def anthropic(self, key: str = "none") -> Any:
-        client = anthropic.Anthropic(base_url=self.address, api_key=key, max_retries=0)
-        return self._clients.enter_context(client)
+        return self._clients.enter_context(new_anthropic(self.address, key))
 
     def async_anthropic(self, key: str = "none") -> Any:
-        return anthropic.AsyncAnthropic(base_url=self.address, api_key=key, max_retries=0)
+        http = anthropic.DefaultAsyncHttpxClient(verify=False)
+        return anthropic.AsyncAnthropic(base_url=self.address, api_key=key, max_retries=0, http_client=http)
 
     def http(self, key: str | None = None) -> httpx.Client:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return self._clients.enter_context(httpx.Client(base_url=self.address, headers=headers, timeout=60))
+        return self._clients.enter_context(new_http(self.address, headers=headers))
 
     def close_clients(self) -> None:
         """Close all but the async ones."""

@@ -16,7 +16,7 @@ import httpx2 as httpx
 import openai
 import pytest
 
-from http_server import Running, running
+from http_server import Running, new_anthropic, new_openai, running
 from live_stream import LiveReader
 from radixkv.errors import ConfigError, MissingPackageError
 from routed_servers import Routed, new_engine, routed
@@ -153,14 +153,12 @@ def test_one_that_is_lost_later_ends_the_stream_with_an_error_of_its_interface(b
     assert (last["type"], last["code"], last["sequence_number"]) == ("error", "replica_lost", 5)
     both.wait_until(lambda: all(both.state_of(number) == "up" for number in range(2)))
     both.break_all(2, 1)
-    client = openai.OpenAI(base_url=f"{both.address}/v1", api_key="none", max_retries=0)
-    with client, pytest.raises(openai.APIError, match="was lost"):
+    with new_openai(both.address) as client, pytest.raises(openai.APIError, match="was lost"):
         list(client.completions.create(model="demo", prompt=PROMPT, max_tokens=9, stream=True))
     both.wait_until(lambda: all(both.state_of(number) == "up" for number in range(2)))
     both.break_all(3, 1)
     body: dict[str, Any] = {"model": "demo", "max_tokens": 9, "messages": [{"role": "user", "content": "Speak."}]}
-    speaker = anthropic.Anthropic(base_url=both.address, api_key="none", max_retries=0)
-    with speaker, pytest.raises(anthropic.APIStatusError, match="was lost"):
+    with new_anthropic(both.address) as speaker, pytest.raises(anthropic.APIStatusError, match="was lost"):
         list(speaker.messages.create(**body, stream=True))
 
 

@@ -9,10 +9,9 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
-import httpx2 as httpx
 import pytest
 
-from http_server import SMALL, Running, running
+from http_server import SMALL, Running, new_http, running
 from live_stream import LiveReader, live
 from radixkv import AsyncEngine
 from radixkv.serving.live_feed import MAX_WATCHERS, LiveFeed
@@ -182,7 +181,7 @@ def test_without_keys_texts_are_for_this_machine_alone(server: Running, host: st
 
 
 def test_no_more_pages_than_allowed_are_fed(server: Running) -> None:
-    with httpx.Client(base_url=server.address, timeout=60) as http:
+    with new_http(server.address) as http:
         streams = [http.stream("GET", "/v1/cache/live") for _ in range(MAX_WATCHERS)]
         try:
             for stream in streams:
