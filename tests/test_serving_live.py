@@ -13,7 +13,7 @@ import pytest
 
 from http_server import SMALL, Running, new_http, running
 from live_stream import LiveReader, live
-from radixkv import AsyncEngine
+from radixkv import AsyncEngine, SamplingParams
 from radixkv.serving.live_feed import MAX_WATCHERS, LiveFeed
 from radixkv.serving.live_page import PAGE_PATHS
 from radixkv.serving.live_view import EngineViewer
@@ -21,6 +21,7 @@ from radixkv.serving.live_view import EngineViewer
 PROMPT = "ROMEO:\nBut, soft! what light through yonder window breaks?"
 ASK = {"model": "demo", "prompt": PROMPT, "max_tokens": 4, "temperature": 0.0}
 KEYS = ("red", "blue", "boss")
+FEW = SamplingParams(max_tokens=2)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,7 @@ def test_nothing_is_looked_at_while_nobody_watches_and_a_watcher_of_an_idle_engi
             await anext(events)
             assert (await anext(others)).startswith(b"event: state"), "though nothing has changed since the first"
             waiting = asyncio.ensure_future(anext(events))
-            await engine.generate(["ROMEO: a prompt of more than a page, so that it is kept"])
+            await engine.generate(["ROMEO: a prompt of more than a page, so that it is kept"], FEW)
             assert (await waiting).startswith(b"event: nodes")
             feed.close()
             await events.aclose()
@@ -232,13 +233,13 @@ def test_nothing_is_looked_at_while_nobody_watches_and_a_watcher_of_an_idle_engi
 def test_a_look_at_an_engine_that_does_nothing_takes_its_tree_as_it_was() -> None:
     async def main() -> None:
         async with AsyncEngine.from_pretrained("demo", **SMALL) as engine:
-            await engine.generate(["ROMEO: a prompt of more than a page, so that it is kept"])
+            await engine.generate(["ROMEO: a prompt of more than a page, so that it is kept"], FEW)
             viewer = EngineViewer()
             first, second = [await engine.observe(viewer.look) for _ in range(2)]
             assert first is not None
             assert second is not None
             assert first.tree is second.tree
-            await engine.generate(["JULIET: a prompt of more than a page, so that it is kept, too"])
+            await engine.generate(["JULIET: a prompt of more than a page, so that it is kept, too"], FEW)
             third = await engine.observe(viewer.look)
             assert third is not None
             assert set(second.tree.ids) < set(third.tree.ids), "nodes keep their numbers"

@@ -119,7 +119,8 @@ def tiles_of_another() -> Iterator[None]:
     ("name", "dtype"),
     [
         *(("haswell", dtype) for dtype in (torch.float32, torch.bfloat16)),
-        *(("skylake-avx512", dtype) for dtype in (torch.float32, torch.bfloat16)),
+        ("skylake-avx512", torch.bfloat16),
+        pytest.param("skylake-avx512", torch.float32, marks=pytest.mark.stress),
         ("x86-64", torch.float32),
         pytest.param(
             "x86-64", torch.bfloat16, marks=pytest.mark.stress
