@@ -6,14 +6,16 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import anthropic
 import httpx2 as httpx
 import openai
 
-from radixkv import AsyncEngine, EngineStats
+from radixkv import AsyncEngine, EngineConfig, EngineStats
 from radixkv.config import ServerConfig
+from radixkv.models.loader import LoadedModel, load
 from radixkv.serving.server import Server
 from radixkv.serving.service import Service
 
@@ -104,11 +106,23 @@ class Running:
         assert self.service.admission.num_inside == 0
 
 
+@cache
+def _demo() -> LoadedModel:
+    return load("demo", dtype="float32")
+
+
+def new_demo_engine(**settings: Any) -> AsyncEngine:
+    """An engine of the demo model with the settings `SMALL` and others; all of a process share one model."""
+    options = {"max_waiting": settings.pop("max_waiting")} if "max_waiting" in settings else {}
+    config = EngineConfig.from_keywords({**SMALL, **settings})
+    return AsyncEngine(_demo().model, _demo().tokenizer, config, **options)
+
+
 @contextmanager
 def running(engine: AsyncEngine | None = None, **settings: Any) -> Iterator[Running]:
     """A server for `engine`, by default of the demo model; `settings` are those of `ServerConfig`."""
     if engine is None:
-        engine = AsyncEngine.from_pretrained("demo", **SMALL)
+        engine = new_demo_engine()
     service = Service(engine, "demo", ServerConfig(**{"port": 0, **settings}))
     started = threading.Event()
     server = Server(service, on_start=lambda address: started.set())

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
+from http_server import new_demo_engine
 from radixkv import AsyncEngine, SamplingParams
 from radixkv.errors import InvalidRequestError, InvalidTokenIdsError, PromptTooLongError
 
 PROMPT = "ROMEO: what"
-SMALL: dict[str, Any] = {"kv_cache_tokens": 2048, "attention_backend": "torch", "dtype": "float32"}
 
 
 def with_engine(work: Callable[[AsyncEngine], Awaitable[None]]) -> None:
     async def main() -> None:
-        async with AsyncEngine.from_pretrained("demo", **SMALL) as engine:
+        async with new_demo_engine(kv_cache_tokens=2048) as engine:
             await work(engine)
             stats = await engine.stats()
             assert (stats.running, stats.waiting, stats.cache.num_leases) == (0, 0, 0)

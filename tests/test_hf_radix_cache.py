@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache as once
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,6 +30,12 @@ Rows = list[list[int]]
 def servable(family: str = "llama", seed: int = 0) -> PreTrainedModel:
     """A model that never ends an output by itself."""
     return endless(tiny_model(family, seed))
+
+
+@once
+def shared() -> PreTrainedModel:
+    """`servable()`, one for all tests that only run it: what it answers without a cache is computed once."""
+    return servable()
 
 
 def endless(model: PreTrainedModel) -> PreTrainedModel:
@@ -211,7 +218,7 @@ def test_sampling_and_streaming_draw_what_they_would_without_it() -> None:
         def end(self) -> None:
             self.seen.append(-1)
 
-    model = servable()
+    model = shared()
     cache = RadixCache(model, max_tokens=512)
     streamed = []
     for with_cache in (None, cache, cache):
@@ -280,7 +287,7 @@ def test_rows_are_neither_dropped_nor_repeated() -> None:
 
 @pytest.mark.parametrize("chunk", [None, 7, *(pytest.param(chunk, marks=pytest.mark.stress) for chunk in (4, 13))])
 def test_padding_longer_than_a_chunk_and_rows_without_a_token(chunk: int | None) -> None:
-    model = servable()
+    model = shared()
     cache = RadixCache(model, max_tokens=512, page_size=4)
     prompts = [draw(14, 1), draw(2, 2), draw(9, 3), []]
     for _ in range(2):
@@ -357,7 +364,7 @@ def test_eviction_under_pressure_keeps_tokens_right_and_pages_whole() -> None:
 
 
 def test_what_was_used_last_stays() -> None:
-    model = servable()
+    model = shared()
     cache = RadixCache(model, max_tokens=64, page_size=4)
     for seed in (1, 2, 1, 3):
         run(model, [draw(20, seed)], cache, max_new_tokens=1)
@@ -367,7 +374,7 @@ def test_what_was_used_last_stays() -> None:
 
 
 def test_a_sequence_longer_than_all_pages_is_stored_in_part() -> None:
-    model = servable()
+    model = shared()
     cache = RadixCache(model, max_tokens=16, page_size=4)
     for expected in (0, 16, 16):
         assert check_same(model, [draw(30, 1)], cache) == (expected,)
@@ -384,7 +391,7 @@ def test_padding_behind_an_ended_output_is_not_stored() -> None:
 
 
 def test_reset_forgets_and_frees() -> None:
-    model = servable()
+    model = shared()
     cache = RadixCache(model, max_tokens=100, page_size=16)
     assert cache.stats().pool_bytes == 0
     check_same(model, [draw(30, 1)], cache)
@@ -407,7 +414,7 @@ def test_too_little_memory_shows_before_there_is_an_output_to_lose() -> None:
 
 
 def test_inference_mode_and_its_absence_share_pages() -> None:
-    model = servable()
+    model = shared()
     cache = RadixCache(model, max_tokens=512, page_size=4)
     with torch.inference_mode():
         check_same(model, [draw(30, 1)], cache)
@@ -625,7 +632,7 @@ def refused_calls() -> dict[str, tuple[str, Callable[[PreTrainedModel, RadixCach
 @pytest.mark.parametrize("case", refused_calls())
 def test_calls_that_cannot_be_served_are_refused(case: str, caplog: pytest.LogCaptureFixture) -> None:
     message, call = refused_calls()[case]
-    model = servable()
+    model = shared()
     cache = RadixCache(model, max_tokens=100)
     with pytest.raises(InvalidRequestError, match=message) as caught:
         call(model, cache)
@@ -834,7 +841,7 @@ def test_a_cache_that_is_made_inside_the_call_is_refused_with_the_way_out() -> N
 
 
 def test_an_output_is_continued_by_all_its_tokens() -> None:
-    model = servable()
+    model = shared()
     cache = RadixCache(model, max_tokens=200, page_size=4)
     sequence = run(model, [draw(20, 1)], cache)
     longer = run(model, [draw(20, 1)], max_new_tokens=2 * NEW_TOKENS)

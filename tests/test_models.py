@@ -54,7 +54,7 @@ def test_same_tokens_cold_warm_alone_and_batched(family: str, backend: str) -> N
     engine.check_invariants()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_of(FAMILIES, {"llama", "mistral", "gemma3", "mixtral"}))
 def test_same_tokens_as_generate(family: str) -> None:
     model = tiny_model(family)
     unmodified = copy.deepcopy(model)

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from http_server import SMALL, Running, running
-from radixkv import AsyncEngine
+from http_server import Running, new_demo_engine, running
 
 PROMPT = "ROMEO:\nBut, soft! what light through yonder window breaks?\nIt is the east, and Juliet is the sun."
 GREEDY = {"model": "demo", "temperature": 0.0, "max_tokens": 4}
@@ -17,7 +16,7 @@ SYSTEM = "You are a citizen of Rome, and you know everybody who lives there."
 
 @pytest.fixture(scope="module")
 def running_server() -> Iterator[Running]:
-    engine = AsyncEngine.from_pretrained("demo", **{**SMALL, "kv_cache_tokens": 512})
+    engine = new_demo_engine(kv_cache_tokens=512)
     with running(engine) as server:
         yield server
 

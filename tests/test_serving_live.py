@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from http_server import SMALL, Running, new_http, running
+from http_server import Running, new_demo_engine, new_http, running
 from live_stream import LiveReader, live
-from radixkv import AsyncEngine, SamplingParams
+from radixkv import SamplingParams
 from radixkv.serving.live_feed import MAX_WATCHERS, LiveFeed
 from radixkv.serving.live_page import PAGE_PATHS
 from radixkv.serving.live_view import EngineViewer
@@ -35,7 +35,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     file = tmp_path_factory.mktemp("keys") / "keys.toml"
     tables = [f"[[key]]\nname = '{name}'\nsha256 = '{sha256(f'key-{name}'.encode()).hexdigest()}'\n" for name in KEYS]
     file.write_text("".join(tables) + "admin = true\n")  # of the last one
-    with running(AsyncEngine.from_pretrained("demo", **SMALL), api_keys=str(file)) as server:
+    with running(new_demo_engine(), api_keys=str(file)) as server:
         yield server
 
 
@@ -210,7 +210,7 @@ def test_a_server_that_ends_does_not_wait_for_pages() -> None:
 
 def test_nothing_is_looked_at_while_nobody_watches_and_a_watcher_of_an_idle_engine_sees_it() -> None:
     async def main() -> None:
-        async with AsyncEngine.from_pretrained("demo", **SMALL) as engine:
+        async with new_demo_engine() as engine:
             feed = LiveFeed(engine, "demo", min_interval_s=0.001)
             for _ in range(2):  # the second one comes when all is known already
                 events = feed.events(lambda namespace: True)
@@ -232,7 +232,7 @@ def test_nothing_is_looked_at_while_nobody_watches_and_a_watcher_of_an_idle_engi
 
 def test_a_look_at_an_engine_that_does_nothing_takes_its_tree_as_it_was() -> None:
     async def main() -> None:
-        async with AsyncEngine.from_pretrained("demo", **SMALL) as engine:
+        async with new_demo_engine() as engine:
             await engine.generate(["ROMEO: a prompt of more than a page, so that it is kept"], FEW)
             viewer = EngineViewer()
             first, second = [await engine.observe(viewer.look) for _ in range(2)]

@@ -10,8 +10,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from http_server import SMALL, Running, running
-from radixkv import AsyncEngine, CacheQuota
+from http_server import Running, new_demo_engine, running
+from radixkv import CacheQuota
 from radixkv.config import ServerConfig
 from radixkv.errors import ConfigError
 from radixkv.serving.service import Service
@@ -34,7 +34,7 @@ def keys(shares: dict[str, str]) -> str:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     file = tmp_path_factory.mktemp("keys") / "keys.toml"
     file.write_text(keys({**SHARES, "boss": "admin = true"}))
-    engine = AsyncEngine.from_pretrained("demo", **{**SMALL, "kv_cache_tokens": POOL_TOKENS})
+    engine = new_demo_engine(kv_cache_tokens=POOL_TOKENS)
     with running(engine, api_keys=str(file)) as server:
         yield server
 
@@ -114,7 +114,7 @@ def test_shares_of_a_disk_need_one(tmp_path: Path) -> None:
     assert KeyRing.from_file(file).quotas(1, 1000) == {"a": CacheQuota(disk_bytes=500)}
 
     async def start() -> None:
-        async with AsyncEngine.from_pretrained("demo", **SMALL) as engine:
+        async with new_demo_engine() as engine:
             with pytest.raises(ConfigError, match="disk_share needs an engine with disk_cache"):
                 await Service(engine, "demo", ServerConfig(api_keys=str(file))).start()
 

@@ -9,8 +9,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from http_server import SMALL, Running, running
-from radixkv import AsyncEngine
+from http_server import Running, new_demo_engine, running
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -22,7 +21,7 @@ MOST_TOKENS = 4
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    engine = AsyncEngine.from_pretrained("demo", **SMALL, max_context_tokens=256)
+    engine = new_demo_engine(max_context_tokens=256)
     with running(engine) as server:
         yield server
 

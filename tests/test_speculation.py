@@ -39,9 +39,7 @@ def drafted(outputs: Sequence[RequestOutput]) -> tuple[int, int]:
     return sum(choice.drafted_tokens for choice in choices), sum(choice.accepted_tokens for choice in choices)
 
 
-@pytest.mark.parametrize(
-    "family", some_of([*FAMILIES, *LATENT], {"llama", "gemma2", "gpt_oss", "llama4", "mixtral", "deepseek_v2"})
-)
+@pytest.mark.parametrize("family", some_of([*FAMILIES, *LATENT], {"gpt_oss", "llama4", "deepseek_v2"}))
 def test_greedy_tokens_are_those_of_the_unmodified_model(family: str) -> None:
     """Batches of requests with and without drafts, right ones and wrong ones; then drafts from the cache itself."""
     prompts = random_prompts(1, [37, 41, 12, 30], shared=12)

@@ -218,9 +218,8 @@ def factories_without_dtype(source: str) -> list[int]:
 
 def test_every_new_tensor_says_its_dtype_and_device() -> None:
     paths = [path for folder in ("radixkv", "kernels") for path in sorted((ROOT / folder).rglob("*.py"))]
-    lines = {
-        path.relative_to(ROOT).as_posix(): factories_without_dtype(path.read_text(encoding="utf-8")) for path in paths
-    }
+    sources = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    lines = {path: factories_without_dtype(source) for path, source in sources.items() if "torch." in source}
     assert {path: found for path, found in lines.items() if found} == {}
 
 
