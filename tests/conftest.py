@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import signal
@@ -46,6 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hands_out:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background runs ignore
         gc.disable()  # until all is loaded: it stays, so to search it for garbage is in vain
+        if hasattr(config, "workerinput"):  # its results have been handed over when it ends
+            atexit.register(os._exit, 0)  # first, so it is called last: to take apart all that was loaded takes seconds
         config.pluginmanager.import_plugin("shared_fixtures")
         if hasattr(config, "workerinput") and config.workerinput["workerid"] == "gw1":
             load_backwards(config)

@@ -129,7 +129,15 @@ class _Leaking(torch.nn.Module):
         return normed + self._share * torch.nn.functional.pad(normed, (0, 0, 1, 0))[:, :-1]
 
 
-@pytest.mark.parametrize(("share", "dtype"), [(0.02, torch.bfloat16), (0.5, torch.bfloat16), (0.02, torch.float32)])
+@pytest.mark.parametrize(
+    ("share", "dtype"),
+    [
+        (0.02, torch.bfloat16),
+        (0.5, torch.float32),
+        pytest.param(0.5, torch.bfloat16, marks=pytest.mark.stress),
+        pytest.param(0.02, torch.float32, marks=pytest.mark.stress),
+    ],
+)
 def test_a_model_whose_tokens_mix_outside_attention_is_refused_in_every_dtype(share: float, dtype: torch.dtype) -> None:
     model = tiny_model("llama").to(dtype)
     for layer in model.model.layers:

@@ -183,7 +183,7 @@ def test_a_stop_token_within_a_draft_ends_the_output_there(place: int) -> None:
     assert held == len(prompt) + len(output.token_ids) - 1, "what follows the end in the draft is not shared"
 
 
-@pytest.mark.parametrize("max_tokens", [1, 2, 17])
+@pytest.mark.parametrize("max_tokens", [1, 2, 17, *(pytest.param(num, marks=pytest.mark.stress) for num in (5, 18))])
 def test_max_tokens_is_kept_to_the_token(max_tokens: int) -> None:
     prompt = random_ids(4, 10)
     engine = speculating(tiny_model("llama"), SMALL, knowing_all([prompt], mistakes=0.0))
