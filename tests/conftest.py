@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import signal
@@ -20,15 +21,23 @@ SLOW_FILES = [
     "test_triton.py",
     "test_quantized_attention.py",
     "test_skinny_linear.py",
-    "test_cache_machine.py",
-    "test_windows.py",
-    "test_quantized_pool.py",
-    "test_pool_kinds.py",
     "test_hf_radix_cache.py",
-    "test_engine.py",
-    "test_cli_generate.py",
+    "test_speculation.py",
+    "test_fused_decoder.py",
+    "test_route.py",
     "test_models.py",
+    "test_pool_kinds.py",
+    "test_windows.py",
+    "test_serving_anthropic.py",
+    "test_engine.py",
+    "test_hf_disk_cache.py",
     "test_torch_defaults.py",
+    "test_serving_forms.py",
+    "test_tiles.py",
+    "test_request_options.py",
+    "test_latent_attention.py",
+    "test_cli_replay.py",
+    "test_serving_schema.py",
 ]
 
 
@@ -38,6 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hands_out:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background runs ignore
         gc.disable()  # until all is loaded: it stays, so to search it for garbage is in vain
+        if hasattr(config, "workerinput"):  # its results have been handed over when it ends
+            atexit.register(os._exit, 0)  # first, so it is called last: to take apart all that was loaded takes seconds
         config.pluginmanager.import_plugin("shared_fixtures")
         if hasattr(config, "workerinput") and config.workerinput["workerid"] == "gw1":
             load_backwards(config)

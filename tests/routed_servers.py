@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2 as httpx
 
-from http_server import SMALL, Running
+from http_server import SMALL, Running, new_http
 from radixkv import AsyncEngine
 from radixkv.cluster.events_in import is_comment, whole_events
 from radixkv.cluster.replica_link import ReplicaAnswer, ReplicaCall, ReplicaLink, ReplicaLostError
@@ -82,7 +82,7 @@ class Routed:
 
     def http(self, key: str | None = None) -> httpx.Client:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return httpx.Client(base_url=self.address, headers=headers, timeout=60)
+        return new_http(self.address, headers=headers)
 
     def state_of(self, number: int) -> str:
         return self.server.fleet.members[self.links[number].name].state

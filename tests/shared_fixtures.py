@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from http_server import Running
 
 # Hypothesis tests that do not say how many examples they take. `scripts/test --hypothesis-profile long` looks further.
-settings.register_profile("brief", max_examples=40, deadline=None, derandomize=True)
+settings.register_profile("brief", max_examples=25, deadline=None, derandomize=True)
 settings.register_profile("long", max_examples=1000, deadline=None)
 settings.load_profile("brief")
 

@@ -176,7 +176,7 @@ def recency(rng: np.random.Generator) -> Iterator[list[int]]:
     [(loops, 0.4), (scans, 0.05), (late_chats, 0.03), (chats, -0.005), (recency, -0.005)],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-@pytest.mark.parametrize("capacity", [160, 256])
+@pytest.mark.parametrize("capacity", [160, pytest.param(256, marks=pytest.mark.stress)])
 def test_hits_beside_lru(workload: type[Iterator[list[int]]], gain: float, capacity: int) -> None:
     prompts = list(workload(np.random.default_rng(3)))  # type: ignore[call-arg]
     requests = [Request.of_tokens(prompt, [0]) for prompt in prompts]

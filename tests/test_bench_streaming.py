@@ -20,11 +20,11 @@ def test_reads_and_writes_beyond_the_window(
 ) -> None:
     files = {"--json": tmp_path / "out.json", "--plot": tmp_path / "out.png"}
     options = [str(part) for option in files.items() for part in option]
-    sizes = ["--window", "64", "--tokens", "450", "--everything", "400", "--generate", "80"]
+    sizes = ["--window", "64", "--tokens", "450", "--everything", "400", "--generate", "40"]
     assert command(monkeypatch, *sizes, *options) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "4 sinks + window 60" in shown
-    assert "80 tokens generated in one request. KV: 1.18 MB from the first to the last" in shown
+    assert "40 tokens generated in one request. KV: 1.18 MB from the first to the last" in shown
     figures = json.loads(files["--json"].read_text())
     everything, window, sinks = figures["readings"]
     assert [reading["num_tokens"] for reading in (everything, window, sinks)] == [400, 451, 451]

@@ -23,19 +23,19 @@ pairs = pytest.mark.parametrize(("policy", "page_size"), [*((policy, 2) for poli
 
 @pairs
 def test_tree(policy: str, page_size: int) -> None:
-    walk(TreeMachine, 200, page_size=page_size, policy=policy)
+    walk(TreeMachine, 100, page_size=page_size, policy=policy)
 
 
 @pairs
 def test_cache(policy: str, page_size: int) -> None:
-    walk(CacheMachine, 200, page_size=page_size, policy=policy, copies=True)
+    walk(CacheMachine, 100, page_size=page_size, policy=policy, copies=True)
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
 def test_found_by_hypothesis(page_size: int) -> None:
-    run(TreeMachine, 10, page_size=page_size, policy="lru")
-    run(CacheMachine, 10, page_size=page_size, policy="lru", copies=True)
-    run(CacheMachine, 5, page_size=page_size, policy="lru", copies=False)
+    run(TreeMachine, 5, page_size=page_size, policy="lru")
+    run(CacheMachine, 5, page_size=page_size, policy="lru", copies=True)
+    run(CacheMachine, 3, page_size=page_size, policy="lru", copies=False)
 
 
 @pytest.mark.stress

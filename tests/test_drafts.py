@@ -62,7 +62,7 @@ def check(token_ids: Tokens, match_tokens: int, text: Tokens, sequences: Sequenc
 words = st.lists(st.integers(0, 5), min_size=1, max_size=40)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=words, steps=st.lists(st.integers(1, 7), max_size=6), most=st.integers(1, 9))
 def test_a_text_finds_its_own_end(text: Tokens, steps: list[int], most: int) -> None:
     growing = GrowingText()
@@ -163,7 +163,7 @@ class Cached(RuleBasedStateMachine):
 
 
 TestCached = Cached.TestCase
-TestCached.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestCached.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
 
 
 def drafts(drafter: CacheDrafter, tokens: Tokens, namespace: Namespace = SHARED, most: int = 4) -> Draft:

@@ -57,8 +57,13 @@ def test_a_batch_of_mixed_lengths(make_engine: MakeEngine, oracle: GreedyOracle)
     assert all(output.finish_reason == "length" for output in outputs)
 
 
-@pytest.mark.parametrize("page_size", [1, 3, 16])
-@pytest.mark.parametrize("schedule_policy", ["lpm", "fcfs"])
+@pytest.mark.parametrize(
+    ("page_size", "schedule_policy"),
+    [
+        *((1, "lpm"), (3, "fcfs"), (16, "lpm")),
+        *(pytest.param(*pair, marks=pytest.mark.stress) for pair in ((1, "fcfs"), (3, "lpm"), (16, "fcfs"))),
+    ],
+)
 def test_chunked_prefill(make_engine: MakeEngine, oracle: GreedyOracle, page_size: int, schedule_policy: str) -> None:
     engine = make_engine(page_size=page_size, max_batch_tokens=7, schedule_policy=schedule_policy)
     head = random_ids(1, 40)

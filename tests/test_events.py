@@ -202,8 +202,15 @@ def test_what_a_lease_commits_is_told_once() -> None:
     assert mirror.told == ["stored", "stored", "cleared"]
 
 
-@pytest.mark.parametrize("page_size", [1, 2, 4])
-@pytest.mark.parametrize("policy", ["lru", "slru"])
+@pytest.mark.parametrize(
+    ("policy", "page_size"),
+    [
+        ("lru", 1),
+        ("lru", 4),
+        ("slru", 2),
+        *(pytest.param(*case, marks=pytest.mark.stress) for case in (("lru", 2), ("slru", 1), ("slru", 4))),
+    ],
+)
 def test_listening_alone_tells_what_is_cached(page_size: int, policy: str) -> None:
     """A random life of a small cache, tails and namespaces included."""
     rng = random.Random(page_size)
@@ -249,7 +256,7 @@ def test_listening_alone_tells_which_pages_layers_with_a_window_have(exact: bool
     cache = PrefixCache(40, 2, copy_page=copy_page, residency=windows)
     mirror = EventMirror()
     told: set[str] = set()
-    for step in range(250):
+    for step in range(170):
         if step == 100:
             for run in cache.tree.cached_runs():
                 mirror(Stored(run, "pool"))

@@ -449,7 +449,7 @@ def test_estimated_hit_rates_of_a_loop() -> None:
 def test_estimated_hit_rates_of_a_mix() -> None:
     cache = PrefixCache(300, 16)
     rng = np.random.default_rng(5)
-    for _ in range(4000):
+    for _ in range(2000):
         first = 1000 * int(rng.geometric(0.01))
         put(cache, range(first, first + 48))
     rates = [size.hit_rate for size in cache.stats().estimated_hit_rates]
@@ -538,7 +538,7 @@ def check_explanation(cache: PrefixCache, memory: Memory, namespace: Namespace, 
 
 
 @pytest.mark.parametrize(("page_size", "exact"), [(1, True), (4, True), (4, False)])
-@settings(max_examples=40, derandomize=True, database=None, deadline=None)
+@settings(max_examples=20, derandomize=True, database=None, deadline=None)
 @given(history=st.lists(prompts, min_size=1, max_size=40))
 def test_random_histories(page_size: int, exact: bool, history: list[tuple[Namespace, str, list[int]]]) -> None:
     """12 pages are enough for the 5 of a prompt with those that it copies from, and little else."""

@@ -87,8 +87,14 @@ def test_the_same_logits_as_its_modules(family: str, dtype: torch.dtype) -> None
     assert difference_on_probe(model, fused.run) <= {torch.float32: 1e-6}.get(dtype, 2e-2)
 
 
-@pytest.mark.parametrize("fields", [{"page_size": 16}, {"page_size": 4}, {"attention_backend": "torch"}])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        pytest.param(family, fields, marks=[] if number in (0, place + 1) else [pytest.mark.stress])
+        for place, family in enumerate(FAMILIES)
+        for number, fields in enumerate([{"page_size": 16}, {"page_size": 4}, {"attention_backend": "torch"}])
+    ],
+)
 def test_steps_of_few_tokens_run_no_module(family: str, fields: dict[str, Any], by_modules: list[int]) -> None:
     model = tiny_model(family)
     expected = expected_of(model, **fields)
@@ -111,7 +117,7 @@ def test_streaming_and_codes(fields: dict[str, Any], by_modules: list[int]) -> N
     assert all(count > 64 for count in by_modules)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 7, 16])
+@pytest.mark.parametrize("batch", [1, 2, pytest.param(7, marks=pytest.mark.stress), 16])
 def test_batches_of_every_size(batch: int) -> None:
     model = wide_model("qwen3", torch.float32)
     prompts = random_prompts(7, [5 + 9 * i for i in range(batch)], shared=0)

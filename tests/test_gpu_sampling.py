@@ -76,8 +76,14 @@ def check_draws(drawn: list[int], logits: Tensor, params: SamplingParams) -> Non
         assert abs(counts[token_id] / len(drawn) - probability) <= deviation, (params, token_id)
 
 
-@pytest.mark.parametrize("options", FILTERS)
-@pytest.mark.parametrize("temperature", [0.5, 1.5])
+@pytest.mark.parametrize(
+    ("options", "temperature"),
+    [
+        pytest.param(options, temperature, marks=[] if number % 2 == place else [pytest.mark.stress])
+        for number, options in enumerate(FILTERS)
+        for place, temperature in enumerate((0.5, 1.5))
+    ],
+)
 def test_draws_follow_the_filtered_distribution(
     sampler: DeviceSampler, device: str, options: dict[str, Any], temperature: float
 ) -> None:

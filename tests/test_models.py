@@ -15,6 +15,7 @@ from radixkv.attention import dense_extends
 from radixkv.errors import UnsupportedModelError
 from radixkv.models.probe import plug_in_paged_attention
 from runners import tampered_engine
+from stress_cases import some_of
 from tiny_models import FAMILIES, REFUSED, tiny_model
 
 NEW_TOKENS = 6
@@ -33,7 +34,7 @@ def pairs(**families: Iterable[str]) -> pytest.MarkDecorator:
     )
 
 
-@pairs(numba=FAMILIES, torch=["llama", "gpt_oss"])
+@pairs(numba=["llama", "gemma2", "gpt_oss", "llama4"], torch=["mistral"])  # the others: logits, below
 def test_same_tokens_cold_warm_alone_and_batched(family: str, backend: str) -> None:
     model = tiny_model(family)
     prompts = random_prompts(1, [37, 41, 33, 50], shared=32)
@@ -53,7 +54,7 @@ def test_same_tokens_cold_warm_alone_and_batched(family: str, backend: str) -> N
     engine.check_invariants()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_of(FAMILIES, {"llama", "mistral", "gemma3", "mixtral"}))
 def test_same_tokens_as_generate(family: str) -> None:
     model = tiny_model(family)
     unmodified = copy.deepcopy(model)
@@ -66,7 +67,7 @@ def test_same_tokens_as_generate(family: str) -> None:
     assert engine.generate(prompt, GREEDY)[0].token_ids == generated[0, len(prompt) :].tolist()
 
 
-@pairs(numba=FAMILIES, torch=["mistral", "gemma2", "gpt_oss", "llama4"], reference=["gemma2", "gpt_oss", "llama4"])
+@pairs(numba=FAMILIES, torch=["gemma2", "llama4"], reference=["gpt_oss"])
 def test_logits_on_a_cached_prefix(family: str, backend: str) -> None:
     """Extends and decodes over cached pages, mixed in one batch, against the whole sequence computed at once."""
     model = tiny_model(family)
@@ -127,8 +128,15 @@ class _Leaking(torch.nn.Module):
         return normed + self._share * torch.nn.functional.pad(normed, (0, 0, 1, 0))[:, :-1]
 
 
-@pytest.mark.parametrize("share", [0.02, 0.5])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("share", "dtype"),
+    [
+        (0.02, torch.bfloat16),
+        (0.5, torch.float32),
+        pytest.param(0.5, torch.bfloat16, marks=pytest.mark.stress),
+        pytest.param(0.02, torch.float32, marks=pytest.mark.stress),
+    ],
+)
 def test_a_model_whose_tokens_mix_outside_attention_is_refused_in_every_dtype(share: float, dtype: torch.dtype) -> None:
     model = tiny_model("llama").to(dtype)
     for layer in model.model.layers:
@@ -146,7 +154,7 @@ def _stretched_by_length(forward):  # type: ignore[no-untyped-def]
     return lambda hidden, position_ids: forward(hidden, position_ids * hidden.shape[1])
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "llama4"])
+@pytest.mark.parametrize("family", some_of(["llama", "mistral", "gemma2", "llama4"], {"gemma2", "llama4"}))
 def test_long_extends_are_cut_into_blocks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense_extends, "BLOCK_SCORES", 200)  # three to five rows a block
     model = tiny_model(family)

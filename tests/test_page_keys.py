@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from radixkv.cache.page_keys import KEY_BYTES, page_key, page_keys, prompt_keys, root_key, tail_key
 
-FIXED = settings(max_examples=150, derandomize=True, database=None, deadline=None)
+FIXED = settings(max_examples=60, derandomize=True, database=None, deadline=None)
 names = st.none() | st.sampled_from(["", "a", "b", "ab", "\0", "\1"]) | st.text(max_size=3)
 tokens_of_a_prompt = st.lists(st.sampled_from([0, 1, 2**31 - 1]), max_size=9)
 

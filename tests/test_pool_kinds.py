@@ -16,6 +16,7 @@ from radixkv.memory.latent_pool import LatentKVPool
 from radixkv.memory.quantized_pool import QuantizedKVPool
 from radixkv.memory.split_pool import SplitKVPool
 from runners import Around, tampered_engine
+from stress_cases import some_of
 from tiny_models import served_model, tiny_model
 
 NEW_TOKENS = 9
@@ -48,10 +49,13 @@ KINDS: dict[str, tuple[str, dict[str, Any], type[Any]]] = {
 }
 EXACT = [name for name, (_, settings, _) in KINDS.items() if "kv_cache_dtype" not in settings]
 MORE = {
+    "values",
     "int8 in pages of 4",
+    "int8 in pages of 16",  # as "sinks of codes"
     "int4 in pages of 16",
     "fp8_e4m3 in pages of 4",
     "fp8_e5m2 in pages of 16",
+    "windows alone",
 }  # under `stress`
 EVERY_KIND = pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[pytest.mark.stress] if kind in MORE else []) for kind in KINDS]
@@ -99,7 +103,7 @@ def test_a_pool_too_small_for_all_serves_all_and_loses_nothing(kind: str) -> Non
     check_empty(engine)
 
 
-@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("kind", some_of(EXACT, {"values", "a page a token", "latents", "windows", "sinks"}))
 def test_tokens_are_those_of_a_pool_with_room(kind: str) -> None:
     prompts = random_prompts(9, [30, 41, 37, 25, 44], shared=21)
     roomy = make_engine(kind, kv_cache_tokens=2048, **({"window_cache_tokens": 1024} if kind == "windows" else {}))

@@ -12,6 +12,7 @@ from attention_cases import Case, Spans
 from radixkv.attention.backend import choose_backend, why_not
 from radixkv.errors import UnsupportedBackendError
 from radixkv.memory.kv_codes import CODE_FORMS
+from stress_cases import some_of
 
 SPANS = [(0, 1), (0, 13), (20, 21), (37, 38), (15, 33), (16, 17), (31, 32), (3, 40)]  # [first, last) of each sequence
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -81,14 +82,14 @@ def test_values_of_another_size_than_keys(backend: str, kv_dtype: str) -> None:
 
 
 @EVERY_BACKEND
-@EVERY_CODE
+@pytest.mark.parametrize("kv_dtype", some_of(CODE_FORMS, {"int8", "int4"}))
 def test_extends_over_prefixes_of_every_length_around_page_borders(backend: str, kv_dtype: str) -> None:
     spans = [(first, last) for last in range(14, 35) for first in range(max(0, last - 18), last)]
     check(backend, spans, num_q_heads=4, num_kv_heads=2, kv_dtype=kv_dtype)
 
 
 @EVERY_BACKEND
-@EVERY_CODE
+@pytest.mark.parametrize("kv_dtype", some_of(CODE_FORMS, {"int4", "fp8_e4m3"}))
 @pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(d, marks=pytest.mark.stress) for d in HALVES)])
 def test_shared_prefixes_count_the_same(backend: str, kv_dtype: str, dtype: torch.dtype) -> None:
     lasts = [2305, 2340, 2333, 2400, 2306, 2499, 2310, 2370, 1700, 30]

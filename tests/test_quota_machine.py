@@ -128,17 +128,17 @@ quotas = pytest.mark.parametrize("first_guarantee", range(len(GUARANTEES)))
 
 @pairs
 def test_who_is_beyond_its_share_gives_way_and_nobody_loses_what_it_is_guaranteed(policy: str, page_size: int) -> None:
-    walk(QuotaMachine, 300, {"set_quotas": 0.5}, page_size=page_size, policy=policy, copies=True)
+    walk(QuotaMachine, 150, {"set_quotas": 0.5}, page_size=page_size, policy=policy, copies=True)
 
 
 @quotas
 def test_the_same_while_quotas_stay(first_guarantee: int) -> None:
-    walk(QuotaMachine, 200, page_size=2, policy="lru", copies=True, first_guarantee=first_guarantee)
+    walk(QuotaMachine, 100, page_size=2, policy="lru", copies=True, first_guarantee=first_guarantee)
 
 
 @pytest.mark.parametrize("copies", [True, False])
 def test_found_by_hypothesis(copies: bool) -> None:
-    run(QuotaMachine, 10, page_size=2, policy="lru", copies=copies)
+    run(QuotaMachine, 5, page_size=2, policy="lru", copies=copies)
 
 
 @pytest.mark.stress

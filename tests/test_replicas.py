@@ -18,6 +18,7 @@ from radixkv.replay.page_numbers import PagedTrace, number_pages
 from radixkv.replay.replicas import LOAD_SHARE, arrival_times_s, simulate_fleet
 from radixkv.replay.simulation import replay_trace
 from radixkv.replay.traces import Request
+from stress_cases import some_of
 
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=25)
 
@@ -140,7 +141,7 @@ def test_replicas_in_turn_are_caches_of_their_own(
     assert result.hit_tokens == hit_tokens
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", some_of(ROUTERS, {"cost", "random", "consistent-hash"}))
 def test_one_replica_is_one_cache(router: str) -> None:
     requests = conversations(300, 20)
     result = simulated(paged(requests), Fleet(1, 20_000), router)
@@ -211,7 +212,7 @@ def test_a_shared_tier_makes_any_router_hit_what_was_computed_before() -> None:
 # ---------------------------------------------------------------------------------------------------------- incidents
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", some_of(ROUTERS, {"cost", "consistent-hash", "sglang-cache-aware"}))
 def test_no_request_is_lost_when_replicas_die_and_join(router: str) -> None:
     trace = paged(conversations(400, 30))
     happenings = [

@@ -10,8 +10,7 @@ from typing import Any
 import anthropic
 import pytest
 
-from http_server import SMALL, Running, running
-from radixkv import AsyncEngine
+from http_server import Running, new_demo_engine, running
 from radixkv.serving.anthropic_body import MessagesBody
 from radixkv.serving.anthropic_messages import BlockStream
 from radixkv.serving.tool_calls import Arguments, Call, CallBegun, Text
@@ -31,7 +30,7 @@ TOOLS: Any = [{"name": "find_person", "description": "Find one.", "input_schema"
 
 @pytest.fixture(scope="module")
 def running_server() -> Iterator[Running]:
-    engine = AsyncEngine.from_pretrained("demo", **{**SMALL, "kv_cache_tokens": 1024})
+    engine = new_demo_engine(kv_cache_tokens=1024)
     with running(engine) as server:
         yield server
 
@@ -300,7 +299,7 @@ def test_other_errors_have_anthropics_shape_too(server: Running) -> None:
         server.anthropic().messages.create(**{**ASK, "model": "other"})
     body: Any = caught.value.body
     assert body["error"]["type"] == "not_found_error"
-    with running(AsyncEngine.from_pretrained("demo", **SMALL), api_key="secret") as closed:
+    with running(new_demo_engine(), api_key="secret") as closed:
         with pytest.raises(anthropic.AuthenticationError):
             closed.anthropic("guess").messages.create(**ASK)
         assert closed.anthropic("secret").messages.create(**ASK).content

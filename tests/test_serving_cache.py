@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from http_server import SMALL, Running, running
-from radixkv import AsyncEngine
+from http_server import Running, new_demo_engine, running
 
 PROMPT = "ROMEO:\nBut, soft! what light through yonder window breaks?\nIt is the east, and Juliet is the sun."
 GREEDY = {"model": "demo", "temperature": 0.0, "max_tokens": 4}
@@ -17,7 +16,7 @@ SYSTEM = "You are a citizen of Rome, and you know everybody who lives there."
 
 @pytest.fixture(scope="module")
 def running_server() -> Iterator[Running]:
-    engine = AsyncEngine.from_pretrained("demo", **{**SMALL, "kv_cache_tokens": 1024})
+    engine = new_demo_engine(kv_cache_tokens=512)
     with running(engine) as server:
         yield server
 
@@ -38,7 +37,7 @@ def usage_of(server: Running, body: dict[str, Any]) -> tuple[int, int, int]:
 def fill(server: Running) -> None:
     """Let enough other prompts run that all that may be evicted is."""
     for number in range(6):
-        post(server, "/v1/completions", {**GREEDY, "prompt": f"{number} other words " * 60})
+        post(server, "/v1/completions", {**GREEDY, "prompt": f"{number} other words " * 30})
 
 
 def test_usage_tells_what_was_cached_and_written(server: Running) -> None:
@@ -125,7 +124,7 @@ def test_flush_is_defined_while_requests_run(server: Running) -> None:
 def test_stats_say_what_the_cache_holds(server: Running) -> None:
     usage_of(server, {**GREEDY, "prompt": PROMPT})
     stats = server.http().get("/v1/cache/stats").json()
-    assert stats["pool"]["pages"] == 64
+    assert stats["pool"]["pages"] == 32
     assert stats["cached_tokens"]["evictable"] > 0
     assert stats["requests"] == {"running": 0, "waiting": 0}
     assert 0 <= stats["hit_rate"] <= 1
@@ -170,5 +169,5 @@ def test_broken_promises_are_counted_in_tokens(server: Running) -> None:
     fill(server)
     assert broken_tokens() == before, "others went first"
     for number in range(6):
-        post(server, "/v1/completions", {**GREEDY, "prompt": f"{number} kept words " * 60, **kept})
+        post(server, "/v1/completions", {**GREEDY, "prompt": f"{number} kept words " * 30, **kept})
     assert broken_tokens() > before

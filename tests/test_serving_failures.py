@@ -13,7 +13,7 @@ import httpx2 as httpx
 import pytest
 import torch
 
-from http_server import SMALL, running
+from http_server import SMALL, new_demo_engine, running
 from radixkv import AsyncEngine, EngineConfig
 from radixkv.engine.assembly import assemble
 from radixkv.engine.step_input import StepInput
@@ -81,7 +81,7 @@ def test_the_end_of_the_engine_is_told() -> None:
 def test_a_second_signal_ends_what_runs_at_once() -> None:
     body = {**ASK, "prompt": SECRET, "max_tokens": 3000, "ignore_eos": True, "stream": True}
     with (
-        running(AsyncEngine.from_pretrained("demo", **SMALL), drain_s=600) as server,
+        running(new_demo_engine(), drain_s=600) as server,
         server.http().stream("POST", "/v1/completions", json=body) as stream,
     ):
         pieces = stream.iter_lines()

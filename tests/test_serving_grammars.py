@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from http_server import SMALL
-from radixkv import AsyncEngine
+from http_server import new_demo_engine
 from radixkv.serving.grammars import Grammars, GrammarTransform, of_json_schema, of_regex
 
 SCHEMA = {"type": "array", "minItems": 3, "items": {"enum": ["Romeo", "Juliet"]}}
@@ -18,7 +17,7 @@ GRAMMARS = [of_json_schema(SCHEMA, "schema"), of_regex("[a-f]+x?", "regex"), of_
 
 @pytest.fixture(scope="module")
 def grammars() -> Iterator[Grammars]:
-    engine = AsyncEngine.from_pretrained("demo", **SMALL)
+    engine = new_demo_engine()
     grammars = Grammars(engine)
     yield grammars
     grammars.close()

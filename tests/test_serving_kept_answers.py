@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from http_server import SMALL, Running, running
-from radixkv import AsyncEngine
+from http_server import Running, new_demo_engine, running
 from radixkv.serving.kept_answers import KeptAnswers
 
 ASK: Any = {"model": "demo", "max_tokens": 24, "temperature": 1.0}
@@ -21,7 +20,7 @@ SEEDS = range(3)
 
 @pytest.fixture(scope="module")
 def keeping() -> Iterator[Running]:
-    with running(AsyncEngine.from_pretrained("demo", **SMALL), keep_answer_ids=True) as server:
+    with running(new_demo_engine(), keep_answer_ids=True) as server:
         yield server
 
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from http_server import SMALL, Running, running
-from radixkv import AsyncEngine
+from http_server import Running, new_demo_engine, running
 
 ENDLESS = {"prompt": "ROMEO:", "max_tokens": 3000, "ignore_eos": True, "temperature": 0}
 SHORT = {"model": "demo", "prompt": "JULIET:", "max_tokens": 4, "temperature": 0.0}
@@ -19,7 +18,7 @@ SHORT = {"model": "demo", "prompt": "JULIET:", "max_tokens": 4, "temperature": 0
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    engine = AsyncEngine.from_pretrained("demo", **SMALL)
+    engine = new_demo_engine()
     with running(engine, keep_alive_s=0.05) as server:
         yield server
 
@@ -105,7 +104,7 @@ def test_many_who_leave_at_any_point_leave_nothing(server: Running) -> None:
 
 
 def test_comments_keep_a_silent_stream_open() -> None:
-    engine = AsyncEngine.from_pretrained("demo", **SMALL, max_running_requests=1)
+    engine = new_demo_engine(max_running_requests=1)
     with running(engine, keep_alive_s=0.01) as server:
         first = connect(server, {**ENDLESS, "stream": True})
         server.wait_until(lambda stats: stats.running == 1)
@@ -123,7 +122,7 @@ def test_comments_keep_a_silent_stream_open() -> None:
 
 
 def test_a_full_queue_and_the_end_of_the_server_are_told() -> None:
-    engine = AsyncEngine.from_pretrained("demo", **SMALL, max_running_requests=1, max_waiting=1)
+    engine = new_demo_engine(max_running_requests=1, max_waiting=1)
     with running(engine, drain_s=0) as server:
         client = server.openai()
         first = connect(server, {**ENDLESS, "stream": True})

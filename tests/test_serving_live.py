@@ -9,12 +9,11 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
-import httpx2 as httpx
 import pytest
 
-from http_server import SMALL, Running, running
+from http_server import Running, new_demo_engine, new_http, running
 from live_stream import LiveReader, live
-from radixkv import AsyncEngine
+from radixkv import SamplingParams
 from radixkv.serving.live_feed import MAX_WATCHERS, LiveFeed
 from radixkv.serving.live_page import PAGE_PATHS
 from radixkv.serving.live_view import EngineViewer
@@ -22,6 +21,7 @@ from radixkv.serving.live_view import EngineViewer
 PROMPT = "ROMEO:\nBut, soft! what light through yonder window breaks?"
 ASK = {"model": "demo", "prompt": PROMPT, "max_tokens": 4, "temperature": 0.0}
 KEYS = ("red", "blue", "boss")
+FEW = SamplingParams(max_tokens=2)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     file = tmp_path_factory.mktemp("keys") / "keys.toml"
     tables = [f"[[key]]\nname = '{name}'\nsha256 = '{sha256(f'key-{name}'.encode()).hexdigest()}'\n" for name in KEYS]
     file.write_text("".join(tables) + "admin = true\n")  # of the last one
-    with running(AsyncEngine.from_pretrained("demo", **SMALL), api_keys=str(file)) as server:
+    with running(new_demo_engine(), api_keys=str(file)) as server:
         yield server
 
 
@@ -182,7 +182,7 @@ def test_without_keys_texts_are_for_this_machine_alone(server: Running, host: st
 
 
 def test_no_more_pages_than_allowed_are_fed(server: Running) -> None:
-    with httpx.Client(base_url=server.address, timeout=60) as http:
+    with new_http(server.address) as http:
         streams = [http.stream("GET", "/v1/cache/live") for _ in range(MAX_WATCHERS)]
         try:
             for stream in streams:
@@ -210,7 +210,7 @@ def test_a_server_that_ends_does_not_wait_for_pages() -> None:
 
 def test_nothing_is_looked_at_while_nobody_watches_and_a_watcher_of_an_idle_engine_sees_it() -> None:
     async def main() -> None:
-        async with AsyncEngine.from_pretrained("demo", **SMALL) as engine:
+        async with new_demo_engine() as engine:
             feed = LiveFeed(engine, "demo", min_interval_s=0.001)
             for _ in range(2):  # the second one comes when all is known already
                 events = feed.events(lambda namespace: True)
@@ -221,7 +221,7 @@ def test_nothing_is_looked_at_while_nobody_watches_and_a_watcher_of_an_idle_engi
             await anext(events)
             assert (await anext(others)).startswith(b"event: state"), "though nothing has changed since the first"
             waiting = asyncio.ensure_future(anext(events))
-            await engine.generate(["ROMEO: a prompt of more than a page, so that it is kept"])
+            await engine.generate(["ROMEO: a prompt of more than a page, so that it is kept"], FEW)
             assert (await waiting).startswith(b"event: nodes")
             feed.close()
             await events.aclose()
@@ -232,14 +232,14 @@ def test_nothing_is_looked_at_while_nobody_watches_and_a_watcher_of_an_idle_engi
 
 def test_a_look_at_an_engine_that_does_nothing_takes_its_tree_as_it_was() -> None:
     async def main() -> None:
-        async with AsyncEngine.from_pretrained("demo", **SMALL) as engine:
-            await engine.generate(["ROMEO: a prompt of more than a page, so that it is kept"])
+        async with new_demo_engine() as engine:
+            await engine.generate(["ROMEO: a prompt of more than a page, so that it is kept"], FEW)
             viewer = EngineViewer()
             first, second = [await engine.observe(viewer.look) for _ in range(2)]
             assert first is not None
             assert second is not None
             assert first.tree is second.tree
-            await engine.generate(["JULIET: a prompt of more than a page, so that it is kept, too"])
+            await engine.generate(["JULIET: a prompt of more than a page, so that it is kept, too"], FEW)
             third = await engine.observe(viewer.look)
             assert third is not None
             assert set(second.tree.ids) < set(third.tree.ids), "nodes keep their numbers"

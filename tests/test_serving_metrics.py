@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from http_server import SMALL, Running, running
+from http_server import SMALL, Running, new_demo_engine, running
 from radixkv import AsyncEngine, Engine, SamplingParams
 from radixkv.engine.drafts.speculation import SourceStats, SpeculationStats
 from radixkv.serving.metrics import Metrics
@@ -80,7 +80,7 @@ def test_metrics_count_what_was_served(server: Running) -> None:
 
 
 def test_what_the_cache_gave_up_is_told() -> None:
-    small_engine = AsyncEngine.from_pretrained("demo", **{**SMALL, "kv_cache_tokens": 512})
+    small_engine = new_demo_engine(kv_cache_tokens=512)
     with running(small_engine) as server:
         for number in range(8):
             prompt = f"Scene {number}. " + "Enter two gentlemen, and speak. " * 8

@@ -10,14 +10,14 @@ from pathlib import Path
 import openai
 import pytest
 
-from http_server import SMALL, Running, running
-from radixkv import AsyncEngine, CacheQuota
+from http_server import Running, new_demo_engine, running
+from radixkv import CacheQuota
 from radixkv.config import ServerConfig
 from radixkv.errors import ConfigError
 from radixkv.serving.service import Service
 from radixkv.serving.tenants import KeyRing
 
-POOL_TOKENS = SMALL["kv_cache_tokens"]
+POOL_TOKENS = 1024
 SHARES = {"steady": "pool_share = 0.25", "steadier": "pool_share = 0.125\nshares_with = 'steady'", "flood": ""}
 
 
@@ -34,7 +34,8 @@ def keys(shares: dict[str, str]) -> str:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     file = tmp_path_factory.mktemp("keys") / "keys.toml"
     file.write_text(keys({**SHARES, "boss": "admin = true"}))
-    with running(AsyncEngine.from_pretrained("demo", **SMALL), api_keys=str(file)) as server:
+    engine = new_demo_engine(kv_cache_tokens=POOL_TOKENS)
+    with running(engine, api_keys=str(file)) as server:
         yield server
 
 
@@ -46,12 +47,12 @@ def ask(server: Running, name: str, number: int, num_tokens: int) -> int:
 
 
 def test_a_tenants_prefix_survives_the_flood_of_another_one(server: Running) -> None:
-    assert ask(server, "steady", 1, 900) == 0
-    for number in range(2, 12):
-        ask(server, "flood", number, 1200)
-    assert ask(server, "flood", 2, 1200) == 0, "the flood evicts its own"
-    assert ask(server, "steady", 1, 900) == 899
-    assert ask(server, "steadier", 1, 900) == 899, "whoever shares a namespace shares its share"
+    assert ask(server, "steady", 1, 226) == 0
+    for number in range(2, 8):
+        ask(server, "flood", number, 300)
+    assert ask(server, "flood", 2, 300) == 0, "the flood evicts its own"
+    assert ask(server, "steady", 1, 226) == 225
+    assert ask(server, "steadier", 1, 226) == 225, "whoever shares a namespace shares its share"
 
 
 def test_who_could_never_be_served_beside_the_shares_of_others_is_told_so(server: Running) -> None:
@@ -113,7 +114,7 @@ def test_shares_of_a_disk_need_one(tmp_path: Path) -> None:
     assert KeyRing.from_file(file).quotas(1, 1000) == {"a": CacheQuota(disk_bytes=500)}
 
     async def start() -> None:
-        async with AsyncEngine.from_pretrained("demo", **SMALL) as engine:
+        async with new_demo_engine() as engine:
             with pytest.raises(ConfigError, match="disk_share needs an engine with disk_cache"):
                 await Service(engine, "demo", ServerConfig(api_keys=str(file))).start()
 

@@ -9,20 +9,14 @@ from typing import Any
 import hypothesis
 import pytest
 
-from http_server import SMALL, Running, running
-from radixkv import AsyncEngine
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import schemathesis
-    from schemathesis.checks import not_a_server_error
+from http_server import Running, new_demo_engine, running
 
 MOST_TOKENS = 4
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    engine = AsyncEngine.from_pretrained("demo", **SMALL, max_context_tokens=256)
+    engine = new_demo_engine(max_context_tokens=256)
     with running(engine) as server:
         yield server
 
@@ -40,6 +34,9 @@ def bounded(body: Any) -> Any:
 
 @pytest.mark.parametrize("num_examples", [2, pytest.param(50, marks=pytest.mark.stress)])
 def test_no_request_makes_the_server_fail(server: Running, num_examples: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import schemathesis
     http = server.http()
     document = http.get("/openapi.json").json()
     assert {"/v1/chat/completions", "/v1/messages", "/v1/cache/explain", "/tokenize"} <= set(document["paths"])
@@ -52,6 +49,7 @@ def test_no_request_makes_the_server_fail(server: Running, num_examples: int) ->
 
 def probe(server: Running, operation: Any, num_examples: int) -> Any:
     """A test that sends `operation` what Hypothesis finds."""
+    from schemathesis.checks import not_a_server_error
 
     @hypothesis.settings(
         max_examples=num_examples,

@@ -10,8 +10,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from http_server import SMALL, Running, running
-from radixkv import AsyncEngine
+from http_server import Running, new_demo_engine, running
 from radixkv.errors import ConfigError
 from radixkv.serving.tenants import KeyRing
 
@@ -49,7 +48,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     file = tmp_path_factory.mktemp("keys") / "keys.toml"
     names = ("red", "blue", "azure", "boss")
     file.write_text(KEYS.format(**{name: hashed(f"key-{name}") for name in names}))
-    with running(AsyncEngine.from_pretrained("demo", **SMALL), api_keys=str(file)) as server:
+    with running(new_demo_engine(), api_keys=str(file)) as server:
         yield server
 
 
@@ -146,7 +145,7 @@ def test_a_tenant_may_have_no_more_than_its_requests_at_once(server: Running) ->
 
 
 def test_one_key_opens_a_server_of_one_tenant() -> None:
-    with running(AsyncEngine.from_pretrained("demo", **SMALL), api_key="secret-ü") as server:
+    with running(new_demo_engine(), api_key="secret-ü") as server:
         assert server.http("secret").get("/v1/models").status_code == 401
         http = server.http()
         assert http.get("/v1/models", headers={b"Authorization": "Bearer secret-ü".encode()}).status_code == 200

@@ -101,7 +101,7 @@ def test_requests_for_the_same_prefix_get_the_same_tokens_whichever_of_them_asks
         assert core.outputs[request_id].token_ids == oracle.continuation(prompt, 4)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.stress) for seed in range(3, 12))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.stress) for seed in range(1, 12))])
 def test_whatever_happens_in_between_tokens_are_right_and_no_page_is_lost(
     make_core: MakeCore, stores: Stores, clock: Clock, oracle: GreedyOracle, seed: int
 ) -> None:

@@ -39,9 +39,7 @@ def drafted(outputs: Sequence[RequestOutput]) -> tuple[int, int]:
     return sum(choice.drafted_tokens for choice in choices), sum(choice.accepted_tokens for choice in choices)
 
 
-@pytest.mark.parametrize(
-    "family", some_of([*FAMILIES, *LATENT], {"llama", "gemma2", "gpt_oss", "llama4", "mixtral", "deepseek_v2"})
-)
+@pytest.mark.parametrize("family", some_of([*FAMILIES, *LATENT], {"gpt_oss", "llama4", "deepseek_v2"}))
 def test_greedy_tokens_are_those_of_the_unmodified_model(family: str) -> None:
     """Batches of requests with and without drafts, right ones and wrong ones; then drafts from the cache itself."""
     prompts = random_prompts(1, [37, 41, 12, 30], shared=12)
@@ -140,7 +138,7 @@ def test_drawn_tokens_have_the_models_distribution() -> None:
     parts = assemble(tiny_model("llama"), None, config)
     speculation = Speculation(Guessing(), VOCAB_SIZE, always=True)
     parts = replace(parts, runner=TamperedRunner(parts.runner, of_table), speculation=speculation)
-    num = 1500
+    num = 1000
     params = [params_of(max_tokens=4, temperature=1.0, seed=seed) for seed in range(num)]
     outputs = Engine.from_parts(parts).generate([[1]] * num, params)
     assert drafted(outputs)[1] > num / 4
@@ -185,7 +183,7 @@ def test_a_stop_token_within_a_draft_ends_the_output_there(place: int) -> None:
     assert held == len(prompt) + len(output.token_ids) - 1, "what follows the end in the draft is not shared"
 
 
-@pytest.mark.parametrize("max_tokens", [1, 2, 5, 17, 18])
+@pytest.mark.parametrize("max_tokens", [1, 2, 17, *(pytest.param(num, marks=pytest.mark.stress) for num in (5, 18))])
 def test_max_tokens_is_kept_to_the_token(max_tokens: int) -> None:
     prompt = random_ids(4, 10)
     engine = speculating(tiny_model("llama"), SMALL, knowing_all([prompt], mistakes=0.0))
@@ -239,12 +237,12 @@ def test_retracted_requests_go_on_with_drafts() -> None:
     "settings",
     [
         {"window": 12, "sinks": 2},
-        {"kv_cache_dtype": "int8"},
+        {"kv_cache_dtype": "int8", "page_size": 16},  # which Numba reads; Triton, which reads all, is interpreted
         pytest.param({"kv_cache_dtype": "fp8_e4m3"}, marks=pytest.mark.stress),
     ],
 )
 def test_windows_and_quantised_pools_give_what_they_give_without_drafts(settings: dict[str, Any]) -> None:
-    config = EngineConfig(page_size=4, kv_cache_tokens=256, max_batch_tokens=32, **settings)
+    config = EngineConfig(**{"page_size": 4, "kv_cache_tokens": 256, "max_batch_tokens": 32, **settings})
     prompts = random_prompts(8, [30, 21], shared=8)
     expected = Engine(tiny_model("llama"), config=config).generate(prompts, GREEDY)
     known = Knowing(*[[*output.prompt_token_ids, *output.token_ids] for output in expected])

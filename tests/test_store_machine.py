@@ -96,5 +96,5 @@ class DiskBesideMemory(RuleBasedStateMachine):
                 each.stop()
 
 
-DiskBesideMemory.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+DiskBesideMemory.TestCase.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
 TestDiskBesideMemory = DiskBesideMemory.TestCase

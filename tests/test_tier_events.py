@@ -457,7 +457,7 @@ class EventsBesideStores(RuleBasedStateMachine):
                 each.stop()
 
 
-EventsBesideStores.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+EventsBesideStores.TestCase.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)
 TestEventsBesideStores = EventsBesideStores.TestCase
 
 

@@ -48,8 +48,13 @@ def continuations(outputs: list[RequestOutput], oracle: GreedyOracle) -> None:
         assert output.token_ids == oracle.continuation(output.prompt_token_ids, PARAMS.max_tokens)
 
 
-@pytest.mark.parametrize("page_size", [1, 4, 16])
-@pytest.mark.parametrize("length", [1, 16, 41])
+@pytest.mark.parametrize(
+    ("page_size", "length"),
+    [
+        *((1, 41), (4, 16), (16, 1), (16, 41)),
+        *(pytest.param(*pair, marks=pytest.mark.stress) for pair in ((1, 1), (1, 16), (4, 1), (4, 41), (16, 16))),
+    ],
+)
 def test_after_a_restart_only_what_needs_logits_is_computed(
     make_engine: MakeEngine, oracle: GreedyOracle, page_size: int, length: int
 ) -> None:

@@ -17,7 +17,14 @@ from tier_cores import Clock, Core, clock, make_core, store  # noqa: F401
 
 
 @pytest.mark.parametrize(
-    ("writes", "finds_at_once"), [("through", True), ("selective", True), ("back", True), ("through", False)]
+    ("writes", "finds_at_once"),
+    [
+        pytest.param("through", True, marks=pytest.mark.stress),
+        ("selective", True),
+        pytest.param("back", True, marks=pytest.mark.stress),
+        ("back", False),
+        pytest.param("through", False, marks=pytest.mark.stress),
+    ],
 )
 def test_whatever_a_store_does_the_tokens_are_those_of_the_model(
     make_core: Callable[..., Core],

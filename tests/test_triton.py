@@ -40,13 +40,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "streaming": {"sliding_window": 7, "sink_tokens": 4},
     "streaming, softcap and sinks": {"sliding_window": 9, "sink_tokens": 5, "softcap": 3.0, "sinks": True},
 }
-TOGETHER = [
-    "plain",
+TOGETHER = [  # each but "chunk", which prefixes below have
     "key bias",
-    "chunk",
     "window, softcap and sinks",
     "streaming, softcap and sinks",
-]  # each at least once
+]
 ALWAYS_SHARE = BreakEven(min_sequences=2, min_tokens=1)
 MORE = [] if DEVICE == "cuda" else [pytest.mark.stress]  # cases that are too slow in the interpreter to run every time
 
@@ -91,13 +89,23 @@ def test_decodes_and_extends_in_one_batch(option: str, page_size: int) -> None:
     check(case(MIXED, page_size=page_size, num_q_heads=2, num_kv_heads=1), **OPTIONS[option])
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
 @pytest.mark.parametrize(
-    ("option", "page_size"),
+    ("kv_dtype", "option", "page_size"),
     [
-        ("plain", 1),
-        ("streaming, softcap and sinks", 16),
-        *more(("plain", 16), ("window, softcap and sinks", 16), ("streaming, softcap and sinks", 1)),
+        ("int8", "plain", 1),
+        ("int4", "streaming, softcap and sinks", 16),
+        *more(("int4", "plain", 1), ("int8", "streaming, softcap and sinks", 16)),
+        *more(
+            *(
+                (kv_dtype, option, page_size)
+                for kv_dtype in ("int8", "int4")
+                for option, page_size in (
+                    ("plain", 16),
+                    ("window, softcap and sinks", 16),
+                    ("streaming, softcap and sinks", 1),
+                )
+            )
+        ),
     ],
 )
 def test_codes_are_read_in_place(kv_dtype: str, option: str, page_size: int) -> None:
@@ -206,7 +214,7 @@ def graph_plan(case: Case, params: AttentionParams, batch_size: int, max_pages: 
     return TritonBackend(case.pool("nhd"), case.needs(params)).graph_plan(slots, max_pages)
 
 
-@pytest.mark.parametrize("batch_size", [3, 5])
+@pytest.mark.parametrize("batch_size", [5, *more(3)])
 def test_a_fixed_batch_is_padded(batch_size: int) -> None:
     decodes = case([(40, 41), (0, 1), (79, 80)], num_q_heads=2, num_kv_heads=1)
     params = decodes.params(sinks=True, key_bias=True)

@@ -70,7 +70,7 @@ def test_a_current_watch_knows_what_peek_says(page_size: int, exact: bool, windo
     asked = [(walk.ids(), walk.namespace()) for _ in range(12)]
     watches = [cache.watch(ids, extra_key=namespace) for ids, namespace in asked]
     held = stale = 0
-    for _ in range(300):
+    for _ in range(120):
         walk.step()
         for watch, (ids, namespace) in zip(watches, asked, strict=True):
             now = cache.peek(ids, extra_key=namespace)
@@ -86,7 +86,7 @@ def test_a_current_watch_knows_what_peek_says(page_size: int, exact: bool, windo
     for lease, _, _ in walk.leases:
         lease.release()
     assert stale > 100
-    assert held > 500
+    assert held > 200
 
 
 def test_what_changes_elsewhere_leaves_a_watch_current() -> None:

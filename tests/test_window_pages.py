@@ -30,7 +30,7 @@ def brute_force_valid(has: list[bool], page_size: int, window: int, sinks: int) 
     return 0
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     has=st.lists(st.sampled_from([True, True, True, False]), max_size=14),
     page_size=st.sampled_from([1, 2, 4]),
@@ -341,7 +341,7 @@ class Simulation:
         assert (stats.free_pages, stats.free_window_pages) == (stats.num_pages, stats.window_pages)
 
 
-@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.stress) for seed in (1, 2))])
 @pytest.mark.parametrize(
     ("page_size", "window", "sinks", "num_window_pages"),
     [(1, 3, 0, 9), (2, 3, 0, 8), (4, 5, 0, 9), (4, 9, 0, 11), (2, 4, 3, 10), (4, 3, 5, 9), (4, 30, 0, 14)],
