@@ -83,7 +83,7 @@ def test_decodes_and_extends_in_one_batch(option: str, page_size: int) -> None:
     check(case(MIXED, page_size=page_size, num_q_heads=2, num_kv_heads=1), **OPTIONS[option])
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4", "fp4"])
 @pytest.mark.parametrize(
     ("option", "page_size"),
     [

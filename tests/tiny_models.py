@@ -119,6 +119,11 @@ LATENT: Mapping[str, Callable[[], hf.PretrainedConfig]] = {  # multi-head latent
     "youtu": lambda: hf.YoutuConfig(**with_common(**_LATENT)),
 }
 
+WIDE: Mapping[str, Callable[[], hf.PretrainedConfig]] = {  # heads of 16 components, as codes in blocks need them
+    "llama_wide": lambda: hf.LlamaConfig(**with_common(head_dim=16)),
+    "gemma3_wide": lambda: hf.Gemma3TextConfig(**with_common(head_dim=16, **_SLIDING_THEN_FULL)),
+}
+
 REFUSED: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
     "falcon": lambda: hf.FalconConfig(
         vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
@@ -182,7 +187,7 @@ def make_model(config: hf.PretrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A random model of `family`."""
-    return make_model({**FAMILIES, **LATENT, **REFUSED}[family](), seed)
+    return make_model({**FAMILIES, **LATENT, **WIDE, **REFUSED}[family](), seed)
 
 
 @cache

@@ -133,7 +133,8 @@ class NumbaBackend:
         """Code and store new KV in one pass."""
         pool = self.pool
         values = [x.float().contiguous().numpy() for x in (pool.queries(k), v)]
-        scales = [pages[layer].view(torch.uint16).numpy() for pages in (pool.k_scales, pool.v_scales)]
+        bits = {1: torch.uint8, 2: torch.uint16}[pool.k_scales[layer].itemsize]
+        scales = [pages[layer].view(bits).numpy() for pages in (pool.k_scales, pool.v_scales)]
         codes = (self._k_words[layer], self._v_words[layer])
         self.mode.write(slots.numpy(), pool.page_size, *values, *codes, *scales)
 
