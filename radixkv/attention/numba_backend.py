@@ -59,7 +59,8 @@ class NumbaBackend:
 
     KV is float32, bfloat16 or float16, or codes of them. Float32 is computed as such; products of bfloat16 are added in
     float32, and by the processor's own dot products of bfloat16 where it has them, for which weights are rounded to
-    bfloat16. Codes become float32 in registers, and scales are applied to scores and weights, not to each of them.
+    bfloat16. Codes become float32 in registers, and scales are applied to scores and weights, not to each of them,
+    unless they are of blocks of components.
     """
 
     name = "numba"
