@@ -58,6 +58,7 @@ ATTENTION = Arguments(
         ("in_4_bytes", "i8"),
         ("parts", "i8"),
         ("num_scales", "i8"),
+        ("block", "i8"),
         ("multiplies_pairs", "i8"),  # 1 or 0
         ("counter", "i8"),  # int64 [1], where the next task is
         ("num_tasks", "i8"),  # a number
@@ -69,7 +70,8 @@ ATTENTION = Arguments(
         ("q", "i8"),  # float32 [num_rows, k_dim]
         ("k", "i8"),  # as `LaneKVPool` lays them out, or `KVPool`; after V's last value up to 15 may be read
         ("v", "i8"),
-        ("k_scales", "i8"),  # bfloat16 [pages, heads, scale (and zero), page_size], where the mode has scales
+        # where the mode has scales: bfloat16 [pages, heads, scale (and zero), page_size]; of blocks uint8
+        ("k_scales", "i8"),  # [pages, heads, blocks, page_size]
         ("v_scales", "i8"),
         ("key_bias", "i8"),  # float32 [num_q_heads, key_bias_tokens], a multiple of 16; 0 for none
         ("q_positions", "i8"),  # int64 [tokens], read where there are biases

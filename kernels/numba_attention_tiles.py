@@ -15,6 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from radixkv.kernels.numba_block_scales import KeyScales, ValueScales
 from radixkv.kernels.numba_emitter import F32, I32, I64, LANES, VEC, Emitter
 from radixkv.kernels.numba_modes import Mode, Tile
 
@@ -25,7 +26,7 @@ CodeGenerator = Callable[[Any, Any, Any, Any], Any]  # what an intrinsic is emit
 
 @intrinsic
 def score_tile(  # type: ignore[no-untyped-def]
-    typing, k, k_next, k_step, v, v_lines, q, scores, scores_stride, num_steps, shape
+    typing, k, k_next, k_step, v, v_lines, q, scores, scores_stride, num_steps, scales, shape
 ):
     """scores[r, 16 * p + lane] = <q_r, k of that token>, for the tile's groups p of 16 tokens.
 
@@ -33,16 +34,18 @@ def score_tile(  # type: ignore[no-untyped-def]
     v_lines: lines of 64 bytes of V to be prefetched with each step
     k_step: bytes from one step to the next of K; a step is 4 bytes of each of 16 tokens
     q: the rows' queries [num_steps, values, ROWS], 4 bytes each: a float32, or a pair where pairs are multiplied
+    scales: where blocks of components are scaled, addresses of the groups' scales of K, int64 [GROUPS]
     """
     tile = Tile.of_type(shape)
     num_rows, num_groups, mode = tile.rows, tile.groups, tile.mode
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e = Emitter(builder)
-        k_array, k_next_array, step, v_array, lines, q_address, out, out_stride, steps = args[:9]
+        k_array, k_next_array, step, v_array, lines, q_address, out, out_stride, steps, scales_array = args[:10]
         k_at = [e.load(k_array, e.const(8 * p), I64, 8) for p in range(num_groups)]
         next_at = [e.load(k_next_array, e.const(8 * p), I64, 8) for p in range(num_groups)]
         v_at = [e.load(v_array, e.const(8 * p), I64, 8) for p in range(num_groups)]
+        key_scales = KeyScales(e, mode, step, steps, scales_array)
 
         def prefetch(d: Any, at: Any) -> None:
             first_line = builder.mul(d, lines)
@@ -63,6 +66,7 @@ def score_tile(  # type: ignore[no-untyped-def]
                 raw = [e.load(address, at, mode.lanes) for address in k_at]
                 for i in range(mode.values):
                     keys = [mode.read(e, lanes, i) for lanes in raw]
+                    keys = key_scales.scale(keys, i // mode.in_4_bytes, d)
                     for r in rows:
                         offset = builder.add(q_at, e.const(4 * (i * num_rows + r)))
                         query = e.splat(e.load(q_address, offset, mode.factor))
@@ -73,12 +77,12 @@ def score_tile(  # type: ignore[no-untyped-def]
                 e.store(builder.load(total), out, builder.add(row, e.const(64 * p)))
         return context.get_dummy_value()
 
-    return types.void(k, k_next, k_step, v, v_lines, q, scores, scores_stride, num_steps, shape), codegen
+    return types.void(k, k_next, k_step, v, v_lines, q, scores, scores_stride, num_steps, scales, shape), codegen
 
 
 @intrinsic
 def value_tile(  # type: ignore[no-untyped-def]
-    typing, v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, shape
+    typing, v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, scales, scales_step, first, shape
 ):
     """acc[r, :] = acc[r, :] * rescale[r] + sum over tokens t of p[r, t] * v[t, :], for 16 * VECTORS components.
 
@@ -87,13 +91,16 @@ def value_tile(  # type: ignore[no-untyped-def]
     p: float32 [ROWS, ...], or bfloat16 where pairs are multiplied, rows `p_stride` bytes apart
     acc: float32 [ROWS, parts, ...], rows `acc_stride` bytes apart; the components of all parts are added to
     rescale: float32 [ROWS]
+    scales: where blocks of components are scaled, addresses of the groups' scales of V, int64 [ceil(num_tokens / 16)]
+    scales_step: bytes from the scales of one block to those of the next
+    first: the first component, of the first part
     """
     tile = Tile.of_type(shape)
     mode = tile.mode
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e = Emitter(builder)
-        *_, acc_address, acc_row, rescale_address = args[:8]
+        acc_address, acc_row, rescale_address = args[5:8]
 
         def accumulator(r: int, part: int, c: int) -> tuple[Any, Any]:
             part_bytes = builder.sdiv(acc_row, e.const(mode.parts))
@@ -107,18 +114,21 @@ def value_tile(  # type: ignore[no-untyped-def]
         for rows in tile.turns(tile.vectors * mode.parts):
             places = itertools.product(rows, range(mode.parts), range(tile.vectors))
             sums = {place: e.variable(start(place)) for place in places}
-            _add_tokens(e, tile, sums, args[:5])
+            _add_tokens(e, tile, sums, args[:5], ValueScales(e, mode, args[1], *args[8:11]))
             for place, total in sums.items():
                 e.store(builder.load(total), *accumulator(*place))
         return context.get_dummy_value()
 
-    return types.void(v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, shape), codegen
+    signature = types.void(
+        v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, scales, scales_step, first, shape
+    )
+    return signature, codegen
 
 
 Sums = dict[tuple[int, int, int], Any]  # of a row, a part of the components and a vector of the tile
 
 
-def _add_tokens(e: Emitter, tile: Tile, sums: Sums, args: Any) -> None:
+def _add_tokens(e: Emitter, tile: Tile, sums: Sums, args: Any, scales: ValueScales) -> None:
     """Add all tokens to `sums`, which are of some rows; `args` as `value_tile` has them, up to `p_stride`."""
     builder, mode, width = e.b, tile.mode, tile.mode.in_4_bytes
     v_array, step, tokens, p_address, p_row = args
@@ -128,7 +138,10 @@ def _add_tokens(e: Emitter, tile: Tile, sums: Sums, args: Any) -> None:
         offset, p_offset = builder.mul(word, step), builder.mul(first_token, e.const(mode.bytes_of_weight))
         raw = [e.load(v_at, builder.add(offset, e.const(64 * c)), mode.lanes) for c in range(tile.vectors)]
         raw = raw if keep is None else [builder.and_(lanes, keep) for lanes in raw]
-        _add_weighted(e, mode, sums, raw, (p_address, p_row, p_offset))
+        of_word = [builder.add(first_token, e.const(i)) for i in range(width)]
+        if keep is not None:  # what lies after the last token may be scaled by NaN
+            of_word = [e.smaller(token, builder.sub(tokens, e.const(1))) for token in of_word]
+        _add_weighted(e, mode, sums, raw, (p_address, p_row, p_offset), scales, of_word)
 
     with e.loop(builder.sdiv(builder.add(tokens, e.const(LANES - 1)), e.const(LANES))) as group:
         v_at = e.load(v_array, builder.mul(group, e.const(8)), I64, 8)
@@ -148,8 +161,16 @@ def _add_tokens(e: Emitter, tile: Tile, sums: Sums, args: Any) -> None:
             add(v_at, word, first, e.splat(keep))
 
 
-def _add_weighted(e: Emitter, mode: Mode, sums: Sums, raw: list[Any], weights: tuple[Any, Any, Any]) -> None:
-    """Add V of the tokens of one word, in `raw` vectors, to each row's sums.
+def _add_weighted(
+    e: Emitter,
+    mode: Mode,
+    sums: Sums,
+    raw: list[Any],
+    weights: tuple[Any, Any, Any],
+    scales: ValueScales,
+    tokens: list[Any],
+) -> None:
+    """Add V of the `tokens` of one word, in `raw` vectors, to each row's sums.
 
     weights: the address of all weights, bytes from one row to the next, and from a row's first to that of the word
     """
@@ -158,6 +179,7 @@ def _add_weighted(e: Emitter, mode: Mode, sums: Sums, raw: list[Any], weights: t
     for i in range(mode.values):
         part, token = divmod(i, mode.in_4_bytes)
         values = [mode.read(e, lanes, i) for lanes in raw]
+        values = scales.scale(values, part, tokens[token])
         for r in rows:
             at = b.add(b.add(b.mul(row_bytes, e.const(r)), offset), e.const(4 * token))
             weight = e.splat(e.load(address, at, mode.factor))

@@ -27,6 +27,9 @@ def locate(a, kv_head, page_list, first_token, size, k_at, v_at, scales_at):
         if scales:
             scale = (head * scales * a.page_size + first) * 2
             scales_at[0, i], scales_at[1, i] = a.k_scales + scale, a.v_scales + scale
+        if a.block:
+            scales_at[0, i] = a.k_scales + head * (a.k_dim // a.block) * a.page_size + first
+            scales_at[1, i] = a.v_scales + head * (a.v_dim // a.block) * a.page_size + first
 
 
 @inner

@@ -23,9 +23,11 @@ from numba import types
 from radixkv.kernels import (
     numba_arguments,
     numba_attention_tiles,
+    numba_block_scales,
     numba_blocks,
     numba_codes,
     numba_emitter,
+    numba_fp4,
     numba_modes,
     numba_words,
     numba_writers,
@@ -59,9 +61,11 @@ ARGUMENTS = numba_arguments.ATTENTION.dtype
 PARTS = (  # what a worker is made of, besides this module
     numba_arguments,
     numba_attention_tiles,
+    numba_block_scales,
     numba_blocks,
     numba_codes,
     numba_emitter,
+    numba_fp4,
     numba_modes,
     numba_words,
     numba_writers,
@@ -127,6 +131,7 @@ def attention_tiles(mode: str, rows: int) -> AttentionTiles:
         "in_4_bytes": tile.mode.in_4_bytes,
         "parts": tile.mode.parts,
         "num_scales": tile.mode.num_scales,
+        "block": tile.mode.block,
         "multiplies_pairs": tile.mode.multiplies_pairs,
     }
     return AttentionTiles(MappingProxyType(fields), tuple(functions.values()))
@@ -136,13 +141,13 @@ def compile_tile(kind: str, tile: Tile) -> Any:
     """The compiled function `kind` of `numba_attention_tiles`, for that tile; it takes int64 numbers alone."""
     sources, shape = cache_depends_on(*PARTS), tile.shape
 
-    def compiled_score_tile(k, k_next, k_step, v, v_lines, q, scores, scores_stride, num_steps):
+    def compiled_score_tile(k, k_next, k_step, v, v_lines, q, scores, scores_stride, num_steps, scales):
         _ = sources
-        score_tile(k, k_next, k_step, v, v_lines, q, scores, scores_stride, num_steps, shape)
+        score_tile(k, k_next, k_step, v, v_lines, q, scores, scores_stride, num_steps, scales, shape)
 
-    def compiled_value_tile(v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale):
+    def compiled_value_tile(v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, scales, scales_step, first):
         _ = sources
-        value_tile(v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, shape)
+        value_tile(v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, scales, scales_step, first, shape)
 
     function = {"score_tile": compiled_score_tile, "value_tile": compiled_value_tile}[kind]
     num_arguments = function.__code__.co_argcount
@@ -208,11 +213,11 @@ def run_attention(a):
                 else:
                     stage_pairs_of_values(a, kv_head, page_list, first_token, size, v_lanes)
                 locate_staged(a, size, k_lanes, v_lanes, k_at, v_at)
-            score(a, size, located, k_at, v_at, queries, scores)
+            score(a, size, located, k_at, v_at, scales_at, queries, scores)
             scale_keys(a, size, scales_at, scores, query_sums)
             weigh(a, first_row, first_token, size, scores, weights, maximum, total, rescale)
             scale_values(a, first_row, first_token, size, scales_at, weights, rescale, zeros)
-            add_values(a, size, v_at, weights, acc, rescale)
+            add_values(a, size, v_at, scales_at, weights, acc, rescale)
         finish(a, first_row, load_i64(a.tasks, task * 5 + 4), acc, maximum, total, zeros)
 
 
@@ -246,7 +251,7 @@ def pack_queries(a, first_row, queries, query_sums):
 
 
 @inner
-def score(a, size, located, k_at, v_at, queries, scores):
+def score(a, size, located, k_at, v_at, scales_at, queries, scores):
     """scores = <queries, K> of a block, tile by tile; past the tokens that were located stand scores of the last group.
 
     While a tile is computed, its V and the next tile's K are fetched.
@@ -256,16 +261,14 @@ def score(a, size, located, k_at, v_at, queries, scores):
     k_step = a.page_size * 4 if a.in_lanes else LANES * 4
     num_steps = a.k_dim // (a.in_4_bytes * a.parts)
     for i in range((located + LANES - 1) // LANES, num_groups + groups):
-        k_at[i], v_at[i] = k_at[i - 1], v_at[i - 1]
+        k_at[i], v_at[i], scales_at[0, i] = k_at[i - 1], v_at[i - 1], scales_at[0, i - 1]
     v_lines = a.v_dim // a.k_dim if a.in_lanes else 0  # as many of V as of K
     for i in range(0, num_groups, groups):
         now, following = k_at.ctypes.data + i * 8, k_at.ctypes.data + min(i + groups, num_groups) * 8
         out = scores.ctypes.data + i * LANES * 4
-        v_now = v_at.ctypes.data + i * 8
-        call(
-            a.score_tile,
-            (now, following, k_step, v_now, v_lines, queries.ctypes.data, out, scores.strides[0], num_steps),
-        )
+        v_now, scales_now = v_at.ctypes.data + i * 8, scales_at.ctypes.data + i * 8
+        q_at, stride = queries.ctypes.data, scores.strides[0]
+        call(a.score_tile, (now, following, k_step, v_now, v_lines, q_at, out, stride, num_steps, scales_now))
 
 
 @inner
@@ -340,17 +343,19 @@ def add_key_bias(a, row, first_token, row_scores, num_vectors):
 
 
 @inner
-def add_values(a, size, v_at, weights, acc, rescale):
+def add_values(a, size, v_at, scales_at, weights, acc, rescale):
     """acc = acc * rescale + weights @ V of a block; moves `v_at` on."""
     vectors = a.vectors
     v_lanes, acc_lanes = a.v_dim // a.parts, acc.shape[1] // a.parts
     p, p_row = weights.ctypes.data, weights.strides[0]
     at, factors, acc_at = v_at.ctypes.data, rescale.ctypes.data, acc.ctypes.data
+    scales = scales_at.ctypes.data + scales_at.strides[0]
     c = 0
     while c < v_lanes:
         taken = vectors if c + vectors * LANES <= acc_lanes else 1
         tile = a.value_tile if taken == vectors else a.value_tile_of_one
-        call(tile, (at, v_lanes * 4, size, p, p_row, acc_at + c * 4, acc.strides[0], factors))
+        acc_now = acc_at + c * 4
+        call(tile, (at, v_lanes * 4, size, p, p_row, acc_now, acc.strides[0], factors, scales, a.page_size, c))
         c += taken * LANES
         for i in range((size + LANES - 1) // LANES):
             v_at[i] += taken * LANES * 4

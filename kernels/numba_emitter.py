@@ -9,7 +9,7 @@ All addresses are int64.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -118,6 +118,41 @@ class Emitter:
         return self.call(
             "llvm.x86.avx512bf16.dpbf16ps.512", VEC, acc, self.b.bitcast(pairs, kind), self.b.bitcast(other, kind)
         )
+
+    def table(self, name: str, values: Sequence[float]) -> Any:
+        """The address of a constant table of float32 in the compiled code."""
+        constant = ir.Constant(ir.ArrayType(F32, len(values)), list(values))
+        kept = self.b.module.globals.get(name) or cgutils.global_constant(self.b.module, name, constant)
+        return self.b.ptrtoint(kept, I64)
+
+    def halves(self, first: Any, second: Any) -> Any:
+        """A vector of `first` in its lower lanes and `second` in its upper ones."""
+        lanes = [0] * (LANES // 2) + [LANES] * (LANES // 2)
+        return self.b.shuffle_vector(self.splat(first), self.splat(second), ir.Constant(IVEC, lanes))
+
+    def lookup(self, table: Sequence[float], indices: Any) -> Any:
+        """What each lane's lower 4 bits point to in a table of 16 numbers; for registers of 16 lanes alone."""
+        return self.call("llvm.x86.avx512.permvar.sf.512", VEC, ir.Constant(VEC, list(table)), indices)
+
+    def lookup_bytes(self, table: Sequence[int], indices: Any) -> Any:
+        """What each byte of 16 lanes, in [0, 16), points to in a table of 16 bytes; for x86 with AVX2 alone."""
+        kind, halves = ir.VectorType(ir.IntType(8), 32), (range(32), range(32, 64))
+        whole = self.b.bitcast(indices, ir.VectorType(ir.IntType(8), 64))
+        found = [
+            self.call(
+                "llvm.x86.avx2.pshuf.b",
+                kind,
+                ir.Constant(kind, list(table) * 2),
+                self.b.shuffle_vector(whole, whole, ir.Constant(ir.VectorType(I32, 32), list(half))),
+            )
+            for half in halves
+        ]
+        both = ir.Constant(ir.VectorType(I32, 64), list(range(64)))
+        return self.b.bitcast(self.b.shuffle_vector(*found, both), IVEC)
+
+    def smaller(self, x: Any, y: Any) -> Any:
+        """The smaller one of two integers."""
+        return self.b.select(self.b.icmp_signed("<", x, y), x, y)
 
     def exp2(self, x: Any) -> Any:
         """2**x for x <= 0 to 2e-7: 2**i exactly, times the Taylor series of what is left in [-0.5, 0.5]."""

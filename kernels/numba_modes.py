@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from radixkv.kernels import numba_codes, numba_writers
+from radixkv.kernels import numba_codes, numba_fp4, numba_writers
 from radixkv.kernels.numba_emitter import I32, I64, IVEC, LANES, VEC, Emitter
 from radixkv.kernels.processor import Processor, this_processor
 
@@ -45,6 +45,7 @@ class Mode:
         encodes: whether `write` makes codes and scales of float32 itself.
         parts: values in each byte; several come from as many parts of the components.
         num_scales: bfloat16 numbers of each token and head: none, a scale, or a scale and a zero.
+        block: components that share a scale of float8 e4m3; 0 where none do.
         unit: what is read is 1 / `unit` of the value.
         multiplies_pairs: whether the processor multiplies two values of a lane itself, and adds both products.
         narrow: makes a value to keep of a float32; None where the kernels only read.
@@ -59,6 +60,7 @@ class Mode:
     encodes: bool = False
     parts: int = 1
     num_scales: int = 0
+    block: int = 0
     unit: float = 1.0
     multiplies_pairs: bool = False
     narrow: Callable[[Emitter, Any], Any] | None = None
@@ -170,6 +172,19 @@ _ROWS = (
     Mode("int8", "int8", 4, _read_int8, numba_codes.write_int8, encodes=True, num_scales=1),
     # two whole numbers in [0, 15] a byte, of component j and of j + half of all
     Mode("int4", "int4", 4, _read_int4, numba_codes.write_int4, encodes=True, parts=2, num_scales=2),
+    # two floats of a sign, 2 bits of exponent and 1 of fraction a byte, as in int4
+    Mode(
+        "fp4",
+        "fp4",
+        4,
+        numba_fp4.read_code,
+        numba_codes.write_fp4,
+        encodes=True,
+        parts=2,
+        block=numba_codes.BLOCK,
+        unit=float(numba_codes.GLOBAL_SCALE) * numba_fp4.UNIT,
+        runs_on=_where_f16_is_widened,
+    ),
     # a sign, 4 bits of exponent and 3 of fraction
     Mode(
         "fp8_e4m3",

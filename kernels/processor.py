@@ -25,6 +25,10 @@ define <16 x float> @widen(<16 x half> %x) {
   %wide = fpext <16 x half> %x to <16 x float>
   ret <16 x float> %wide
 }
+define <8 x i32> @shift(<8 x i32> %x, <8 x i32> %by) {
+  %shifted = lshr <8 x i32> %x, %by
+  ret <8 x i32> %shifted
+}
 define <16 x bfloat> @narrow(<16 x float> %x) {
   %short = fptrunc <16 x float> %x to <16 x bfloat>
   ret <16 x bfloat> %short
@@ -46,12 +50,15 @@ class Processor(NamedTuple):
         registers: of vectors.
         widens_f16: whether it makes vectors of float32 of float16.
         multiplies_bf16: whether it multiplies pairs of bfloat16 and adds both products, for 16 lanes at once.
+        looks_up_bytes: whether it looks 32 bytes up in a table at once: x86 with AVX2 does, and with it came shifts of
+            each lane by a number of its own.
     """
 
     lanes: int
     registers: int
     widens_f16: bool
     multiplies_bf16: bool
+    looks_up_bytes: bool
 
     @property
     def vectors(self) -> int:
@@ -82,4 +89,5 @@ def processor_of(triple: str, name: str, features: str = "") -> Processor:
         registers,
         widens_f16=re.search(r"\b(vcvtph2psx?|fcvtl2?)\b", assembly) is not None,
         multiplies_bf16=re.search(r"\bvcvtneps2bf16\b.*%zmm", assembly) is not None,
+        looks_up_bytes=re.search(r"\bvpsrlvd\b.*%ymm", assembly) is not None,
     )

@@ -21,6 +21,10 @@ PLAIN = tl.constexpr(0)  # as values; or as codes of 8 bits, which are whole num
 PACKED = tl.constexpr(1)  # two codes of 4 bits in a byte
 E4M3 = tl.constexpr(2)  # bytes that are floats of 8 bits
 E5M2 = tl.constexpr(3)
+PACKED_E2M1 = tl.constexpr(4)  # two floats of 4 bits in a byte, and scales of e4m3 for each BLOCK of components
+
+BLOCK = tl.constexpr(16)
+GLOBAL_SCALE = tl.constexpr(0.25)
 
 
 @triton.jit(do_not_specialize=["num_splits"])
@@ -328,19 +332,18 @@ def _load_kv(
     """Vectors of `dim` values, [rows, block_dim]; zeros outside.
 
     Codes of 8 bits come as they are. Of two that are packed in a byte, byte j holds components j and j + dim / 2; these
-    are scaled here, for each vector has a zero besides its scale.
+    are scaled here, for each vector has a zero besides its scale, or several scales.
     """
     if coding == PACKED:
-        half: tl.constexpr = dim // 2
-        dims = tl.arange(0, block_dim)
-        mask = (dims < dim)[None, :]
-        if inside is not None:
-            mask = mask & inside[:, None]
-        codes = tl.load(base + kv_rows[:, None] * half + (dims % half)[None, :], mask=mask, other=0).to(tl.int32)
-        codes = (codes >> (dims // half * 4)[None, :]) & 15
+        codes, mask = _load_packed(base, kv_rows, inside, dim, block_dim)
         scale = _load(scales + kv_rows * 2, inside).to(tl.float32)
         zero = _load(scales + kv_rows * 2 + 1, inside).to(tl.float32)
         values = tl.where(mask, codes.to(tl.float32) * scale[:, None] + zero[:, None], 0.0).to(dtype)
+    elif coding == PACKED_E2M1:
+        codes, mask = _load_packed(base, kv_rows, inside, dim, block_dim)
+        scale_at = kv_rows[:, None] * (dim // BLOCK) + (tl.arange(0, block_dim) // BLOCK)[None, :]
+        scale = _e4m3(tl.load(scales + scale_at, mask=mask, other=0)) * GLOBAL_SCALE
+        values = (_e2m1(codes) * scale).to(dtype)
     elif coding == E4M3:
         bits = _load_rows(base, kv_rows * dim, inside, dim, block_dim, tl.uint8)
         values = bits.to(tl.float8e4nv, bitcast=True).to(tl.float32).to(dtype)
@@ -350,6 +353,34 @@ def _load_kv(
     else:
         values = _load_rows(base, kv_rows * dim, inside, dim, block_dim, dtype)
     return values
+
+
+@triton.jit
+def _load_packed(base, kv_rows, inside, dim: tl.constexpr, block_dim: tl.constexpr):
+    """Codes of 4 bits, int32 [rows, block_dim], and where there are any; zeros outside."""
+    half: tl.constexpr = dim // 2
+    dims = tl.arange(0, block_dim)
+    mask = (dims < dim)[None, :]
+    if inside is not None:
+        mask = mask & inside[:, None]
+    codes = tl.load(base + kv_rows[:, None] * half + (dims % half)[None, :], mask=mask, other=0).to(tl.int32)
+    return (codes >> (dims // half * 4)[None, :]) & 15, mask
+
+
+@triton.jit
+def _e2m1(codes):
+    """The float32 of floats of a sign, 2 bits of exponent and 1 of fraction, in int32."""
+    magnitude = codes & 7
+    normal = (((magnitude & 1) | 2) << (magnitude >> 1)) >> 1  # twice the value
+    twice = tl.where(magnitude < 2, magnitude, normal).to(tl.float32)
+    return tl.where(codes < 8, twice, -twice) * 0.5
+
+
+@triton.jit
+def _e4m3(bits):
+    """The float32 of floats of 8 bits that are not negative; as float16 the bits are 1 / 256 of that."""
+    halves = (bits.to(tl.int16) << 7).to(tl.float16, bitcast=True)
+    return tl.where(bits == 0x7F, float("nan"), halves.to(tl.float32) * 256.0)
 
 
 @triton.jit
@@ -385,7 +416,7 @@ def _bias(rows, own, tokens, inside):
 def _scores(q_rows, k, k_scales, kv_rows, inside, scale, bias, softcap: tl.constexpr, coding: tl.constexpr):
     """[rows, tokens], in base 2: a weight is 2 ** score. Codes are multiplied as they are, their scales come after."""
     scores = tl.dot(q_rows, tl.trans(k), input_precision="ieee") * scale
-    if k_scales is not None and coding != PACKED:
+    if k_scales is not None and coding == PLAIN:
         scores = scores * _load(k_scales + kv_rows, inside).to(tl.float32)[None, :]
     if bias is not None:
         scores = scores + bias
@@ -416,7 +447,7 @@ def _add(
     weights = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(highest - base)
     denominator = denominator * shrink + tl.sum(weights, 1)
-    if v_scales is not None and coding != PACKED:
+    if v_scales is not None and coding == PLAIN:
         weights = weights * _load(v_scales + kv_rows, inside).to(tl.float32)[None, :]
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return new_highest, denominator, acc

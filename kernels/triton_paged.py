@@ -28,6 +28,7 @@ from torch import Tensor
 
 from radixkv.kernels.triton_device import (
     PACKED,
+    PACKED_E2M1,
     PLAIN,
     decode_kernel,
     merge_kernel,
@@ -45,7 +46,8 @@ class PagedKV(NamedTuple):
         k, v: contiguous [num_pages, page_size, num_kv_heads, head_dim]; int8 codes if there are scales, or uint8 with
             two codes of 4 bits in a byte, head_dim / 2 of them: byte j holds components j and j + head_dim / 2.
         k_scale, v_scale: contiguous [num_pages, page_size, num_kv_heads]; a value is its code times its scale. Of 4
-            bits [num_pages, page_size, num_kv_heads, 2], a scale and a zero, which is added.
+            bits [num_pages, page_size, num_kv_heads, 2], a scale and a zero, which is added; where the codes are E2M1
+            uint8 [num_pages, page_size, num_kv_heads, head_dim / 16], scales of blocks in e4m3.
         float8: E4M3 or E5M2 if k and v are uint8 and each byte is such a float.
     """
 
@@ -344,8 +346,8 @@ def _constants(q: Tensor, kv: PagedKV, rule: Rule) -> dict[str, object]:
 
 
 def _coding(kv: PagedKV) -> tl.constexpr:
-    if kv.is_packed:
-        return PACKED
+    if kv.k_scale is not None and kv.is_packed:
+        return PACKED_E2M1 if kv.k_scale.dtype == torch.uint8 else PACKED
     return kv.float8 or PLAIN
 
 

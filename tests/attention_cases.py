@@ -20,6 +20,7 @@ from radixkv.memory.quantized_pool import QuantizedKVPool, make_kv_pool
 
 Spans = Sequence[tuple[int, int]]  # [first, last) of each sequence
 
+NAN_E4M3 = 0x7F
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -161,7 +162,7 @@ def poison(pool: KVPool) -> None:
         for pages in (*pool.k, *pool.v):
             pages.fill_(0xFF)  # NaN in fp8
         for pages in (*pool.k_scales, *pool.v_scales):
-            pages.fill_(math.nan)
+            pages.fill_(NAN_E4M3 if pages.dtype == torch.uint8 else math.nan)
     else:
         for pages in (*pool.k, *pool.v):
             pages.fill_(math.nan)

@@ -47,6 +47,8 @@ def check(
     page_size: int,
     rule: Rule,
     tile_counts: Sequence[int] = (1, 64, 1000),
+    *,
+    blocks: bool = False,
 ) -> None:
     """Compile what decodes, extends and shared prefixes of one shape launch."""
     num_kv_heads, ints = 2, torch.zeros(8, dtype=torch.int32)
@@ -55,7 +57,9 @@ def check(
         1, page_size, num_kv_heads, head_dim // (2 if packed else 1), dtype=kv_dtype if float8 is None else torch.uint8
     )
     scales = torch.zeros(pages.shape[:3]) if kv_dtype == torch.int8 else None
-    if packed:
+    if packed and blocks:
+        scales = torch.zeros(*pages.shape[:3], head_dim // 16, dtype=torch.uint8)
+    elif packed:
         scales = torch.zeros(*pages.shape[:3], 2, dtype=torch.bfloat16)
     kv = PagedKV(pages, pages, scales, scales, float8)
     q = torch.zeros(4, group * num_kv_heads, head_dim, dtype=q_dtype)
@@ -85,6 +89,7 @@ if sys.argv[1] == "all":
     check(half, half, 1, 128, 16, plain._replace(key_bias=rich.key_bias))
     check(half, torch.int8, 4, 128, 16, rich)
     check(half, torch.uint8, 4, 128, 16, plain)
+    check(half, torch.uint8, 4, 128, 16, plain, blocks=True)
     check(half, torch.float8_e4m3fn, 4, 128, 16, plain)
     check(torch.float16, torch.float16, 7, 80, 1, rich._replace(sinks=None))
     check(half, half, 8, 256, 16, rich)
@@ -92,6 +97,7 @@ if sys.argv[1] == "all":
     check(half, half, 1, 512, 16, plain)
     check(half, torch.int8, 1, 256, 16, plain)
     check(torch.float16, torch.uint8, 7, 80, 1, rich._replace(sinks=None))
+    check(torch.float16, torch.uint8, 7, 80, 1, rich._replace(sinks=None), blocks=True)
     check(torch.float16, torch.float8_e5m2, 1, 256, 16, rich._replace(sinks=None))
     check(torch.float32, torch.float32, 2, 64, 16, plain)
     check(torch.float32, torch.float32, 4, 256, 1, rich)

@@ -15,7 +15,7 @@ from radixkv_bench.attention import command as attention
 from radixkv_bench.attention import report as attention_report
 from radixkv_bench.attention import setup as attention_setup
 from radixkv_bench.attention import shapes as attention_shapes
-from radixkv_bench.attention.contenders import CONTIGUOUS, PLAIN, Contender, make_contenders
+from radixkv_bench.attention.contenders import CONTIGUOUS, PLAIN, Contender, make_coded_contenders, make_contenders
 from radixkv_bench.attention.report import Report, Row
 from radixkv_bench.attention.setup import Setup
 from radixkv_bench.attention.shapes import CASES, Case
@@ -98,6 +98,18 @@ def test_contenders_compute_what_the_reference_does(case: Case, dtype: torch.dty
     for contender in contenders:
         for _ in range(made.num_layers):  # each of the layers
             torch.testing.assert_close(contender.call().float(), first.call().float(), atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("kv_dtype", ["int4", "fp4"])
+def test_codes_are_checked_against_what_they_stand_for(kv_dtype: str) -> None:
+    case = TINY[0]
+    coded = Setup(case, torch.float32, CPU, kv_dtype=kv_dtype, cold_bytes=1)
+    (contender,) = make_coded_contenders(coded, OWN)
+    assert contender.name == f"numba {kv_dtype}"
+    num_bytes = {"int4": 8 + 4, "fp4": 8 + 1}[kv_dtype]  # of a vector of 16
+    assert contender.kv_bytes == case.distinct_tokens * case.kv_heads * 2 * num_bytes
+    with pytest.raises(BenchError, match="computes something else"):
+        setup(case).check(contender.name, contender.call())
 
 
 def test_only_the_cascade_knows_what_is_shared() -> None:
@@ -225,18 +237,21 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     out, plot = tmp_path / "out.json", tmp_path / "out.png"
     chosen = ("--case", "shared-4x32+17", "--case", "extend-9on24", "--backend", "numba", "--rounds", "2")
+    chosen += ("--kv-dtype", "fp4")
     assert command(monkeypatch, *chosen, "--json", str(out), "--plot", str(plot)) == 0
     report = json.loads(out.read_text())
     assert all(report[name] > 0 for name in ("probe_gb_s", "gemm_gflop_s", "gemm_bf16_gflop_s"))
     names = {
-        "shared-4x32+17": ["numba", "numba flat", PLAIN],
-        "extend-9on24": ["numba", PLAIN, CONTIGUOUS],
+        "shared-4x32+17": ["numba", "numba flat", PLAIN, "numba fp4"],
+        "extend-9on24": ["numba", PLAIN, CONTIGUOUS, "numba fp4"],
     }
     expected = [(case, n, dtype) for case in names for dtype in ("float32", "bfloat16") for n in names[case]]
     assert [(r["case"], r["backend"], r["dtype"]) for r in report["rows"]] == expected
     for found in report["rows"]:
         case = next(case for case in TINY if case.name == found["case"])
         kv_bytes = case.kv_bytes(getattr(torch, found["dtype"]))
+        if found["backend"] == "numba fp4":
+            kv_bytes = case.kv_bytes(torch.uint8) * 9 // 16  # half a byte, and a scale for each 16
         assert found["gb_s"] == pytest.approx(kv_bytes / found["ms"] / 1e6)
         assert found["roofline_fraction"] == pytest.approx(found["roofline_ms"] / found["ms"])
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -251,6 +266,7 @@ def test_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     [
         (("--case", "decode-4"), "unknown case 'decode-4' on cpu; the cases are decode-3x40, "),
         (("--dtype", "int4"), "--dtype must be one of float32, bfloat16, float16, not 'int4'"),
+        (("--kv-dtype", "int2"), "--kv-dtype must be one of int8, int4, fp8_e4m3, fp8_e5m2, fp4, not 'int2'"),
         (("--backend", "cuda"), "unknown backend 'cuda'; the backends are "),
         (("--rounds", "0"), "--rounds must be at least "),
         (("--json", "nowhere/out.json"), "cannot write nowhere/out.json: there is no directory nowhere"),

@@ -40,7 +40,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
     mistakes = {
-        ("--kv-dtype", "int2"): "--kv-dtype must be one of int8, int4, fp8_e4m3, fp8_e5m2, not 'int2'",
+        ("--kv-dtype", "int2"): "--kv-dtype must be one of int8, int4, fp8_e4m3, fp8_e5m2, fp4, not 'int2'",
         (str(tmp_path / "none.txt"),): "none.txt",
         (str(tmp_path / "empty.txt"),): "has 0 tokens; give a longer text",
         ("--plot", str(tmp_path / "x.doc")): "must name an image format",

@@ -89,7 +89,9 @@ def test_json_holds_null_where_nothing_was_asked(llama: Path) -> None:
     assert run_json(llama, "--batch", 2)["bytes_per_batch"] is None
 
 
-@pytest.mark.parametrize(("dtype", "bytes_per_value"), [("float32", 4), ("fp8_e5m2", 1), ("int4", 0.5 + 4 / 128)])
+@pytest.mark.parametrize(
+    ("dtype", "bytes_per_value"), [("float32", 4), ("fp8_e5m2", 1), ("int4", 0.5 + 4 / 128), ("fp4", 4.5 / 8)]
+)
 def test_the_dtype_option_beats_the_config(llama: Path, dtype: str, bytes_per_value: float) -> None:
     assert run_json(llama, "--dtype", dtype)["bytes_per_token"] == 2 * 32 * 8 * 128 * bytes_per_value
 
@@ -154,6 +156,7 @@ def test_json_tells_what_each_alternative_costs(llama: Path) -> None:
         "fp8": 64 * 1024,
         "int8": 64 * 1024 + 2 * vectors,
         "int4": 32 * 1024 + 4 * vectors,
+        "fp4": 32 * 1024 + 8 * vectors,
         "multi-head": 512 * 1024,
         "multi-query": 16 * 1024,
     }
@@ -185,6 +188,7 @@ def test_the_second_table_in_readable_units(llama: Path) -> None:
         "fp8 64 KiB 256 MiB 0.5 ×",
         "int8 + a scale a vector 65 KiB 260 MiB 0.508 ×",
         "int4 + a scale and a zero 34 KiB 136 MiB 0.266 ×",
+        "fp4 + a scale for 16 36 KiB 144 MiB 0.281 ×",
         "multi-head: 32 KV heads 512 KiB 2 GiB 4 ×",
         "multi-query: 1 KV head 16 KiB 64 MiB 0.125 ×",
     ):
@@ -196,7 +200,7 @@ def test_what_the_config_does_not_tell_is_said(tmp_path: Path) -> None:
     silent = {"num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 16, "sliding_window": 100}
     path = write_config(tmp_path / "silent", silent)
     figures = run_json(path, "--seq-len", 1000)
-    assert list(costs(figures)) == ["bfloat16", "fp8", "int8", "int4"]
+    assert list(costs(figures)) == ["bfloat16", "fp8", "int8", "int4", "fp4"]
     heads, windows = figures["missing"]
     assert "the config does not give all dimensions of the query heads" in heads
     assert "the config has one of 100 tokens, and no layer_types" in windows

@@ -19,7 +19,10 @@ from radixkv.attention import extend_choice, numba_backend
 from radixkv.attention.extend_choice import LongExtends, faster_of, is_known, remembered
 from radixkv.kernels.processor import Processor
 
-AVX2, AVX512, NEON = (Processor(*file, widens_f16=True, multiplies_bf16=False) for file in ((8, 16), (16, 32), (4, 32)))
+AVX2, AVX512, NEON = (
+    Processor(*file, widens_f16=True, multiplies_bf16=False, looks_up_bytes=file[0] > 4)
+    for file in ((8, 16), (16, 32), (4, 32))
+)
 SPANS = [(0, 13), (20, 21), (7, 38), (15, 33), (3, 40)]
 OPTIONS: list[dict[str, Any]] = [
     {},

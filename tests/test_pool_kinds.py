@@ -40,6 +40,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], type[Any]]] = {
         for code in ("int8", "int4", "fp8_e4m3", "fp8_e5m2")
         for page_size in (16, 4)
     },
+    "fp4 in pages of 16": ("llama_wide", {"kv_cache_dtype": "fp4", "page_size": 16}, QuantizedKVPool),
     "latents": ("deepseek_v3", {"page_size": 4}, LatentKVPool),
     "windows": ("gemma3", {"page_size": 4, "window_cache_tokens": 48}, SplitKVPool),
     "windows of codes": ("gemma3", {"kv_cache_dtype": "int8", "window_cache_tokens": 96}, SplitKVPool),

@@ -51,6 +51,7 @@ GROUPS_OF = {
     "int4": [(2, 64), (8, 64), (3, 64), (2, 256)],
     "fp8_e4m3": [(2, 64), (8, 80)],
     "fp8_e5m2": [(2, 64), (8, 64), (2, 256)],
+    "fp4": [(2, 64), (8, 80), (8, 96), (2, 256)],
 }
 
 
@@ -78,7 +79,7 @@ def test_the_reference_backend_hands_on_what_the_reference_computes(kv_dtype: st
 @EVERY_BACKEND
 @EVERY_CODE
 def test_values_of_another_size_than_keys(backend: str, kv_dtype: str) -> None:
-    check(backend, SPANS, num_q_heads=8, num_kv_heads=4, head_dim=24, v_head_dim=8, kv_dtype=kv_dtype)
+    check(backend, SPANS, num_q_heads=8, num_kv_heads=4, head_dim=48, v_head_dim=16, kv_dtype=kv_dtype)
 
 
 @EVERY_BACKEND

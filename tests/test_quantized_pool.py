@@ -23,8 +23,8 @@ from radixkv.memory.kv_pool import KVPool
 from radixkv.memory.kv_shape import LayerKV
 from radixkv.memory.quantized_pool import QuantizedKVPool, kv_bytes_per_token, make_kv_pool
 
-DIM = 16
-LAYERS = [LayerKV(2, 16, 8), LayerKV(1, 24, 24)]
+DIM = 32
+LAYERS = [LayerKV(2, 32, 16), LayerKV(1, 48, 48)]
 STEP = 1 + 2**-7  # between two neighbouring bfloat16
 SMALLEST_BF16 = 2.0**-133
 EVERY_CODE = pytest.mark.parametrize("kv_dtype", CODE_FORMS)
@@ -63,11 +63,18 @@ def off_by_e5m2(x: Array) -> Array:
     return np.maximum(np.abs(x) * 2.0**-3, 2.0**-17) + np.maximum(np.abs(x) - 57344, 0)
 
 
+def off_by_fp4(x: Array) -> Array:
+    """Half of the largest step, by a scale that is off by 1/16 or by 2**-10."""
+    largest = np.abs(x).reshape(*x.shape[:-1], -1, 16).max(-1).repeat(16, axis=-1)
+    return largest / 6 * (1 + 2**-4) + 6 / 4 * 2.0**-10 + np.maximum(np.abs(x) - 672, 0)
+
+
 BOUNDS: dict[str, Callable[[Array], Array]] = {
     "int8": off_by_int8,
     "int4": off_by_int4,
     "fp8_e4m3": off_by_e4m3,
     "fp8_e5m2": off_by_e5m2,
+    "fp4": off_by_fp4,
 }
 
 
@@ -87,7 +94,7 @@ def test_no_value_is_further_off_than_half_a_step(kv_dtype: str, x: NDArray[np.f
 
 
 @pytest.mark.parametrize(
-    ("kv_dtype", "relative"), [("int8", 0.008), ("int4", 0.1), ("fp8_e4m3", 0.03), ("fp8_e5m2", 0.06)]
+    ("kv_dtype", "relative"), [("int8", 0.008), ("int4", 0.1), ("fp8_e4m3", 0.03), ("fp8_e5m2", 0.06), ("fp4", 0.1)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_ordinary_values_come_close(kv_dtype: str, relative: float, dtype: torch.dtype) -> None:
@@ -95,7 +102,7 @@ def test_ordinary_values_come_close(kv_dtype: str, relative: float, dtype: torch
     assert float((through(kv_dtype, x) - x).norm() / x.float().norm()) < relative
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4", "fp4"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @given(x=vectors(2.0**127), place=st.integers(0, DIM - 1))
 def test_a_vector_with_something_infinite_is_nan(kv_dtype: str, bad: float, x: NDArray[np.float32], place: int) -> None:
@@ -118,9 +125,9 @@ def test_a_spread_that_float32_cannot_hold_is_nan() -> None:
     assert through("int4", torch.tensor([[3e38, -3e38]])).isnan().all()
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4", "fp4"])
 def test_zeros_and_constants_stay_what_they_are(kv_dtype: Any) -> None:
-    x = torch.tensor([[0.0] * 8, [-2.0] * 8])
+    x = torch.tensor([[0.0] * 16, [-2.25] * 16])
     torch.testing.assert_close(through(kv_dtype, x), x, rtol=0, atol=2 / 127)
     assert torch.equal(through(kv_dtype, x)[0], x[0])
 
@@ -248,7 +255,7 @@ def test_bytes_are_those_of_the_tensors(kv_dtype: str, layout: str) -> None:
 def test_so_many_more_tokens_fit_than_in_16_bit(kv_dtype: str, head_dim: int) -> None:
     layers = [LayerKV(8, head_dim, head_dim)] * 4
     times = kv_bytes_per_token(layers, "auto", torch.bfloat16) / kv_bytes_per_token(layers, kv_dtype, torch.bfloat16)
-    assert times >= (3.5 if kv_dtype == "int4" else 1.9)
+    assert times >= (3.5 if kv_dtype in ("int4", "fp4") else 1.9)
 
 
 def test_a_pool_of_the_models_own_dtype_is_the_plain_one() -> None:
@@ -263,3 +270,5 @@ def test_what_cannot_be_coded_is_refused() -> None:
         make("int2", "nhd")
     with pytest.raises(ConfigError, match="int4 KV puts 2 components in a byte, and the model's heads have 5"):
         make_kv_pool("nhd", [LayerKV(1, 4, 5)], kv_dtype="int4", num_pages=1, page_size=1, dtype=torch.float32)
+    with pytest.raises(ConfigError, match="fp4 KV has a scale for each 16 components, and the model's heads have 72"):
+        make_kv_pool("nhd", [LayerKV(1, 64, 72)], kv_dtype="fp4", num_pages=1, page_size=1, dtype=torch.float32)

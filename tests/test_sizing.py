@@ -372,8 +372,9 @@ def test_alternatives_of_a_hybrid() -> None:
 
 def test_scales_by_hand() -> None:
     odd = LayerKV(3, 5, 4)
-    found = [odd.bytes_per_token(dtype) for dtype in ("float32", "fp8", "int8", "int4")]
-    assert found == [3 * 9 * 4, 3 * 9, 3 * (9 + 2 + 2), 3 * (3 + 4 + 2 + 4)]
+    found = [odd.bytes_per_token(dtype) for dtype in ("float32", "fp8", "int8", "int4", "fp4")]
+    assert found == [3 * 9 * 4, 3 * 9, 3 * (9 + 2 + 2), 3 * (3 + 4 + 2 + 4), 3 * (3 + 1 + 2 + 1)]
+    assert LayerKV(2, 80, 64).bytes_per_token("fp4") == 2 * (40 + 5 + 32 + 4)
     assert LayerKV(1, 576, 0).bytes_per_token("int8") == 576 + 2
     assert NO_KV.bytes_per_token("int4") == 0
 
@@ -423,7 +424,7 @@ def test_configs_that_cannot_be_read_are_refused(config: dict[str, Any], message
 
 @pytest.mark.parametrize("dtype", ["float64", "fp16", "", "BFLOAT16"])
 def test_unknown_dtypes_are_refused_with_the_known_ones(dtype: str) -> None:
-    with pytest.raises(ConfigError, match="float32, bfloat16, float16, fp8, fp8_e4m3, fp8_e5m2, int8, int4"):
+    with pytest.raises(ConfigError, match="float32, bfloat16, float16, fp8, fp8_e4m3, fp8_e5m2, int8, int4, fp4"):
         kv_shape_from_config(LLAMA_3_8B).bytes_per_token(dtype)
 
 
@@ -470,6 +471,7 @@ def test_the_formula_counts_every_number_once(some: list[LayerKV], dtype: str) -
                     bits = dim * dtype_bits(dtype)
                     total_bits += bits + (-bits % 8)  # a vector starts at a whole byte
                     total_bits += {"int8": 16, "int4": 32}.get(dtype, 0)  # its scale, and zero
+                    total_bits += 8 * sum(dtype == "fp4" for _ in range(0, dim, 16))  # those of its blocks
     assert shape.bytes_per_token(dtype) * 8 == total_bits
 
 

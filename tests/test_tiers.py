@@ -234,6 +234,7 @@ def test_a_session_goes_on_after_its_pages_were_evicted(demo_engine: Engine) -> 
     [
         ("llama", {"kv_cache_dtype": "int8", "page_size": 16}),
         ("llama", {"kv_cache_dtype": "int4", "page_size": 4, "attention_backend": "torch"}),
+        ("llama_wide", {"kv_cache_dtype": "fp4", "page_size": 16}),
         ("llama", {"page_size": 16, "attention_backend": "torch"}),
         ("deepseek_v3", {"page_size": 4}),
     ],

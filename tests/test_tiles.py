@@ -18,13 +18,13 @@ from radixkv.kernels.processor import Processor, processor_of
 
 X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
 PROCESSORS = {  # by the name that LLVM has for it
-    "haswell": (X86, Processor(8, 16, widens_f16=True, multiplies_bf16=False)),  # AVX2
-    "skylake-avx512": (X86, Processor(16, 32, widens_f16=True, multiplies_bf16=False)),
-    "znver4": (X86, Processor(16, 32, widens_f16=True, multiplies_bf16=True)),
-    "sapphirerapids": (X86, Processor(16, 32, widens_f16=True, multiplies_bf16=True)),
-    "x86-64": (X86, Processor(4, 16, widens_f16=False, multiplies_bf16=False)),
-    "neoverse-n1": (ARM, Processor(4, 32, widens_f16=True, multiplies_bf16=False)),
-    "apple-m1": ("arm64-apple-darwin", Processor(4, 32, widens_f16=True, multiplies_bf16=False)),
+    "haswell": (X86, Processor(8, 16, widens_f16=True, multiplies_bf16=False, looks_up_bytes=True)),  # AVX2
+    "skylake-avx512": (X86, Processor(16, 32, widens_f16=True, multiplies_bf16=False, looks_up_bytes=True)),
+    "znver4": (X86, Processor(16, 32, widens_f16=True, multiplies_bf16=True, looks_up_bytes=True)),
+    "sapphirerapids": (X86, Processor(16, 32, widens_f16=True, multiplies_bf16=True, looks_up_bytes=True)),
+    "x86-64": (X86, Processor(4, 16, widens_f16=False, multiplies_bf16=False, looks_up_bytes=False)),
+    "neoverse-n1": (ARM, Processor(4, 32, widens_f16=True, multiplies_bf16=False, looks_up_bytes=False)),
+    "apple-m1": ("arm64-apple-darwin", Processor(4, 32, widens_f16=True, multiplies_bf16=False, looks_up_bytes=False)),
 }
 MULTIPLY_AND_ADD = {X86: r"\bvfmadd\w*ps\b", ARM: r"\bfmla\b.*\.4s"}
 ON_STACK = {X86: r"\(%rsp.*[yz]mm|[yz]mm.*\(%rsp", ARM: r"\b(ldr|str|ldp|stp)\b\s+q.*\[sp"}

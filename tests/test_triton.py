@@ -94,11 +94,12 @@ def test_decodes_and_extends_in_one_batch(option: str, page_size: int) -> None:
     [
         ("int8", "plain", 1),
         ("int4", "streaming, softcap and sinks", 16),
+        ("fp4", "plain", 1),
         *more(("int4", "plain", 1), ("int8", "streaming, softcap and sinks", 16)),
         *more(
             *(
                 (kv_dtype, option, page_size)
-                for kv_dtype in ("int8", "int4")
+                for kv_dtype in ("int8", "int4", "fp4")
                 for option, page_size in (
                     ("plain", 16),
                     ("window, softcap and sinks", 16),

@@ -127,10 +127,10 @@ def test_a_request_ends_with_an_error_if_others_hold_all_window_pages() -> None:
     check_nothing_is_lost(engine)
 
 
-@pytest.mark.parametrize("kv_dtype", some_of(["int8", "int4", "fp8_e4m3", "fp8_e5m2"], {"int4", "fp8_e5m2"}))
+@pytest.mark.parametrize("kv_dtype", some_of(["int8", "int4", "fp8_e4m3", "fp8_e5m2", "fp4"], {"int4", "fp8_e5m2"}))
 def test_codes_in_both_pools(kv_dtype: str) -> None:
     engine = Engine(
-        tiny_model("gemma3"),
+        tiny_model("gemma3_wide" if kv_dtype == "fp4" else "gemma3"),
         config=EngineConfig(page_size=16, kv_cache_tokens=1024, window_cache_tokens=128, kv_cache_dtype=kv_dtype),
     )
     prompts = random_prompts(2, [120, 130], shared=100)

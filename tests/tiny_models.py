@@ -119,6 +119,11 @@ LATENT: Mapping[str, Callable[[], hf.PretrainedConfig]] = {  # multi-head latent
     "youtu": lambda: hf.YoutuConfig(**with_common(**_LATENT)),
 }
 
+WIDE: Mapping[str, Callable[[], hf.PretrainedConfig]] = {  # heads of 16 components, as codes in blocks need them
+    "llama_wide": lambda: hf.LlamaConfig(**with_common(head_dim=16)),
+    "gemma3_wide": lambda: hf.Gemma3TextConfig(**with_common(head_dim=16, **_SLIDING_THEN_FULL)),
+}
+
 _NAMED_AS_GPT_2: Mapping[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "n_embd": 32,
@@ -253,7 +258,7 @@ def make_model(config: hf.PretrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A random model of `family`."""
-    return make_model({**FAMILIES, **LATENT, **OLDER, **REFUSED}[family](), seed)
+    return make_model({**FAMILIES, **LATENT, **WIDE, **OLDER, **REFUSED}[family](), seed)
 
 
 @cache

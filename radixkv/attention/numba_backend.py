@@ -59,7 +59,8 @@ class NumbaBackend:
 
     KV is float32, bfloat16 or float16, or codes of them. Float32 is computed as such; products of bfloat16 are added in
     float32, and by the processor's own dot products of bfloat16 where it has them, for which weights are rounded to
-    bfloat16. Codes become float32 in registers, and scales are applied to scores and weights, not to each of them.
+    bfloat16. Codes become float32 in registers, and scales are applied to scores and weights, not to each of them,
+    unless they are of blocks of components.
     """
 
     name = "numba"
@@ -133,7 +134,8 @@ class NumbaBackend:
         """Code and store new KV in one pass."""
         pool = self.pool
         values = [x.float().contiguous().numpy() for x in (pool.queries(k), v)]
-        scales = [pages[layer].view(torch.uint16).numpy() for pages in (pool.k_scales, pool.v_scales)]
+        bits = {1: torch.uint8, 2: torch.uint16}[pool.k_scales[layer].itemsize]
+        scales = [pages[layer].view(bits).numpy() for pages in (pool.k_scales, pool.v_scales)]
         codes = (self._k_words[layer], self._v_words[layer])
         self.mode.write(slots.numpy(), pool.page_size, *values, *codes, *scales)
 

@@ -212,7 +212,7 @@ def _paged_kv(pool: KVPool) -> list[PagedKV]:
     kept = zip(pool.k, pool.v, pool.k_scales, pool.v_scales, strict=True)
     if pool.kv_dtype == "int8":
         return [PagedKV(k.view(torch.int8), v.view(torch.int8), ks[..., 0], vs[..., 0]) for k, v, ks, vs in kept]
-    if pool.kv_dtype == "int4":
+    if pool.kv_dtype in ("int4", "fp4"):
         return [PagedKV(*of_layer) for of_layer in kept]
     return [PagedKV(k, v, float8=float8) for k, v, _, _ in kept]
 

@@ -58,7 +58,7 @@ def size(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help=f"What K and V are kept in: {', '.join(DTYPE_BITS)}; int8 and int4 with their scales.  "
+            help=f"What K and V are kept in: {', '.join(DTYPE_BITS)}; int8, int4 and fp4 with their scales.  "
             "[default: the config's own]",
             callback=_checked_dtype,
         ),

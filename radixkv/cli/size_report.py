@@ -11,7 +11,7 @@ from radixkv.memory.kv_shape import IndexedLayerKV, KVShape, LayerKV, kv_budget_
 from radixkv.memory.savings import Alternative, alternatives
 from radixkv.memory.sizing import LayerConfig
 
-QUANTISED_WITH = {"fp8": "", "int8": " + a scale a vector", "int4": " + a scale and a zero"}
+QUANTISED_WITH = {"fp8": "", "int8": " + a scale a vector", "int4": " + a scale and a zero", "fp4": " + a scale for 16"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ SCHEDULE_POLICIES: tuple[SchedulePolicy, ...] = get_args(SchedulePolicy)
 GB = 1_000_000_000  # bytes of a gigabyte in settings
 TierWrites = Literal["through", "selective", "back"]
 Speculate = Literal["off", "cache"]
-KV_CACHE_DTYPES = ("auto", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
+KV_CACHE_DTYPES = ("auto", "fp8_e4m3", "fp8_e5m2", "int8", "int4", "fp4")
 
 
 @described

@@ -1,10 +1,12 @@
 """How keys and values become codes of 8 or 4 bits, and numbers again.
 
 Every form codes the vector of one token and head by itself, so that a page can be read whenever it holds a token, and
-copied, shared and evicted as any other. Scales and zeros are bfloat16, rounded so that no code is out of its range:
+copied, shared and evicted as any other. Scales and zeros of whole numbers are bfloat16, rounded so that no code is out
+of its range:
 
     int8        x ~ scale * code, code in [-127, 127]
     int4        x ~ zero + scale * code, code in [0, 15]; K is rotated first
+    fp4         x in a sign, 2 bits of exponent and 1 of fraction, with a scale for each 16 components: `fp4_codes`
     fp8_e4m3    x in 4 bits of exponent and 3 of fraction, beyond +-448 the nearest number that there is
     fp8_e5m2    x in 5 bits of exponent and 2 of fraction, beyond +-57344 likewise
 
@@ -14,8 +16,11 @@ until there are enough of them. A rotation needs no other tokens: it spreads wha
 leaves the products of queries and keys as they are if both are rotated (QuaRot, Ashkboos et al., 2024). V has no such
 components, and is not rotated.
 
-What is not finite never becomes a number: a vector with NaN or infinity in it is NaN as a whole in int8 and int4, as is
-one whose spread float32 cannot hold; in fp8 the component alone is, and infinity stays infinity in e5m2.
+In fp4 they leave few steps only to the 15 components that share their scale, and K is not rotated.
+
+What is not finite never becomes a number: a vector with NaN or infinity in it is NaN as a whole in int8, int4 and fp4,
+as is in int8 and int4 one whose spread float32 cannot hold; in fp8 the component alone is, and infinity stays infinity
+in e5m2.
 """
 
 from __future__ import annotations
@@ -31,8 +36,9 @@ import torch
 from torch import Tensor
 
 from radixkv.errors import ConfigError
+from radixkv.memory.fp4_codes import BLOCK, decode_fp4, encode_fp4
 
-KVCode = Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2"]
+KVCode = Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2", "fp4"]
 
 LARGEST_INT8 = 127
 LARGEST_INT4 = 15
@@ -44,29 +50,49 @@ class CodeForm:
 
     Attributes:
         codes_per_byte: 1, or 2, where byte j holds components j and j + dim / 2.
-        num_scales: bfloat16 numbers beside the codes; a scale, or a scale and a zero.
+        scales_per_vector: bfloat16 numbers beside the codes; a scale, or a scale and a zero.
         rotates_keys: whether codes of K are of rotated keys, to be multiplied with rotated queries.
+        block: components that share a scale of 8 bits; None if vectors are scaled as a whole, or not at all.
     """
 
     codes_per_byte: int
-    num_scales: int
+    scales_per_vector: int = 0
     rotates_keys: bool = False
+    block: int | None = None
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of the scales as pools keep them: those of blocks are the bits of float8 e4m3."""
+        return torch.bfloat16 if self.block is None else torch.uint8
+
+    def num_scales(self, dim: int) -> int:
+        """Scales and zeros of a vector."""
+        return self.scales_per_vector if self.block is None else dim // self.block
 
     def bytes_per_vector(self, dim: int) -> int:
         """Of codes and scales.
 
-        >>> [CODE_FORMS[name].bytes_per_vector(64) for name in ("int8", "int4", "fp8_e4m3")]
-        [66, 36, 64]
+        >>> [CODE_FORMS[name].bytes_per_vector(64) for name in ("int8", "int4", "fp8_e4m3", "fp4")]
+        [66, 36, 64, 36]
         """
-        return dim // self.codes_per_byte + 2 * self.num_scales
+        return dim // self.codes_per_byte + self.num_scales(dim) * self.scale_dtype.itemsize
+
+    def why_not(self, dim: int) -> str | None:
+        """Why vectors of `dim` components cannot be coded; None if they can."""
+        if dim % (self.block or self.codes_per_byte) == 0:
+            return None
+        if self.block is not None:
+            return f"has a scale for each {self.block} components, and the model's heads have {dim}"
+        return f"puts {self.codes_per_byte} components in a byte, and the model's heads have {dim}"
 
 
 CODE_FORMS: Mapping[str, CodeForm] = MappingProxyType(
     {
-        "int8": CodeForm(codes_per_byte=1, num_scales=1),
-        "int4": CodeForm(codes_per_byte=2, num_scales=2, rotates_keys=True),
-        "fp8_e4m3": CodeForm(codes_per_byte=1, num_scales=0),
-        "fp8_e5m2": CodeForm(codes_per_byte=1, num_scales=0),
+        "int8": CodeForm(codes_per_byte=1, scales_per_vector=1),
+        "int4": CodeForm(codes_per_byte=2, scales_per_vector=2, rotates_keys=True),
+        "fp8_e4m3": CodeForm(codes_per_byte=1),
+        "fp8_e5m2": CodeForm(codes_per_byte=1),
+        "fp4": CodeForm(codes_per_byte=2, block=BLOCK),
     }
 )
 """The forms that KV can be kept in besides a dtype of its own."""
@@ -89,7 +115,7 @@ def code_form(kv_dtype: str) -> CodeForm:
 def encode(kv_dtype: KVCode, values: Tensor) -> tuple[Tensor, Tensor]:
     """Code vectors [..., dim]. O(values).
 
-    Returns: codes, uint8 [..., dim / codes_per_byte], and scales, bfloat16 [..., num_scales].
+    Returns: codes, uint8 [..., dim / codes_per_byte], and scales, [..., num_scales] of the form's `scale_dtype`.
 
     >>> codes, scales = encode("int8", torch.tensor([[127.0, -1.0]]))
     >>> codes.view(torch.int8).tolist(), scales.tolist()
@@ -100,6 +126,8 @@ def encode(kv_dtype: KVCode, values: Tensor) -> tuple[Tensor, Tensor]:
         return _encode_int8(values)
     if kv_dtype == "int4":
         return _encode_int4(values)
+    if kv_dtype == "fp4":
+        return encode_fp4(values)
     return _encode_fp8(values, _FLOAT8[kv_dtype])
 
 
@@ -110,6 +138,8 @@ def decode(kv_dtype: KVCode, codes: Tensor, scales: Tensor) -> Tensor:
     if kv_dtype == "int4":
         low, high = codes & LARGEST_INT4, codes >> 4
         return torch.cat([low, high], dim=-1) * scales[..., :1].float() + scales[..., 1:].float()
+    if kv_dtype == "fp4":
+        return decode_fp4(codes, scales)
     return codes.view(_FLOAT8[kv_dtype]).float()
 
 

@@ -34,6 +34,7 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
         "fp8_e5m2": 8,
         "int8": 8,
         "int4": 4,
+        "fp4": 4,
     }
 )
 """Bits of one value. The scales that quantised formats add are not in it."""
@@ -42,6 +43,9 @@ SCALE_BYTES = 2
 SCALES_PER_VECTOR: Mapping[str, int] = MappingProxyType({"int8": 1, "int4": 2})
 """16-bit numbers beside the codes of each K and V vector: int8 has a scale, int4 a scale and a zero point. fp8 has one
 scale for a whole tensor, which is nothing."""
+
+VALUES_PER_SCALE: Mapping[str, int] = MappingProxyType({"fp4": 16})
+"""Neighbouring values of a vector that share a scale of 8 bits."""
 
 
 def dtype_bits(dtype: str) -> int:
@@ -55,6 +59,16 @@ def dtype_bits(dtype: str) -> int:
     if dtype not in DTYPE_BITS:
         raise ConfigError(f"unknown dtype {dtype!r}; the known ones are {', '.join(DTYPE_BITS)}")
     return DTYPE_BITS[dtype]
+
+
+def scale_bytes(dim: int, dtype: str) -> int:
+    """Bytes of the scales beside a vector of `dim` values in `dtype`.
+
+    >>> [scale_bytes(128, dtype) for dtype in ("bfloat16", "int8", "int4", "fp4")]
+    [0, 2, 4, 8]
+    """
+    of_blocks = -(-dim // VALUES_PER_SCALE[dtype]) if dtype in VALUES_PER_SCALE else 0
+    return SCALE_BYTES * SCALES_PER_VECTOR.get(dtype, 0) + of_blocks
 
 
 def kv_budget_bytes(memory_bytes: int, weights_bytes: int = 0, reserve_fraction: float = 0.0) -> int:
@@ -109,12 +123,11 @@ class LayerKV:
         """Bytes per token in `dtype`: each K and V vector in whole bytes, and with its scales.
 
         >>> layer = LayerKV(num_kv_heads=8, k_head_dim=128, v_head_dim=128)
-        >>> [layer.bytes_per_token(dtype) for dtype in ("bfloat16", "fp8", "int8", "int4")]
-        [4096, 2048, 2080, 1088]
+        >>> [layer.bytes_per_token(dtype) for dtype in ("bfloat16", "fp8", "int8", "int4", "fp4")]
+        [4096, 2048, 2080, 1088, 1152]
         """
-        scales = SCALE_BYTES * SCALES_PER_VECTOR.get(dtype, 0)
         vectors = [dim for dim in (self.k_head_dim, self.v_head_dim) if dim]
-        return self.num_kv_heads * sum(-(-dim * dtype_bits(dtype) // 8) + scales for dim in vectors)
+        return self.num_kv_heads * sum(-(-dim * dtype_bits(dtype) // 8) + scale_bytes(dim, dtype) for dim in vectors)
 
 
 NO_KV = LayerKV(0, 0, 0)

@@ -18,14 +18,14 @@ class QuantizedKVPool(KVPool):
     """Keys and values as `kv_codes` has them, behind the verbs of `KVPool`; what they return is `dtype`.
 
     Attributes:
-        k, v: the codes, uint8, as `KVPool` or `LaneKVPool` lays bytes out; in int4 a byte holds two components.
-        k_scales, v_scales: per layer bfloat16, [num_pages, num_kv_heads, num_scales, page_size] in lanes and
-            [num_pages, page_size, num_kv_heads, num_scales] else.
+        k, v: the codes, uint8, as `KVPool` or `LaneKVPool` lays bytes out; in int4 and fp4 a byte holds two components.
+        k_scales, v_scales: per layer [num_pages, num_kv_heads, num_scales, page_size] in lanes and
+            [num_pages, page_size, num_kv_heads, num_scales] else, of the form's `scale_dtype`.
         dtype: of the values; the codes are bytes.
 
     Invariant: a slot's codes and scales are of one token, and say all about it.
 
-    Raises: ConfigError if the memory does not suffice, or codes of a head do not fill whole bytes.
+    Raises: ConfigError if the memory does not suffice, or codes of a head do not fill whole bytes or blocks.
     """
 
     holds_codes = True
@@ -50,8 +50,7 @@ class QuantizedKVPool(KVPool):
         shape = {"num_pages": num_pages, "page_size": page_size}
         self._codes = make_pool(layout, self._of_codes(), **shape, dtype=torch.uint8, device=device)
         self.k, self.v = self._codes.k, self._codes.v
-        of_scales = [LayerKV(kv.num_kv_heads, self.form.num_scales, self.form.num_scales) for kv in self.layers]
-        self._scales = _ScalePages(layout, of_scales, **shape, device=self.device)
+        self._scales = _ScalePages(layout, self._of_scales(), **shape, dtype=self.form.scale_dtype, device=self.device)
         self.k_scales, self.v_scales = self._scales.k, self._scales.v
 
     @property
@@ -98,27 +97,40 @@ class QuantizedKVPool(KVPool):
         per_byte = self.form.codes_per_byte
         return [LayerKV(kv.num_kv_heads, kv.k_head_dim // per_byte, kv.v_head_dim // per_byte) for kv in self.layers]
 
+    def _of_scales(self) -> list[LayerKV]:
+        """The layers' scales, K's and V's."""
+        count = self.form.num_scales
+        return [LayerKV(kv.num_kv_heads, count(kv.k_head_dim), count(kv.v_head_dim)) for kv in self.layers]
+
     def _check_head_dims(self) -> None:
         for kv in self.layers:
             for dim in (kv.k_head_dim, kv.v_head_dim):
-                if dim % self.form.codes_per_byte:
-                    raise ConfigError(
-                        f"{self.kv_dtype} KV puts {self.form.codes_per_byte} components in a byte, and the model's "
-                        f"heads have {dim}; take int8"
-                    )
+                if (reason := self.form.why_not(dim)) is not None:
+                    raise ConfigError(f"{self.kv_dtype} KV {reason}; take int8")
 
 
 class _ScalePages:
     """The scales of the codes, in pages of the same tokens."""
 
     def __init__(
-        self, layout: KVLayout, layers: Sequence[LayerKV], *, num_pages: int, page_size: int, device: torch.device
+        self,
+        layout: KVLayout,
+        layers: Sequence[LayerKV],
+        *,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self._in_lanes, self._page_size = layout == "lanes", page_size
+
+        def empty(num_kv_heads: int, num_scales: int) -> Tensor:
+            shape = (num_kv_heads, num_scales, page_size) if self._in_lanes else (page_size, num_kv_heads, num_scales)
+            return torch.empty(num_pages, *shape, dtype=dtype, device=device)
+
         with torch.inference_mode(False):  # as in `KVPool`
-            self.k, self.v = (
-                [self._empty(num_pages, kv.num_kv_heads, kv.k_head_dim, device) for kv in layers] for _ in range(2)
-            )
+            self.k = [empty(kv.num_kv_heads, kv.k_head_dim) for kv in layers]
+            self.v = [empty(kv.num_kv_heads, kv.v_head_dim) for kv in layers]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store those of tokens, [tokens, num_kv_heads, num_scales]."""
@@ -146,12 +158,6 @@ class _ScalePages:
         """As `KVPool.page_blocks`."""
         return [pages.flatten(1) for pages in (*self.k, *self.v) if pages.numel()]
 
-    def _empty(self, num_pages: int, num_kv_heads: int, num_scales: int, device: torch.device) -> Tensor:
-        shape = (self._page_size, num_kv_heads, num_scales)
-        if self._in_lanes:
-            shape = (num_kv_heads, num_scales, self._page_size)
-        return torch.empty(num_pages, *shape, dtype=torch.bfloat16, device=device)
-
 
 def make_kv_pool(
     layout: KVLayout,
@@ -176,8 +182,8 @@ def make_kv_pool(
 def kv_bytes_per_token(layers: Sequence[LayerKV], kv_dtype: str, dtype: torch.dtype) -> int:
     """Bytes of one token over `layers` in the pool that `make_kv_pool` makes, scales included.
 
-    >>> [kv_bytes_per_token([LayerKV(2, 64, 64)], form, torch.bfloat16) for form in ("auto", "int8", "int4")]
-    [512, 264, 144]
+    >>> [kv_bytes_per_token([LayerKV(2, 64, 64)], form, torch.bfloat16) for form in ("auto", "int8", "int4", "fp4")]
+    [512, 264, 144, 144]
     """
     if is_quantized(kv_dtype):
         return quantized_bytes_per_token(layers, kv_dtype)

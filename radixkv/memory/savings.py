@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from radixkv.memory.kv_shape import LayerKV
 from radixkv.memory.sizing import LayerConfig
 
-COMPARED_DTYPES = ("bfloat16", "fp8", "int8", "int4")
+COMPARED_DTYPES = ("bfloat16", "fp8", "int8", "int4", "fp4")
 
 Kind = Literal["dtype", "heads", "window"]
 

@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from radixkv.attention.backend import backend_names
+from radixkv.memory.kv_codes import CODE_FORMS
 from radixkv_bench.attention import report as reports
-from radixkv_bench.attention.contenders import PLAIN, Contender, make_contenders
+from radixkv_bench.attention.contenders import PLAIN, Contender, make_coded_contenders, make_contenders
 from radixkv_bench.attention.report import Report, Row
 from radixkv_bench.attention.setup import Setup
 from radixkv_bench.attention.shapes import Case, choose_cases
@@ -45,6 +46,7 @@ class Task:
     cases: Sequence[Case]
     dtypes: Sequence[str]
     backends: Sequence[str]
+    codes: Sequence[str]
     device: torch.device
     rounds: int
 
@@ -71,6 +73,14 @@ def main(
             show_default="all that can serve the case",
         ),
     ] = None,
+    kv_dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="|".join(CODE_FORMS),
+            help="Codes to keep KV in, read in place, beside KV as it is; may be given again.",
+            show_default="none",
+        ),
+    ] = None,
     device: Device = "auto",
     rounds: Rounds = 11,
 ) -> Outcome:
@@ -81,13 +91,20 @@ def main(
     Each call is for another layer, so that no KV is in a cache. All are checked against the reference first.
 
     \b
-    --case decode-8x4096 --dtype float32
+    --case decode-8x4096 --dtype float32 --kv-dtype int4 --kv-dtype fp4
     --json attention.json --plot attention.png
 
     Exits with 2 if the command cannot be run.
     """
     where = machine.choose_device(device)
-    task = Task(choose_cases(case or (), where), _dtypes(dtype or (), where), _backends(backend or ()), where, rounds)
+    task = Task(
+        choose_cases(case or (), where),
+        _dtypes(dtype or (), where),
+        _backends(backend or ()),
+        _codes(kv_dtype or ()),
+        where,
+        rounds,
+    )
     report = measure(task, error_console())
     return Outcome(report.as_dict(), partial(reports.print_tables, report), partial(reports.write_plot, report))
 
@@ -103,6 +120,13 @@ def _backends(names: Sequence[str]) -> Sequence[str]:
     for name in names:
         if name not in backend_names():
             raise BenchError(f"unknown backend {name!r}; the backends are {', '.join(backend_names())}")
+    return names
+
+
+def _codes(names: Sequence[str]) -> Sequence[str]:
+    for name in names:
+        if name not in CODE_FORMS:
+            raise BenchError(f"--kv-dtype must be one of {', '.join(CODE_FORMS)}, not {name!r}")
     return names
 
 
@@ -126,6 +150,8 @@ def measure(task: Task, errors: Console, probes: Probes | None = None) -> Report
 
 def _measure_case(case: Case, dtype: str, task: Task, probes: Probes, progress: Progress) -> tuple[list[Row], Speeds]:
     contenders = make_contenders(Setup(case, DTYPES[dtype], task.device), task.backends)
+    for code in task.codes:
+        contenders += make_coded_contenders(Setup(case, DTYPES[dtype], task.device, kv_dtype=code), task.backends)
     calls = {**{contender.name: contender.call for contender in contenders}, **probes.calls}
     on_step = add_steps(progress, f"{case.name} {dtype}", task.rounds * len(calls))
     times = interleave(calls, task.rounds, task.device, on_step)
@@ -163,6 +189,7 @@ def _config(task: Task) -> dict[str, Any]:
     return {
         "cases": [case.name for case in task.cases],
         "dtypes": list(task.dtypes),
+        "kv_dtypes": list(task.codes),
         "rounds": task.rounds,
         "roofline": ROOFLINES[task.device.type],
         **machine.describe(task.device),

@@ -35,6 +35,18 @@ class Contender(NamedTuple):
     tolerance: float | None = None
 
 
+def make_coded_contenders(setup: Setup, only: Sequence[str] = ()) -> list[Contender]:
+    """Our backends that read the setup's codes in place, of those of `only` if it names any. Each has been checked."""
+    able = [name for name in only or backend_names() if name not in READ_ALONE and why_not(name, setup.needs) is None]
+    contenders = [
+        Contender(f"{name} {setup.kv_dtype}", _in_turns(_backend(setup, name, with_path=True), setup), setup.kv_bytes)
+        for name in able
+    ]
+    for contender in contenders:
+        setup.check(contender.name, contender.call())
+    return contenders
+
+
 def make_contenders(setup: Setup, only: Sequence[str] = ()) -> list[Contender]:
     """All that can serve the case, ours first; `only` names the backends that are wanted. Each has been checked."""
     contenders = list(_make(setup, only))
@@ -44,7 +56,7 @@ def make_contenders(setup: Setup, only: Sequence[str] = ()) -> list[Contender]:
 
 
 def _make(setup: Setup, only: Sequence[str]) -> Iterator[Contender]:
-    kv_bytes = setup.case.kv_bytes(setup.dtype)
+    kv_bytes = setup.kv_bytes
     for name in only or [name for name in backend_names() if name != REFERENCE]:
         if why_not(name, setup.needs) is None:
             yield Contender(name, _in_turns(_backend(setup, name, with_path=True), setup), kv_bytes)

@@ -14,8 +14,9 @@ from torch import Tensor
 from radixkv.attention.backend import AttentionNeeds, AttentionParams, LayerAttention
 from radixkv.attention.metadata import AttentionMetadata, PathNode, SequenceSpan, build_metadata
 from radixkv.kernels.torch_reference import dense_attention
-from radixkv.memory.kv_pool import KVLayout, KVPool, make_pool
+from radixkv.memory.kv_pool import KVLayout, KVPool
 from radixkv.memory.kv_shape import LayerKV
+from radixkv.memory.quantized_pool import kv_bytes_per_token, make_kv_pool
 from radixkv_bench.attention.shapes import Case
 from radixkv_bench.common.errors import BenchError
 
@@ -30,14 +31,25 @@ class Setup:
     As in a model each call is for another layer, so that nothing of its KV is in a cache; all layers hold the same.
 
     Attributes:
+        kv_dtype: what KV is kept as: "auto" (`dtype`), or a form of `radixkv.memory.kv_codes`.
+        kv_bytes: what a layer has to read.
         q: [num_tokens, q_heads, head_dim]
         page_table: int32 [batch, pages of a request]
     """
 
-    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device, *, cold_bytes: int = COLD_BYTES) -> None:
-        self.case, self.dtype, self.device = case, dtype, device
-        self.num_layers = min(MAX_LAYERS, ceil(cold_bytes / case.kv_bytes(dtype)))
+    def __init__(
+        self,
+        case: Case,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        kv_dtype: str = "auto",
+        cold_bytes: int = COLD_BYTES,
+    ) -> None:
+        self.case, self.dtype, self.device, self.kv_dtype = case, dtype, device, kv_dtype
         self.layer = LayerKV(case.kv_heads, case.head_dim, case.head_dim)
+        self.kv_bytes = case.distinct_tokens * kv_bytes_per_token([self.layer], kv_dtype, dtype)
+        self.num_layers = min(MAX_LAYERS, ceil(cold_bytes / self.kv_bytes))
         self.page_table = _page_table(case)
         self.num_pages = int(self.page_table.max()) + 1
         self.params = AttentionParams(scale=case.head_dim**-0.5)
@@ -48,7 +60,7 @@ class Setup:
     def needs(self) -> AttentionNeeds:
         """What the layers ask of a backend."""
         layers = (LayerAttention(self.layer, self.case.q_heads, self.params),) * self.num_layers
-        return AttentionNeeds(layers, self.case.page_size, self.dtype, self.device)
+        return AttentionNeeds(layers, self.case.page_size, self.dtype, self.device, self.kv_dtype)
 
     def metadata(self, *, with_path: bool) -> AttentionMetadata:
         """The batch; only with the path of its requests through the tree is it known what they share."""
@@ -64,9 +76,10 @@ class Setup:
         return self._pools[layout]
 
     def _fill(self, layout: KVLayout) -> KVPool:
-        pool = make_pool(
+        pool = make_kv_pool(
             layout,
             (self.layer,) * self.num_layers,
+            kv_dtype=self.kv_dtype,
             num_pages=self.num_pages,
             page_size=self.case.page_size,
             dtype=self.dtype,
@@ -74,7 +87,7 @@ class Setup:
         )
         k, v = self._kv
         pool.write(0, torch.arange(len(k), device=self.device), k, v)
-        for pages in (pool.k, pool.v):
+        for pages in (pool.k, pool.v, pool.k_scales, pool.v_scales):
             for layer in pages[1:]:
                 layer.copy_(pages[0])
         return pool
@@ -85,6 +98,13 @@ class Setup:
         num_slots = self.num_pages * self.case.page_size
         return self._random(num_slots, self.case.kv_heads, seed=1), self._random(num_slots, self.case.kv_heads, seed=2)
 
+    @property
+    def _kept(self) -> tuple[Tensor, Tensor]:
+        """What is left of them once they are kept."""
+        if self.kv_dtype == "auto":
+            return self._kv
+        return self.pool("nhd").gather(0, torch.arange(self.num_pages, device=self.device))
+
     def _random(self, tokens: int, heads: int, seed: int = 0) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
         shape = (tokens, heads, self.case.head_dim)
@@ -92,12 +112,12 @@ class Setup:
 
     @cached_property
     def _expected(self) -> Tensor:
-        """The last request's output, by the reference in float32."""
+        """The last request's output over what is kept, by the reference in float32."""
         case = self.case
         tokens = np.arange(case.context)
         slots = self.page_table[-1].astype(np.int64)[tokens // case.page_size] * case.page_size
         at = torch.from_numpy(slots + tokens % case.page_size).to(self.device)
-        k, v = (x[at].float() for x in self._kv)
+        k, v = (x[at].float() for x in self._kept)
         q = self.q[-case.new :].float()
         positions = torch.arange(case.context - case.new, case.context, device=self.device)
         visible = torch.arange(case.context, device=self.device) <= positions[:, None]

@@ -38,7 +38,7 @@ from radixkv_bench.common.files import HELD_OUT, read_text
 from radixkv_bench.common.options import Device
 
 PAGE_SIZE = 16
-LIMIT_PERCENT = {"int8": 0.5, "fp8_e4m3": 0.5, "int4": 3.0}  # of perplexity
+LIMIT_PERCENT = {"int8": 0.5, "fp8_e4m3": 0.5, "int4": 3.0, "fp4": 3.0}  # of perplexity
 
 
 @dataclass(frozen=True, slots=True)
