@@ -10,6 +10,8 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
+from radixkv_bench.models.small_configs import sharpen
+
 VOCAB_SIZE = 211
 
 _COMMON: Mapping[str, Any] = {
@@ -171,13 +173,7 @@ def make_model(config: hf.PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     auto = hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else hf.AutoModelForCausalLM
     model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2:
-                parameter.mul_(5.0)
-            elif "sinks" in name:
-                parameter.normal_()
-    return model.eval()
+    return sharpen(model)
 
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:

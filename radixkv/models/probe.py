@@ -77,10 +77,11 @@ def plug_in_paged_attention(model: PreTrainedModel) -> tuple[LayerAttention, ...
         raise _unsupported(model, reason)
     before = model.config._attn_implementation
     known: tuple[LayerAttention, ...] | None = getattr(model, "_radixkv_layers", None)
-    if before == INTERFACE_NAME and known is not None:  # another engine has this model, and may be running it
+    plugged_in = config._attn_implementation == INTERFACE_NAME  # whatever the part that reads images has
+    if plugged_in and known is not None:  # another engine has this model, and may be running it
         return known
     _give_own_configs(model)
-    if before == INTERFACE_NAME:  # asked for when the model was loaded
+    if plugged_in:  # asked for when the model was loaded
         before = "eager"
         model.set_attn_implementation(before)
     sequences = [_probe_ids(length, config.vocab_size).to(model.device) for length in PROBE_LENGTHS]
