@@ -16,6 +16,7 @@ from radixkv.errors import UnsupportedModelError
 from radixkv.kernels.torch_reference import dense_attention, visible_mask
 from radixkv.memory.kv_shape import LayerKV
 from radixkv.memory.latent_pool import LatentKV
+from radixkv.models.kept_states import KeptStates
 from radixkv.models.latent_attention import absorb_projections, expand_again, why_not_latent
 from radixkv.models.paged_attention import INTERFACE_NAME, AttentionContext, flattened_forward
 
@@ -33,10 +34,12 @@ class _ProbeContext:
 
     def __init__(self, lengths: tuple[int, ...]) -> None:
         self._lengths = lengths
+        self._kept = KeptStates()
         self.layers: dict[int, LayerAttention] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
         self._note(layer, LayerKV(num_kv_heads=k.shape[1], k_head_dim=k.shape[2], v_head_dim=v.shape[2]), q, params)
+        self.layers[layer] = self._kept.keep(layer, self.layers[layer], k, v)
         return self._attention(q, k, v, params)
 
     def attend_latent(self, layer: int, q: Tensor, k: Tensor, latent_dim: int, params: AttentionParams) -> Tensor:
