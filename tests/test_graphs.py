@@ -18,6 +18,7 @@ from prompts import random_ids
 from radixkv.attention.backend import AttentionBackend, AttentionNeeds, AttentionParams, AttentionPlan, GraphableBackend
 from radixkv.attention.flashinfer_backend import FlashInferBackend
 from radixkv.attention.metadata import AttentionMetadata, SequenceSpan, build_metadata
+from radixkv.attention.sharing_backend import make_sharing_backend, owning
 from radixkv.attention.split_backend import make_split_backend, split_needs
 from radixkv.attention.torch_backend import TorchBackend
 from radixkv.engine.graphs import CudaCapturer, GraphRunner, Replay
@@ -26,6 +27,7 @@ from radixkv.memory.kv_pool import KVPool
 from radixkv.memory.split_pool import SplitKVPool
 from radixkv.models.paged_attention import PagedContext, flattened_forward
 from radixkv.models.probe import plug_in_paged_attention
+from radixkv_bench.models.small_configs import small_config
 from tiny_models import make_model, tiny_model
 
 HAS_FLASHINFER = torch.cuda.is_available() and importlib.util.find_spec("flashinfer") is not None
@@ -181,6 +183,25 @@ def test_steps_give_what_the_model_alone_gives(family: str) -> None:
         part = Sequences(model, backend, [])
         part.ids, part.pages = sequences.ids[:num_running], sequences.pages[:num_running]
         part.append(runner.run(*part.decodes()))
+    for prompt, ids in zip(prompts, sequences.ids, strict=True):
+        assert ids == prompt + oracle.continuation(prompt, len(ids) - len(prompt))
+
+
+def test_layers_that_read_anothers_kv_run_in_graphs() -> None:
+    model = make_model(small_config("gemma4_text"))
+    needs = AttentionNeeds(plug_in_paged_attention(model), PAGE_SIZE, model.dtype, model.device)
+    owners = owning(needs)
+    pool = KVPool([layer.kv for layer in owners.layers], num_pages=NUM_PAGES, page_size=PAGE_SIZE, dtype=model.dtype)
+    backend = make_sharing_backend(needs.layers, GraphableTorchBackend(pool, owners))
+    assert isinstance(backend, GraphableBackend)
+    assert len(pool.layers) < backend.num_layers
+    prompts = [random_ids(seed, 3 + 2 * seed) for seed in range(3)]
+    sequences = Sequences(model, backend, prompts)
+    sequences.prefill()
+    runner = make_runner(model, backend)
+    for _ in range(4):
+        sequences.append(runner.run(*sequences.decodes()))
+    oracle = GreedyOracle(make_model(small_config("gemma4_text")))
     for prompt, ids in zip(prompts, sequences.ids, strict=True):
         assert ids == prompt + oracle.continuation(prompt, len(ids) - len(prompt))
 

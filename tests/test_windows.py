@@ -295,6 +295,7 @@ def test_rotations_are_found_out(name: str) -> None:
         ("llama4", "it tunes the temperature of its attention by position"),
         ("dynamic", r"its rotary embeddings \(dynamic\) change with the length"),
         ("gpt2", "marks positions otherwise than by rotating queries and keys"),
+        ("gpt2 of few positions", "marks positions otherwise than by rotating queries and keys"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -302,8 +303,9 @@ def test_what_cannot_stream_is_refused(family: str, reason: str) -> None:
     if family == "dynamic":
         rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
         model = make_model(hf.LlamaConfig(**with_common(rope_parameters=rope)))
-    elif family == "gpt2":
-        model = make_model(hf.GPT2Config(vocab_size=211, n_positions=5000, n_embd=32, n_layer=2, n_head=4))
+    elif family.startswith("gpt2"):
+        positions = 64 if family.endswith("few positions") else 5000
+        model = make_model(hf.GPT2Config(vocab_size=211, n_positions=positions, n_embd=32, n_layer=2, n_head=4))
     else:
         model = tiny_model(family)
     for sinks in (4, 0):

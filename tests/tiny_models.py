@@ -10,6 +10,8 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
+from radixkv_bench.models.small_configs import sharpen
+
 VOCAB_SIZE = 211
 
 _COMMON: Mapping[str, Any] = {
@@ -221,21 +223,6 @@ REFUSED: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
         **with_common(**_LATENT, **_GROUPED_EXPERTS, index_head_dim=16, index_n_heads=2, index_topk=8)
     ),
     "phimoe": lambda: hf.PhimoeConfig(**with_common(sliding_window=40, num_local_experts=4)),
-    "zamba2": lambda: hf.Zamba2Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=48,
-        mamba_d_state=8,
-        n_mamba_heads=4,
-        mamba_headdim=16,
-        mamba_ngroups=1,
-        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
-        num_mem_blocks=1,
-        adapter_rank=4,
-        attention_head_dim=16,
-    ),
     "t5": lambda: hf.T5Config(
         vocab_size=VOCAB_SIZE, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
     ),
@@ -247,13 +234,7 @@ def make_model(config: hf.PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     auto = hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else hf.AutoModelForCausalLM
     model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2:
-                parameter.mul_(5.0)
-            elif "sinks" in name:
-                parameter.normal_()
-    return model.eval()
+    return sharpen(model)
 
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:

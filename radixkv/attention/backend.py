@@ -50,11 +50,16 @@ class AttentionParams:
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """One layer's attention: what it keeps per token, how many query heads read it, and how."""
+    """One layer's attention: what it keeps per token, how many query heads read it, and how.
+
+    Attributes:
+        reads: the earlier layer whose KV it attends over, in the same way; None if it keeps its own.
+    """
 
     kv: LayerKV
     num_q_heads: int
     params: AttentionParams
+    reads: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

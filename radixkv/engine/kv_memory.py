@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from radixkv.attention.backend import AttentionBackend, AttentionNeeds, BackendClass
+from radixkv.attention.sharing_backend import make_sharing_backend, owning
 from radixkv.attention.split_backend import make_split_backend, sees_window, split_needs
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.residency.window_pages import WindowPages
@@ -70,6 +71,8 @@ def make_kv_memory(
 ) -> KVMemory:
     """Pools of the sizes that `config` asks for, a cache and a backend over them.
 
+    Layers that read the KV of another take no room.
+
     Args:
         context_tokens: prompt and output of one request at most, as far as the model says.
         scratch_pages: pages that the cache does not know.
@@ -78,9 +81,22 @@ def make_kv_memory(
     Raises: ConfigError.
     """
     if state_shapes:
-        return _with_states(backend_class, needs, config, state_shapes, scratch_pages)
-    if config.state_slots is not None:
+        memory = _with_states(backend_class, owning(needs), config, state_shapes, scratch_pages)
+    elif config.state_slots is not None:
         raise ConfigError("state_slots is for models with recurrent layers, and this one has none")
+    else:
+        memory = _of_owners(backend_class, owning(needs), config, context_tokens, scratch_pages)
+    return memory._replace(backend=make_sharing_backend(needs.layers, memory.backend))
+
+
+def _of_owners(
+    backend_class: BackendClass,
+    needs: AttentionNeeds,
+    config: EngineConfig,
+    context_tokens: int | None,
+    scratch_pages: int,
+) -> KVMemory:
+    """The same where every layer keeps KV of its own."""
     sight = Sight.of(needs)
     sizes = pool_sizes(needs, sight, config, context_tokens)
     kept = [layer.kv for layer in needs.layers]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -18,6 +19,7 @@ from radixkv.kernels.torch_reference import dense_attention, visible_mask
 from radixkv.memory.kv_shape import LayerKV
 from radixkv.memory.latent_pool import LatentKV
 from radixkv.memory.state_pool import StatePool
+from radixkv.models.kept_states import KeptStates
 from radixkv.models.latent_attention import absorb_projections, expand_again, why_not_latent
 from radixkv.models.older_families import replace_own_attention, restore_own_attention
 from radixkv.models.paged_attention import INTERFACE_NAME, AttentionContext, flattened_forward, set_implementation
@@ -43,16 +45,18 @@ class _ProbeContext:
 
     def __init__(self, lengths: tuple[int, ...]) -> None:
         self.layers: dict[int, LayerAttention] = {}
-        self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # k and v, by layer and sequence
+        self._past: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # k and v, by layer and sequence
         self.go_on(lengths)
 
     def go_on(self, lengths: tuple[int, ...]) -> None:
         """Get ready for the next tokens of the sequences, `lengths` of each; none of a sequence that is not run."""
         self._lengths = lengths
         self._noted: set[int] = set()
+        self._kept = KeptStates()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
         self._note(layer, LayerKV(num_kv_heads=k.shape[1], k_head_dim=k.shape[2], v_head_dim=v.shape[2]), q, params)
+        self.layers[layer] = self._kept.keep(layer, self.layers[layer], k, v)
         return self._attention(layer, q, k, v, params)
 
     def attend_latent(self, layer: int, q: Tensor, k: Tensor, latent_dim: int, params: AttentionParams) -> Tensor:
@@ -69,10 +73,10 @@ class _ProbeContext:
         outputs = []
         parts = zip(*(t.split(self._lengths) for t in (q, k, v)), strict=True)
         for sequence, (own_q, own_k, own_v) in enumerate(parts):
-            if (layer, sequence) in self._kept:
-                kept_k, kept_v = self._kept[layer, sequence]
-                own_k, own_v = torch.cat([kept_k, own_k]), torch.cat([kept_v, own_v])
-            self._kept[layer, sequence] = own_k, own_v
+            if (layer, sequence) in self._past:
+                past_k, past_v = self._past[layer, sequence]
+                own_k, own_v = torch.cat([past_k, own_k]), torch.cat([past_v, own_v])
+            self._past[layer, sequence] = own_k, own_v
             positions = torch.arange(len(own_k) - len(own_q), len(own_k), dtype=torch.int64, device=q.device)
             visible = visible_mask(
                 positions, len(own_k), sliding_window=params.sliding_window, chunk_size=params.chunk_size
@@ -106,10 +110,11 @@ def plug_in_paged_attention(model: PreTrainedModel) -> tuple[LayerAttention, ...
         raise _unsupported(model, reason)
     before = model.config._attn_implementation
     known: tuple[LayerAttention, ...] | None = getattr(model, "_radixkv_layers", None)
-    if before == INTERFACE_NAME and known is not None:  # another engine has this model, and may be running it
+    plugged_in = config._attn_implementation == INTERFACE_NAME  # whatever the part that reads images has
+    if plugged_in and known is not None:  # another engine has this model, and may be running it
         return known
     _give_own_configs(model)
-    if before == INTERFACE_NAME:  # asked for when the model was loaded
+    if plugged_in:  # asked for when the model was loaded
         before = "eager"
         set_implementation(model, before)
     sequences = [_probe_ids(length, config.vocab_size).to(model.device) for length in PROBE_LENGTHS]
@@ -136,10 +141,6 @@ def plug_in_paged_attention(model: PreTrainedModel) -> tuple[LayerAttention, ...
         restore_own_attention(model)
         if not isinstance(error, Exception):
             raise
-        if odd := sorted(set(getattr(config, "layers_block_type", None) or []) - {"attention"}):
-            raise _unsupported(
-                model, f"it has layers of the types {', '.join(odd)}, which keep a state that pages do not hold"
-            ) from error
         if isinstance(error, UnsupportedModelError) and not str(error).startswith(type(model).__name__):
             raise _unsupported(model, str(error)) from error
         if isinstance(error, UnsupportedModelError):
@@ -148,7 +149,8 @@ def plug_in_paged_attention(model: PreTrainedModel) -> tuple[LayerAttention, ...
         raise _unsupported(model, f"a flattened batch fails in it ({type(error).__name__}: {error})") from error
     layers = tuple(layer for _, layer in sorted(context.layers.items()))
     if recurrent is not None:
-        recurrent.attention_layers_are(sorted(context.layers))
+        numbers = recurrent.number_attention_layers(sorted(context.layers))
+        layers = tuple(layer if layer.reads is None else replace(layer, reads=numbers[layer.reads]) for layer in layers)
     model._radixkv_layers, model._radixkv_recurrent = layers, recurrent
     return layers
 
@@ -267,6 +269,8 @@ def _check(
     expected: Tensor,
     recurrent: RecurrentModules | None,
 ) -> None:
+    if not context.layers and keeps_states(model):
+        raise _unsupported(model, "none of its layers attends, and models that keep a state alone are not served")
     if not context.layers:
         raise _unsupported(
             model, "its attention does not go through transformers' AttentionInterface, so nothing can be plugged in"

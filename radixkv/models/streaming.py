@@ -88,7 +88,8 @@ class Streaming:
             for layer, streams in zip(layers, self._streams, strict=True)
         )
         _check_positions(model)  # without sinks, too: positions will go beyond those that the model knows
-        self._rotations = _find_rotations(model, [i for i, streams in enumerate(self._streams) if streams])
+        streaming = [i for i, streams in enumerate(self._streams) if streams]
+        self._rotations = _find_rotations(model, streaming, _probed_positions(limit))
 
     def step(self, positions: Tensor) -> StreamingStep:
         """For a batch of tokens at `positions`, int64 [tokens]."""
@@ -148,9 +149,16 @@ def _check_positions(model: PreTrainedModel) -> None:
         raise _unsupported(model, f"its rotary embeddings ({changing[0]}) change with the length")
 
 
+def _probed_positions(limit: int | None) -> list[int]:
+    """Positions that the model has: learned embeddings of positions end where its context does."""
+    return [position if limit is None else min(position, limit - 1) for position in PROBED_POSITIONS]
+
+
 @torch.inference_mode()
-def _find_rotations(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, Rotation | None]:
-    """How each of `layers` rotates queries, found out by running one token at several positions; None if it does not.
+def _find_rotations(
+    model: PreTrainedModel, layers: Sequence[int], positions: Sequence[int]
+) -> dict[int, Rotation | None]:
+    """How each of `layers` rotates queries, found out by running one token at `positions`; None if it does not.
 
     A lone token has the same hidden states everywhere, so its queries differ by their rotation alone.
     """
@@ -160,7 +168,7 @@ def _find_rotations(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, 
         if name.endswith("inv_freq") and "original" not in name
         for interleaved in (False, True)
     ]
-    at = {position: _queries_at(model, position) for position in (0, *PROBED_POSITIONS)}
+    at = {position: _queries_at(model, position) for position in (0, *positions)}
     found: dict[int, Rotation | None] = {}
     for layer in layers:
         turned = {position: queries[layer] for position, queries in at.items()}

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from radixkv.attention.backend import AttentionBackend, AttentionNeeds, LayerAttention, choose_backend
+from radixkv.attention.backend import AttentionNeeds, LayerAttention, choose_backend
 from radixkv.attention.metadata import SequenceSpan, build_metadata
+from radixkv.attention.sharing_backend import make_sharing_backend, owning
 from radixkv.memory.kv_codes import CODE_FORMS
 from radixkv.memory.quantized_pool import kv_bytes_per_token, make_kv_pool
 from radixkv.models.loader import load
@@ -78,16 +79,17 @@ class Reader:
         self._model, self._num_pages = model, -(-window // PAGE_SIZE)
         needs = AttentionNeeds(tuple(layers), PAGE_SIZE, model.dtype, model.device, kv_dtype)
         backend_class = choose_backend("numba" if model.device.type == "cpu" else "torch", needs)
+        owners = owning(needs)
         pool = make_kv_pool(
-            backend_class.layout(needs),
-            [layer.kv for layer in layers],
+            backend_class.layout(owners),
+            [layer.kv for layer in owners.layers],
             kv_dtype=kv_dtype,
             num_pages=self._num_pages,
             page_size=PAGE_SIZE,
             dtype=model.dtype,
             device=model.device,
         )
-        self.backend: AttentionBackend = backend_class(pool, needs)
+        self.backend = make_sharing_backend(layers, backend_class(pool, owners))
 
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
@@ -143,7 +145,7 @@ def measure(model: PreTrainedModel, windows: Sequence[Tensor], kv_dtypes: Sequen
         for reader, readings in zip(readers, found, strict=True):
             readings.append(_compare(exact, exact if reader is readers[0] else reader.logits(ids), ids))
     exact_nats = torch.cat([reading.nats for reading in found[0]])
-    kept = [layer.kv for layer in layers]
+    kept = [layer.kv for layer in layers if layer.reads is None]
     rows = []
     for name, reader, readings in zip(("auto", *kv_dtypes), readers, found, strict=True):
         nats = torch.cat([reading.nats for reading in readings])

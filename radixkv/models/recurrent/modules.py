@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -50,9 +50,10 @@ class RecurrentModules:
         """What they compute in one forward pass."""
         return SplitStep(self._states, pool, spans)
 
-    def attention_layers_are(self, layers: Sequence[int]) -> None:
+    def number_attention_layers(self, layers: Sequence[int]) -> Mapping[int, int]:
         """Note the indexes, ascending, of the layers that attend: contexts know them by their place among these."""
         self._attention_layers = {layer: number for number, layer in enumerate(layers)}
+        return self._attention_layers
 
     def numbered(self, context: AttentionContext, cache: FlattenedCache) -> NumberedContext:
         """`context`, for a model that is handed `cache`."""

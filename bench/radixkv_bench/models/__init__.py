@@ -1,0 +1,1 @@
+"""Which families of transformers the engine serves: each is tried with a small random model."""
