@@ -71,7 +71,8 @@ def test_a_family_that_is_refused_in_the_words_of_the_error() -> None:
 
 def test_a_family_with_recurrent_layers() -> None:
     finding = try_family("qwen3_next")
-    assert finding.outcome is Outcome.SERVED or "window" in finding.limits[0]
+    assert finding.outcome is Outcome.LIMITED
+    assert finding.limits[0] == "finds what two prompts share when a third one asks for it"
     assert finding.layers == "linear, full"
 
 
