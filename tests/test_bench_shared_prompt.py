@@ -223,6 +223,16 @@ def test_best_hits_against_comparing_all_pairs(served: list[tuple[list[int], lis
     assert oracle.best_hits(served, page_size) == (sum(len(prompt) for prompt, _ in served), hits)
 
 
+def test_best_hits_where_states_are_kept() -> None:
+    preamble = list(range(20))
+    asked = [([*preamble, 100 + number, 7], [8, 9]) for number in range(4)]
+    assert oracle.best_state_hits(asked, 100) == (4 * 22, 2 * 20)  # the third and fourth: the second computes it again
+    assert oracle.best_state_hits(asked, 8) == (4 * 22, 16 + 2 * 20)
+    follow_up = ([*asked[0][0], 8, 5, 6], [1])  # the answer's last token was not fed
+    assert oracle.best_state_hits([asked[0], follow_up], 100).hit_tokens == 23
+    assert oracle.best_state_hits([asked[0], asked[0], asked[0]], 100).hit_tokens == 21
+
+
 def test_best_hits_by_hand() -> None:
     history = list(range(8))
     hits = oracle.best_hits([(history, [8, 9]), (history, [8]), ([*history, 8, 9, 10, 11], [0])], page_size=4)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen3_5TextConfig
 
 from radixkv import demo_model
 from radixkv_bench.common.corpus import Encode
@@ -20,7 +20,10 @@ from radixkv_bench.common.errors import BenchError
 
 @dataclass(frozen=True)
 class RandomModel:
-    """Sizes of a random Llama (float32, tied embeddings, fixed seed)."""
+    """Sizes of a random Llama, or of a Qwen3.5 if `recurrent` is set (float32, tied embeddings, fixed seed).
+
+    `recurrent` is the number of recurrent layers before each one that attends; Qwen3.5 itself has 3.
+    """
 
     hidden: int
     layers: int
@@ -29,6 +32,13 @@ class RandomModel:
     intermediate: int
     vocab: int
     head_dim: int
+    recurrent: int = 0
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The kind of each layer of a Qwen3.5."""
+        attends = [place % (self.recurrent + 1) == self.recurrent for place in range(self.layers)]
+        return ["full_attention" if each else "linear_attention" for each in attends]
 
     def config_fields(self, context_tokens: int) -> dict[str, int]:
         """The sizes as fields of a config of transformers, for sequences of `context_tokens`."""
@@ -44,14 +54,15 @@ class RandomModel:
         }
 
     def __str__(self) -> str:
-        return ",".join(f"{name}={value}" for name, value in asdict(self).items())
+        return ",".join(f"{name}={value}" for name, value in asdict(self).items() if value)
 
 
 def parse_random_model(text: str) -> RandomModel:
     """`hidden=512,layers=8[,heads=8][,kv_heads=2][,intermediate=…][,vocab=…][,head_dim=…]` as sizes.
 
     Without heads there is one for each 64 of hidden; without kv_heads as many as heads; intermediate is 2.75 × hidden,
-    rounded up to a multiple of 64; vocab is 32000. Raises: BenchError that names what does not fit.
+    rounded up to a multiple of 64; vocab is 32000. `recurrent=3` makes it a Qwen3.5, three of whose layers keep a state
+    before each one that attends, with heads of the same size. Raises: BenchError that names what does not fit.
     """
     sizes = dict(_parse_size(item) for item in text.split(","))
     missing = [name for name in ("hidden", "layers") if name not in sizes]
@@ -69,7 +80,10 @@ def parse_random_model(text: str) -> RandomModel:
         intermediate=sizes.get("intermediate", -(-hidden * 11 // 4 // 64) * 64),
         vocab=sizes.get("vocab", 32000),
         head_dim=sizes.get("head_dim", hidden // heads),
+        recurrent=sizes.get("recurrent", 0),
     )
+    if model.recurrent >= model.layers:
+        raise BenchError(f"--random-model: recurrent={model.recurrent} leaves none of {model.layers} layers to attend")
     if model.heads % model.kv_heads:
         raise BenchError(f"--random-model: kv_heads={model.kv_heads} does not divide heads={model.heads}")
     if model.head_dim % 2:
@@ -88,11 +102,23 @@ def _parse_size(item: str) -> tuple[str, int]:
 
 
 def build_random(sizes: RandomModel, context_tokens: int) -> Any:
-    """A Llama of these sizes with random weights, that serves sequences of `context_tokens`."""
-    config = LlamaConfig(**sizes.config_fields(context_tokens), tie_word_embeddings=True)
+    """A model of these sizes with random weights, that serves sequences of `context_tokens`."""
+    fields = sizes.config_fields(context_tokens)
+    if sizes.recurrent:
+        config: Any = Qwen3_5TextConfig(
+            **fields,
+            tie_word_embeddings=True,
+            layer_types=sizes.layer_types,
+            linear_key_head_dim=sizes.head_dim,
+            linear_value_head_dim=sizes.head_dim,
+            linear_num_key_heads=sizes.heads,
+            linear_num_value_heads=sizes.heads,
+        )
+    else:
+        config = LlamaConfig(**fields, tie_word_embeddings=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def quiet_transformers() -> None:

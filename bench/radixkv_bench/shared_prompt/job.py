@@ -111,6 +111,9 @@ def run(task: Task, settings: Settings, progress_console: Console) -> tuple[repo
     found = list(dict.fromkeys(disagreements(played, reference)))
     config = {**task.config, "rounds": settings.rounds, "page_size": settings.page_size}
     config["hf_batch_size"] = settings.hf_batch_size
+    for resolved in (runner.engine.config for runner in runners if isinstance(runner, RadixKVRunner)):
+        if resolved.state_slots is not None:
+            config["state_interval_tokens"] = resolved.state_interval_tokens
     report = reports.build(task.workload, played, tokens_equal=not found, config=config)
     return report, [explain(task, played[reference][0], difference) for difference in found]
 

@@ -35,6 +35,35 @@ def best_hits(served: Iterable[tuple[Sequence[int], Sequence[int]]], page_size: 
     return Hits(query_tokens, hit_tokens)
 
 
+def best_state_hits(served: Iterable[tuple[Sequence[int], Sequence[int]]], interval_tokens: int) -> Hits:
+    """The same of a model with recurrent layers, where a hit can end only where a state was kept.
+
+    That is after a prompt; after an answer but for its last token; where a prompt leaves what was computed before, since
+    it computes that much again; and at multiples of `interval_tokens` on the way.
+    O(requests × tokens).
+    """
+    computed: list[list[int]] = []
+    kept: set[tuple[int, ...]] = {()}
+    query_tokens = hit_tokens = 0
+    for prompt, answer in served:
+        held = max((_common(prompt[:-1], ids) for ids in computed), default=0)
+        hit = next(length for length in range(held, -1, -1) if tuple(prompt[:length]) in kept)
+        query_tokens += len(prompt)
+        hit_tokens += hit
+        ids = [*prompt, *answer[:-1]]
+        stops = {held, len(prompt), len(ids), *range(interval_tokens, len(prompt), interval_tokens)}
+        kept |= {tuple(ids[:stop]) for stop in stops if stop > hit}
+        computed.append(ids)
+    return Hits(query_tokens, hit_tokens)
+
+
+def _common(some: Sequence[int], others: Sequence[int]) -> int:
+    """How many first ids are the same."""
+    return next(
+        (place for place, (a, b) in enumerate(zip(some, others, strict=False)) if a != b), min(len(some), len(others))
+    )
+
+
 def distinct_tokens(prompts: Iterable[Sequence[int]], page_size: int) -> int:
     """Tokens to keep for all `prompts` when whole pages are shared and the rest of each prompt takes a page."""
     root: Trie = {}

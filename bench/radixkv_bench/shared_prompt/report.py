@@ -11,7 +11,7 @@ from rich.console import Console
 from radixkv_bench.common.machine import environment
 from radixkv_bench.common.tables import number_table
 from radixkv_bench.shared_prompt.measure import Round, percentile, speedup
-from radixkv_bench.shared_prompt.oracle import Hits, best_hits
+from radixkv_bench.shared_prompt.oracle import Hits, best_hits, best_state_hits
 from radixkv_bench.shared_prompt.workloads import Workload
 
 Report = dict[str, Any]
@@ -40,9 +40,16 @@ def build(workload: Workload, played: dict[str, list[Round]], *, tokens_equal: b
         "speedup": {other: speedup(played[name], played[other]) for other in baselines},
         "tokens_equal": tokens_equal,
         "hit_rate": hits.rate,
-        "best_hit_rate": best_hits(served, page_size=1).rate,
+        "best_hit_rate": _best_hits(served, config.get("state_interval_tokens")).rate,
         "config": {**config, **environment()},
     }
+
+
+def _best_hits(served: Sequence[tuple[Sequence[int], Sequence[int]]], state_interval_tokens: int | None) -> Hits:
+    """The best possible, to the token; of a model with recurrent layers, where states are kept."""
+    if state_interval_tokens is None:
+        return best_hits(served, page_size=1)
+    return best_state_hits(served, state_interval_tokens)
 
 
 def _run(workload: Workload, rounds: Sequence[Round], prompt_tokens: int) -> Report:
