@@ -110,7 +110,10 @@ class PageWriter(Worker):
         return key in self._keys
 
     def hand_down(self, records: Sequence[PageRecord], payloads: NDArray[np.uint8]) -> None:
-        """Take pages, no more than `num_accepted`, with their bytes [n, payload_bytes], which are not changed later."""
+        """Take pages with their bytes [n, payload_bytes], which are not changed later.
+
+        No more than `num_accepted`, unless nothing waits.
+        """
         with self._changed:
             if self._is_closing:
                 self.pages_dropped += len(records)
