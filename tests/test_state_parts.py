@@ -6,9 +6,11 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from page_stores import Hanging, MemoryStore
 from radixkv.cache.page_keys import page_key, page_keys, root_key
 from radixkv.cli.cache_report import namespace_rows, store_summary
 from radixkv.memory.state_bytes import StateBytes
@@ -19,6 +21,7 @@ from radixkv.tiers.page_index import StoredPage
 from radixkv.tiers.page_store import NewPage, PageStore, is_state_part
 from radixkv.tiers.state_parts import ASKED_PAGES, StateParts
 from radixkv.tiers.tier import Tier
+from radixkv.tiers.writer import PageRecord, PageWriter
 from store_cases import PAGE_SIZE, PAYLOAD_BYTES, chain, facts, holding, ids
 
 ROOT = root_key(None, None)
@@ -166,6 +169,22 @@ def test_states_are_removed_with_the_pages_that_they_follow(tmp_path: Path) -> N
     assert store.remove(first) == 1
     store.check_invariants()
     store.close()
+
+
+def test_a_state_is_taken_whole_or_not_at_all_by_a_queue() -> None:
+    hanging, page_bytes = Hanging(), 8
+    store = MemoryStore(2, page_bytes)
+    store.before_write = hanging
+    writer = PageWriter(store, max_queued_bytes=4 * page_bytes)
+    assert [writer.num_accepted_together(count) for count in (1, 4, 5, 99)] == [1, 4, 5, 99]
+    for number, taken in ((1, [1, 3, 0, 5, 99]), (2, [1, 0, 0, 5, 99]), (4, [0, 0, 0, 0, 0]), (7, [0, 0, 0, 0, 0])):
+        records = [PageRecord(bytes([count]), ROOT, ids(count), facts()) for count in range(number)]
+        writer.hand_down(records, np.zeros((number, page_bytes), np.uint8))
+        assert writer.queued_bytes == number * page_bytes
+        assert [writer.num_accepted_together(count) for count in (1, 3, 4, 5, 99)] == taken
+        assert writer.num_accepted() == max(0, 4 - number)
+    hanging.go_on.set()
+    assert writer.close(10)
 
 
 def test_who_follows_a_store_is_told_of_pages_alone() -> None:

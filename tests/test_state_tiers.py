@@ -238,6 +238,20 @@ def test_what_is_used_a_second_time_goes_down_with_its_state(make: MakeEngine, t
     assert again.cached_by == {"pool": 0, "disk": COMPUTED}
 
 
+def test_a_state_that_is_found_in_the_pool_counts_as_used_below(make: MakeEngine) -> None:
+    store = memory_store(make())
+    engine = make(stores=[store])
+    (first,) = generate(engine, HEAD)
+    tokens = [*HEAD, *first.token_ids][:COMPUTED]
+    wanted = ids(-1, *tokens[COMPUTED // 4 * 4 :]).ljust(16, b"\xff")
+    (place,) = [place for place in store.pages if place[1] == wanted]
+    used_s = store.pages[place][1].used_s
+    (second,) = generate(engine, longer(first))
+    assert second.cached_by == {"pool": COMPUTED}
+    assert store.pages[place][1].used_s > used_s
+    assert len([place for place in store.pages if place[1] == wanted]) == 1
+
+
 def test_a_prefix_is_handed_down_with_its_states_when_asked_for(make: MakeEngine, tmp_path: Path) -> None:
     settings = {"tier_writes": "selective", **disk_settings(tmp_path)}
     engine = make(**settings)

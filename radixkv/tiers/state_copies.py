@@ -35,8 +35,7 @@ class ReadsStates(Protocol):
 class StateCopies:
     """Hands states down to tiers, in the thread to which the cache belongs: a copy of each.
 
-    States that a tier has, or that wait for its writer, are not copied again. A state goes down whole or not at all;
-    one that is larger than the writer's queue goes when nothing else waits.
+    States that a tier has, or that wait for its writer, are not copied again. A state goes down whole or not at all.
     """
 
     def __init__(self, states: ReadsStates, page_size: int) -> None:
@@ -91,8 +90,7 @@ class StateCopies:
         missing = len(records) - num_stored
         if not missing or tier.writer.is_queued(keys[-1]):
             return Copied(missing, 0)
-        accepted = tier.writer.num_accepted()
-        if accepted < missing and not (accepted and not tier.writer.queued_bytes):
+        if not tier.writer.num_accepted_together(missing):
             return Copied(missing, missing)
         tier.writer.hand_down(records[num_stored:], self._states.read(slot)[num_stored:])
         return Copied(missing, 0)
