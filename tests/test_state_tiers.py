@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +27,7 @@ from radixkv.memory.page_bytes import PageBytes
 from radixkv.memory.state_pool import StatePool
 from radixkv.tiers.disk_store import DiskStore
 from radixkv.tiers.memory_store import HostStore
+from radixkv.tiers.page_archive import export_pages, import_pages
 from radixkv.tiers.page_store import PageStore, is_state_part
 from radixkv.tiers.slot_files import PAYLOADS
 from radixkv.tiers.store_folder import StoreFolder, folder_bytes, read_description
@@ -298,6 +301,23 @@ def test_states_of_other_shapes_are_another_store(make: MakeEngine, tmp_path: Pa
         digests.add(store.fingerprint.digest())
         store.close()
     assert len(digests) == len(pools)
+
+
+def test_an_archive_carries_states_with_their_pages(make: MakeEngine, tmp_path: Path) -> None:
+    engine = make(**disk_settings(tmp_path))
+    (first,) = generate(engine, HEAD)
+    engine.close()
+    (folder,) = StoreFolder(tmp_path / "kv", read_only=True).stores()
+    _, fingerprint, payload_bytes, capacity_bytes = read_description(folder)
+    file = io.BytesIO()
+    with closing(DiskStore(tmp_path / "kv", fingerprint, payload_bytes, capacity_bytes, read_only=True)) as store:
+        num_pages = store.stats().pages
+        assert export_pages(store, fingerprint, store.hottest(999), file) == num_pages
+    file.seek(0)
+    with closing(DiskStore(tmp_path / "there" / "kv", fingerprint, payload_bytes, capacity_bytes)) as store:
+        assert import_pages(store, fingerprint, file) == num_pages
+    (second,) = generate(make(**disk_settings(tmp_path / "there")), longer(first))
+    assert second.cached_by == {"pool": 0, "disk": COMPUTED}
 
 
 def test_host_memory_keeps_states_too(make: MakeEngine) -> None:
