@@ -29,9 +29,10 @@ from radixkv.cache.lease import Lease
 from radixkv.cache.namespace import SHARED, Namespace
 from radixkv.cache.quotas.accounts import QuotaKey, checked_quotas
 from radixkv.cache.quotas.shares import Shares
-from radixkv.cache.residency.residency import Claim, Everywhere, HeldTokens, Residency
+from radixkv.cache.residency.residency import Claim, Everywhere, HeldTokens, KeptState, Residency
 from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.cache.tree.node import MatchResult, PartialPage, TreeNode
+from radixkv.cache.tree.page_ids import PageBytes
 from radixkv.cache.tree.radix_tree import RadixTree
 from radixkv.cache.watch import PrefixWatch
 from radixkv.config import CacheConfig, CacheQuota
@@ -206,6 +207,18 @@ class PrefixCache:
         if not self.shares_partial_pages:
             held = held[: len(held) // self.page_size * self.page_size]
         return self.residency.usable_tokens(HeldTokens(namespace, held, [node.pages for node in path]))
+
+    def kept_states(
+        self, held: NDArray[np.int32], page_runs: Sequence[PageBytes], namespace: Namespace, first_token: int
+    ) -> list[KeptState]:
+        """The states of recurrent layers that are kept after more than `first_token` of the tokens `held`, in order.
+
+        O(pages). Changes nothing; slots are good until the cache is used again.
+
+        Args:
+            held: tokens that the tree holds, in the pages of `page_runs`.
+        """
+        return self.residency.kept_states(HeldTokens(namespace, held, page_runs), first_token)
 
     def watch(
         self,

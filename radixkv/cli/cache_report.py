@@ -10,6 +10,7 @@ from radixkv.cli.size_report import readable_bytes
 
 if TYPE_CHECKING:
     from radixkv.tiers.disk_store import DiskStore
+    from radixkv.tiers.page_store import FoundPage
 
 ID_CHARS = 8
 DAY_S = 86_400
@@ -34,11 +35,18 @@ def namespace_rows(store: DiskStore) -> list[dict[str, Any]]:
             },
         )
         row["pages"] += 1
-        row["tokens"] += page.num_tokens
+        row["tokens"] += _num_tokens(page)
         row["bytes"] += store.payload_bytes
         row["kept_pages"] += facts.kept_until_s is not None and facts.kept_until_s > now_s
         row["last_used_s"] = max(row["last_used_s"], facts.used_s)
     return sorted(rows.values(), key=lambda row: -row["pages"])
+
+
+def _num_tokens(page: FoundPage) -> int:
+    """Tokens of which it holds the KV: none if it is a part of a state."""
+    from radixkv.tiers.page_store import is_state_part
+
+    return 0 if is_state_part(page.tokens) else page.num_tokens
 
 
 def store_summary(store: DiskStore) -> dict[str, Any]:
@@ -51,7 +59,7 @@ def store_summary(store: DiskStore) -> dict[str, Any]:
         "capacity_bytes": store.capacity_bytes,
         "file_bytes": store.num_bytes,
         "pages": len(used),
-        "tokens": sum(page.num_tokens for page, _ in store.pages()),
+        "tokens": sum(_num_tokens(page) for page, _ in store.pages()),
         "damaged_records": store.stats().misses.get("damaged", 0),
         "first_used_s": min(used, default=None),
         "last_used_s": max(used, default=None),

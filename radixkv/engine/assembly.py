@@ -27,6 +27,7 @@ from radixkv.engine.runner import ModelRunner, Runner
 from radixkv.engine.sampling import Sampler
 from radixkv.engine.tier_stores import asks_for_tiers, hash_weights, make_stores
 from radixkv.errors import ConfigError
+from radixkv.memory.state_pool import StatePool
 from radixkv.models.fused_decoder import fuse
 from radixkv.models.loader import eos_token_ids, max_context_tokens
 from radixkv.models.probe import plug_in_paged_attention, recurrent_modules
@@ -50,6 +51,7 @@ class EngineParts:
         limit: the most tokens of a request.
         vocab_size: ids that the model has embeddings for.
         eos_ids: ids that end an output.
+        states: the tensors of the states of recurrent layers; None without such layers.
         speculation: guesses tokens, which steps then check; None to go without.
         stores: of pages below the pool, the fastest first; the core closes them.
         clock: seconds, by which the speed of loads is measured and their time runs out.
@@ -69,6 +71,7 @@ class EngineParts:
     eos_ids: frozenset[int]
     stores: tuple[PageStore, ...] = ()
     speculation: Speculation | None = None
+    states: StatePool | None = None
     clock: Callable[[], float] = time.monotonic
 
     def new_intake(self) -> Intake:
@@ -147,7 +150,7 @@ def assemble(
     vocab_size = model.config.get_text_config().vocab_size
     if drafter is None and config.speculate == "cache":
         drafter = CacheDrafter(memory.cache)
-    stores = make_stores(config, model, memory.pool, weights)
+    stores = make_stores(config, model, memory.pool, weights, memory.states)
     return EngineParts(
         config=resolved,
         model=model,
@@ -163,6 +166,7 @@ def assemble(
         eos_ids=eos_token_ids(model),
         stores=stores,
         speculation=None if drafter is None else Speculation(drafter, vocab_size),
+        states=memory.states,
     )
 
 
@@ -175,10 +179,10 @@ def _check_recurrent(config: EngineConfig, drafter: Drafter | None) -> None:
         )
     if config.window is not None:
         raise ConfigError("window is not for models with recurrent layers: their state has no window")
-    if asks_for_tiers(config):
+    if asks_for_tiers(config) and config.tier_writes == "back":
         raise ConfigError(
-            "disk_cache, host_cache_gb and shared_cache are not for models with recurrent layers yet: they keep pages "
-            "without the states that belong to them"
+            'tier_writes must be "through" or "selective" for models with recurrent layers, not "back": states are '
+            "given up before the pages that they belong to"
         )
 
 

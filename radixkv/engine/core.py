@@ -51,6 +51,7 @@ class EngineCore:
             parts.pool,
             parts.cache,
             config.tier_writes,
+            states=parts.states,
             max_write_bytes_s=None if config.tier_write_mb_s is None else config.tier_write_mb_s * 1e6,
             warm_start_share=config.warm_start_share,
             clock=parts.clock,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,9 +18,11 @@ from radixkv.config import TierWrites
 from radixkv.engine.loading import chain_of
 from radixkv.engine.request import Request
 from radixkv.memory.page_bytes import PageBytes
-from radixkv.tiers.page_chain import as_bytes
+from radixkv.memory.state_bytes import StateBytes
+from radixkv.tiers.page_chain import PageChain, as_bytes
 from radixkv.tiers.page_store import PageFacts
 from radixkv.tiers.run_copies import RunCopies
+from radixkv.tiers.state_copies import StateCopies
 from radixkv.tiers.tier import Tier
 from radixkv.tiers.writer import PageRecord
 
@@ -41,11 +44,13 @@ class HandDown:
         cache: PrefixCache,
         writes: TierWrites,
         *,
+        states: StateBytes | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._tiers, self._page_bytes, self._writes = tiers, page_bytes, writes
         self._cache, self._page_size = cache, cache.page_size
         self._runs = RunCopies(tiers, page_bytes, cache, wall_clock=wall_clock)
+        self._states = None if states is None else StateCopies(states, cache.page_size)
         self._busy_s = 0.0
         if writes == "back":
             cache.add_observer(self._observe)
@@ -67,7 +72,7 @@ class HandDown:
 
     def prefix(self, ids: NDArray[np.int32], namespace: Namespace) -> int:
         """Hand down what the pool holds of `ids`. Returns how many pages are not stored, whether they wait or not."""
-        return self._runs.prefix(ids, namespace).missing
+        return self._runs.prefix(ids, namespace).missing + self._states_of_prefix(ids, namespace)
 
     def close(self) -> None:
         """Hand down what would be lost, parents first."""
@@ -82,7 +87,9 @@ class HandDown:
         lease, _ = request.running()
         num_tokens = request.num_shared
         if self._writes == "selective":
-            num_tokens = min(num_tokens, lease.cached_tokens) // self._page_size * self._page_size
+            num_tokens = min(num_tokens, lease.cached_tokens)
+            if self._states is None:  # else a state stands there, and is of no use without the last tokens
+                num_tokens = num_tokens // self._page_size * self._page_size
         num_pages = num_tokens // self._page_size
         chain_of(request, self._page_size).grow(request.computed_ids[: num_pages * self._page_size])
         facts: list[PageFacts] = []
@@ -96,10 +103,46 @@ class HandDown:
             if accepted:
                 self._copy(tier, request, accepted, num_tokens, facts)
             request.handed_pages[tier.name] = wanted[len(accepted)] if len(accepted) < len(wanted) else num_pages
+            self._hand_down_states(tier, request, num_tokens, facts, is_end=is_end)
             if is_end:
                 tier.writer.dropped(len(wanted) - len(accepted))
                 self._touch(tier, request, min(request.stored_pages[tier.name], num_pages), facts)
         self._busy_s += time.perf_counter() - started_at
+
+    def _hand_down_states(
+        self, tier: Tier, request: Request, num_tokens: int, facts: Sequence[PageFacts], *, is_end: bool
+    ) -> None:
+        """Copy the states after the first `num_tokens` tokens that are new; at the end all from the found one on.
+
+        States before that one were not used, and give way in time.
+        """
+        if self._states is None:
+            return
+        lease, _ = request.running()
+        ids, namespace = request.computed_ids[:num_tokens], request.cache_options.namespace
+        first = max(0, lease.cached_tokens - 1) if is_end else request.handed_states.get(tier.name, 0)
+        kept = self._cache.kept_states(ids, [lease.pages[: self._cache.pages_for(num_tokens)].data], namespace, first)
+        chain = chain_of(request, self._page_size)
+        copied = self._states.copy(tier, kept, ids, chain, facts.__getitem__, touches=is_end)
+        request.handed_states[tier.name] = num_tokens
+        if is_end:
+            tier.writer.dropped(copied.refused)
+
+    def _states_of_prefix(self, ids: NDArray[np.int32], namespace: Namespace) -> int:
+        """Hand down the states after tokens of `ids`. Returns how many of the pages that hold them are not stored."""
+        if self._states is None:
+            return 0
+        num_held, path = self._cache.cached_path(ids, extra_key=namespace.extra_key, cache_salt=namespace.cache_salt)
+        kept = self._cache.kept_states(ids[:num_held], [node.pages for node in path], namespace, 0)
+        ends = [node.end for node in path]
+
+        def facts_of(page: int) -> PageFacts:
+            node = path[bisect_right(ends, page * self._page_size)]
+            return self._runs.facts(node.hits, node.priority, node.keep_until, namespace)
+
+        chain = PageChain(namespace, self._page_size)
+        copied = [self._states.copy(tier, kept, ids[:num_held], chain, facts_of, touches=True) for tier in self._tiers]
+        return sum(each.missing for each in copied)
 
     def _first_missing(self, tier: Tier, request: Request, num_pages: int) -> int:
         """The first page of a request that was not handed down yet and is not stored. O(pages that are new)."""

@@ -13,22 +13,32 @@ from numpy.typing import NDArray
 from radixkv.cache.insight.explanation import BelowPool
 from radixkv.cache.namespace import Namespace
 from radixkv.engine.request import Request
+from radixkv.errors import OutOfPagesError
 from radixkv.memory.page_bytes import PageBytes
+from radixkv.memory.state_bytes import StateBytes
 from radixkv.tiers.load_choice import PrefillRate
 from radixkv.tiers.page_chain import PageChain, as_bytes
 from radixkv.tiers.page_store import FoundPage
 from radixkv.tiers.prefix_load import LoadChooser, PrefixLoad
 from radixkv.tiers.reader import Lookup
+from radixkv.tiers.state_load import StateLoadChooser
+from radixkv.tiers.state_parts import StateParts, part_keys
 from radixkv.tiers.tier import Tier
 
 LOOKUP_PATIENCE_S = 0.5  # for the answer of a tier on another machine
 
 
 class RequestLookup(NamedTuple):
-    """What a request waits for: the answer of a tier that does not tell at once what it has."""
+    """What a request waits for: the answer of a tier that does not tell at once what it has.
+
+    Attributes:
+        load: which pages are of use.
+        stored: all that the tier has, once that is over.
+    """
 
     tier: Tier
     load: Lookup
+    stored: list[FoundPage]
 
     def deadline(self) -> float:
         """When it is given up."""
@@ -48,10 +58,14 @@ class Loader:
         page_bytes: PageBytes,
         page_size: int,
         *,
+        states: StateBytes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._tiers, self._page_bytes, self._page_size, self._clock = tiers, page_bytes, page_size, clock
+        self._states = states
         self._chooser = LoadChooser(page_size, clock)
+        if states is not None:
+            self._chooser = StateLoadChooser(StateParts(page_size, states.num_parts), clock)
         self.busy_s = 0.0  # that it took of the engine's time
 
     @property
@@ -82,8 +96,19 @@ class Loader:
 
     def _loads(self, request: Request, tier: Tier, pages: Sequence[FoundPage]) -> bool:
         """Begin to load `pages` if that is worth it."""
-        request.load = self._chooser.begin(tier, pages, request.num_computed)
+        ends = self._chooser.ends(pages, request.num_computed)
+        if ends and self._covers(request, ends[-1]):
+            request.load = self._chooser.begin(tier, pages, request.num_computed)
         return request.load is not None
+
+    def _covers(self, request: Request, num_tokens: int) -> bool:
+        """Have room for what layers need besides pages: a slot for the state after so many tokens, say."""
+        lease, _ = request.running()
+        try:
+            lease.cover(request.num_computed, num_tokens)
+        except OutOfPagesError:
+            return False
+        return True
 
     def _asks(self, request: Request, tier: Tier) -> bool:
         """Begin to ask a tier that does not tell at once."""
@@ -97,7 +122,13 @@ class Loader:
         chain = chain_of(request, self._page_size)
         chain.grow(ids)
         parent_key, tokens = chain.parent_key(first_page), as_bytes(ids[first_page * self._page_size :])
-        request.load = RequestLookup(tier, tier.reader.look_up(lambda: tier.find(parent_key, tokens)))
+        chooser, stored = self._chooser, list[FoundPage]()
+
+        def find() -> list[FoundPage]:
+            stored.extend(tier.find(parent_key, tokens))
+            return chooser.useful(tier, stored)
+
+        request.load = RequestLookup(tier, tier.reader.look_up(find), stored)
         return True
 
     def receive(self, request: Request) -> bool:
@@ -106,13 +137,33 @@ class Loader:
         if isinstance(waiting, RequestLookup):
             return self._heard(request, waiting)
         assert waiting is not None, request
-        is_over = waiting.receive(partial(self._fill, request))
-        request.num_computed = max(request.num_computed, waiting.num_loaded)
+        is_over = waiting.receive(partial(self._fill, request, waiting))
+        self._reached(request, waiting.num_loaded)
         if not is_over:
             return False
         self.end(request)
+        if self._states is not None and waiting.load.missed is not None:
+            return not self._begins_again(request, waiting)
         goes_on = waiting.tier.finds_at_once and waiting.is_of_all and waiting.load.is_whole
         return not (goes_on and self._asks_others(request))
+
+    def _begins_again(self, request: Request, failed: PrefixLoad) -> bool:
+        """Begin to load up to an earlier state than the one that could not be read, if the tier has such."""
+        tier = failed.tier
+        if not tier.finds_at_once:
+            return False
+        chain = chain_of(request, self._page_size)
+        pages = self._chooser.found(tier, request.findable_ids, request.num_computed, chain)
+        ends = self._chooser.ends(pages, request.num_computed)
+        return bool(ends) and ends[-1] < failed.last_token and self._loads(request, tier, pages)
+
+    def _reached(self, request: Request, num_tokens: int) -> None:
+        """What has come is good for so many tokens."""
+        if num_tokens > request.num_computed:
+            request.num_computed = num_tokens
+            lease, _ = request.running()
+            lease.checkpoint_at(num_tokens)  # a state that was kept once is kept again
+            lease.advance(num_tokens)
 
     def _heard(self, request: Request, waiting: RequestLookup) -> bool:
         """Take the answer of a tier. Returns True if there is nothing to load, or it took too long."""
@@ -125,8 +176,8 @@ class Loader:
             return True
         request.load = None
         keys = chain_of(request, self._page_size).keys[request.num_computed // self._page_size :]
-        num_whole = sum(page.num_tokens == self._page_size for page in lookup.pages)
-        tier.known.add(keys[:num_whole])
+        num_whole = sum(page.num_tokens == self._page_size for page in waiting.stored)
+        tier.known.add([*keys[:num_whole], *part_keys(lookup.pages)])
         tier.known.discard(keys[num_whole:])
         return not self._loads(request, tier, lookup.pages)
 
@@ -165,10 +216,18 @@ class Loader:
                 found.append(BelowPool(tier.name, ends[-1], chooser.verdict(tier, pages, cached_tokens)))
         return found
 
-    def _fill(self, request: Request, first_page: int, payloads: Sequence[bytes]) -> None:
+    def _fill(self, request: Request, load: PrefixLoad, first_page: int, payloads: Sequence[bytes]) -> None:
         started_at = time.perf_counter()
         lease, _ = request.running()
-        self._page_bytes.write(lease.pages[first_page : first_page + len(payloads)], payloads)
+        first_part = load.first_page + len(load.load.pages)
+        if self._states is not None:
+            first_part -= self._states.num_parts
+        num_pages = min(len(payloads), max(0, first_part - first_page))
+        if num_pages:
+            self._page_bytes.write(lease.pages[first_page : first_page + num_pages], payloads[:num_pages])
+        if self._states is not None and num_pages < len(payloads):
+            _, slot = lease.state_slots()
+            self._states.write(slot, first_page + num_pages - first_part, payloads[num_pages:])
         self.busy_s += time.perf_counter() - started_at
 
 

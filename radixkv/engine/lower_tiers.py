@@ -19,6 +19,8 @@ from radixkv.engine.warm_fill import WarmFill
 from radixkv.errors import ConfigError
 from radixkv.memory.page_bytes import PageBytes
 from radixkv.memory.page_pool import PagePool
+from radixkv.memory.state_bytes import StateBytes
+from radixkv.memory.state_pool import StatePool
 from radixkv.tiers.arrivals import Arrivals
 from radixkv.tiers.disk_store import DiskStore
 from radixkv.tiers.ending import CLOSE_TIMEOUT_S, Ending
@@ -44,12 +46,16 @@ class LowerTiers:
         cache: PrefixCache | None,
         writes: TierWrites = "through",
         *,
+        states: StatePool | None = None,
         max_write_bytes_s: float | None = None,
         warm_start_share: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         close_timeout_s: float = CLOSE_TIMEOUT_S,
     ) -> None:
         """Takes over `stores`, and closes them in the end.
+
+        Args:
+            states: those of recurrent layers, if there are any. The pool is not filled at the start then.
 
         Raises: ConfigError if they do not fit the pool, or its pages cannot be stored.
         """
@@ -68,9 +74,10 @@ class LowerTiers:
         self._tiers = [Tier(store, self.arrivals, max_write_bytes_s=max_write_bytes_s, clock=clock) for store in stores]
         warm_starts: list[WarmStart] = []
         self._ending = Ending(self, self._tiers, warm_starts)
-        self._loader = Loader(self._tiers, page_bytes, cache.page_size, clock=clock)
-        self._down = HandDown(self._tiers, page_bytes, cache, writes)
-        warm_pages = int(warm_start_share * cache.num_pages)
+        state_bytes = None if states is None else StateBytes(states, page_bytes.payload_bytes)
+        self._loader = Loader(self._tiers, page_bytes, cache.page_size, states=state_bytes, clock=clock)
+        self._down = HandDown(self._tiers, page_bytes, cache, writes, states=state_bytes)
+        warm_pages = int(warm_start_share * cache.num_pages) if states is None else 0
         for store in stores:
             if store.name == "disk" and warm_pages:  # what the host's memory holds is gone, the others' is not ours
                 warm_starts.append(WarmStart(store, warm_pages, self.arrivals))

@@ -54,6 +54,7 @@ class Request:
     load: PrefixLoad | RequestLookup | None = None  # what it waits for from a tier below the pool
     chain: PageChain | None = None  # the keys of its pages, if a tier wants them
     handed_pages: dict[str, int] = field(default_factory=dict)  # by tier: leading pages that are stored or will be
+    handed_states: dict[str, int] = field(default_factory=dict)  # by tier: leading tokens after which states went down
     stored_pages: dict[str, int] = field(default_factory=dict)  # by tier: leading pages that were stored before
     awaited: tuple[Request, int] | None = None  # one that computes what both begin with, and how many tokens that is
     drafted_by: dict[str, int] = field(default_factory=dict)  # tokens that were guessed and checked, by source

@@ -14,6 +14,8 @@ from radixkv.memory.kv_identity import kv_identity, weight_tensors
 from radixkv.memory.kv_pool import KVPool
 from radixkv.memory.page_bytes import PageBytes
 from radixkv.memory.page_pool import PagePool
+from radixkv.memory.state_bytes import StateBytes
+from radixkv.memory.state_pool import StatePool
 from radixkv.publish.wire import TIERS
 from radixkv.tiers.disk_store import DiskStore
 from radixkv.tiers.fingerprint import Fingerprint, hash_files, hash_tensors
@@ -39,11 +41,14 @@ def hash_weights(model: PreTrainedModel, weight_files: Sequence[Path], config: E
     return hash_files(weight_files, cache=None if config.disk_cache is None else weights_cache(config.disk_cache))
 
 
-def make_stores(config: EngineConfig, model: PreTrainedModel, pool: PagePool, weights: str) -> tuple[PageStore, ...]:
+def make_stores(
+    config: EngineConfig, model: PreTrainedModel, pool: PagePool, weights: str, states: StatePool | None = None
+) -> tuple[PageStore, ...]:
     """The stores that `config` asks for, the fastest first.
 
     Args:
         weights: as `hash_weights` gives them.
+        states: those of recurrent layers, which go down with the pages.
 
     Raises: ConfigError if the pool's pages cannot be stored, or a setting is for other devices; TierError if a store
         cannot be opened.
@@ -52,7 +57,10 @@ def make_stores(config: EngineConfig, model: PreTrainedModel, pool: PagePool, we
         return ()
     kept = storable(pool)
     payload_bytes = PageBytes(kept).payload_bytes
-    fingerprint = Fingerprint(weights=weights, **kv_identity(model, kept)._asdict())
+    identity = kv_identity(model, kept)
+    if states is not None:
+        identity = identity._replace(layout=f"{identity.layout}; states {StateBytes(states, payload_bytes).layout}")
+    fingerprint = Fingerprint(weights=weights, **identity._asdict())
     with ExitStack() as undo:
         stores: list[PageStore] = []
         if config.host_cache_gb is not None:

@@ -23,7 +23,7 @@ from radixkv.cache.token_ids import TOKEN_BYTES
 from radixkv.config.checks import checked_choice
 from radixkv.errors import InvariantError
 from radixkv.tiers.page_lines import Line, Names, PageLines, PageUse
-from radixkv.tiers.page_store import FoundPage, PageFacts
+from radixkv.tiers.page_store import FoundPage, PageFacts, is_state_part
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class StoredPage:
 
 
 class PageObserver(Protocol):
-    """Is told of each change of an index, in the thread that makes it, under the lock of its store.
+    """Is told of each change of an index, in the thread that makes it, under the lock of its store; not of states.
 
     It must neither wait nor change the index. One that raises is logged and told nothing more: it missed something.
     """
@@ -189,7 +189,7 @@ class PageIndex:
         if page.key not in self._after:
             self._queue(page)
         observer = self.observer
-        if observer is not None:
+        if observer is not None and not is_state_part(page.tokens):
             self._tell(lambda: observer.stored(page))
 
     def discard(self, page: StoredPage) -> None:
@@ -202,7 +202,7 @@ class PageIndex:
             self._unqueue(page)
         self.let_go(page.parent_key)
         observer = self.observer
-        if observer is not None:
+        if observer is not None and not is_state_part(page.tokens):
             self._tell(lambda: observer.removed(page))
 
     def is_lost(self) -> None:

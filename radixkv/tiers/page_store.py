@@ -5,6 +5,8 @@ before it (`cache.page_keys`; the first one by `root_key` of its namespace) and 
 may hold fewer tokens than `page_size`: the end of a sequence. Its payload is then the whole page all the same, of
 which only the first tokens mean something.
 
+A page whose tokens begin with `STATE_MARK` is a part of a recurrent layers' state (`state_parts`), and holds no tokens.
+
 The bytes of a payload are opaque here: those that a page has in the pool, layer by layer (`memory.page_bytes`).
 """
 
@@ -13,7 +15,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
+from radixkv.cache.token_ids import TOKEN_BYTES
 from radixkv.tiers.page_lines import ShareUse
+
+STATE_MARK = (-1).to_bytes(TOKEN_BYTES, "little", signed=True)
+"""In place of a token id, none of which is negative."""
+
+
+def is_state_part(tokens: bytes) -> bool:
+    """Whether a page of these tokens is a part of a state.
+
+    >>> is_state_part(STATE_MARK + bytes(4)), is_state_part(bytes(8))
+    (True, False)
+    """
+    return tokens.startswith(STATE_MARK)
 
 
 class PageFacts(NamedTuple):

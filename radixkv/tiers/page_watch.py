@@ -7,6 +7,7 @@ from threading import Lock
 
 from radixkv.errors import ConfigError
 from radixkv.tiers.page_index import PageIndex, PageObserver, StoredPage
+from radixkv.tiers.page_store import is_state_part
 
 
 class PageWatch:
@@ -38,6 +39,6 @@ class PageWatch:
             return None
         try:
             begin()
-            return list(self._index)
+            return [page for page in self._index if not is_state_part(page.tokens)]
         finally:
             self._lock.release()

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from radixkv.tiers.load_choice import PrefillRate
 from radixkv.tiers.page_chain import PageChain, as_bytes
-from radixkv.tiers.page_store import FoundPage
+from radixkv.tiers.page_store import FoundPage, is_state_part
 from radixkv.tiers.reader import Load
+from radixkv.tiers.state_parts import part_keys
 from radixkv.tiers.tier import Tier
 
 LEAST_PATIENCE_S = 0.25  # a load is waited for as long as computing would take, but not less
@@ -100,11 +101,12 @@ class PrefixLoad:
         tier.reader.give_up(load)
         if load.missed is not None:
             tier.missed += 1
-            tier.known.discard(keys[self.first_page + self.num_taken :])
+            tier.known.discard([*keys[self.first_page + self.num_taken :], *part_keys(load.pages[self.num_taken :])])
         if self.num_taken and (load.is_whole or load.missed is not None):
             tier.rate.record(tier.num_bytes(self.num_taken), load.read_s + self.copy_s)
         tier.loaded_tokens += self.num_loaded - self.first_token
         tier.loaded_pages += self.num_taken
+        tier.loaded_states += load.is_whole and is_state_part(load.pages[-1].tokens)
 
 
 class LoadChooser:
@@ -135,7 +137,8 @@ class LoadChooser:
         if compute_s is None and tier.rate.seconds(num_bytes) is not None:
             num_measured = -(-MEASURED_TOKENS // self._page_size)
             if len(pages) > 4 * num_measured:
-                pages, ends = pages[:-num_measured], ends[:-num_measured]
+                pages = self._but_last(pages, num_measured)
+                ends = self.ends(pages, num_cached)
         tier.loads += 1
         patience_s = None if compute_s is None else max(LEAST_PATIENCE_S, compute_s)
         load = tier.reader.start(pages)
@@ -169,10 +172,18 @@ class LoadChooser:
         first_page = num_cached // self._page_size
         first = first_page * self._page_size
         chain.grow(ids[:first])
-        return tier.find(chain.parent_key(first_page), as_bytes(ids[first:]))
+        return self.useful(tier, tier.find(chain.parent_key(first_page), as_bytes(ids[first:])))
+
+    def useful(self, tier: Tier, pages: list[FoundPage]) -> list[FoundPage]:
+        """What is to be loaded of `pages`, which a tier has: all of them. May ask the tier for more."""
+        return pages
 
     def ends(self, pages: Sequence[FoundPage], num_cached: int) -> list[int]:
         """Where the tokens of each of these pages end; nothing if they bring no more than is there already."""
         first = num_cached // self._page_size * self._page_size
         ends = [first + number * self._page_size + page.num_tokens for number, page in enumerate(pages)]
         return ends if ends and ends[-1] > num_cached else []
+
+    def _but_last(self, pages: Sequence[FoundPage], num_pages: int) -> Sequence[FoundPage]:
+        """`pages` but for the last ones, to be computed for once."""
+        return pages[:-num_pages]

@@ -26,17 +26,19 @@ logger = logging.getLogger(__name__)
 class TierStats(NamedTuple):
     """What a tier holds, and what it did for this engine.
 
-    `loaded_tokens` were loaded in place of being computed. Of the requests that found more in the tier than in the
-    pool, `loads` loaded it, `slower` computed it because that is measured to be faster, and `unavailable` did because
-    the tier had failed or hung; `given_up` of the loads took too long, `missed` of them ended early, as pages were
-    gone or damaged. `dropped_pages` could not be written in time. `is_slow` tells that it is off until a probe finds
-    it faster than computing.
+    `loaded_tokens` were loaded in place of being computed, with `loaded_states` of recurrent layers, each of which also
+    counts as the pages that hold its parts. Of the requests that found more in the tier than in the pool, `loads`
+    loaded it, `slower` computed it because that is measured to be faster, and `unavailable` did because the tier had
+    failed or hung; `given_up` of the loads took too long, `missed` of them ended early, as pages were gone or damaged.
+    `dropped_pages` could not be written in time. `is_slow` tells that it is off until a probe finds it faster than
+    computing.
     """
 
     name: str
     store: StoreStats
     loaded_tokens: int
     loaded_pages: int
+    loaded_states: int
     loads: int
     slower: int
     unavailable: int
@@ -69,7 +71,7 @@ class Tier:
         self.known = KnownKeys()  # of a store that does not find at once
         on_written = None if store.finds_at_once else self.known.add
         self.writer = PageWriter(store, max_bytes_s=max_write_bytes_s, clock=clock, on_written=on_written)
-        self.loaded_tokens = self.loaded_pages = self.loads = 0
+        self.loaded_tokens = self.loaded_pages = self.loaded_states = self.loads = 0
         self.slower = self.unavailable = self.given_up = self.missed = 0
         self._clock = clock
         self._finding = Backoff(f"looking up pages in the {store.name} tier", clock)
@@ -158,6 +160,7 @@ class Tier:
             store=store,
             loaded_tokens=self.loaded_tokens,
             loaded_pages=self.loaded_pages,
+            loaded_states=self.loaded_states,
             loads=self.loads,
             slower=self.slower,
             unavailable=self.unavailable,

@@ -103,14 +103,25 @@ class PageWriter(Worker):
         with self._changed:
             if self._is_closing or self._backoff.rests:
                 return 0
-            return (self._max_queued_bytes - self.queued_bytes) // self._store.payload_bytes
+            return max(0, self._max_queued_bytes - self.queued_bytes) // self._store.payload_bytes
+
+    def num_accepted_together(self, num_pages: int) -> int:
+        """How many of pages that are of use together alone it would take now: all or none. O(1).
+
+        More of them than the queue holds are taken while there is room for one: they would never go otherwise.
+        """
+        needed = num_pages if num_pages <= self._max_queued_bytes // self._store.payload_bytes else 1
+        return num_pages if self.num_accepted() >= needed else 0
 
     def is_queued(self, key: bytes) -> bool:
         """Whether the page of that key waits or is being written. O(1)."""
         return key in self._keys
 
     def hand_down(self, records: Sequence[PageRecord], payloads: NDArray[np.uint8]) -> None:
-        """Take pages, no more than `num_accepted`, with their bytes [n, payload_bytes], which are not changed later."""
+        """Take pages with their bytes [n, payload_bytes], which are not changed later.
+
+        No more than `num_accepted` or `num_accepted_together`.
+        """
         with self._changed:
             if self._is_closing:
                 self.pages_dropped += len(records)

@@ -50,6 +50,13 @@ class SidePages(NamedTuple):
 NO_SIDE_PAGES = SidePages(0, 0, 0, 0)
 
 
+class KeptState(NamedTuple):
+    """The state of recurrent layers after the first `num_tokens` tokens of a sequence, and the slot that holds it."""
+
+    num_tokens: int
+    slot: int
+
+
 class Claim(Protocol):
     """One lease's share of a residency. Its verbs take `pages`, those of the lease as they are at the time."""
 
@@ -165,6 +172,13 @@ class Residency(Protocol):
         """The slots of recurrent states that it lends now. O(1)."""
         ...
 
+    def kept_states(self, held: HeldTokens, first_token: int) -> list[KeptState]:
+        """The states that are kept after more than `first_token` of the tokens that the tree holds, in order.
+
+        O(pages), O(page_size) for each page where some are near. Slots are good until the residency is used again.
+        """
+        ...
+
     def check_invariants(self, pins: NDArray[np.integer], in_tree: NDArray[np.bool_], claims: Sequence[Claim]) -> None:
         """Prove its own invariants. O(num_pages).
 
@@ -265,6 +279,10 @@ class Everywhere:
     def states(self) -> SidePages:
         """None."""
         return NO_SIDE_PAGES
+
+    def kept_states(self, held: HeldTokens, first_token: int) -> list[KeptState]:
+        """None."""
+        return []
 
     def check_invariants(self, pins: NDArray[np.integer], in_tree: NDArray[np.bool_], claims: Sequence[Claim]) -> None:
         """Nothing to prove."""

@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 
 from radixkv.cache.events import EventChannel, PageRun
 from radixkv.cache.namespace import Namespace
-from radixkv.cache.residency.residency import NO_SIDE_PAGES, HeldTokens, Pages, RefCounts, Shortfall, SidePages
+from radixkv.cache.residency.residency import (
+    NO_SIDE_PAGES,
+    HeldTokens,
+    KeptState,
+    Pages,
+    RefCounts,
+    Shortfall,
+    SidePages,
+)
 from radixkv.cache.residency.state_claim import StateClaim
 from radixkv.errors import ConfigError, InvariantError, OutOfPagesError
 
@@ -151,6 +159,24 @@ class StateSlots:
         """Slots in all, free, kept by the cache alone, and taken back so far. O(1)."""
         return SidePages(self.num_slots, self.num_free, self.num_evictable, self.num_taken_back)
 
+    def kept_states(self, held: HeldTokens, first_token: int) -> list[KeptState]:
+        """As `Residency.kept_states`."""
+        if not self._place_of:
+            return []
+        size = self.page_size
+        befores: list[Before] = [held.namespace, *held.pages.tolist()]
+        found = []
+        for page in range(first_token // size, -(-len(held.tokens) // size)):
+            slots = self._slot_at.get(befores[page])
+            if not slots:
+                continue
+            tokens = held.tokens[page * size : (page + 1) * size]
+            for count in range(max(1, first_token + 1 - page * size), len(tokens) + 1):
+                slot = slots.get(tokens[:count].tobytes())
+                if slot is not None:
+                    found.append(KeptState(page * size + count, slot))
+        return found
+
     # -- what claims ask ---------------------------------------------------------------------------------------------
 
     def take(self) -> int:
@@ -209,16 +235,9 @@ class StateSlots:
         """
         if not self._place_of:
             return
-        size, pages = self.page_size, held.pages.tolist()
-        for number in range(first_page, -(-len(held.tokens) // size)):
-            slots = self._slot_at.get(held.namespace if number == 0 else pages[number - 1])
-            if not slots:
-                continue
-            tokens = held.tokens[number * size : (number + 1) * size]
-            for count in range(1, len(tokens) + 1):
-                slot = slots.get(tokens[:count].tobytes())
-                if slot is not None:
-                    self._move(slot, pages[number])
+        pages = held.pages.tolist()
+        for state in self.kept_states(held, first_page * self.page_size):
+            self._move(state.slot, pages[(state.num_tokens - 1) // self.page_size])
 
     # -- places ------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.cache.events import EventChannel, PageRun
-from radixkv.cache.residency.residency import NO_SIDE_PAGES, HeldTokens, Pages, RefCounts, Shortfall, SidePages
+from radixkv.cache.residency.residency import (
+    NO_SIDE_PAGES,
+    HeldTokens,
+    KeptState,
+    Pages,
+    RefCounts,
+    Shortfall,
+    SidePages,
+)
 from radixkv.cache.residency.window_claim import WindowClaim
 from radixkv.cache.residency.window_events import WindowEvents
 from radixkv.errors import ConfigError, InvariantError, OutOfPagesError
@@ -265,6 +273,10 @@ class WindowPages:
     def states(self) -> SidePages:
         """None."""
         return NO_SIDE_PAGES
+
+    def kept_states(self, held: HeldTokens, first_token: int) -> list[KeptState]:
+        """None."""
+        return []
 
     def _take_back(self, num: int) -> None:
         for queue in (self._passed, self._ended):

@@ -1,0 +1,96 @@
+"""Copies the states of recurrent layers that a cache keeps for the writers of the tiers below it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radixkv.cache.page_keys import page_keys
+from radixkv.cache.residency.residency import KeptState
+from radixkv.cache.token_ids import TOKEN_BYTES
+from radixkv.tiers.page_chain import PageChain, as_bytes
+from radixkv.tiers.page_store import PageFacts
+from radixkv.tiers.run_copies import Copied
+from radixkv.tiers.state_parts import StateParts
+from radixkv.tiers.tier import Tier
+from radixkv.tiers.writer import PageRecord
+
+
+class ReadsStates(Protocol):
+    """What gives the bytes of a pool's states."""
+
+    @property
+    def num_parts(self) -> int:
+        """Of each state."""
+        ...
+
+    def read(self, slot: int) -> NDArray[np.uint8]:
+        """A copy of a state, [num_parts, bytes of a part]."""
+        ...
+
+
+class StateCopies:
+    """Hands states down to tiers, in the thread to which the cache belongs: a copy of each.
+
+    States that a tier has, or that wait for its writer, are not copied again. A state goes down whole or not at all.
+    """
+
+    def __init__(self, states: ReadsStates, page_size: int) -> None:
+        self._states, self._page_size = states, page_size
+        self._parts = StateParts(page_size, states.num_parts)
+
+    def copy(
+        self,
+        tier: Tier,
+        kept: Sequence[KeptState],
+        ids: NDArray[np.int32],
+        chain: PageChain,
+        facts_of: Callable[[int], PageFacts],
+        *,
+        touches: bool,
+    ) -> Copied:
+        """Copy those of the states `kept` after tokens of `ids` that a tier lacks for its writer.
+
+        Args:
+            chain: of `ids`.
+            facts_of: those of the page of that number; if it `touches` the states that are stored, these become theirs.
+
+        Returns: how many of the pages that hold the states in a store are missing there, and were refused.
+        """
+        chain.grow(ids)
+        missing = refused = 0
+        for state in kept:
+            first_page = state.num_tokens // self._page_size
+            rest = as_bytes(ids[first_page * self._page_size : state.num_tokens])
+            facts = facts_of((state.num_tokens - 1) // self._page_size)
+            records = self._records(chain.parent_key(first_page), rest, facts)
+            copied = self._copy(tier, state.slot, records)
+            if touches and not copied.missing:
+                tier.writer.touch([(record.parent_key, record.tokens, facts) for record in records])
+            missing, refused = missing + copied.missing, refused + copied.refused
+        return Copied(missing, refused)
+
+    def _records(self, parent_key: bytes, rest: bytes, facts: PageFacts) -> list[PageRecord]:
+        """Those of the parts of the state after `rest`."""
+        page_bytes = self._page_size * TOKEN_BYTES
+        tokens = self._parts.tokens(rest)
+        keys = page_keys(parent_key, tokens, self._page_size)
+        return [
+            PageRecord(key, before, tokens[number * page_bytes :][:page_bytes], facts)
+            for number, (before, key) in enumerate(zip([parent_key, *keys], keys, strict=False))
+        ]
+
+    def _copy(self, tier: Tier, slot: int, records: Sequence[PageRecord]) -> Copied:
+        keys = [record.key for record in records]
+        tokens = b"".join(record.tokens for record in records)
+        num_stored = tier.num_stored(records[0].parent_key, tokens, keys)
+        missing = len(records) - num_stored
+        if not missing or tier.writer.is_queued(keys[-1]):
+            return Copied(missing, 0)
+        if not tier.writer.num_accepted_together(missing):
+            return Copied(missing, missing)
+        tier.writer.hand_down(records[num_stored:], self._states.read(slot)[num_stored:])
+        return Copied(missing, 0)
