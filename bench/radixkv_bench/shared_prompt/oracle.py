@@ -38,7 +38,7 @@ def best_hits(served: Iterable[tuple[Sequence[int], Sequence[int]]], page_size: 
 def best_state_hits(served: Iterable[tuple[Sequence[int], Sequence[int]]], interval_tokens: int) -> Hits:
     """The same of a model with recurrent layers, where a hit can end only where a state was kept.
 
-    That is after a prompt; after an answer but for its last token; where a prompt leaves what was computed before, since
+    That is after a prompt; after an answer but for its last token; where a prompt leaves what was computed before, as
     it computes that much again; and at multiples of `interval_tokens` on the way.
     O(requests × tokens).
     """
