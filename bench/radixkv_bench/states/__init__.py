@@ -1,0 +1,1 @@
+"""What keeping the states of recurrent layers costs."""
