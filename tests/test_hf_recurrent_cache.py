@@ -193,6 +193,20 @@ def test_rows_without_a_token_change_nothing() -> None:
         cache.check_invariants()
 
 
+def test_padding_is_no_token_where_one_column_is_left_to_compute() -> None:
+    model = recurrent()
+    cache = RadixCache(model, max_tokens=512, page_size=4)
+    prompt = draw(20, 1)
+    check_same(model, [[*prompt[:18], 0]], cache)
+    inputs = padded([prompt, draw(1, 2)])
+    inputs["input_ids"][1, :19] = 7  # masked
+    found = model.generate(**inputs, max_new_tokens=8, do_sample=False, past_key_values=cache)
+    assert cache.cached_tokens == (18, 0)
+    assert torch.equal(found, model.generate(**inputs, max_new_tokens=8, do_sample=False))
+    run(model, [draw(1, 2) + draw(3, 3)], cache)  # from what the second row left
+    assert check_same(model, [draw(1, 2) + draw(3, 3)], cache) == (3,)
+
+
 def test_a_row_that_ends_before_others_goes_on_from_its_end() -> None:
     model = recurrent()
     prompts = [draw(16, 1), draw(19, 2)]

@@ -99,9 +99,7 @@ def _probe(model: PreTrainedModel) -> ProbedPrefixes:
         raise _unsupported(model, "a prompt computed in two parts gets other logits than one computed at once")
 
     blank = torch.zeros_like(ids[:, :NUM_PADDING])
-    padding = (
-        ids[:, :NUM_PADDING] if whole.shapes else blank
-    )  # embedded as zeros, token 0 may leave no trace in states
+    padding = ids[:, :NUM_PADDING] if whole.shapes else blank  # embedded as zeros, token 0 may leave no trace in states
     padded_ids, padded_mask = torch.cat([padding, ids], dim=1), torch.cat([blank, real], dim=1)
     padded = _run(model, padded_ids, padded_mask)
     padded_split = _run(model, padded_ids, padded_mask, NUM_PADDING + SPLIT)

@@ -26,7 +26,8 @@ from radixkv.hf.disk_tier import DiskTier
 from radixkv.hf.forward_inputs import eos_token_ids, num_logits, only_columns, without_leading_columns
 from radixkv.hf.page_store import LayerStates, PageStore, Tokens
 from radixkv.hf.probe import ProbedPrefixes, probe_prefixes
-from radixkv.hf.recurrent_layers import batch_states, kv_layers_of, layers_of_call, put_states
+from radixkv.hf.recurrent_layers import kv_layers_of, layers_of_call
+from radixkv.hf.state_keeper import MIN_SHARED_TOKENS, StateKeeper
 from radixkv.hf.state_store import StateStore, default_slots
 from radixkv.hf.support import (
     check_inputs,
@@ -38,10 +39,6 @@ from radixkv.hf.support import (
     weights_state,
 )
 from radixkv.tiers.tier import TierStats
-
-MIN_SHARED_TOKENS = 64
-"""What computing a prefix first must save, in tokens over all rows: a forward pass costs time."""
-
 
 _check_disk_cache_gb = field_check(setting_field(EngineConfig, "disk_cache_gb"))
 
@@ -147,6 +144,7 @@ class RadixCache(Cache):  # type: ignore[misc]
         probed = probe_prefixes(model)
         self._chunk_tokens = chunk_tokens
         self.store = _page_store(probed, -(-max_tokens // page_size), page_size, policy, state_slots)
+        self._states = StateKeeper(self.store, self._namespace)
         self._has_states = bool(probed.state_shapes)
         if self._has_states and disk_cache is not None:
             raise UnsupportedModelError(
@@ -336,12 +334,16 @@ class RadixCache(Cache):  # type: ignore[misc]
         limit = call.num_columns - num_logits(kwargs)
         if first and limit <= first:  # a step, or an assistant's proposal, after the prompt
             if self._has_states and call.num_rows > 1:
-                self._keep_ends(call, first, kwargs["input_ids"])
+                self._states.keep_ends(call, self.layers, first, kwargs["input_ids"])
             return None
         check_positions(kwargs.get("position_ids"), first, call.padding)
         last = self._load_prefixes(call, first, limit, kwargs)
-        if self._has_states:
-            last = self._compute_ahead(call, first, last, limit, kwargs)
+        if self._has_states and self._can_reuse(call):
+            stops = self._states.stops(call, last, limit)
+            for part in self._states.parts(call, last, stops):
+                self._forward_ahead(only_columns(kwargs, part.start, part.stop, first))
+                self._states.keep(call, self.layers, part.stop, stops)
+                last = part.stop
         call.computing = (last, call.num_columns, time.perf_counter())
         return (args, without_leading_columns(kwargs, last - first)) if last > first else None
 
@@ -464,47 +466,6 @@ class RadixCache(Cache):  # type: ignore[misc]
         finally:
             self.layers.extend(layers)
 
-    def _compute_ahead(self, call: Call, first: int, last: int, limit: int, kwargs: dict[str, Any]) -> int:
-        """Compute columns from `last` on in parts, which end where a state is to be kept. Returns: where they end.
-
-        The layers held `first` columns when the forward pass began, and hold `last` now. A state is kept where a row
-        parts from what is stored, and before column `limit`: the last one, which all calls compute for its logits.
-        """
-        if not self._can_reuse(call):
-            return last
-        branches = self._branches(call, last, limit)
-        stops = sorted(branches if call.is_prefix else {*branches, limit})
-        for column in stops:
-            # transformers takes a column that is computed alone for a token of each row
-            if column == last or (column == last + 1 and last < max(call.padding)):
-                continue
-            self._forward_ahead(only_columns(kwargs, last, column, first))
-            last = column
-            states = [state.clone() for state in batch_states(self.layers, self.store.states.shapes)]
-            if column in branches:
-                call.keep_branch(column, branches[column], states)
-            else:
-                call.keep_last(column, states)
-        return last
-
-    def _keep_ends(self, call: Call, num_columns: int, input_ids: Tensor) -> None:
-        """Keep the states of rows whose output ends, while others go on."""
-        for row in call.ending_rows(input_ids):
-            states = batch_states(self.layers, self.store.states.shapes)
-            call.keep_end(row, num_columns, [tensor[row].clone() for tensor in states])
-
-    def _branches(self, call: Call, last: int, limit: int) -> dict[int, list[int]]:
-        """Columns between `last` and `limit` where rows part from what is stored, and which ones do.
-
-        Only where a state saves the next row that parts there enough.
-        """
-        branches: dict[int, list[int]] = {}
-        for row, (tokens, padding) in enumerate(zip(call.row_tokens(), call.padding, strict=True)):
-            column = padding + self.store.held(tokens[: max(0, limit - padding)], self._namespace(padding))
-            if max(last, padding) + MIN_SHARED_TOKENS <= column < limit:
-                branches.setdefault(column, []).append(row)
-        return branches
-
     def _forward_ahead(self, kwargs: dict[str, Any]) -> None:
         self._is_ahead = True
         try:
@@ -529,19 +490,7 @@ class RadixCache(Cache):  # type: ignore[misc]
                 states = [(k[row, :, blank:], v[row, :, blank:]) for k, v in fresh]
                 self.store.load(tokens[: last - padding], self._namespace(padding), max(0, first - padding), states)
         if self._has_states:
-            self._load_states(call, last)
-
-    def _load_states(self, call: Call, last: int) -> None:
-        """Let recurrent layers go on from the stored states after column `last`; padding leaves zeros."""
-        rows = zip(call.row_tokens(), call.padding, strict=True)
-        states = [
-            self.store.load_state(tokens[: last - padding], self._namespace(padding)) if last > padding else None
-            for tokens, padding in rows
-        ]
-        some = next(state for state in states if state is not None)
-        blank = [torch.zeros_like(tensor) for tensor in some]
-        columns = zip(*(blank if state is None else state for state in states), strict=True)
-        put_states(self.layers, self.store.states.shapes, [torch.stack(column) for column in columns])
+            self._states.load(call, self.layers, last)
 
     def _note_prompt(self, call: Call, first: int, loaded: list[int], from_disk: list[int]) -> None:
         nothing = (0,) * len(loaded)
@@ -557,7 +506,7 @@ class RadixCache(Cache):  # type: ignore[misc]
             return
         self._allocate()
         call.measure_padding()  # once more: a prompt that came in chunks may have ended in one column
-        after_all = batch_states(self.layers, self.store.states.shapes)
+        after_all = self._states.now(self.layers)
         for row, (tokens, padding) in enumerate(zip(call.row_tokens(), call.padding, strict=True)):
             num_tokens = min(len(tokens), call.exact_columns - padding)
             if num_tokens > 0 and call.has_prompt(padding):
@@ -565,11 +514,11 @@ class RadixCache(Cache):  # type: ignore[misc]
                 states = call.states_of(row)
                 if self._has_states and len(kept) == len(tokens):
                     states[len(tokens)] = [tensor[row] for tensor in after_all]
-                self.store.save(kept, self._namespace(padding), self._states(row, padding), states)
+                self.store.save(kept, self._namespace(padding), self._kv(row, padding), states)
                 if self._disk is not None:
                     self._disk.hand_down(kept, self._namespace(padding))
 
-    def _states(self, row: int, first: int) -> list[LayerStates]:
+    def _kv(self, row: int, first: int) -> list[LayerStates]:
         """What the layers hold of one row, from column `first` on."""
         return [
             (k[row, :, first:], v[row, :, first:]) for k, v in (layer.parts() for layer in kv_layers_of(self.layers))
@@ -578,8 +527,7 @@ class RadixCache(Cache):  # type: ignore[misc]
     def _allocate(self) -> None:
         """Let the store have its memory: the layers hold what tells the shapes."""
         if not self.store.is_allocated:
-            states = batch_states(self.layers, self.store.states.shapes)
-            self.store.allocate(self._states(0, 0), [tensor[0] for tensor in states])
+            self.store.allocate(self._kv(0, 0), [tensor[0] for tensor in self._states.now(self.layers)])
 
     def _check_complete(self, call: Call) -> int:
         """How many columns the layers hold: all that were noted. Raises: UnsupportedModelError if they do not."""
