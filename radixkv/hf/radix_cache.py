@@ -437,7 +437,8 @@ class RadixCache(Cache):  # type: ignore[misc]
         ends = self._ends(call, limit)
         last = max(end if end > padding else 0 for end, padding in zip(ends, call.padding, strict=True))
         lagging = [row for row, end in enumerate(ends) if end < last]
-        if not lagging or call.num_rows > self.store.states.num_slots - LEAST_SLOTS + 1:
+        fits = last - min(call.padding) <= self.store.max_tokens
+        if not lagging or not fits or call.num_rows > self.store.states.num_slots - LEAST_SLOTS + 1:
             return
         together = call.num_rows * (last - self._stored_columns(call, limit))
         alone = sum(last - ends[row] for row in lagging)
