@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import transformers as hf
 from transformers import PreTrainedModel
 
-from tiny_models import make_model, with_common
+from tiny_models import VOCAB_SIZE, make_model, with_common
 
 _LINEAR: Mapping[str, Any] = {
     "linear_conv_kernel_dim": 4,
@@ -119,6 +119,12 @@ RECURRENT_FAMILIES: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
     ),
     "zaya": lambda: hf.ZayaConfig(**with_common()),
 }
+
+MAMBA_ALONE: Callable[[], hf.PretrainedConfig] = partial(
+    hf.MambaConfig, vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, state_size=8
+)
+INKLING: Callable[[], hf.PretrainedConfig] = partial(hf.InklingTextConfig, **with_common(num_hidden_layers=4))
+"""Refused by engines, though not by transformers' own `generate` with a cache of ours."""
 
 
 @cache

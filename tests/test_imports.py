@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "models": {"errors", "config", "attention", "kernels", "memory", "demo_model"},
     "engine": {"errors", "config", "models", "cache", "memory", "attention", "kernels", "tiers", "publish"},
 }
-ARROWS["hf"] = {"errors", "config", "cache", "memory", "tiers"}
+ARROWS["hf"] = {"errors", "config", "cache", "memory", "tiers", "models"}
 ARROWS["serving"] = {"errors", "config", "engine", "cache", "tiers", "publish"}
 ARROWS["cluster"] = {"errors", "config", "serving", "engine", "models", "cache", "publish", "tiers", "cluster.router"}
 ARROWS["radixkv"] = set(ARROWS)

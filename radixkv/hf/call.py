@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,6 +12,16 @@ from torch import Tensor
 from radixkv.cache.token_ids import common_tokens
 from radixkv.hf.page_store import Tokens
 from radixkv.hf.support import left_padding
+
+
+class ColumnStates(NamedTuple):
+    """The states of recurrent layers after some columns, for later calls to go on from.
+
+    `tensors` are [batch, …]; those of `rows` are wanted.
+    """
+
+    rows: frozenset[int]
+    tensors: Sequence[Tensor]
 
 
 class Call:
@@ -19,12 +32,17 @@ class Call:
         padding: columns of padding on the left of each row.
         computing: columns that a forward pass of the prompt computes, and when it began.
         exact_columns: leading columns whose KV is that of any longer or shorter sequence with these tokens.
+        is_prefix: whether it computes a prefix for rows of another call, and ends where they go on.
     """
 
-    def __init__(self, eos_token_ids: frozenset[int]) -> None:
+    def __init__(self, eos_token_ids: frozenset[int], *, is_prefix: bool = False) -> None:
         self.ids: Tensor | None = None
         self.padding: list[int] = []
         self.exact_columns = 0
+        self.is_prefix = is_prefix
+        self._branch_states: dict[int, ColumnStates] = {}
+        self._last_states: tuple[int, Sequence[Tensor]] | None = None
+        self._end_states: dict[int, tuple[int, list[Tensor]]] = {}  # by row
         self.computing: tuple[int, int, float] | None = None
         self._prompt_columns = 0
         self._mask: Tensor | None = None
@@ -66,8 +84,41 @@ class Call:
         """Whether a row with so much padding has a token in its prompt: without one, positions begin elsewhere."""
         return padding < self._prompt_columns
 
+    def keep_branch(self, num_columns: int, rows: Iterable[int], tensors: Sequence[Tensor]) -> None:
+        """Keep the states after `num_columns` columns, where `rows` part from what is stored."""
+        self._branch_states[num_columns] = ColumnStates(frozenset(rows), tensors)
+
+    def keep_last(self, num_columns: int, tensors: Sequence[Tensor]) -> None:
+        """Keep the states after `num_columns` columns, the last of the prompt so far that need no logits."""
+        self._last_states = (num_columns, tensors)
+
+    def ending_rows(self, input_ids: Tensor) -> list[int]:
+        """The rows whose output ends with the next column, `input_ids` [batch, 1]: padding follows it."""
+        if not self._eos_token_ids or input_ids.shape[1] > 1:
+            return []
+        tokens = input_ids[:, 0].tolist()
+        return [row for row, token in enumerate(tokens) if token in self._eos_token_ids and row not in self._end_states]
+
+    def keep_end(self, row: int, num_columns: int, state: list[Tensor]) -> None:
+        """Keep the state of a row after `num_columns` columns, before its output ends."""
+        self._end_states[row] = (num_columns, state)
+
+    def states_of(self, row: int) -> dict[int, list[Tensor]]:
+        """The states of a row that are kept, by how many tokens came before; what beams of a prompt share is theirs."""
+        kept = {
+            column: [tensor[row] for tensor in states.tensors]
+            for column, states in self._branch_states.items()
+            if row in states.rows
+        }
+        if self._last_states is not None:
+            kept[self._last_states[0]] = [tensor[row] for tensor in self._last_states[1]]
+        if row in self._end_states:
+            num_columns, state = self._end_states[row]
+            kept[num_columns] = state
+        return {column - self.padding[row]: state for column, state in kept.items() if column > self.padding[row]}
+
     def crop(self, num_columns: int) -> None:
-        """Forget the columns from `num_columns` on."""
+        """Forget the columns from `num_columns` on, which come after the prompt's."""
         assert self.ids is not None, "a forward pass was noted"
         self.ids = self.ids[:, :num_columns]
         self.exact_columns = min(self.exact_columns, num_columns)
@@ -75,6 +126,7 @@ class Call:
     def reorder(self, rows: Tensor) -> None:
         """Give row i what row `rows[i]` held: beams of one prompt, so their padding is the same."""
         assert self.ids is not None, "a forward pass was noted"
+        self._end_states.clear()
         self.ids = self.ids.index_select(0, rows.to(self.ids.device))
 
     def row_tokens(self) -> list[Tokens]:

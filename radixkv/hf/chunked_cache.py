@@ -56,6 +56,10 @@ class ChunkedLayer(DynamicLayer):  # type: ignore[misc]
         self._show()
         return added
 
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """K and V of all columns, of which there are some: no copies."""
+        return self.buffer.view()
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` columns; a positive number is how many stay (transformers 5.10).
 

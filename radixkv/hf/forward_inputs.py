@@ -27,6 +27,17 @@ def num_logits(kwargs: Mapping[str, Any]) -> int:
     return wanted if isinstance(wanted, int) and wanted else num_columns
 
 
+def only_columns(kwargs: Mapping[str, Any], first: int, last: int, past: int) -> dict[str, Any]:
+    """The inputs of a forward pass of columns `[first, last)`, of those that begin with column `past`."""
+    part = dict(kwargs) | {"logits_to_keep": 1}
+    for name in ("input_ids", "position_ids", "cache_position"):
+        if part.get(name) is not None:
+            part[name] = part[name][..., first - past : last - past]
+    if part.get("attention_mask") is not None:
+        part["attention_mask"] = part["attention_mask"][:, :last]
+    return part
+
+
 def without_leading_columns(kwargs: Mapping[str, Any], num_columns: int) -> dict[str, Any]:
     """The inputs of a forward pass that begins later. The attention mask covers what is cached, and stays."""
     shorter = dict(kwargs)

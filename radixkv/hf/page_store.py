@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,8 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radixkv.cache.cache_stats import CacheStats
+from radixkv.cache.lease import Lease
+from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
+from radixkv.cache.residency.residency import HeldTokens
 from radixkv.errors import ConfigError
+from radixkv.hf.state_store import StateStore
 from radixkv.memory.kv_pool import KVPool, pool_bytes_per_token
 from radixkv.memory.kv_shape import LayerKV
 
@@ -23,12 +27,16 @@ LayerStates = tuple[Tensor, Tensor]
 class PageStore:
     """Keeps the KV of token sequences in pages, shares their prefixes and evicts what was not used for longest.
 
-    No lease outlives a method, so whatever a caller does between two of them, nothing is pinned.
+    `states` keeps what recurrent layers need besides: then prefixes can be loaded that end where a state was saved. No
+    lease outlives a method, so whatever a caller does between two of them, nothing is pinned.
     """
 
-    def __init__(self, num_pages: int, page_size: int, policy: str) -> None:
+    def __init__(self, num_pages: int, page_size: int, policy: str, states: StateStore) -> None:
         """The pages come with `allocate`, when there is KV that tells its shape. Raises: ConfigError."""
-        self.prefixes = PrefixCache(num_pages, page_size, policy, copy_page=self._copy_page, diagnostics=False)
+        self.states = states
+        self.prefixes = PrefixCache(
+            num_pages, page_size, policy, copy_page=self._copy_page, residency=states.residency, diagnostics=False
+        )
         self._pool: KVPool | None = None
         self._devices: list[torch.device] = []  # of the model's layers, where they are not all on the pool's
 
@@ -52,8 +60,12 @@ class PageStore:
         return self.prefixes.stats()
 
     def peek(self, tokens: Tokens, namespace: str | None) -> int:
-        """How many leading tokens are here, to the token. O(tokens)."""
+        """How many leading tokens can be loaded, to the token. O(tokens)."""
         return self.prefixes.peek(tokens, extra_key=namespace)
+
+    def held(self, tokens: Tokens, namespace: str | None) -> int:
+        """How many leading tokens have their KV here, a state after them or not. O(tokens)."""
+        return self.prefixes.cached_path(tokens, extra_key=namespace)[0]
 
     @property
     def pool(self) -> KVPool:
@@ -61,13 +73,14 @@ class PageStore:
         assert self._pool is not None, "nothing was stored yet"
         return self._pool
 
-    def allocate(self, states: Sequence[LayerStates]) -> None:
+    def allocate(self, states: Sequence[LayerStates], recurrent: Sequence[Tensor] = ()) -> None:
         """Make the pages, if they are not made yet, for KV like `states`: one sequence's of any length, a pair a layer.
 
-        Raises: ConfigError if the memory does not suffice.
+        `recurrent` is a state of recurrent layers. Raises: ConfigError if the memory does not suffice.
         """
         if self.is_allocated:
             return
+        self.states.allocate(recurrent)
         first = states[0][0]
         layers = [LayerKV(k.shape[0], k.shape[-1], v.shape[-1]) for k, v in states]
         sizes = {"num_pages": self.prefixes.num_pages, "page_size": self.prefixes.page_size}
@@ -104,14 +117,29 @@ class PageStore:
                 for target, stored in zip(states, (self._pool.k[layer], self._pool.v[layer]), strict=True):
                     target.copy_(stored.flatten(0, 1)[slots].transpose(0, 1))
 
-    def save(self, tokens: Tokens, namespace: str | None, states: Sequence[LayerStates]) -> None:
+    def load_state(self, tokens: Tokens, namespace: str | None) -> list[Tensor]:
+        """A copy of the state of recurrent layers after `tokens`, to which `peek` goes. O(tokens + state)."""
+        _, path = self.prefixes.cached_path(tokens, extra_key=namespace)
+        return self.states.read(HeldTokens(Namespace.of(namespace, None), tokens, [node.pages for node in path]))
+
+    def save(
+        self,
+        tokens: Tokens,
+        namespace: str | None,
+        states: Sequence[LayerStates],
+        recurrent: Mapping[int, Sequence[Tensor]],
+    ) -> None:
         """Keep the KV of `tokens`, evicting what was not used for longest; what exceeds all pages is left out.
 
-        `states` hold the KV of at least these tokens, in order. O(tokens) for those that are not here yet.
+        Args:
+            states: the KV of at least these tokens, in order.
+            recurrent: states of recurrent layers, by how many of the tokens came before. Those are left out that come
+                before another that is here.
+
+        The pages must be allocated. O(tokens) for those that are not here yet.
         """
         tokens = tokens[: self.max_tokens]
-        self.allocate(states)
-        assert self._pool is not None, "allocate made it"
+        assert self._pool is not None, "allocate makes it"
         pool = self._pool
         with self.prefixes.acquire(tokens, extra_key=namespace) as lease:
             new = slice(lease.cached_tokens, len(tokens))
@@ -119,11 +147,25 @@ class PageStore:
             for layer, (k, v) in enumerate(states):
                 k_new, v_new = k[:, new].transpose(0, 1), v[:, new].transpose(0, 1)
                 pool.write(layer, slots, k_new.to(pool.device), v_new.to(pool.device))
+            self._save_states(lease, tokens, recurrent)
             lease.commit(tokens)
+
+    def _save_states(self, lease: Lease, tokens: Tokens, recurrent: Mapping[int, Sequence[Tensor]]) -> None:
+        """Keep those after more tokens than the lease found, and share the tokens before them."""
+        first = lease.cached_tokens
+        for last in sorted(num for num in recurrent if lease.cached_tokens < num <= len(tokens)):
+            lease.checkpoint_at(last)
+            lease.cover(first, last)
+            _, slot = lease.state_slots()
+            self.states.write(slot, recurrent[last])
+            lease.advance(last)
+            lease.commit(tokens[:last])
+            first = last
 
     def reset(self) -> None:
         """Forget everything and free the pages' memory."""
         self.prefixes.reset()
+        self.states.reset()
         self._pool = None
         self._devices = []
 

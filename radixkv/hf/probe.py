@@ -16,6 +16,10 @@ from transformers import Cache, PretrainedConfig, PreTrainedModel
 from radixkv.errors import RadixKVError, UnsupportedModelError
 from radixkv.hf.chunk_buffer import ByteMeter
 from radixkv.hf.chunked_cache import ChunkedLayer
+from radixkv.hf.recurrent_layers import batch_states, kv_layers_of, layers_of_call, state_shapes
+from radixkv.memory.state_pool import StateShape
+from radixkv.models.recurrent.chunk_probe import takes_chunks
+from radixkv.models.recurrent.finding import find_recurrent_modules, keeps_states
 
 NUM_TOKENS = 12
 SPLIT = 7  # the tokens before it come from the cache
@@ -28,10 +32,17 @@ MAX_HALF_DIFFERENCE = 0.3  # in 16 bit, where a router of experts may decide oth
 
 
 class _Run(NamedTuple):
-    """What a model computed: the logits of the last column, and K and V of each layer, [1, heads, columns, dim]."""
+    """What a model computed.
+
+    logits: of the last column.
+    kv: K and V of each layer, [1, heads, columns, dim].
+    shapes, states: of recurrent layers, after the last column.
+    """
 
     logits: Tensor
     kv: list[tuple[Tensor, Tensor]]
+    shapes: tuple[StateShape, ...]
+    states: list[Tensor]
 
 
 class ProbedPrefixes(NamedTuple):
@@ -39,16 +50,19 @@ class ProbedPrefixes(NamedTuple):
 
     sees_columns: whether KV depends on how many columns of padding come before the tokens.
     states: K and V of a few tokens in each layer, each [heads, tokens, dim], as examples of their shapes.
+    state_shapes: what recurrent layers keep of a sequence; empty for a model without them.
     """
 
     sees_columns: bool
     states: list[tuple[Tensor, Tensor]]
+    state_shapes: tuple[StateShape, ...]
 
 
 def probe_prefixes(model: PreTrainedModel) -> ProbedPrefixes:
     """Prove that a prefix computed earlier gives the logits of a prompt computed at once.
 
-    Tokens, positions and masks are those that `generate` passes. Five forward passes over at most 15 tokens.
+    Tokens, positions and masks are those that `generate` passes. Five forward passes over at most 15 tokens, and one
+    more where layers keep states, with some of each class of these layers alone.
 
     Raises: UnsupportedModelError if prefixes cannot be reused; it says why.
     """
@@ -78,26 +92,46 @@ def _probe(model: PreTrainedModel) -> ProbedPrefixes:
             model,
             "its tokens see the tokens after them, so a prefix alone has other KV (is_decoder=True may be missing)",
         )
+    if whole.shapes:
+        _check_chunks(model, ids)
     split = _run(model, ids, real, SPLIT)
-    if max(_difference(split, whole), _relative(split.logits, whole.logits)) > max_difference:
+    if max(_difference(split, whole), _after_all(split, whole)) > max_difference:
         raise _unsupported(model, "a prompt computed in two parts gets other logits than one computed at once")
 
     blank = torch.zeros_like(ids[:, :NUM_PADDING])
-    padded_ids, padded_mask = torch.cat([blank, ids], dim=1), torch.cat([blank, real], dim=1)
+    padding = ids[:, :NUM_PADDING] if whole.shapes else blank  # embedded as zeros, token 0 may leave no trace in states
+    padded_ids, padded_mask = torch.cat([padding, ids], dim=1), torch.cat([blank, real], dim=1)
     padded = _run(model, padded_ids, padded_mask)
     padded_split = _run(model, padded_ids, padded_mask, NUM_PADDING + SPLIT)
     after_padding = slice(NUM_PADDING, None)
-    difference = max(_difference(padded_split, padded, after_padding), _relative(padded_split.logits, padded.logits))
+    difference = max(_difference(padded_split, padded, after_padding), _after_all(padded_split, padded))
     if difference > max_difference:
         raise _unsupported(model, "a padded prompt computed in two parts gets other logits than one computed at once")
-    without_padding = _Run(padded.logits, [(k[:, :, after_padding], v[:, :, after_padding]) for k, v in padded.kv])
+    without_padding = padded._replace(kv=[(k[:, :, after_padding], v[:, :, after_padding]) for k, v in padded.kv])
     sees_columns = _difference(without_padding, whole) > max_difference
-    return ProbedPrefixes(sees_columns, [(k[0], v[0]) for k, v in whole.kv])
+    if whole.shapes and (sees_columns or _after_all(padded, whole) > max_difference):
+        raise _unsupported(model, "the states of its recurrent layers depend on the padding before the tokens")
+    return ProbedPrefixes(sees_columns, [(k[0], v[0]) for k, v in whole.kv], whole.shapes)
+
+
+def _check_chunks(model: PreTrainedModel, ids: Tensor) -> None:
+    """Refuse recurrent layers that begin anew with each chunk of more than one token.
+
+    In 16 bit, and where states fade quickly, outputs tell little of it.
+    """
+    found = find_recurrent_modules(model, ids[0].to(model.get_input_embeddings().weight.device))
+    takes = takes_chunks(found, ids.shape[1])
+    if not all(takes):
+        name = type(found[takes.index(False)].module).__name__
+        raise _unsupported(
+            model,
+            f"its {name} starts from nothing where more than one token follows a stored state; an Engine serves it",
+        )
 
 
 def _run(model: PreTrainedModel, ids: Tensor, mask: Tensor, split: int | None = None) -> _Run:
     """Forward passes over the columns before and from `split` on; over all at once if it is None."""
-    cache = Cache(layer_class_to_replicate=partial(ChunkedLayer, 16, ByteMeter()))
+    cache = _new_cache(model)
     device = model.get_input_embeddings().weight.device
     ids, mask = ids.to(device), mask.to(device)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -116,10 +150,25 @@ def _run(model: PreTrainedModel, ids: Tensor, mask: Tensor, split: int | None = 
             **own,
         )
     assert output is not None, "there are columns"
-    written = {layer.get_seq_length() for layer in cache.layers} or {0}
+    layers = kv_layers_of(cache.layers)
+    written = {layer.get_seq_length() for layer in layers} or {0}
     if written != {num_columns}:
         raise _unsupported(model, f"it was given {num_columns} columns and wrote {sorted(written)} to its cache")
-    return _Run(output.logits[:, -1], [(layer.keys, layer.values) for layer in cache.layers])
+    shapes = state_shapes(cache.layers)
+    kv = [layer.parts() for layer in layers]
+    return _Run(output.logits[:, -1], kv, shapes, batch_states(cache.layers, shapes))
+
+
+def _new_cache(model: PreTrainedModel) -> Cache:
+    if keeps_states(model):
+        return Cache(layers=layers_of_call(model.config, 16, ByteMeter()))
+    return Cache(layer_class_to_replicate=partial(ChunkedLayer, 16, ByteMeter()))
+
+
+def _after_all(found: _Run, expected: _Run) -> float:
+    """The largest difference of the logits and of the states."""
+    states = zip(found.states, expected.states, strict=True)
+    return max(_relative(found.logits, expected.logits), *(_relative(own, other) for own, other in states), 0.0)
 
 
 def _difference(found: _Run, expected: _Run, columns: slice = slice(None)) -> float:

@@ -11,14 +11,17 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from radixkv.errors import InvalidRequestError, UnsupportedModelError
+from radixkv.hf.chunk_buffer import ByteMeter
 from radixkv.hf.chunked_cache import kv_layers
+from radixkv.hf.recurrent_layers import kv_layers_of, layers_of_call
 from radixkv.memory.rope import length_dependent_limit
+from radixkv.models.recurrent.finding import keeps_states
 
 KNOWN_INPUTS = ("input_ids", "attention_mask", "position_ids", "cache_position", "past_key_values", "logits_to_keep")
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError unless the KV of a token depends on the tokens up to it alone, and can be kept."""
+    """Raise UnsupportedModelError unless KV and states depend on the tokens up to them alone, and can be kept."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"a RadixCache is made for a transformers model, not {type(model).__name__}")
     config = model.config.get_text_config()
@@ -29,8 +32,8 @@ def check_model(model: PreTrainedModel) -> None:
             "RadixCache, or call model.set_attn_implementation('sdpa') once the engine is no longer used",
         )
     _check_layers(model)
-    if getattr(model, "_is_stateful", False):
-        raise _unsupported(model, "it keeps a recurrent state, which cannot be cut back to a prefix")
+    if getattr(model, "_is_stateful", False) and not keeps_states(model):
+        raise _unsupported(model, "it keeps a recurrent state outside of the layers of transformers' cache")
     if getattr(config, "cross_attention_layers", None) or getattr(config, "add_cross_attention", False):
         raise _unsupported(model, "it attends to other inputs than its tokens (cross attention)")
     if getattr(config, "use_bidirectional_attention", False) or _sees_later_tokens(model):
@@ -126,7 +129,18 @@ def weights_state(model: PreTrainedModel) -> tuple[tuple[object, ...], ...]:
 
 
 def _check_layers(model: PreTrainedModel) -> None:
-    """Refuse layers that keep something else than KV, and gaps: the layers of a call are those that kept something."""
+    """Refuse layers that keep something else than KV or states, and models without any KV.
+
+    Without states gaps are refused, too: the layers of a call are those that kept something.
+    """
+    if keeps_states(model) and not getattr(model.config, "is_encoder_decoder", False):
+        if not kv_layers_of(layers_of_call(model.config, 1, ByteMeter())):
+            raise _unsupported(
+                model,
+                "none of its layers keeps keys and values, and generate hands states alone over as cache_params, where "
+                "no cache of another kind is taken",
+            )
+        return
     placeholders = [type(layer).__name__ == "DummyLayer" for layer in kv_layers(model.config)]
     if placeholders != sorted(placeholders):
         raise _unsupported(model, f"layer {placeholders.index(True)} keeps nothing per token, and later ones do")

@@ -137,6 +137,16 @@ class StateSlots:
             self.hold(slot)
         return StateClaim(self, slot, len(found.tokens), held_tokens)
 
+    def touch(self, held: HeldTokens) -> int:
+        """The slot of the state after all of `held`, which is kept, and counts as used now. O(pages)."""
+        found = self._deepest(held)
+        assert found is not None, "no state is kept"
+        num_tokens, slot = found
+        assert num_tokens == len(held.tokens), "no state is kept there"
+        self.hold(slot)
+        self.let_go(slot, ended=True)
+        return slot
+
     def hand_over(self, own: Pages, theirs: Pages) -> None:
         """Nothing to do: whoever shared `theirs` moved the states of their tokens along."""
 

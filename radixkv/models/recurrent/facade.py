@@ -13,6 +13,17 @@ from transformers.cache_utils import LinearAttentionLayer
 KINDS = ("conv", "recurrent")
 
 
+def put_state(layer: LinearAttentionLayer, kind: str, index: int, state: Tensor) -> None:
+    """Let a layer of transformers' cache go on from `state`, [sequences, *shape]."""
+    if kind == "conv":
+        layer.conv_states[index], layer.is_conv_states_initialized[index] = state, True
+        layer.conv_kernel_size[index] = state.shape[-1]
+        layer.device, layer.dtype = state.device, state.dtype
+    else:
+        layer.recurrent_states[index], layer.is_recurrent_states_initialized[index] = state, True
+    layer.has_previous_state[index] = True
+
+
 class LayerStates:
     """The states of one layer for some sequences, in the object that transformers keeps them in.
 
@@ -24,14 +35,7 @@ class LayerStates:
 
     def put(self, kind: str, index: int, state: Tensor) -> None:
         """Give it what is known of a sequence before the layer runs: `state` [sequences, *shape]."""
-        layer = self.layer
-        if kind == "conv":
-            layer.conv_states[index], layer.is_conv_states_initialized[index] = state, True
-            layer.conv_kernel_size[index] = state.shape[-1]
-            layer.device, layer.dtype = state.device, state.dtype
-        else:
-            layer.recurrent_states[index], layer.is_recurrent_states_initialized[index] = state, True
-        layer.has_previous_state[index] = True
+        put_state(self.layer, kind, index, state)
 
     def take(self, kind: str, index: int) -> Tensor | None:
         """What it holds; None if the layer keeps no such state."""
