@@ -156,6 +156,17 @@ def test_reset_begins_the_branch_anew_and_hits_the_system_turn(
     assert engine.stats().cache.hit_tokens > hits_before
 
 
+def test_stats_tell_of_states_if_there_are_any(
+    chat: Chat, engine: Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats = engine.stats()
+    cache = stats.cache._replace(states=1024, free_states=1000, evictable_states=7)
+    monkeypatch.setattr(engine, "stats", lambda: stats._replace(cache=cache, state_pool_bytes=1024 * 3072))
+    chat.take("/stats")
+    *_, states = capsys.readouterr().out.splitlines()
+    assert states == "states   1,024 of recurrent layers, 3 KiB each: 1,000 free, 7 evictable"
+
+
 def test_stats_tell_what_the_context_holds(chat: Chat, engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
     chat.take("Who are you?")
     capsys.readouterr()

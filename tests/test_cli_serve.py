@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import get_args
@@ -18,11 +19,15 @@ import pytest
 import typer
 
 from cli_runs import SMALL, assert_one_line_error, run
+from http_server import new_demo_engine
+from radixkv import AsyncEngine
 from radixkv.cli.serve import SERVED_ENGINE_SETTINGS, SERVER_SETTINGS, read_settings, serve
 from radixkv.config import EngineConfig, ServerConfig
 from radixkv.config.setting import setting_fields
 from radixkv.errors import ConfigError, MissingPackageError
 from radixkv.serving.requirements import check_installed
+from radixkv.serving.service import Service
+from recurrent_models import recurrent_model
 
 MAIN = "from radixkv.cli import main; main()"
 
@@ -150,6 +155,32 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("radixkv.serving.requirements.find_spec", lambda name: None if name == "uvicorn" else object())
     with pytest.raises(MissingPackageError, match=r"needs uvicorn, .* run: pip install 'radixkv\[serve\]'"):
         check_installed()
+
+
+@pytest.mark.parametrize("family", ["lfm2", None])
+def test_it_says_how_many_states_there_are_if_there_are_any(
+    monkeypatch: pytest.MonkeyPatch, family: str | None
+) -> None:
+    """With the model given in place of loaded, and a server that ends as soon as it has begun."""
+    settings = {"kv_cache_tokens": 512, "attention_backend": "torch"}
+    engine = (
+        new_demo_engine(**settings)
+        if family is None
+        else AsyncEngine(recurrent_model(family), None, EngineConfig(**settings, state_slots=1200))
+    )
+
+    def serve_and_end(service: Service, on_start: Callable[[str], None]) -> bool:
+        on_start("http://127.0.0.1:1")
+        asyncio.run(service.engine.close())
+        return True
+
+    monkeypatch.setattr(AsyncEngine, "from_pretrained", lambda *_, **__: engine)
+    monkeypatch.setattr("radixkv.serving.server.serve", serve_and_end)
+    result = run("serve", "some-model")
+    assert result.exit_code == 0, result.output
+    assert "  KV pool   512 tokens in pages of 16\n" in result.stdout
+    assert ("  states    1,200 of recurrent layers\n" in result.stdout) is (family is not None)
+    assert ("states" in result.stdout) is (family is not None)
 
 
 def test_a_server_can_be_imported_only_by_those_who_serve() -> None:

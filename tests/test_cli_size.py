@@ -112,6 +112,81 @@ def test_gigabytes_are_gib_and_decimals_are_exact(llama: Path) -> None:
     assert (tight["memory_bytes"], tight["max_batch"]) == (GIB, 1)
 
 
+QWEN3_NEXT_80B = {
+    "model_type": "qwen3_next",
+    "torch_dtype": "bfloat16",
+    "num_hidden_layers": 48,
+    "full_attention_interval": 4,
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_value_head_dim": 128,
+    "linear_num_value_heads": 32,
+}
+QWEN3_NEXT_STATE = 36 * (8192 * 4 * 2 + 32 * 128 * 128 * 4)
+
+
+def test_states_are_counted_beside_the_kv(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "hybrid", QWEN3_NEXT_80B)
+    figures = run_json(config, "--memory-gb", 192, "--weights-gb", 150, "--seq-len", 8192)
+    assert (figures["bytes_per_token"], figures["bytes_per_state"]) == (12 * 2 * 2 * 256 * 2, QWEN3_NEXT_STATE)
+    assert figures["state_tokens"] == QWEN3_NEXT_STATE // figures["bytes_per_token"] == 3168
+    assert figures["num_state_layers"] == 36
+    assert figures["states"][0] == {
+        "kind": "gated delta rule",
+        "conv": [8192, 4],
+        "recurrent": [32, 128, 128],
+        "is_float32": True,
+    }
+    budget = 42 * GIB
+    assert figures["max_states"] == budget // 3 // QWEN3_NEXT_STATE
+    assert figures["max_states_bytes"] == figures["max_states"] * QWEN3_NEXT_STATE
+    kv_bytes = budget - figures["max_states_bytes"]
+    assert figures["max_tokens"] == kv_bytes // figures["bytes_per_token"]
+    assert figures["max_batch"] == figures["max_states"] // 2 < kv_bytes // figures["bytes_per_sequence"]
+    longer = run_json(config, "--memory-gb", 192, "--weights-gb", 150, "--seq-len", 65536)
+    assert longer["max_batch"] == kv_bytes // longer["bytes_per_sequence"] < figures["max_batch"]
+    assert run_json(config, "--memory-gb", 1, "--seq-len", 1)["max_tokens"] == 0, "not even the fewest states fit"
+
+
+def test_states_keep_the_dtype_of_the_model_where_kv_is_quantised(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "hybrid", QWEN3_NEXT_80B)
+    in_float32 = 36 * (8192 * 4 * 4 + 32 * 128 * 128 * 4)
+    for dtype, state_bytes in (("fp8", QWEN3_NEXT_STATE), ("float16", QWEN3_NEXT_STATE), ("float32", in_float32)):
+        assert run_json(config, "--dtype", dtype)["bytes_per_state"] == state_bytes
+
+
+def test_a_table_tells_of_states_if_there_are_any(llama: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "hybrid", QWEN3_NEXT_80B)
+    printed = run("size", config, "--memory-gb", 192, "--weights-gb", 150).stdout
+    for text in ("gated delta rule", "2,162,688 bytes a state", "74.2 MiB", "3,168 tokens", "states that fit"):
+        assert text in printed
+    assert "state" not in run("size", "demo", "--memory-gb", 80, "--seq-len", 8).stdout
+    figures = run_json(llama, "--memory-gb", 80)
+    assert [figures[name] for name in ("bytes_per_state", "state_tokens", "max_states", "num_state_layers")] == [0] * 4
+
+
+def test_states_that_are_not_known_are_said_to_be_left_out(tmp_path: Path) -> None:
+    layout = {"model_type": "minimax_m1", "attn_type_list": [0, 1] * 16}
+    config = write_config(tmp_path / "unknown", {**LLAMA_3_8B, **layout})
+    figures = run_json(config, "--memory-gb", 80)
+    assert [figures[name] for name in ("bytes_per_state", "max_states", "num_state_layers")] == [None] * 3
+    assert figures["bytes_per_token"] == 64 * 1024
+    assert figures["missing"][0].startswith(
+        "states are not counted: the states of the 16 recurrent layers of model_type"
+    )
+    assert "states are not counted" in run("size", config).stderr
+
+
+def test_what_a_class_in_transformers_fills_in_counts_for_states(tmp_path: Path) -> None:
+    left_out = {name: value for name, value in QWEN3_NEXT_80B.items() if name != "linear_conv_kernel_dim"}
+    assert run_json(write_config(tmp_path / "hybrid", left_out))["bytes_per_state"] == QWEN3_NEXT_STATE
+
+
 def test_a_table_in_readable_units(llama: Path) -> None:
     result = run("size", llama, "--seq-len", 4096, "--batch", 3, "--memory-gb", 80, "--weights-gb", 16)
     assert result.exit_code == 0

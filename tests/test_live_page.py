@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 
 from http_server import SMALL, Running, running
-from radixkv import AsyncEngine
+from radixkv import AsyncEngine, EngineConfig
 from radixkv.engine.core import EngineCore
+from recurrent_models import recurrent_model
 from routed_servers import Routed, new_engine, routed
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
@@ -278,6 +279,18 @@ def test_tiers_below_the_pool_are_told_of(browser: Any, server: Running, tmp_pat
     with opened(browser, server) as page:
         page.page.wait_for_selector("#status[data-state=live]")
         assert not page.page.is_visible("#tiers")
+
+
+def test_states_of_recurrent_layers_are_told_of(browser: Any, server: Running) -> None:
+    config = EngineConfig(kv_cache_tokens=512, state_slots=12, attention_backend="torch")
+    with running(AsyncEngine(recurrent_model("qwen3_next"), None, config)) as below, opened(browser, below) as page:
+        page.page.wait_for_selector("#states li")
+        assert page.text("#states").startswith("0 of 12 states in use, 48 KiB")
+        assert page.text("#states").endswith("free 12")
+        assert page.problems == []
+    with opened(browser, server) as page:
+        page.page.wait_for_selector("#status[data-state=live]")
+        assert not page.page.is_visible("#states")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -248,6 +248,7 @@ class StateMachine(RuleBasedStateMachine):
         policy = data.draw(st.sampled_from(["lru", "lfu", "slru", "fifo", "adaptive"]))
         self.simulated = Simulated(24 // page_size + 2, page_size, slots, interval, policy)
         self.open: list[tuple[Lease, list[int], int]] = []
+        self.known: dict[Lease, int] = {}  # tokens that were found or committed
 
     @rule(tokens=st.lists(TOKENS, min_size=1, max_size=14), namespace=st.sampled_from([None, "a"]))
     def acquire(self, tokens: list[int], namespace: str | None) -> None:
@@ -268,7 +269,9 @@ class StateMachine(RuleBasedStateMachine):
         lease, tokens, done = self.open[place]
         done = self.simulated.step(lease, tokens, done, min(len(tokens), done + num))
         if commit:
-            lease.commit(tokens[: max(lease.cached_tokens, lease.committed_tokens, done - held_back)])
+            known = max(self.known.get(lease, lease.cached_tokens), done - held_back)
+            lease.commit(tokens[:known])
+            self.known[lease] = known
         self.open[place] = lease, tokens, done
 
     @precondition(lambda self: self.open)

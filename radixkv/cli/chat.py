@@ -230,6 +230,11 @@ class Chat:
             f"cache    hit rate {percent(stats.hit_rate)} of {stats.cache.query_tokens:,} prompt tokens; pages: "
             f"{stats.free_pages:,} free, {stats.evictable_pages:,} evictable, {stats.protected_pages:,} protected"
         )
+        if held := stats.cache.states:
+            typer.echo(
+                f"states   {held:,} of recurrent layers, {readable_bytes(stats.bytes_per_state)} each: "
+                f"{stats.cache.free_states:,} free, {stats.cache.evictable_states:,} evictable"
+            )
 
     def quit(self, _: str) -> None:
         """End the chat, as Ctrl-D does."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from radixkv.errors import ModelNotFoundError, UnsupportedModelError
 from radixkv.memory.config_fields import decoder_fields
 from radixkv.memory.sizing import LayerConfig, layers_from_config
+from radixkv.memory.state_sizing import LayerState, states_from_config
 
 DEMO = "demo"
+_Read = TypeVar("_Read")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -34,12 +37,24 @@ def layers(content: dict[str, Any]) -> tuple[LayerConfig, ...]:
 
     Raises: UnsupportedModelError.
     """
+    return _complete(content, layers_from_config)
+
+
+def states(content: dict[str, Any]) -> tuple[LayerState, ...]:
+    """What the recurrent layers of a config.json keep, with what it leaves out as for `layers`.
+
+    Raises: UnsupportedModelError.
+    """
+    return _complete(content, states_from_config)
+
+
+def _complete(content: dict[str, Any], read: Callable[[Any], _Read]) -> _Read:
     if decoder_fields(content) is content:
         try:
-            return layers_from_config(content)
+            return read(content)
         except UnsupportedModelError:
-            return layers_from_config(_with_defaults(content))
-    return layers_from_config(_with_defaults(content))
+            return read(_with_defaults(content))
+    return read(_with_defaults(content))
 
 
 def _config_text(source: str) -> str:

@@ -50,6 +50,10 @@ No model runs, and there are no outputs: what a prompt of the first file leaves 
 
 - *page*: more is the same, but it fills no page (with --whole-pages).
 
+An engine has two more, which depend on its model and do not occur here: *window* (more is cached, but no longer in the
+layers that see a window) and *state* (more is cached, but recurrent layers kept no state to go on from). Ask it by
+`PrefixCache.explain`, or a server at /v1/cache/explain.
+
 **Examples**
 
 Why does the new version of a prompt miss? `radixkv explain old.txt new.txt`

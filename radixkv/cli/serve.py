@@ -149,6 +149,8 @@ def _greet(service: Service, address: str) -> None:
     typer.echo(f"radixkv serves {name} at {address}")
     typer.echo(f"  model     {config.dtype} on {config.device}, up to {config.max_context_tokens:,} tokens a request")
     typer.echo(f"  KV pool   {config.kv_cache_tokens:,} tokens in pages of {config.page_size}")
+    if config.state_slots is not None:
+        typer.echo(f"  states    {config.state_slots:,} of recurrent layers")
     if (sources := service.engine.event_sources) is not None:
         typer.echo(f"  events    {sources.endpoint}, replays and snapshots at {sources.replay_endpoint}")
     key = "" if service.keys.is_open else " -H 'Authorization: Bearer KEY'"

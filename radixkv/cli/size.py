@@ -11,14 +11,16 @@ import typer
 from radixkv.cli.display import note
 from radixkv.cli.setting_options import count_option
 from radixkv.cli.size_report import SizeReport, print_tables
+from radixkv.config import EngineConfig
 from radixkv.config.checks import Bounds, checked_number
-from radixkv.errors import ConfigError
+from radixkv.errors import ConfigError, UnsupportedModelError
 from radixkv.memory.config_fields import decoder_fields
 from radixkv.memory.config_windows import unplaced_window
 from radixkv.memory.kv_shape import DTYPE_BITS, dtype_bits
 
 GIB = 2**30
 FALLBACK_DTYPE = "bfloat16"
+MODEL_DTYPES = ("float32", "bfloat16", "float16")  # others are of KV alone
 
 SIZE_EPILOG = """
 **Examples**
@@ -64,7 +66,7 @@ def size(
         ),
     ] = None,
     memory_gb: Annotated[
-        float | None, typer.Option(help="Memory for weights and KV, in GiB: a GB is 2**30 bytes here.")
+        float | None, typer.Option(help="Memory for weights, KV and states, in GiB: a GB is 2**30 bytes here.")
     ] = None,
     weights_gb: Annotated[
         float, typer.Option(help="What the weights take of it, in GiB; with --seq-len also the share that KV takes.")
@@ -77,23 +79,34 @@ def size(
     """Tell what a model's KV cache costs, per token, sequence and batch, and the largest batch a memory holds.
 
     A token costs the sum over layers of KV heads × (K dim + V dim) × bytes of the dtype.
+    Recurrent layers keep a state of one size per sequence in place of KV, which is counted beside it.
     Only the model's config is read, no weights are loaded.
 
     A second table tells what other dtypes, other numbers of KV heads, and windows that forget what no later token sees
     would cost. The engine forgets that, too.
     """
-    from radixkv.cli.config_source import layers, read_config
+    from radixkv.cli.config_source import layers, read_config, states
 
     memory_bytes = None if memory_gb is None else _gib_to_bytes("--memory-gb", memory_gb, Bounds(above=0))
     weights_bytes = _gib_to_bytes("--weights-gb", weights_gb, Bounds(minimum=0))
     if not as_json:  # there null says it
         _note_unused(seq_len, batch, memory_bytes, says_what_is_left=bool(reserve or (weights_bytes and not seq_len)))
     content = read_config(config_or_model)
+    known_layers = layers(content)
+    try:
+        known_states, uncounted_states = states(content), None
+    except UnsupportedModelError as error:  # what is known of KV is of use without them
+        known_states, uncounted_states = (), str(error)
+    kv_dtype = dtype or _dtype_of(content)
     report = SizeReport(
         model=config_or_model,
         model_type=content.get("model_type"),
-        layers=layers(content),
-        dtype=dtype or _dtype_of(content),
+        layers=known_layers,
+        states=known_states,
+        uncounted_states=uncounted_states,
+        dtype=kv_dtype,
+        model_dtype=kv_dtype if kv_dtype in MODEL_DTYPES else _model_dtype_of(content),
+        running_limit=EngineConfig().running_limit,
         seq_len=seq_len,
         batch=batch,
         memory_bytes=memory_bytes,
@@ -125,11 +138,21 @@ def _gib_to_bytes(option: str, gib: float, bounds: Bounds) -> int:
 
 def _dtype_of(content: dict[str, Any]) -> str:
     """The dtype that a config states for its weights, which KV takes too."""
+    name = _stated_dtype(content)
+    if name not in DTYPE_BITS:
+        raise ConfigError(f"the config's dtype {name!r} is not known; choose one with --dtype: {', '.join(DTYPE_BITS)}")
+    return name
+
+
+def _model_dtype_of(content: dict[str, Any]) -> str:
+    """That in which the model computes, whatever KV is kept in."""
+    name = _stated_dtype(content)
+    return name if name in MODEL_DTYPES else FALLBACK_DTYPE
+
+
+def _stated_dtype(content: dict[str, Any]) -> str:
     decoder = decoder_fields(content)
     stated = next(
         (part[name] for part in (decoder, content) for name in ("dtype", "torch_dtype") if part.get(name)), None
     )
-    name = str(stated or FALLBACK_DTYPE).removeprefix("torch.")
-    if name not in DTYPE_BITS:
-        raise ConfigError(f"the config's dtype {name!r} is not known; choose one with --dtype: {', '.join(DTYPE_BITS)}")
-    return name
+    return str(stated or FALLBACK_DTYPE).removeprefix("torch.")

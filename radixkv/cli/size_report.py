@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,18 +11,29 @@ from radixkv.cli.display import note
 from radixkv.memory.kv_shape import IndexedLayerKV, KVShape, LayerKV, kv_budget_bytes
 from radixkv.memory.savings import Alternative, alternatives
 from radixkv.memory.sizing import LayerConfig
+from radixkv.memory.state_share import num_states_in, share_of_states
+from radixkv.memory.state_sizing import LayerState
 
+STATES_OF_A_STEP = 2  # of each running request: one it reads and one it writes
 QUANTISED_WITH = {"fp8": "", "int8": " + a scale a vector", "int4": " + a scale and a zero", "fp4": " + a scale for 16"}
 
 
 @dataclass(frozen=True, slots=True)
 class SizeReport:
-    """What `size` was asked, and what follows from it. A figure whose question was not asked is None."""
+    """What `size` was asked, and what follows from it. A figure whose question was not asked is None.
+
+    `states` are what recurrent layers keep, in a model of `model_dtype`; () where there are none, or where
+    `uncounted_states` says why they are not known. `running_limit` requests may run at one time.
+    """
 
     model: str
     model_type: str | None
     layers: tuple[LayerConfig, ...]
+    states: tuple[LayerState, ...]
+    uncounted_states: str | None
     dtype: str
+    model_dtype: str
+    running_limit: int
     seq_len: int | None
     batch: int | None
     memory_bytes: int | None
@@ -54,14 +66,47 @@ class SizeReport:
         return kv_budget_bytes(self.memory_bytes, self.weights_bytes, self.reserve)
 
     @property
+    def bytes_per_state(self) -> int | None:
+        """Of one sequence, however long it is: 0 where no layer keeps a state, None where it is not known."""
+        if self.uncounted_states is not None:
+            return None
+        return sum(state.num_bytes(self.model_dtype) for state in self.states)
+
+    @property
+    def state_tokens(self) -> int | None:
+        """Tokens whose KV takes as much as a state, rounded up."""
+        return None if self.bytes_per_state is None else -(-self.bytes_per_state // self.bytes_per_token)
+
+    @property
+    def max_states(self) -> int | None:
+        """States that an engine has room for beside the KV, where nothing else is asked for."""
+        if self.budget_bytes is None or self.bytes_per_state is None:
+            return None
+        if not self.bytes_per_state:
+            return 0
+        return num_states_in(share_of_states(self.budget_bytes), self.bytes_per_state, self.running_limit)
+
+    @property
+    def max_states_bytes(self) -> int | None:
+        return None if self.max_states is None else self.max_states * (self.bytes_per_state or 0)
+
+    @property
     def max_tokens(self) -> int | None:
-        return None if self.budget_bytes is None else self.budget_bytes // self.bytes_per_token
+        """Tokens that fit, beside the states."""
+        return None if self._kv_bytes is None else self._kv_bytes // self.bytes_per_token
 
     @property
     def max_batch(self) -> int | None:
-        if self.memory_bytes is None or self.seq_len is None:
+        """Sequences that fit, and have a state to read and one to write where layers keep any."""
+        if self._kv_bytes is None or self.bytes_per_sequence is None:
             return None
-        return self.shape.max_batch(self.memory_bytes, self.seq_len, self.dtype, self.weights_bytes, self.reserve)
+        most = self._kv_bytes // self.bytes_per_sequence
+        return min(most, self.max_states // STATES_OF_A_STEP) if self.max_states else most
+
+    @property
+    def _kv_bytes(self) -> int | None:
+        """What is left for KV, beside the states."""
+        return None if self.budget_bytes is None else max(0, self.budget_bytes - (self.max_states_bytes or 0))
 
     @property
     def kv_share(self) -> float | None:
@@ -82,7 +127,9 @@ class SizeReport:
         return other.bytes_per_sequence / self.bytes_per_sequence
 
     def missing(self) -> Iterator[str]:
-        """What the config does not tell, so that an alternative is left out."""
+        """What the config does not tell, so that an alternative is left out, or states are."""
+        if self.uncounted_states is not None:
+            yield f"states are not counted: {self.uncounted_states}"
         if any(layer.full_heads is None for layer in self.layers):
             yield "multi-head and multi-query are left out: the config does not give all dimensions of the query heads"
         if self.unplaced_window is not None:
@@ -108,6 +155,10 @@ class SizeReport:
             "budget_bytes": self.budget_bytes,
             "max_tokens": self.max_tokens,
             "max_batch": self.max_batch,
+            "bytes_per_state": self.bytes_per_state,
+            "state_tokens": self.state_tokens,
+            "max_states": self.max_states,
+            "max_states_bytes": self.max_states_bytes,
             "kv_share": self.kv_share,
             "alternatives": [{**other._asdict(), "ratio": self.ratio(other)} for other in self.alternatives],
             "missing": list(self.missing()),
@@ -115,6 +166,8 @@ class SizeReport:
             "num_kv_layers": self.shape.num_kv_layers,
             "layers": [asdict(layer.kv) for layer in self.layers],
             "windows": [layer.window for layer in self.layers],
+            "num_state_layers": None if self.uncounted_states is not None else len(self.states),
+            "states": [state._asdict() for state in self.states],
         }
 
 
@@ -172,6 +225,7 @@ def _rows(report: SizeReport) -> Iterator[tuple[str, str, str]]:
     for layer, count in report.shape.groups():
         yield (f"{count} of {report.shape.num_layers} layers", *_describe(layer, report.dtype))
     yield ("one token", *_bytes(report.bytes_per_token))
+    yield from _state_rows(report)
     if report.bytes_per_sequence is not None:
         yield (f"one sequence of {report.seq_len:,} tokens", *_bytes(report.bytes_per_sequence))
     if report.bytes_per_batch is not None:
@@ -184,10 +238,24 @@ def _rows(report: SizeReport) -> Iterator[tuple[str, str, str]]:
             f"weights {readable_bytes(report.weights_bytes)}",
         )
     if report.budget_bytes is not None:
-        yield ("memory left for KV", *_bytes(report.budget_bytes))
+        yield ("left for KV and states" if report.states else "memory left for KV", *_bytes(report.budget_bytes))
+        if report.max_states and report.max_states_bytes is not None:
+            yield ("states that fit", f"{report.max_states:,}", readable_bytes(report.max_states_bytes))
         yield ("tokens that fit", f"{report.max_tokens:,}", "")
     if report.max_batch is not None:
         yield ("largest batch", f"{report.max_batch:,}", f"sequences of {report.seq_len:,} tokens")
+
+
+def _state_rows(report: SizeReport) -> Iterator[tuple[str, str, str]]:
+    """What layers keep as a state, what that takes in all of them, and as how many tokens that is; nothing without."""
+    if not report.states:
+        return
+    for state, count in Counter(report.states).items():
+        size = f"{state.num_bytes(report.model_dtype):,} bytes a state"
+        yield (f"{count} of {report.shape.num_layers} layers", state.kind, size)
+    assert report.bytes_per_state is not None, "states are counted"
+    yield ("one state", *_bytes(report.bytes_per_state))
+    yield ("one state, in KV", f"{report.state_tokens:,} tokens", "")
 
 
 def _describe(layer: LayerKV, dtype: str) -> tuple[str, str]:

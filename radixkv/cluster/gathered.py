@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -54,11 +54,18 @@ async def stats(fleet: Fleet, call: ReplicaCall) -> Response:
     total: dict[str, Any] = {name: sum(one[name] for one in replicas.values()) for name in SUMMED}
     total["hit_rate"] = total["hit_tokens"] / total["query_tokens"] if total["query_tokens"] else 0.0
     for part in ("pool", "cached_tokens", "requests"):
-        names = [name for one in replicas.values() for name in one[part]]
-        total[part] = {name: sum(one[part][name] for one in replicas.values()) for name in dict.fromkeys(names)}
+        total[part] = _summed([one[part] for one in replicas.values()])
+    if states := [one["states"] for one in replicas.values() if "states" in one]:  # of models with recurrent layers
+        total["states"] = _summed(states)
     if replicas:
         total["pool"]["page_size"] = next(iter(replicas.values()))["pool"]["page_size"]
     return JsonAnswer({**total, "replicas": replicas, "missing": found.troubles})
+
+
+def _summed(rows: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """The sum of each figure over all rows, which have the same."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: sum(row[name] for row in rows) for name in names}
 
 
 async def flush(fleet: Fleet, call: ReplicaCall) -> Response:

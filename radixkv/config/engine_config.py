@@ -294,6 +294,11 @@ class EngineConfig:
                 f"({self.max_batch_tokens}): every running request may need a token in each step"
             )
 
+    @property
+    def running_limit(self) -> int:
+        """`max_running_requests`, or what it is where it is not set."""
+        return self.max_running_requests or min(256, self.max_batch_tokens)
+
     @classmethod
     def from_keywords(cls, keywords: dict[str, object]) -> EngineConfig:
         """A config from `keywords`. Raises: ConfigError, which lists the settings, for an unknown name."""

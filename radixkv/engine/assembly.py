@@ -46,6 +46,7 @@ class EngineParts:
         model, tokenizer: as they were given; the model's attention runs on pages from now on.
         pool, cache: the tensors of the KV, and which page of them holds what.
         kv_bytes_per_token: size of the KV of a token that every layer keeps.
+        state_pool_bytes: size of the states of recurrent layers; 0 without such layers.
         runner: computes a step.
         sampler, device_sampler: choose tokens; on the CPU there is no device sampler.
         limit: the most tokens of a request.
@@ -69,6 +70,7 @@ class EngineParts:
     limit: ContextLimit
     vocab_size: int
     eos_ids: frozenset[int]
+    state_pool_bytes: int = 0
     stores: tuple[PageStore, ...] = ()
     speculation: Speculation | None = None
     states: StatePool | None = None
@@ -158,6 +160,7 @@ def assemble(
         pool=memory.pool,
         cache=memory.cache,
         kv_bytes_per_token=memory.bytes_per_token,
+        state_pool_bytes=0 if memory.states is None else memory.states.num_bytes,
         runner=ModelRunner(model, memory.backend, graphs, streaming, fused, states),
         sampler=Sampler(),
         device_sampler=DeviceSampler(sampling_kernels(), model.device, config.seed) if on_gpu else None,
@@ -209,6 +212,6 @@ def _resolve(config: EngineConfig, model: PreTrainedModel, memory: KVMemory, lim
         state_slots=None if memory.states is None else memory.states.num_slots,
         attention_backend=memory.backend.name,
         long_extends=memory.backend.long_extends if isinstance(memory.backend, ChoosesExtends) else None,
-        max_running_requests=config.max_running_requests or min(256, config.max_batch_tokens),
+        max_running_requests=config.running_limit,
         max_context_tokens=limit.tokens,
     )

@@ -121,7 +121,8 @@ class EngineStats(NamedTuple):
 
     `computed_tokens` went through the model; `generated_tokens` were sampled; `retractions` counts how often a
     running request had its pages taken back. `peak_used_pages` includes unused prefixes that are kept.
-    `kv_bytes_per_token` counts a token that every layer keeps; `pool_bytes` is the size of the KV pool.
+    `kv_bytes_per_token` counts a token that every layer keeps; `pool_bytes` is the size of the KV pool, and
+    `state_pool_bytes` that of the states of recurrent layers, of which `cache` tells how many there are (0 without).
     `sampled_steps` counts, for each request, the steps that gave it tokens: without drafts, each of them gave one.
     `speculation` tells what drafts did; None without them.
     `loading` requests have their pages and wait for what a tier below the pool has of their prompts; `tiers` tell of
@@ -143,6 +144,12 @@ class EngineStats(NamedTuple):
     tiers_busy_s: float = 0.0
     sampled_steps: int = 0
     speculation: SpeculationStats | None = None
+    state_pool_bytes: int = 0
+
+    @property
+    def bytes_per_state(self) -> int:
+        """Size of what the recurrent layers keep of one sequence; 0 without such layers."""
+        return self.state_pool_bytes // self.cache.states if self.cache.states else 0
 
     @property
     def tokens_per_step(self) -> float:

@@ -12,10 +12,7 @@ from radixkv.config import EngineConfig
 from radixkv.errors import ConfigError
 from radixkv.memory.kv_pool import kv_budget_of
 from radixkv.memory.state_pool import StatePool, StateShape, bytes_per_state
-
-BUDGET_SHARE = 3  # states take one of so many parts of the budget for KV, where nothing else is asked for
-FEW_SLOTS = 16  # states at least, where the pool of KV is small
-SLOTS_PER_REQUEST = 4  # states at most, for each request that may run: one it reads, one it writes, two of its prefix
+from radixkv.memory.state_share import num_states_in, share_of_states
 
 
 class StateMemory(NamedTuple):
@@ -43,10 +40,8 @@ def make_state_memory(
 
 
 def _num_slots(state_bytes: int, config: EngineConfig, kv_bytes_per_token: int, device: torch.device) -> int:
-    running = config.max_running_requests or min(256, config.max_batch_tokens)
-    most = SLOTS_PER_REQUEST * running
     if config.kv_cache_tokens is not None:
-        budget = config.kv_cache_tokens * kv_bytes_per_token
+        share_bytes = config.kv_cache_tokens * kv_bytes_per_token
     else:
-        budget = kv_budget_of(device, config.mem_fraction) // BUDGET_SHARE
-    return max(LEAST_SLOTS, min(most, max(FEW_SLOTS, budget // state_bytes)))
+        share_bytes = share_of_states(kv_budget_of(device, config.mem_fraction))
+    return max(LEAST_SLOTS, num_states_in(share_bytes, state_bytes, config.running_limit))

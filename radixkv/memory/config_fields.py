@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from radixkv.config.checks import checked_int
@@ -89,6 +90,17 @@ def integer(fields: Fields, name: str, minimum: int = 1) -> int | None:
 def model_name(fields: Fields) -> str:
     """How messages call the model."""
     return f"model_type {fields['model_type']!r}" if fields.get("model_type") else "this config"
+
+
+@contextmanager
+def reading(fields: Fields) -> Iterator[None]:
+    """Read foreign data: what is a number where a list belongs, and the like, is an UnsupportedModelError."""
+    try:
+        yield
+    except UnsupportedModelError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise UnsupportedModelError(f"the config of {model_name(fields)} is malformed: {error}") from error
 
 
 def missing_error(fields: Fields, names: Sequence[str]) -> UnsupportedModelError:

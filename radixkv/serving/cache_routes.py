@@ -15,7 +15,7 @@ from radixkv.config import SamplingParams
 from radixkv.engine.results import EngineStats
 from radixkv.serving.bodies import SALT_CHARACTERS, GenerationBody
 from radixkv.serving.generation import Ids, Keep
-from radixkv.serving.live_view import tier_row
+from radixkv.serving.live_view import states_row, tier_row
 from radixkv.serving.prompt_body import PromptBody, ids_of
 from radixkv.serving.service import Service, owner_of, require_admin, tenant_of
 from radixkv.serving.streaming import unless_gone
@@ -94,6 +94,7 @@ def _stats(stats: EngineStats) -> dict[str, Any]:
             "leased_pages": cache.leased_pages,
             "bytes": stats.pool_bytes,
         },
+        **({} if (states := states_row(stats)) is None else {"states": states}),
         "cached_tokens": {"evictable": cache.evictable_tokens, "protected": cache.protected_tokens},
         "query_tokens": cache.query_tokens,
         "hit_tokens": cache.hit_tokens,

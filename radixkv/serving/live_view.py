@@ -232,6 +232,7 @@ def summary(view: EngineView, nodes: Mapping[int, LiveNode]) -> dict[str, Any]:
             "evictable_pages": cache.evictable_tokens // cache.page_size,
             "bytes": stats.pool_bytes,
         },
+        **({} if (states := states_row(stats)) is None else {"states": states}),
         "tiers": [tier_row(tier) for tier in stats.tiers],
         "hit_rate": cache.hit_rate,
         "query_tokens": cache.query_tokens,
@@ -245,6 +246,21 @@ def summary(view: EngineView, nodes: Mapping[int, LiveNode]) -> dict[str, Any]:
             "tokens_per_step": None if stats.speculation is None else round(stats.tokens_per_step, 2),
             "first": [{**request._asdict(), "namespace": name_of(request.namespace)} for request in view.requests],
         },
+    }
+
+
+def states_row(stats: EngineStats) -> dict[str, int] | None:
+    """The states of recurrent layers, as they are sent; None without such layers."""
+    cache = stats.cache
+    if not cache.states:
+        return None
+    return {
+        "total": cache.states,
+        "free": cache.free_states,
+        "evictable": cache.evictable_states,
+        "leased": cache.states - cache.free_states - cache.evictable_states,
+        "taken_back": cache.states_taken_back,
+        "bytes": stats.state_pool_bytes,
     }
 
 

@@ -189,6 +189,8 @@ def _ours(stats: EngineStats) -> Iterator[Metric]:
     for state, value in (("evictable", cache.evictable_tokens), ("protected", cache.protected_tokens)):
         cached.add_metric([state], value)
     yield from (pages, cached)
+    if cache.states:
+        yield from _states(stats)
     estimates = GaugeMetricFamily(
         "radixkv_estimated_hit_rate", "Hit rate of this traffic in pools of other sizes.", labels=["factor"]
     )
@@ -217,6 +219,24 @@ def _ours(stats: EngineStats) -> Iterator[Metric]:
         yield from _drafts(stats.speculation)
     yield GaugeMetricFamily("radixkv_pool_bytes", "Size of the KV pool.", value=stats.pool_bytes)
     yield _eviction_ages(cache.eviction_ages)
+
+
+def _states(stats: EngineStats) -> Iterator[Metric]:
+    cache = stats.cache
+    states = GaugeMetricFamily(
+        "radixkv_states", "States of recurrent layers that there is room for, by what they hold.", labels=["state"]
+    )
+    for state, value in (
+        ("free", cache.free_states),
+        ("evictable", cache.evictable_states),
+        ("leased", cache.states - cache.free_states - cache.evictable_states),
+    ):
+        states.add_metric([state], value)
+    yield states
+    yield CounterMetricFamily(
+        "radixkv_states_taken_back", "States that the cache lost for others' sake.", value=cache.states_taken_back
+    )
+    yield GaugeMetricFamily("radixkv_state_pool_bytes", "Size of the pool of states.", value=stats.state_pool_bytes)
 
 
 def _drafts(stats: SpeculationStats) -> Iterator[Metric]:

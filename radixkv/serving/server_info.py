@@ -30,6 +30,7 @@ def router(service: Service) -> APIRouter:
                 "vocab_size": service.engine.vocab_size,
                 "page_size": config.page_size,
                 "kv_cache_tokens": config.kv_cache_tokens,
+                **({} if config.state_slots is None else {"state_slots": config.state_slots}),
                 "max_context_tokens": config.max_context_tokens,
                 "keep_answer_ids": service.config.keep_answer_ids,
                 "has_tenants": service.keys.has_tenants,

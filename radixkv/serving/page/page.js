@@ -102,6 +102,7 @@ function show(data) {
   icicle.focus = again(icicle.focus);
   icicle.selected = again(icicle.selected);
   showPool(data.pool);
+  showStates(data.states);
   showTiers(data.tiers);
   byId("hit-rate").textContent = percent(data.hit_rate);
   byId("hit-detail").textContent = `${number(data.hit_tokens)} of ${tokens(data.query_tokens)} were cached; ${number(data.evicted_tokens)} evicted so far`;
@@ -133,6 +134,16 @@ function showPool(pool) {
   }));
   byId("pool-bar").setAttribute("aria-label", `Pages: ${parts.map(([, pages, name]) => `${pages} ${name}`).join(", ")}`);
   byId("pool-legend").replaceChildren(...parts.map(([kind, pages, name]) => legendItem(kind, `${name} ${number(pages)}`)));
+}
+
+function showStates(states) { // of recurrent layers; undefined without such layers
+  byId("states").hidden = states === undefined;
+  if (states === undefined) return;
+  byId("states").replaceChildren(
+    legendItem("pinned", `${number(states.leased)} of ${number(states.total)} states in use, ${size(states.bytes)}`),
+    legendItem("cached", `cached ${number(states.evictable)}`),
+    legendItem("free", `free ${number(states.free)}`),
+  );
 }
 
 function showTiers(tiers) {
