@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import pytest
@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 
 from prompts import random_ids, random_prompts
 from radixkv import Engine, EngineConfig, RequestOutput, SamplingParams
+from radixkv.engine.step_input import StepInput
 from radixkv.errors import ConfigError, UnsupportedModelError
 from radixkv.models.probe import plug_in_paged_attention, recurrent_modules
 from radixkv.models.recurrent.finding import find_recurrent_modules
 from recurrent_models import RECURRENT_FAMILIES, recurrent_model
+from runners import tampered_engine
 from tiny_models import make_model, served_model
 
 MAX_DIFFERENCE = 1e-4  # of log probabilities in float32
@@ -99,23 +101,21 @@ def test_choices_begin_where_the_first_one_kept_a_state() -> None:
         assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
 
 
-def test_a_step_that_fails_costs_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails_costs_no_state() -> None:
     """The other requests of the batch are computed again, from the states that they had."""
-    prompts = random_prompts(6, [20, 24], shared=4)
-    with Engine(recurrent_model("nemotron_h"), None, EngineConfig(kv_cache_tokens=512, page_size=4)) as engine:
-        runner = engine._core._executor._runner
-        run, calls = runner.run, []
+    sizes: list[int] = []
 
-        def failing(step, input_ids=None):  # type: ignore[no-untyped-def]
-            logits = run(step, input_ids)  # after all states were written
-            calls.append(len(step.request_ids))
-            if len(calls) == 3:
-                raise RuntimeError("a step fails")
-            return logits
+    def failing(step: StepInput, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        logits = compute()  # all states are written
+        sizes.append(len(step.request_ids))
+        if len(sizes) == 3:
+            raise RuntimeError("a step fails")
+        return logits
 
-        monkeypatch.setattr(runner, "run", failing)
-        check("nemotron_h", engine.generate(prompts, LIKELIEST))
-        assert calls[2:5] == [2, 1, 1]
+    config = EngineConfig(kv_cache_tokens=512, page_size=4)
+    with tampered_engine(recurrent_model("nemotron_h"), failing, config) as engine:
+        check("nemotron_h", engine.generate(random_prompts(6, [20, 24], shared=4), LIKELIEST))
+        assert sizes[2:5] == [2, 1, 1]
         engine.cache.check_invariants()
 
 

@@ -165,8 +165,11 @@ def _recurrent_modules(model: PreTrainedModel, ids: Tensor) -> RecurrentModules 
     """Those of a model that runs as ever."""
     if not keeps_states(model):
         return None
-    found = find_recurrent_modules(model, ids)
-    return RecurrentModules(found, takes_chunks(found, len(ids))) if found else None
+    try:
+        found = find_recurrent_modules(model, ids)
+        return RecurrentModules(found, takes_chunks(found, len(ids))) if found else None
+    except Exception as error:  # whatever a model of unknown code does with transformers' own cache
+        raise _unsupported(model, f"its layers keep states in a way of their own ({_one_line(error)})") from error
 
 
 @torch.inference_mode()
@@ -328,6 +331,10 @@ def _check_limits(model: PreTrainedModel, context: _ProbeContext, recurrent: Rec
     has_window = any(layer.params.sliding_window is not None for layer in context.layers.values())
     if window and slides and not has_window:
         raise _unsupported(model, f"its sliding window of {window} tokens does not reach its attention function")
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _probe_ids(length: int, vocab_size: int) -> Tensor:

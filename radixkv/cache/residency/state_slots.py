@@ -321,7 +321,8 @@ class StateSlots:
         if set(queued) != idle or len(queued) != len(idle):
             raise InvariantError(f"states {sorted(queued)} are queued, and {sorted(idle)} are kept by the cache alone")
         for slot, place in self._place_of.items():
-            if self._slot_at[place.before][place.tokens] != slot or slot not in self._of_page[place.page]:
+            found = self._slot_at.get(place.before, {}).get(place.tokens)
+            if found != slot or slot not in self._of_page.get(place.page, ()):
                 raise InvariantError(f"state {slot} is not found in its place {place}")
             if not in_tree[place.page]:
                 raise InvariantError(f"state {slot} is kept in page {place.page}, which is not in the tree")
