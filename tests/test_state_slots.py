@@ -227,7 +227,7 @@ def drop_one(slots: StateSlots, name: str) -> None:
     ("spoil", "message"),
     [
         (lambda slots: drop_one(slots, "_free"), "lost or lent twice"),
-        (lambda slots: slots.take(), "are claimed 1 times, not 0"),
+        (lambda slots: slots.take(), "are claimed"),
         (lambda slots: drop_one(slots, "_ended"), "are queued"),
         (lambda slots: drop_one(slots, "_slot_at"), "is not found in its place"),
         (lambda slots: drop_one(slots, "_of_page"), "is not found in its place"),

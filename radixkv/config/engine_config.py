@@ -80,8 +80,8 @@ class EngineConfig:
             unit="states",
             minimum=3,
             maximum=MAX_COUNT,
-            unset="as many as fit in a third of the memory for KV, or in as much again as `kv_cache_tokens` take; at "
-            "most 4 for each running request",
+            unset="as many as fit in a third of the memory for KV, or in as much again as `kv_cache_tokens` take, "
+            "48 at least; at most 4 for each running request",
         ),
     ] = None
     state_interval_tokens: Annotated[

@@ -14,6 +14,8 @@ from radixkv.memory.kv_pool import kv_budget_of
 from radixkv.memory.state_pool import StatePool, StateShape, bytes_per_state
 from radixkv.memory.state_share import num_states_in, share_of_states
 
+STATES_OF_CONVERSATIONS = 48  # beside a small pool of KV: for 16 that run side by side, and are kept
+
 
 class StateMemory(NamedTuple):
     """What belongs together."""
@@ -41,7 +43,7 @@ def make_state_memory(
 
 def _num_slots(state_bytes: int, config: EngineConfig, kv_bytes_per_token: int, device: torch.device) -> int:
     if config.kv_cache_tokens is not None:
-        share_bytes = config.kv_cache_tokens * kv_bytes_per_token
+        share_bytes = max(config.kv_cache_tokens * kv_bytes_per_token, STATES_OF_CONVERSATIONS * state_bytes)
     else:
         share_bytes = share_of_states(kv_budget_of(device, config.mem_fraction))
     return max(LEAST_SLOTS, num_states_in(share_bytes, state_bytes, config.running_limit))
