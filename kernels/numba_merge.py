@@ -13,8 +13,10 @@ from numba import types
 from radixkv.kernels import (
     numba_arguments,
     numba_attention_tiles,
+    numba_block_scales,
     numba_codes,
     numba_emitter,
+    numba_fp4,
     numba_modes,
     numba_words,
     numba_writers,
@@ -27,8 +29,10 @@ MERGED_AT_ONCE = 16  # rows that a thread takes at a time
 PARTS = (
     numba_arguments,
     numba_attention_tiles,
+    numba_block_scales,
     numba_codes,
     numba_emitter,
+    numba_fp4,
     numba_modes,
     numba_words,
     numba_writers,

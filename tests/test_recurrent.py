@@ -19,13 +19,11 @@ from radixkv.models.probe import plug_in_paged_attention, recurrent_modules
 from radixkv.models.recurrent.finding import find_recurrent_modules
 from recurrent_models import RECURRENT_FAMILIES, recurrent_model
 from runners import tampered_engine
+from stress_cases import some_of
 from tiny_models import make_model, served_model
 
 MAX_DIFFERENCE = 1e-4  # of log probabilities in float32
-BY_DEFAULT = ("qwen3_next", "lfm2", "falcon_h1", "zamba2", "kimi_linear", "jamba")
-FAMILIES = [
-    pytest.param(family, marks=() if family in BY_DEFAULT else pytest.mark.stress) for family in RECURRENT_FAMILIES
-]
+BY_DEFAULT = {"qwen3_next", "lfm2", "falcon_h1", "zamba2", "kimi_linear", "jamba"}
 LIKELIEST = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=1)
 
 
@@ -48,7 +46,7 @@ def check(family: str, outputs: Sequence[RequestOutput]) -> None:
         assert float((found - rows.gather(1, ids[:, None])[:, 0]).abs().max()) <= MAX_DIFFERENCE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_of(RECURRENT_FAMILIES, BY_DEFAULT))
 def test_same_as_the_unmodified_model(family: str) -> None:
     """Cold, batched, in chunks, warm, after a branch inside a page, for a prompt asked before, and for two forks."""
     prompts = [*random_prompts(1, [33, 40, 29], shared=25), random_ids(7, 27)]
@@ -68,7 +66,7 @@ def test_same_as_the_unmodified_model(family: str) -> None:
         assert stats.free_states + stats.evictable_states == stats.states
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "jamba", pytest.param("falcon_h1", marks=pytest.mark.stress)])
+@pytest.mark.parametrize("family", some_of(RECURRENT_FAMILIES, {"qwen3_next", "jamba"}))
 def test_requests_that_are_retracted_resume_from_their_states(family: str) -> None:
     prompts = random_prompts(3, [6, 7, 8, 9], shared=2)
     config = EngineConfig(kv_cache_tokens=64, max_batch_tokens=16, page_size=4, state_slots=9)

@@ -176,7 +176,8 @@ class UnmaskedMpt(OwnAttention):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_plugged_in:
-            kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, device=self.wte.weight.device)  # taken as it is, unread
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.wte.weight.device)
+            kwargs["attention_mask"] = mask  # taken as it is, unread
         return super().forward(*args, **kwargs)
 
 
