@@ -18,7 +18,8 @@ def test_prefills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert command.main() == 0
     figures = json.loads(file.read_text(encoding="utf-8"))
     assert figures["states_used"] == 3  # after 8, 16 and 20
-    assert set(figures["speed"]) == {"kept", "none kept, again"}
+    assert set(figures["speed"]) == {"kept", "none kept, again", "none kept, in steps of the interval"}
+    assert figures["speed_in_equal_steps"] > 0
     assert "a state at each 8 and at the end: 3 of" in capsys.readouterr().out
 
 
