@@ -9,12 +9,14 @@ from functools import cache
 
 import pytest
 import torch
+import transformers as hf
 from transformers import PreTrainedModel
 
 from prompts import random_ids, random_prompts
 from radixkv import Engine, EngineConfig, RequestOutput, SamplingParams
 from radixkv.engine.step_input import StepInput
 from radixkv.errors import ConfigError, UnsupportedModelError
+from radixkv.models.loader import load_tokenizer
 from radixkv.models.probe import plug_in_paged_attention, recurrent_modules
 from radixkv.models.recurrent.finding import find_recurrent_modules
 from recurrent_models import RECURRENT_FAMILIES, recurrent_model
@@ -76,6 +78,18 @@ def test_requests_that_are_retracted_resume_from_their_states(family: str) -> No
         engine.cache.check_invariants()
         check(family, engine.generate(prompts[::-1], LIKELIEST))
         engine.cache.check_invariants()
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8_e4m3"])
+def test_pools_of_codes_give_what_they_give_without_the_cache(kv_dtype: str) -> None:
+    prompts = random_prompts(11, [40, 44, 37], shared=25)
+    config = EngineConfig(kv_cache_tokens=512, kv_cache_dtype=kv_dtype, state_interval_tokens=16)
+    answers = []
+    for caches in (True, True, False):
+        with Engine(recurrent_model("qwen3_next"), None, dataclasses.replace(config, prefix_cache=caches)) as engine:
+            answers += [[o.token_ids for o in engine.generate(prompts, LIKELIEST)] for _ in range(2)]
+            engine.cache.check_invariants()
+    assert all(answer == answers[0] for answer in answers)
 
 
 def test_the_fewest_states_serve_one_request_after_the_other() -> None:
@@ -191,3 +205,17 @@ def test_calls_from_outside_go_through() -> None:
     layer, other = model.model.layers[0], twin.model.layers[0]
     hidden = torch.randn(1, 6, model.config.hidden_size)
     assert torch.equal(layer.conv(hidden), other.conv(hidden))
+
+
+def test_forks_of_a_conversation_share_its_states() -> None:
+    config = hf.Qwen3_5TextConfig(**{**RECURRENT_FAMILIES["qwen3_5"]().to_dict(), "vocab_size": 2048})
+    engine = Engine(make_model(config), load_tokenizer("demo"), EngineConfig(kv_cache_tokens=1024))
+    with engine, engine.session(system="You are a citizen of Rome.") as chat:
+        chat.send("Who are you?", dataclasses.replace(LIKELIEST, logprobs=None))
+        before = chat.kv_usage()
+        assert before.num_states >= 2  # after the prompt, and after the answer
+        left, right = chat.fork(), chat.fork()
+        for fork in left, right:
+            reply = fork.send("And what now?", dataclasses.replace(LIKELIEST, logprobs=None))
+            assert reply.cached_tokens >= before.tokens - 1
+        engine.cache.check_invariants()

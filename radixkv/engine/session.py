@@ -32,7 +32,8 @@ class KVUsage(NamedTuple):
 
     `context_tokens` are in the conversation; the KV of the first `tokens` of them lies in `pages` pages of
     `num_bytes` in all; the rest was evicted or not computed yet, and will be when it is needed. `shared_tokens` of
-    them another cached branch or another open session uses too; `own_tokens` are this one's alone.
+    them another cached branch or another open session uses too; `own_tokens` are this one's alone. `num_states` counts
+    the states of recurrent layers that are kept after some of them.
     """
 
     context_tokens: int
@@ -41,6 +42,7 @@ class KVUsage(NamedTuple):
     num_bytes: int
     shared_tokens: int
     own_tokens: int
+    num_states: int = 0
 
 
 class Session:
@@ -280,7 +282,8 @@ class Session:
         in_common = max((common_tokens(ids, other) for other in others), default=0)
         shared = max(held.shared_tokens, min(held.tokens, in_common))
         num_bytes = self._engine.pool.bytes_of(held.pages, held.tokens)
-        return KVUsage(len(ids), held.tokens, len(held.pages), num_bytes, shared, held.tokens - shared)
+        states = self._engine.cache.kept_states(ids[: held.tokens], [held.pages.data], self.namespace, 0)
+        return KVUsage(len(ids), held.tokens, len(held.pages), num_bytes, shared, held.tokens - shared, len(states))
 
     def close(self) -> None:
         """End the conversation. Its KV stays in the cache until it is evicted. Idempotent; never waits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -50,14 +51,14 @@ def main(
     plain = EngineConfig(
         kv_cache_tokens=2 * prompt_tokens + 64, state_interval_tokens=2 * prompt_tokens, prefix_cache=False
     )
-    short = replace(plain, max_batch_tokens=interval_tokens)
     taken: dict[str, list[float]] = {KEPT: [], NONE: [], AGAIN: [], SAME_STEPS: []}
-    with (
-        Engine(models.twin(loaded), None, keeping) as kept,
-        Engine(models.twin(loaded), None, plain) as none,
-        Engine(models.twin(loaded), None, short) as in_short_steps,
-        quiet_bar(error_console()) as progress,
-    ):
+    with Engine(models.twin(loaded), None, keeping) as kept, ExitStack() as others:
+        plain = replace(plain, long_extends=kept.config.long_extends)  # which is chosen by timing: once for all
+        short = replace(plain, max_batch_tokens=interval_tokens)
+        none, in_short_steps = (
+            others.enter_context(Engine(models.twin(loaded), None, config)) for config in (plain, short)
+        )
+        progress = others.enter_context(quiet_bar(error_console()))
         if kept.config.state_slots is None:
             raise BenchError(f"{chosen} has no recurrent layers")
         engines = {KEPT: kept, NONE: none, AGAIN: none, SAME_STEPS: in_short_steps}
