@@ -118,7 +118,7 @@ def test_usage_counts_what_a_closed_branch_left_as_shared(make_engine: MakeEngin
     trunk.generate(SHORT)
     assert trunk.kv_usage().shared_tokens == 32, "the branch is closed, and its KV still cached"
     engine.reset_cache()
-    assert trunk.kv_usage()[1:] == (0, 0, 0, 0, 0)
+    assert trunk.kv_usage()[1:] == (0, 0, 0, 0, 0, 0)
 
 
 def test_sessions_of_other_namespaces_share_nothing(make_engine: MakeEngine) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
+from radixkv.cache.namespace import Namespace
 from radixkv.cache.token_ids import TokenIds, common_tokens
 from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.chat_template import Message
@@ -282,7 +283,8 @@ class Session:
         in_common = max((common_tokens(ids, other) for other in others), default=0)
         shared = max(held.shared_tokens, min(held.tokens, in_common))
         num_bytes = self._engine.pool.bytes_of(held.pages, held.tokens)
-        states = self._engine.cache.kept_states(ids[: held.tokens], [held.pages.data], self.namespace, 0)
+        namespace = Namespace.of(extra_key, cache_salt)
+        states = self._engine.cache.kept_states(ids[: held.tokens], [held.pages.data], namespace, 0)
         return KVUsage(len(ids), held.tokens, len(held.pages), num_bytes, shared, held.tokens - shared, len(states))
 
     def close(self) -> None:
