@@ -587,23 +587,23 @@ class PrefixCache:
         Returns: its whole pages, what can be copied of the page after them, and how many tokens the tree holds, usable
             or not.
         """
-        held_tokens = None
+        match = self.tree.match_tokens(wanted, namespace)
+        partial = self._find_partial(match.node, wanted[match.length :])
+        held_tokens = match.length + (0 if partial is None else partial.num_tokens)
+        held = wanted[:held_tokens]
         while True:
-            match = self.tree.match_tokens(wanted, namespace)
-            partial = self._find_partial(match.node, wanted[match.length :])
-            found_tokens = match.length + (0 if partial is None else partial.num_tokens)
-            held_tokens = found_tokens if held_tokens is None else held_tokens
-            usable = self._usable(match, partial, wanted[:found_tokens], namespace)
-            if usable in (match.length, found_tokens):
-                partial = partial if usable == found_tokens else None
-                self.tree.inc_lock_ref(match.node)
-                if partial is None or self._can_copy(partial, num_pages - len(match.pages), namespace):
-                    return match, partial, held_tokens
-                usable = self._usable(match, None, wanted[: match.length], namespace)
-                if usable == match.length:
-                    return match, None, held_tokens
-                self.tree.dec_lock_ref(match.node)
-            wanted = wanted[:usable]
+            usable = self._usable(match, partial, held, namespace)
+            if usable < len(held):
+                held = held[:usable]
+                match = self.tree.leading(match, usable // self.page_size * self.page_size)
+                partial = self._find_partial(match.node, held[match.length :])
+            self.tree.inc_lock_ref(match.node)
+            if partial is None or self._can_copy(partial, num_pages - match.length // self.page_size, namespace):
+                return match, partial, held_tokens
+            partial, held = None, held[: match.length]
+            if self._usable(match, partial, held, namespace) == len(held):
+                return match, None, held_tokens
+            self.tree.dec_lock_ref(match.node)
 
     def _usable(
         self, match: MatchResult, partial: PartialPage | None, held: NDArray[np.int32], namespace: Namespace

@@ -115,6 +115,22 @@ class RadixTree(EvictingTree):
             self._shorten(node.path())
         return _new_tuple(MatchResult, (length, node, runs))
 
+    def leading(self, match: MatchResult, num_tokens: int) -> MatchResult:
+        """The first `num_tokens` tokens, whole pages, of a match that was just made. It counts as no further use.
+
+        O(depth).
+        """
+        if num_tokens == match.length:
+            return match
+        if self._unclaimed is not None:
+            self._merge_unclaimed()
+        node = self._standing(match.node)
+        while node.parent is not None and node.parent.end >= num_tokens:
+            node = node.parent
+        if node.parent is not None and node.end > num_tokens:
+            node = self._cut(node, num_tokens - node.parent.end)
+        return MatchResult(num_tokens, node, [each.pages for each in node.path()])
+
     def peek(self, ids: TokenIds, *, extra_key: str | None = None, cache_salt: str | None = None) -> int:
         """How many tokens `match_prefix` would find. Changes nothing: no cut, no use. O(tokens + depth).
 
