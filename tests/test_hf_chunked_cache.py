@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, LlamaConfig, MistralConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedModel
 
 from radixkv.errors import ConfigError, UnsupportedModelError
 from radixkv.hf import ChunkedCache
+from recurrent_models import RECURRENT_FAMILIES
 from tiny_models import FAMILIES, REFUSED, VOCAB_SIZE, make_model, tiny_model
 
 takes_back = pytest.mark.skipif(
@@ -201,10 +202,10 @@ def test_two_layers_and_rows_count_together() -> None:
 # ------------------------------------------------------------------------------------------------ refusals
 
 
-@pytest.mark.parametrize("family", ["mamba2", "qwen3_next", "t5"])
-def test_what_is_no_kv_is_refused(family: str) -> None:
+@pytest.mark.parametrize("make_config", [REFUSED["mamba2"], RECURRENT_FAMILIES["qwen3_next"], REFUSED["t5"]])
+def test_what_is_no_kv_is_refused(make_config: Callable[[], PretrainedConfig]) -> None:
     with pytest.raises(UnsupportedModelError, match=r"needs a|is an encoder-decoder"):
-        ChunkedCache(make_model(REFUSED[family]()).config)
+        ChunkedCache(make_model(make_config()).config)
 
 
 @pytest.mark.parametrize("chunk_tokens", [0, -1, 2.0, True])

@@ -6,7 +6,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -113,6 +113,27 @@ def test_nothing_found_can_be_pinned_all_the_same(page_size: int) -> None:
         tree.insert("a")
         tree.unlock(found)
     assert lock_refs(tree.tree) == [(page_size, 0)]
+
+
+def test_the_leading_part_of_a_match_is_the_match_of_the_leading_part() -> None:
+    words = ["".join(letters) for letters in product("abc", repeat=4)]
+    for word, length, page_size in product(["abca", "abcc", "accb", "abx", "x"], range(5), [1, 4]):
+        tree, other = WordTree(page_size), WordTree(page_size)
+        for each in (tree, other):
+            for known in words[:9] + words[15:20]:
+                each.insert(known)
+        match = tree.match(word)
+        length = min(length, match.length // page_size)
+        before = tree.tree.tick
+        part, expected = tree.tree.leading(match, length * page_size), other.match(word[:length])
+        assert part.length == expected.length == length * page_size
+        assert part.pages.tolist() == expected.pages.tolist()
+        assert part.node.end == part.length
+        assert tree.tree.tick == before, "it is no use of its own"
+        tree.tree.inc_lock_ref(part.node)
+        tree.tree.check_invariants()
+        tree.tree.dec_lock_ref(part.node)
+        tree.tree.check_invariants()
 
 
 @page_sizes

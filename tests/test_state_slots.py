@@ -17,8 +17,12 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from numpy.typing import NDArray
 
+from radixkv.cache.eviction.policies import LRUPolicy
+from radixkv.cache.eviction.policy import EvictionPolicy
 from radixkv.cache.lease import Lease
+from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.residency.residency import HeldTokens
 from radixkv.cache.residency.state_slots import StateSlots
@@ -28,7 +32,9 @@ from radixkv.errors import ConfigError, InvalidRequestError, InvariantError, Out
 class Simulated:
     """A cache whose KV and states are the tokens that they stand for."""
 
-    def __init__(self, num_pages: int, page_size: int, num_slots: int, interval: int, policy: str = "lru") -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, num_slots: int, interval: int, policy: str | EvictionPolicy = "lru"
+    ) -> None:
         self.kv = np.full((num_pages, page_size), -1, np.int32)
         self.states: list[tuple[int, ...]] = [()] * num_slots
         self.slots = StateSlots(num_slots, interval_tokens=interval)
@@ -94,6 +100,26 @@ def test_the_same_prompt_again_is_computed_once_more_and_then_never_again() -> N
     assert run(simulated, same) == (0, [10])
     assert run(simulated, same) == (0, [9, 10])
     assert run(simulated, same) == (9, [10])
+
+
+class Told(LRUPolicy):
+    """Keeps what it is told of requests: how many tokens they asked for and how many of them were matched."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[int, int]] = []
+
+    def requested(self, tokens: NDArray[np.int32], matched_tokens: int, namespace: Namespace) -> None:
+        self.requests.append((len(tokens), matched_tokens))
+
+
+def test_a_hit_that_is_cut_to_a_state_is_one_request_to_the_policy() -> None:
+    policy = Told()
+    simulated = Simulated(64, 4, 16, 100, policy)
+    run(simulated, prompt((100, 12)))
+    policy.requests.clear()
+    lease = simulated.cache.acquire(prompt((100, 10), (1, 6)))
+    assert (lease.cached_tokens, policy.requests) == (0, [(16, 8)])
+    lease.release()
 
 
 def test_what_is_announced_is_kept_the_first_time() -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
-from radixkv_bench.models.small_configs import sharpen
+from radixkv_bench.models.small_configs import sharpen, small_config
 
 VOCAB_SIZE = 211
 
@@ -201,31 +201,8 @@ _WITHOUT_KEYWORD: Mapping[str, Callable[[], hf.PretrainedConfig]] = {  # models 
 OLDER: Mapping[str, Callable[[], hf.PretrainedConfig]] = {**_OWN_ATTENTION, **_WITHOUT_KEYWORD}
 
 REFUSED: Mapping[str, Callable[[], hf.PretrainedConfig]] = {
-    "mamba2": lambda: hf.Mamba2Config(
-        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, head_dim=16, num_heads=4, state_size=8, n_groups=1
-    ),
-    "qwen3_next": lambda: hf.Qwen3NextConfig(
-        **with_common(
-            num_hidden_layers=2,
-            layer_types=["linear_attention", "full_attention"],
-            head_dim=8,
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
-            shared_expert_intermediate_size=16,
-            linear_key_head_dim=8,
-            linear_value_head_dim=8,
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
-        )
-    ),
-    "deepseek_v32": lambda: hf.DeepseekV32Config(
-        **with_common(**_LATENT, **_GROUPED_EXPERTS, index_head_dim=16, index_n_heads=2, index_topk=8)
-    ),
+    **{model_type: partial(small_config, model_type) for model_type in ("mamba2", "deepseek_v32", "t5")},
     "phimoe": lambda: hf.PhimoeConfig(**with_common(sliding_window=40, num_local_experts=4)),
-    "t5": lambda: hf.T5Config(
-        vocab_size=VOCAB_SIZE, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
-    ),
 }
 
 

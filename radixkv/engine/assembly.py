@@ -46,7 +46,6 @@ class EngineParts:
         model, tokenizer: as they were given; the model's attention runs on pages from now on.
         pool, cache: the tensors of the KV, and which page of them holds what.
         kv_bytes_per_token: size of the KV of a token that every layer keeps.
-        state_pool_bytes: size of the states of recurrent layers; 0 without such layers.
         runner: computes a step.
         sampler, device_sampler: choose tokens; on the CPU there is no device sampler.
         limit: the most tokens of a request.
@@ -70,7 +69,6 @@ class EngineParts:
     limit: ContextLimit
     vocab_size: int
     eos_ids: frozenset[int]
-    state_pool_bytes: int = 0
     stores: tuple[PageStore, ...] = ()
     speculation: Speculation | None = None
     states: StatePool | None = None
@@ -142,7 +140,8 @@ def assemble(
         state_shapes=() if recurrent is None else recurrent.shapes,
     )
     states = None
-    if recurrent is not None and memory.states is not None:
+    if recurrent is not None:
+        assert memory.states is not None, "it has shapes of states"
         states = RecurrentStates(model, recurrent, memory.states)
     limit = _context_limit(context_tokens, config, memory)
     resolved = _resolve(config, model, memory, limit)
@@ -160,7 +159,6 @@ def assemble(
         pool=memory.pool,
         cache=memory.cache,
         kv_bytes_per_token=memory.bytes_per_token,
-        state_pool_bytes=0 if memory.states is None else memory.states.num_bytes,
         runner=ModelRunner(model, memory.backend, graphs, streaming, fused, states),
         sampler=Sampler(),
         device_sampler=DeviceSampler(sampling_kernels(), model.device, config.seed) if on_gpu else None,

@@ -164,7 +164,7 @@ class EngineCore:
             pool_bytes=self._parts.pool.num_bytes,
             sampled_steps=self._executor.sampled_steps,
             speculation=None if self._speculation is None else self._speculation.stats(),
-            state_pool_bytes=self._parts.state_pool_bytes,
+            state_pool_bytes=0 if self._parts.states is None else self._parts.states.num_bytes,
         )
 
     def set_quotas(self, quotas: Mapping[QuotaKey, CacheQuota]) -> None:

@@ -9,7 +9,6 @@ import torch
 
 from radixkv.cache.residency.state_slots import LEAST_SLOTS, StateSlots
 from radixkv.config import EngineConfig
-from radixkv.errors import ConfigError
 from radixkv.memory.kv_pool import kv_budget_of
 from radixkv.memory.state_pool import StatePool, StateShape, bytes_per_state
 from radixkv.memory.state_share import num_states_in, share_of_states
@@ -27,16 +26,8 @@ class StateMemory(NamedTuple):
 def make_state_memory(
     shapes: Sequence[StateShape], config: EngineConfig, kv_bytes_per_token: int, device: torch.device
 ) -> StateMemory:
-    """As many states as `config` asks for, or as its memory for KV has room for.
-
-    Raises: ConfigError.
-    """
+    """As many states as `config` asks for, or as its memory for KV has room for."""
     num_slots = config.state_slots or _num_slots(bytes_per_state(shapes), config, kv_bytes_per_token, device)
-    if num_slots < LEAST_SLOTS:
-        raise ConfigError(
-            f"state_slots must be at least {LEAST_SLOTS}: a request reads a state and writes one, and that after its "
-            f"prompt stays beside them; got {num_slots}"
-        )
     slots = StateSlots(num_slots, interval_tokens=config.state_interval_tokens)
     return StateMemory(StatePool(shapes, num_slots, device), slots)
 

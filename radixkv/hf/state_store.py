@@ -11,8 +11,7 @@ from radixkv.cache.residency.residency import Everywhere, HeldTokens, Residency
 from radixkv.cache.residency.state_slots import StateSlots
 from radixkv.errors import ConfigError
 from radixkv.memory.state_pool import StatePool, StateShape, bytes_per_state
-
-FEW_SLOTS = 16  # states at least, where nothing else is asked for
+from radixkv.memory.state_share import FEW_STATES
 
 
 class StateStore:
@@ -25,7 +24,6 @@ class StateStore:
         """The memory comes with `allocate`. Raises: ConfigError if there are too few slots for one sequence."""
         self.shapes = tuple(shapes)
         self.slots = StateSlots(num_slots, interval_tokens=max_tokens) if shapes else None
-        self._num_slots = num_slots if shapes else 0
         self._pool: StatePool | None = None
         self._devices: list[torch.device] = []  # where the model keeps each tensor
 
@@ -37,7 +35,7 @@ class StateStore:
     @property
     def num_slots(self) -> int:
         """States that there is room for."""
-        return self._num_slots
+        return 0 if self.slots is None else self.slots.num_slots
 
     @property
     def num_bytes(self) -> int:
@@ -85,4 +83,4 @@ def default_slots(shapes: Sequence[StateShape], kv_bytes: int, num_pages: int) -
     >>> default_slots([StateShape(0, "conv", 0, (8, 4), torch.float32)], kv_bytes=128 * 40, num_pages=30)
     30
     """
-    return max(FEW_SLOTS, min(num_pages, kv_bytes // max(1, bytes_per_state(shapes))))
+    return max(FEW_STATES, min(num_pages, kv_bytes // max(1, bytes_per_state(shapes))))

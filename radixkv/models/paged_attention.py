@@ -139,7 +139,7 @@ def current_context(module: nn.Module, config: PretrainedConfig, before: str = "
     return current.context
 
 
-class _FlattenedPositions:
+class FlattenedPositions:
     """Stands in for a cache that keeps nothing, and says how far each flattened token is from its place.
 
     Llama 4 takes the position of row i as `get_seq_length() + i` where it tunes the attention temperature, so a
@@ -150,10 +150,14 @@ class _FlattenedPositions:
         self._differences = positions - torch.arange(len(positions), dtype=torch.int64, device=positions.device)
 
     def get_seq_length(self, layer_idx: int = 0) -> Tensor:
+        """How far each flattened token is from its place."""
         return self._differences
 
-    def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return k, v
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keep nothing."""
+        return key_states, value_states
 
 
 def flattened_forward(
@@ -162,7 +166,7 @@ def flattened_forward(
     positions: Tensor,
     logits_of: Tensor,
     context: AttentionContext,
-    past_key_values: Any | None = None,
+    past_key_values: FlattenedPositions | None = None,
 ) -> Tensor:
     """One forward pass over a flattened batch.
 
@@ -173,10 +177,9 @@ def flattened_forward(
 
     Returns: logits, [n, vocab_size].
     """
-    tunes_temperature = getattr(model.config.get_text_config(), "attn_temperature_tuning", False)
-    cache = {"past_key_values": _FlattenedPositions(positions)} if tunes_temperature else {}
-    if past_key_values is not None:
-        cache = {"past_key_values": past_key_values}
+    if past_key_values is None and getattr(model.config.get_text_config(), "attn_temperature_tuning", False):
+        past_key_values = FlattenedPositions(positions)
+    cache = {} if past_key_values is None else {"past_key_values": past_key_values}
     try:
         with _running(model, context):
             output = model(

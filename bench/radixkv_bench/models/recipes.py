@@ -19,7 +19,13 @@ def layers_of(*kinds: str) -> dict[str, Any]:
 
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 
-_MAMBA: Recipe = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_expand": 2, "mamba_n_groups": 1}
+_MAMBA: Recipe = {
+    "mamba_n_heads": 4,
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
 _DELTA: Recipe = {  # gated delta rule
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
@@ -87,7 +93,7 @@ RECIPES: Mapping[str, Recipe] = {
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
     "mellum": layers_of(SLIDING, FULL, SLIDING),
     "moshi": {"audio_vocab_size": 64},
-    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8},
     "olmo_hybrid": {"linear_key_head_dim": 8, "linear_value_head_dim": 8},
     "qwen2": {**layers_of(SLIDING, FULL, SLIDING), "use_sliding_window": True},
     "qwen3": {**layers_of(SLIDING, FULL, SLIDING), "use_sliding_window": True},
@@ -125,6 +131,7 @@ RECIPES: Mapping[str, Recipe] = {
         "n_mamba_heads": 4,
         "mamba_ngroups": 1,
         "adapter_rank": 4,
+        "chunk_size": 8,
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }

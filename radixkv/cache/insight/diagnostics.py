@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,7 +109,7 @@ class Diagnostics:
         namespace: Namespace,
         cached_tokens: int,
         held_tokens: int,
-        shortfall: Literal["window", "state"],
+        shortfall: MissReason,
     ) -> Explanation:
         """Why no more than `cached_tokens` of `tokens` would be found now, of which the tree has `held_tokens`. Changes
         nothing, and looks at nothing that belongs to another namespace. `shortfall` is the reason where it has more.

@@ -229,9 +229,11 @@ class StateSlots:
 
     def keep(self, slot: int, held: HeldTokens) -> None:
         """Let the cache keep a claimed slot as the state after `held`, unless it has one. O(page_size)."""
+        if slot in self._place_of:
+            return
         place = self._place(held)
         slots = self._slot_at.setdefault(place.before, {})
-        if slot in self._place_of or place.tokens in slots:
+        if place.tokens in slots:
             return
         slots[place.tokens] = slot
         self._place_of[slot] = place
@@ -326,6 +328,6 @@ class StateSlots:
                 raise InvariantError(f"state {slot} is not found in its place {place}")
             if not in_tree[place.page]:
                 raise InvariantError(f"state {slot} is kept in page {place.page}, which is not in the tree")
-        places = sum(map(len, self._slot_at.values()))
+        places = sum(map(len, self._slot_at.values())) if all(self._slot_at.values()) else None
         if not places == len(self._place_of) == sum(map(len, self._of_page.values())):
             raise InvariantError(f"{places} places are known for {len(self._place_of)} states")

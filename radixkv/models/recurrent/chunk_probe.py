@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
 from radixkv.memory.state_pool import StatePool
 from radixkv.models.recurrent.facade import FlattenedCache
 from radixkv.models.recurrent.finding import Call, RecurrentModule
-from radixkv.models.recurrent.parts import cut_arguments, span_of
+from radixkv.models.recurrent.parts import cut_arguments, map_arguments, span_of
 from radixkv.models.recurrent.split_step import ModuleStates, SplitStep, StateSpan
 
 MAX_DIFFERENCE = 1e-4  # of the outputs in float32, relative to their largest
@@ -62,7 +61,7 @@ def _run(
     step = SplitStep([states], pool, [span._replace(first=0, last=num)])
     cut = span_of(span.first, span.last)
     cache = FlattenedCache(torch.arange(span.first, span.last, dtype=torch.int64, device=pool.device), step)
-    args, kwargs = _in_float32(cut_arguments((call.args, dict(call.kwargs)), num_tokens, cut, cache))
+    args, kwargs = map_arguments(cut_arguments(tuple(call), num_tokens, cut, cache), _in_float32, lambda given: given)
     output = step.run(0, module.forward, args, kwargs)
     return output if isinstance(output, Tensor) else torch.cat([part.flatten(2) for part in output], dim=-1)
 
@@ -75,13 +74,5 @@ def _repeated(call: Call, num_tokens: int, times: int) -> Call:
     return Call(args, kwargs)
 
 
-def _in_float32(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(torch.float32) if value.is_floating_point() else value
-    if isinstance(value, Cache):
-        return value
-    if isinstance(value, tuple | list):
-        return type(value)(_in_float32(each) for each in value)
-    if isinstance(value, dict):
-        return {name: _in_float32(each) for name, each in value.items()}
-    return value
+def _in_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
+
+from radixkv.models.paged_attention import FlattenedPositions
 
 KINDS = ("conv", "recurrent")
 
@@ -42,13 +43,6 @@ class LayerStates:
         states: Mapping[int, Tensor | None] = getattr(self.layer, f"{kind}_states")
         return states.get(index)
 
-    def found(self) -> dict[tuple[str, int], Tensor]:
-        """All that it holds, by kind and index."""
-        indexes = range(self.layer.number_of_states)
-        return {
-            (kind, index): state for kind in KINDS for index in indexes if (state := self.take(kind, index)) is not None
-        }
-
 
 class OneLayerCache(Cache):  # type: ignore[misc]
     """What a recurrent module is handed as its cache, while it computes some sequences: the states of one layer."""
@@ -65,7 +59,7 @@ class StepStates(Protocol):
         ...
 
 
-class FlattenedCache(Cache):  # type: ignore[misc]
+class FlattenedCache(FlattenedPositions, Cache):  # type: ignore[misc]
     """Stands in for a cache that keeps nothing, while a flattened batch runs.
 
     Attributes:
@@ -75,14 +69,10 @@ class FlattenedCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, positions: Tensor, states: StepStates) -> None:
-        super().__init__(layers=[])
-        self._differences = positions - torch.arange(len(positions), dtype=torch.int64, device=positions.device)
+        FlattenedPositions.__init__(self, positions)
+        Cache.__init__(self, layers=[])
         self.states = states
         self.updated_layer: int | None = None
-
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """How far each flattened token is from its place."""
-        return self._differences
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Sequences with and without one run side by side; each recurrent module is told of its own."""
@@ -91,6 +81,6 @@ class FlattenedCache(Cache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keep nothing."""
+        """Keep nothing, but which layer it was."""
         self.updated_layer = layer_idx
         return key_states, value_states

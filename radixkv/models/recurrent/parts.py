@@ -12,18 +12,27 @@ from transformers import Cache
 Cut: TypeAlias = Callable[[Tensor], Tensor]
 
 
+def map_arguments(value: Any, on_tensor: Cut, on_cache: Callable[[Cache], Cache]) -> Any:
+    """`value` with each tensor and each cache replaced, through the tuples, lists and mappings that hold them."""
+    if isinstance(value, Tensor):
+        return on_tensor(value)
+    if isinstance(value, Cache):
+        return on_cache(value)
+    if isinstance(value, tuple | list):
+        return type(value)(map_arguments(each, on_tensor, on_cache) for each in value)
+    if isinstance(value, Mapping):
+        return {name: map_arguments(each, on_tensor, on_cache) for name, each in value.items()}
+    return value
+
+
 def cut_arguments(value: Any, num_tokens: int, cut: Cut, cache: Cache) -> Any:
     """`value` with each tensor [1, num_tokens, …] cut by `cut`, and the flattened batch's cache replaced by `cache`."""
-    if isinstance(value, Tensor):
-        is_of_tokens = value.dim() >= 2 and value.shape[0] == 1 and value.shape[1] == num_tokens
-        return cut(value) if is_of_tokens else value
-    if isinstance(value, Cache):
-        return cache
-    if isinstance(value, tuple | list):
-        return type(value)(cut_arguments(each, num_tokens, cut, cache) for each in value)
-    if isinstance(value, Mapping):
-        return {name: cut_arguments(each, num_tokens, cut, cache) for name, each in value.items()}
-    return value
+
+    def cut_if_of_tokens(tensor: Tensor) -> Tensor:
+        is_of_tokens = tensor.dim() >= 2 and tensor.shape[0] == 1 and tensor.shape[1] == num_tokens
+        return cut(tensor) if is_of_tokens else tensor
+
+    return map_arguments(value, cut_if_of_tokens, lambda _: cache)
 
 
 def join(outputs: Sequence[Any], put: Callable[[Sequence[Tensor]], Tensor]) -> Any:
