@@ -190,8 +190,8 @@ def test_a_restarted_replica_is_another_epoch(replicas: list[Replica], subscribe
     share(replica.cache, "xy")
     assert follows(subscriber, replica)
     assert replica.publisher.sources.epoch != epoch
-    stats = subscriber.stats()["a"]
-    assert (stats.epoch, stats.num_restarts) == (replica.publisher.sources.epoch, 1)
+    expected = (replica.publisher.sources.epoch, 1)
+    assert subscriber.wait_for(lambda stats: (stats["a"].epoch, stats["a"].num_restarts) == expected, TIMEOUT_S)
 
 
 def test_what_is_not_kept_any_more_takes_a_snapshot(replicas: list[Replica], subscriber: KVEventSubscriber) -> None:

@@ -112,7 +112,7 @@ class KVEventSubscriber:
         self._do(lambda: self._remove(name))
 
     def stats(self) -> dict[str, StreamStats]:
-        """How far the messages of each replica were followed."""
+        """How far the messages of each replica were followed. The index may be a message ahead."""
         with self._news:
             return dict(self._stats)
 
