@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import fake_flashinfer
 from attention_cases import Case
@@ -30,15 +32,17 @@ from flashinfer_cases import (
     some_decodes,
     use_fake,
 )
+from prompts import random_prompts
+from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.attention import flashinfer_backend
-from radixkv.attention.backend import AttentionNeeds, choose_backend, unregister_backend
-from radixkv.attention.backend import register_backend as register
+from radixkv.attention.backend import AttentionNeeds, choose_backend, register_backend
 from radixkv.attention.flashinfer_backend import FlashInferBackend
 from radixkv.attention.torch_backend import TorchBackend
 from radixkv.errors import UnsupportedBackendError
 from radixkv.kernels.flashinfer_paged import KVPages, PagedDecode
 from radixkv.memory.fp4_codes import GLOBAL_SCALE
 from radixkv.memory.page_bytes import PageBytes
+from tiny_models import make_model, with_common
 
 SHARED = {(2, 3, 5, 6): 16, (3, 6): 32}
 PREFIXED = [(40, 41), (0, 13), *[(40 + i, 41 + i) for i in range(5)]]
@@ -201,6 +205,28 @@ def test_pages_of_the_two_packings_are_told_apart() -> None:
     assert PageBytes(halves).layout == "nhd: 2x(16+16)"
 
 
+def test_pages_on_the_disk_are_for_the_same_packing(device: str, tmp_path: Path) -> None:
+    """Full pages and one that is full in part; those of another backend's packing are those of another store."""
+    prompt = random_prompts(1, [37], shared=0)[0]
+    outputs = []
+    for backend in ("flashinfer", "flashinfer", "torch"):
+        config = EngineConfig(
+            attention_backend=backend,
+            kv_cache_dtype="fp4",
+            kv_cache_tokens=256,
+            page_size=16,
+            disk_cache=str(tmp_path),
+            disk_cache_gb=0.01,
+            warm_start_share=0,
+        )
+        model = make_model(LlamaConfig(**with_common(head_dim=128))).to(device, torch.bfloat16)
+        with Engine(model, config=config) as engine:
+            (output,) = engine.generate(prompt, SamplingParams(max_tokens=6, ignore_eos=True))
+        outputs.append(output)
+    assert [output.cached_tokens for output in outputs] == [0, 36, 0]
+    assert outputs[0].token_ids == outputs[1].token_ids
+
+
 # -- where it is not for fp4 -----------------------------------------------------------------------------------------
 
 
@@ -239,7 +265,7 @@ def test_fa3_is_refused(needs: AttentionNeeds) -> None:
         FlashInferBackend(case.pool("pairs"), needs, prefill="fa3")
 
 
-def test_auto_takes_another_for_fp4_where_there_is_one(needs: AttentionNeeds, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_another_for_fp4_where_there_is_one(needs: AttentionNeeds) -> None:
     assert choose_backend("flashinfer", needs) is FlashInferBackend
     assert choose_backend("auto", replace(needs, kv_dtype="fp8_e4m3")) is FlashInferBackend
     assert choose_backend("auto", needs) is not FlashInferBackend
@@ -249,11 +275,10 @@ def test_auto_takes_what_is_left_to_others_if_there_are_none(
     needs: AttentionNeeds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("radixkv.attention.backend._REGISTRY", {})
-    register(FlashInferBackend)
+    register_backend(FlashInferBackend)
     assert choose_backend("auto", needs) is FlashInferBackend
-    register(TorchBackend)
+    register_backend(TorchBackend)
     assert choose_backend("auto", needs) is TorchBackend
-    unregister_backend("torch")
 
 
 def test_graphs_and_sharing_are_weighed_by_the_bytes_of_the_codes(
