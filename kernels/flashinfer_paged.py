@@ -7,6 +7,12 @@ The one place where it is imported, and only when something here is made. Writte
 - `plan` leaves asynchronous copies out of pinned buffers, its own and ours, which must have ended before the next one.
 - A window of `w` tokens, the query's own included, is `window_left = w - 1`. Log-sum-exps are of base 2.
 - `run` fills a new output with zeros unless it is given one.
+- KV in 4 bits (NVFP4) is uint8: byte j has component 2j in its low bits and 2j + 1 in its high ones. A float8 e4m3 for
+  each 16 components lies in pages of the same order.
+- Only fa2's kernels on tensor cores read it. Decodes on CUDA cores are not given the scales, and raise no error.
+- `run` multiplies the scores' scale by `k_scale`, and the output by `v_scale`, in place, in a kernel of its own.
+- `plan` of a prefill never splits such KV over many processors. Decodes leave splitting on: a graph must have it, since
+  only a split plan marks which of the graph's blocks have work.
 """
 
 from __future__ import annotations
@@ -43,10 +49,11 @@ class AttentionKind:
     Attributes:
         page_size: tokens a page.
         dtype: of queries and outputs.
-        kv_dtype: of KV: `dtype`, or a float of 8 bits.
+        kv_dtype: of KV: `dtype`, a float of 8 bits, or uint8 that holds two codes of 4 bits.
         scale: factor on the scores.
         window_left: keys before its own that a token sees; NO_WINDOW sees all.
         softcap: scores become softcap * tanh(score / softcap); 0 leaves them.
+        global_scale: factor on all codes of 4 bits, besides their blocks' scales; None for other KV.
     """
 
     num_q_heads: int
@@ -58,11 +65,20 @@ class AttentionKind:
     scale: float
     window_left: int = NO_WINDOW
     softcap: float = 0.0
+    global_scale: float | None = None
+
+    @property
+    def has_block_scales(self) -> bool:
+        """Whether KV is codes of 4 bits, with scales in pages of their own."""
+        return self.global_scale is not None
 
     @property
     def uses_tensor_cores(self) -> bool:
-        """Whether decodes run on tensor cores. Without them only groups of 1, 2, 3, 4, 6 and 8 are known."""
-        return self.num_q_heads // self.num_kv_heads >= TENSOR_CORES_FROM_GROUP
+        """Whether decodes run on tensor cores.
+
+        Without them only groups of 1, 2, 3, 4, 6 and 8 are known, and no scales of blocks.
+        """
+        return self.has_block_scales or self.num_q_heads // self.num_kv_heads >= TENSOR_CORES_FROM_GROUP
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -79,6 +95,27 @@ class AttentionKind:
             "kv_data_type": self.kv_dtype,
             "sm_scale": self.scale,
         }
+
+
+class KVPages(NamedTuple):
+    """The KV of a layer.
+
+    Attributes:
+        k, v: [num_pages, page_size, num_kv_heads, head_dim] of the kind's `kv_dtype`; head_dim / 2 bytes where a byte
+            holds two codes.
+        block_scales: of codes of 4 bits, K's and V's: float8 e4m3 [num_pages, page_size, num_kv_heads, head_dim / 16].
+    """
+
+    k: Tensor
+    v: Tensor
+    block_scales: tuple[Tensor, Tensor] | None = None
+
+    def run_options(self, kind: AttentionKind) -> dict[str, Any]:
+        """What every `run` over these pages must be told besides."""
+        assert (self.block_scales is not None) == kind.has_block_scales, "pages of another kind"
+        if self.block_scales is None:
+            return {}
+        return {"kv_cache_sf": self.block_scales, "k_scale": kind.global_scale, "v_scale": kind.global_scale}
 
 
 class PageLists(NamedTuple):
@@ -131,6 +168,7 @@ class PagedDecode:
             paged_kv_indptr_buffer=None if graph is None else graph.indptr,
             paged_kv_indices_buffer=None if graph is None else graph.indices,
             paged_kv_last_page_len_buffer=None if graph is None else graph.last_page_len,
+            backend="fa2" if kind.has_block_scales else "auto",
         )
 
     def plan(self, pages: PageLists) -> None:
@@ -147,21 +185,24 @@ class PagedDecode:
                 again(self._wrapper, indptr, indices, last_page_len, *self._kind.sizes, **self._kind.options)
         self._is_planned = True
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None = None) -> None:
-        """Attention of q [sequences, num_q_heads, head_dim] over k, v [num_pages, page_size, num_kv_heads, head_dim].
+    def run(self, q: Tensor, pages: KVPages, out: Tensor, lse: Tensor | None = None) -> None:
+        """Attention of q [sequences, num_q_heads, head_dim] over the planned pages.
 
         Writes to `out`, like q, and the base-2 log-sum-exps to `lse`, float32 [sequences, num_q_heads].
         """
-        self._wrapper.run(q, (k, v), out=out, lse=lse, return_lse=lse is not None)
+        options = pages.run_options(self._kind)
+        self._wrapper.run(q, (pages.k, pages.v), out=out, lse=lse, return_lse=lse is not None, **options)
 
 
 class PagedPrefill:
     """Several query tokens of each sequence: its last ones where `plan` says causal, else any that see all its KV.
 
-    `backend`: "auto" takes fa3 on Hopper, which does not split the KV of few long sequences over many processors.
+    `backend`: "auto" takes fa3 on Hopper, which does not split the KV of few long sequences over many processors, and
+    does not read codes of 4 bits; for these "auto" is fa2.
     """
 
     def __init__(self, kind: AttentionKind, workspace: Tensor, backend: PrefillBackend) -> None:
+        assert backend != "fa3" or not kind.has_block_scales, "fa3 reads no codes of 4 bits"
         self._kind = kind
         self._staging = _Staging(workspace.device)
         self._wrapper = load().BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=backend)
@@ -179,9 +220,10 @@ class PagedPrefill:
                 **self._kind.options,
             )
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None = None) -> None:
+    def run(self, q: Tensor, pages: KVPages, out: Tensor, lse: Tensor | None = None) -> None:
         """As `PagedDecode.run`, with q [queries, num_q_heads, head_dim]."""
-        self._wrapper.run(q, (k, v), out=out, lse=lse, return_lse=lse is not None)
+        options = pages.run_options(self._kind)
+        self._wrapper.run(q, (pages.k, pages.v), out=out, lse=lse, return_lse=lse is not None, **options)
 
 
 def merge_in_place(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 HEAD_DIMS = (64, 128, 256)
 CUDA_CORE_GROUPS = (1, 2, 3, 4, 6, 8)
+NVFP4, NVFP4_BLOCK = torch.uint8, 16  # the type of pages of 4-bit codes, and how many of them have one scale
 
 calls: list[str] = []  # what was run, for tests that ask
 
@@ -22,6 +23,17 @@ def _check_index(tensor: Tensor, device: str | torch.device, name: str) -> None:
     assert tensor.dtype == torch.int32, f"{name} is {tensor.dtype}"
     assert tensor.device.type == torch.device(device).type, f"{name} lies on {tensor.device}"
     assert tensor.is_contiguous(), name
+
+
+def nvfp4_values(packed: Tensor, block_scales: Tensor) -> Tensor:
+    """What the kernels make of bytes [..., dim / 2] and scales [..., dim / 16], before k_scale and v_scale: float32.
+
+    The low 4 bits of a byte come first. A code is 1 bit of sign, 2 of exponent and 1 of fraction, with a bias of 1.
+    """
+    codes = torch.stack([packed % 16, packed // 16], dim=-1).flatten(-2).int()
+    exponent, fraction = codes // 2 % 4, codes % 2 / 2
+    magnitudes = torch.where(exponent > 0, (1 + fraction) * 2.0 ** (exponent - 1), fraction)
+    return torch.where(codes < 8, magnitudes, -magnitudes) * block_scales.float().repeat_interleave(NVFP4_BLOCK, dim=-1)
 
 
 class _Wrapper:
@@ -58,9 +70,10 @@ class _Wrapper:
     ) -> None:
         assert window_left >= -1
         assert dtypes[0] in (torch.float16, torch.bfloat16)
-        assert dtypes[1] in (None, dtypes[0], torch.float8_e4m3fn, torch.float8_e5m2)
+        assert dtypes[1] in (None, dtypes[0], torch.float8_e4m3fn, torch.float8_e5m2, NVFP4)
         self._q_shape = (num_qo_heads, head_dim)
-        self._page_shape = (page_size, num_kv_heads, head_dim)
+        values_per_byte = 2 if dtypes[1] == NVFP4 else 1
+        self._page_shape = (page_size, num_kv_heads, head_dim // values_per_byte)
         self._window_left = window_left
         self._soft_cap = logits_soft_cap or 0.0
         self._dtype, self._kv_dtype = dtypes[0], dtypes[1] or dtypes[0]
@@ -74,8 +87,11 @@ class _Wrapper:
         out: Tensor | None,
         lse: Tensor | None,
         return_lse: bool,
+        scales: tuple[float | None, float | None, tuple[Tensor, Tensor] | None],
     ) -> Any:
         k, v = kv
+        k_scale, v_scale, kv_cache_sf = scales
+        block_scales = self._check_block_scales(k, v, kv_cache_sf)
         assert tuple(q.shape[1:]) == self._q_shape
         assert q.stride(-1) == 1
         assert q.dtype == self._dtype
@@ -95,18 +111,46 @@ class _Wrapper:
             page_ids = torch.tensor(indices[indptr[i] : indptr[i + 1]], device=q.device)
             kv_len = (len(page_ids) - 1) * self._page_shape[0] + last
             rows = slice(qo_indptr[i], qo_indptr[i + 1])
-            one_k, one_v = (x[page_ids].flatten(0, 1)[:kv_len].float() for x in (k, v))
-            one_out, one_lse = self._dense(q[rows].float(), one_k, one_v)
+            one_k, one_v = (
+                self._read(x, scale, page_ids)[:kv_len] for x, scale in zip((k, v), block_scales, strict=True)
+            )
+            one_out, one_lse = self._dense(q[rows].float(), one_k, one_v, 1.0 if k_scale is None else k_scale)
             out[rows] = one_out.to(out.dtype)
             if lse is not None:
                 lse[rows] = one_lse
+        if v_scale is not None:
+            out *= v_scale
         return (out, lse) if return_lse else out
 
-    def _dense(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _check_block_scales(
+        self, k: Tensor, v: Tensor, kv_cache_sf: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if self._kv_dtype != NVFP4:
+            assert kv_cache_sf is None, "scales of KV that has none"
+            return None, None
+        if kv_cache_sf is None:
+            raise ValueError("kv_cache_sf must be provided for NVFP4 KV cache.")
+        if not isinstance(kv_cache_sf, tuple):
+            raise KeyError(f"Unrecognized paged_kv_cache type {type(kv_cache_sf)}")
+        page_size, num_kv_heads, _ = self._page_shape
+        for pages, scales in zip((k, v), kv_cache_sf, strict=True):
+            assert scales.dtype == torch.float8_e4m3fn, f"scales are {scales.dtype}"
+            assert tuple(scales.shape) == (len(pages), page_size, num_kv_heads, self._q_shape[1] // NVFP4_BLOCK)
+            assert scales.stride(-1) == 1, "NVFP4 scale tensor innermost stride must be 1"
+            assert scales.device == pages.device
+        return kv_cache_sf
+
+    def _read(self, pages: Tensor, block_scales: Tensor | None, page_ids: Tensor) -> Tensor:
+        """Values of pages, [tokens, num_kv_heads, head_dim] in float32."""
+        if block_scales is None:
+            return pages[page_ids].flatten(0, 1).float()
+        return nvfp4_values(pages[page_ids], block_scales[page_ids]).flatten(0, 1)
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, k_scale: float) -> tuple[Tensor, Tensor]:
         qo_len, kv_len = len(q), len(k)
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        scores = torch.einsum("qhd,khd->hqk", q, k) * self._scale
+        scores = torch.einsum("qhd,khd->hqk", q, k) * (self._scale * k_scale)
         if self._soft_cap > 0:
             scores = self._soft_cap * torch.tanh(scores / self._soft_cap)
         qo_idx = torch.arange(qo_len, device=q.device)[:, None]
@@ -137,6 +181,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         jit_args: list[Any] | None = None,
     ) -> None:
         assert kv_layout == "NHD"
+        assert backend in ("auto", "fa2")
         assert float_workspace_buffer.dtype == torch.uint8
         self.device = float_workspace_buffer.device
         self._use_tensor_cores, self._use_cuda_graph = use_tensor_cores, use_cuda_graph
@@ -170,6 +215,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         group, rest = divmod(num_qo_heads, num_kv_heads)
         assert rest == 0
         assert self._use_tensor_cores or group in CUDA_CORE_GROUPS, f"Unsupported group_size: {group}"
+        assert self._use_tensor_cores or kv_data_type != NVFP4, "the kernels on CUDA cores take no scales of blocks"
         if self._use_cuda_graph:
             assert len(last_page_len) == len(self._buffers[2]), "The batch size should be fixed in cudagraph mode"
             assert len(indices) <= len(self._buffers[1])
@@ -195,13 +241,17 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         q: Tensor,
         paged_kv_cache: tuple[Tensor, Tensor],
         *args: Any,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
         out: Tensor | None = None,
         lse: Tensor | None = None,
         return_lse: bool = False,
+        kv_cache_sf: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
         assert len(q) == len(self._buffers[2])
         calls.append("decode")
-        return self._attend(q, paged_kv_cache, self._buffers, out, lse, return_lse)
+        scales = (k_scale, v_scale, kv_cache_sf)
+        return self._attend(q, paged_kv_cache, self._buffers, out, lse, return_lse, scales)
 
 
 def fast_decode_plan(
@@ -262,6 +312,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         assert not use_cuda_graph
         assert float_workspace_buffer.dtype == torch.uint8
         self.device = float_workspace_buffer.device
+        self._backend = backend
 
     def plan(
         self,
@@ -294,6 +345,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         assert len(qo_indptr) == len(paged_kv_indptr)
         assert custom_mask is packed_custom_mask is None
         assert head_dim_vo in (None, head_dim_qk)
+        assert kv_data_type != NVFP4 or self._backend != "fa3", "FA3 does not support NVFP4 KV cache"
         self._causal = causal
         self._qo_indptr = qo_indptr.clone()
         self._pages = (paged_kv_indptr.clone(), paged_kv_indices, paged_kv_last_page_len.clone())
@@ -313,13 +365,17 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         q: Tensor,
         paged_kv_cache: tuple[Tensor, Tensor],
         *args: Any,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
         out: Tensor | None = None,
         lse: Tensor | None = None,
         return_lse: bool = False,
+        kv_cache_sf: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
         assert len(q) == int(self._qo_indptr[-1])
         calls.append("causal prefill" if self._causal else "prefill")
-        return self._attend(q, paged_kv_cache, self._pages, out, lse, return_lse)
+        scales = (k_scale, v_scale, kv_cache_sf)
+        return self._attend(q, paged_kv_cache, self._pages, out, lse, return_lse, scales)
 
 
 def merge_state_in_place(v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor, mask: Tensor | None = None) -> None:

@@ -36,6 +36,7 @@ POOLS = {
     "lanes": of_values("lanes"),
     "lanes of 16 bit": of_values("lanes", dtype=torch.bfloat16),
     "codes": of_values("nhd", "int4"),
+    "pairs of codes": of_values("pairs", "int4"),
     "lanes of codes": of_values("lanes", "int8"),
     "latents": of_latents,
 }

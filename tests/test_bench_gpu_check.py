@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from radixkv_bench.attention.shapes import CASES
 from radixkv_bench.gpu import check as gpu_check
 from radixkv_bench.gpu import parts as gpu_parts
 from radixkv_bench.gpu.check import ROOT, Part
@@ -55,6 +56,15 @@ def test_parts_fit_into_nine_minutes() -> None:
     for part in parts:
         files = [word for word in part.command if word.endswith(".py") and not word.startswith("--")]
         assert all((ROOT / file).exists() for file in files), part
+
+
+def test_one_part_reads_fp4_by_every_backend() -> None:
+    (part,) = (part for part in gpu_check.parts() if "--kv-dtype" in part.command)
+    options = [*zip(part.command, part.command[1:], strict=False)]
+    assert ("--kv-dtype", "fp4") in options
+    assert {value for option, value in options if option == "--backend"} == set(gpu_check.BACKENDS) >= {"flashinfer"}
+    named = {value for option, value in options if option == "--case"}
+    assert named == set(gpu_check.FP4_CASES) <= {case.name for case in CASES["cuda"]}
 
 
 def row(case: str, backend: str, ms: float, fraction: float = 0.5) -> dict[str, Any]:

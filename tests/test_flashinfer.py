@@ -2,57 +2,49 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import fake_flashinfer
-from attention_cases import TOLERANCE, Case
+from attention_cases import Case
+from flashinfer_cases import (
+    ALWAYS,
+    DECODES,
+    ON_GPU,
+    SPANS,
+    MakeCase,
+    check,
+    compare,
+    graph_plan,
+    make_backend,
+    on_gpu,
+    some_decodes,
+    use_fake,
+)
 from radixkv.attention import flashinfer_backend
-from radixkv.attention.backend import AttentionNeeds, AttentionParams, GraphPlan, LayerAttention
+from radixkv.attention.backend import AttentionNeeds, AttentionParams, LayerAttention
 from radixkv.attention.flashinfer_backend import FlashInferBackend
 from radixkv.attention.flashinfer_plan import first_tokens, page_lists
-from radixkv.attention.metadata import AttentionMetadata, SequenceSpan, build_metadata
-from radixkv.attention.shared_prefix import BreakEven
+from radixkv.attention.metadata import SequenceSpan, build_metadata
 from radixkv.engine.gpu_sampling import sampling_kernels
 from radixkv.kernels.flashinfer_paged import load
 from radixkv.memory.kv_pool import KVPool
 from radixkv.memory.kv_shape import LayerKV
-
-HAS_FLASHINFER = torch.cuda.is_available() and importlib.util.find_spec("flashinfer") is not None
-ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not HAS_FLASHINFER, reason="needs CUDA and flashinfer")]
-
-
-def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
-    for mark in ON_GPU:
-        test = mark(test)
-    return test
-
-
-SPANS = [(0, 1), (0, 13), (20, 21), (37, 38), (15, 33), (16, 17), (31, 32), (3, 40)]  # [first, last) of each sequence
-DECODES = [(20, 21), (37, 38), (16, 17), (31, 32)]
-ALWAYS = BreakEven(min_sequences=2, min_tokens=1)
-
-MakeCase = Callable[..., Case]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=ON_GPU)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Where the cases run: the CPU with the fake, or CUDA with the real one."""
     if request.param == "cpu":
-        fake_flashinfer.calls.clear()
-        monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
-        monkeypatch.setattr(flashinfer_backend, "DEVICE_TYPE", "cpu")
-        monkeypatch.setattr(flashinfer_backend, "WORKSPACE_BYTES", 1 << 10)
+        use_fake(monkeypatch)
     yield request.param
     fake_flashinfer.calls.clear()
 
@@ -63,20 +55,6 @@ def make_case(device: str) -> MakeCase:
         return Case(spans, device=device, **{"head_dim": 64, "dtype": torch.float16, **options})
 
     return make
-
-
-def make_backend(case: Case, params: AttentionParams, **options: Any) -> FlashInferBackend:
-    needs = case.needs(params)
-    assert FlashInferBackend.why_not(needs) is None
-    return FlashInferBackend(case.pool(FlashInferBackend.layout(needs)), needs, **options)
-
-
-def check(case: Case, backend: FlashInferBackend, params: AttentionParams) -> None:
-    compare(case, backend.plan(case.metadata).attend(0, case.q, params), params)
-
-
-def compare(case: Case, found: Tensor, params: AttentionParams) -> None:
-    torch.testing.assert_close(found.double().cpu(), case.expected(params), rtol=0, atol=TOLERANCE[case.dtype])
 
 
 @pytest.mark.parametrize(
@@ -99,7 +77,7 @@ def test_floats_of_8_bits_are_read_as_they_are(make_case: MakeCase, kv_dtype: st
 
 def test_codes_with_scales_are_not_for_it(make_case: MakeCase) -> None:
     case = make_case(SPANS, kv_dtype="int8")
-    reason = "reads KV in the model's dtype and in fp8_e4m3 and fp8_e5m2, not int8"
+    reason = "reads KV in the model's dtype or as fp8_e4m3, fp8_e5m2, fp4, not as int8"
     assert FlashInferBackend.why_not(case.needs(case.params())) == reason
 
 
@@ -257,25 +235,6 @@ def test_layers_of_several_kinds(make_case: MakeCase, monkeypatch: pytest.Monkey
 
 
 # -- one batch size, for graphs --------------------------------------------------------------------------------------
-
-
-def some_decodes(metadata: AttentionMetadata, first: int, last: int) -> AttentionMetadata:
-    """The sequences [first, last) of decodes."""
-    pages = slice(*metadata.kv_indptr[[first, last]])
-    return AttentionMetadata(
-        page_size=metadata.page_size,
-        qo_indptr=metadata.qo_indptr[: last - first + 1],
-        kv_indptr=metadata.kv_indptr[first : last + 1] - metadata.kv_indptr[first],
-        kv_indices=metadata.kv_indices[pages],
-        kv_last_page_len=metadata.kv_last_page_len[first:last],
-        kv_lens=metadata.kv_lens[first:last],
-        positions=metadata.positions[first:last],
-        slots=metadata.slots[first:last],
-    )
-
-
-def graph_plan(backend: FlashInferBackend, batch_size: int, max_pages: int) -> GraphPlan:
-    return backend.graph_plan(torch.zeros(batch_size, dtype=torch.int64, device=backend.pool.device), max_pages)
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 7, "softcap": 3.0}])

@@ -6,7 +6,6 @@ import ctypes
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -25,7 +24,6 @@ from attention_cases import Case
 from prompts import random_prompts
 from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.attention.backend import choose_backend
-from radixkv.attention.flashinfer_backend import FlashInferBackend
 from radixkv.errors import ConfigError, UnsupportedBackendError
 from radixkv.kernels import numba_codes, numba_fp4, triton_device
 from radixkv.kernels.numba_emitter import IVEC, Emitter
@@ -300,12 +298,6 @@ def test_heads_that_blocks_do_not_fill_are_refused(head_dim: int) -> None:
 def test_latents_are_refused() -> None:
     with pytest.raises(UnsupportedBackendError, match="keeps latents in the model's dtype, not as fp4"):
         Engine(tiny_model("deepseek_v3"), config=EngineConfig(kv_cache_dtype="fp4", kv_cache_tokens=64))
-
-
-def test_flashinfer_is_refused_with_the_reason() -> None:
-    case = Case([(0, 1)], head_dim=64, dtype=torch.bfloat16, kv_dtype="fp4")
-    needs = replace(case.needs(case.params()), device=torch.device("cuda"))
-    assert FlashInferBackend.why_not(needs) == ("reads KV in the model's dtype and in fp8_e4m3 and fp8_e5m2, not fp4")
 
 
 def test_pages_come_back_from_the_disk_of_the_same_form_alone(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ LAYERS = [LayerKV(2, 32, 16), LayerKV(1, 48, 48)]
 STEP = 1 + 2**-7  # between two neighbouring bfloat16
 SMALLEST_BF16 = 2.0**-133
 EVERY_CODE = pytest.mark.parametrize("kv_dtype", CODE_FORMS)
-EVERY_LAYOUT = pytest.mark.parametrize("layout", ["nhd", "lanes"])
+EVERY_LAYOUT = pytest.mark.parametrize("layout", ["nhd", "pairs", "lanes"])
 
 Array = NDArray[np.float64]
 

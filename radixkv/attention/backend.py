@@ -166,6 +166,15 @@ class GraphableBackend(AttentionBackend, Protocol):
         ...
 
 
+@runtime_checkable
+class LeavesToOthers(Protocol):
+    """A backend that "auto" takes for some models only where no other can serve them."""
+
+    def leaves_to_others(self, needs: AttentionNeeds) -> bool:
+        """Whether that model, which it can serve, is one of them."""
+        ...
+
+
 class BackendClass(Protocol):
     """What is registered: the class of a backend, or anything that has these."""
 
@@ -198,12 +207,19 @@ class _Entry(NamedTuple):
             return f"needs {self.requires}, which is not installed"
         return self.load().why_not(needs)
 
+    def leaves_to_others(self, needs: AttentionNeeds) -> bool:
+        backend = self.load()
+        return isinstance(backend, LeavesToOthers) and backend.leaves_to_others(needs)
+
 
 _REGISTRY: dict[str, _Entry] = {}
 
 
 def register_backend(backend: BackendClass) -> None:
-    """Make a backend known by its name; "auto" takes the first registered one that can serve the model."""
+    """Make a backend known by its name; "auto" takes the first registered one that can serve the model.
+
+    One that `LeavesToOthers` a model is taken for it only if no other can serve it.
+    """
     _REGISTRY[backend.name] = _Entry(lambda: backend, None)
 
 
@@ -241,12 +257,13 @@ def why_not(name: str, needs: AttentionNeeds) -> str | None:
 
 
 def choose_backend(name: str, needs: AttentionNeeds) -> BackendClass:
-    """The backend of that name; "auto" takes the first that can serve the model, and asks no others.
+    """The backend of that name; "auto" takes the first that can serve the model and does not leave it to others, and
+    asks none after it.
 
     Raises: UnsupportedBackendError that says why, and what can.
     """
     if name == "auto":
-        chosen = next(_able(needs), None)
+        chosen = _first_choice(needs)
     elif name not in _REGISTRY:
         raise UnsupportedBackendError(f"unknown attention backend {name!r}; there are auto, {', '.join(_REGISTRY)}")
     else:
@@ -258,6 +275,16 @@ def choose_backend(name: str, needs: AttentionNeeds) -> BackendClass:
         raise UnsupportedBackendError(f"no attention backend can serve this model with these settings: {reasons}")
     reason = why_not(name, needs)
     raise UnsupportedBackendError(f"attention backend {name!r} {reason}; {', '.join(able)} can serve this model")
+
+
+def _first_choice(needs: AttentionNeeds) -> str | None:
+    """What "auto" takes; None if no backend can serve the model."""
+    last_resorts: list[str] = []
+    for name in _able(needs):
+        if not _REGISTRY[name].leaves_to_others(needs):
+            return name
+        last_resorts.append(name)
+    return last_resorts[0] if last_resorts else None
 
 
 def _able(needs: AttentionNeeds) -> Iterator[str]:

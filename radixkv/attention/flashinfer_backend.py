@@ -14,15 +14,29 @@ from radixkv.attention.backend import (
     LayerAttention,
     why_not_keys_and_values,
 )
-from radixkv.attention.flashinfer_choice import DTYPES, why_not_here, why_not_layer
+from radixkv.attention.flashinfer_choice import DTYPES, why_not_fp4_here, why_not_here, why_not_layer
 from radixkv.attention.flashinfer_plan import KindPlan, KindWrappers, first_tokens, page_lists, share
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.attention.shared_prefix import BreakEven, plan_cascade
-from radixkv.kernels.flashinfer_paged import NO_WINDOW, AttentionKind, GraphBuffers, PagedDecode, PrefillBackend
-from radixkv.memory.kv_pool import KVLayout, KVPool, pool_bytes_per_token
+from radixkv.errors import UnsupportedBackendError
+from radixkv.kernels.flashinfer_paged import (
+    NO_WINDOW,
+    AttentionKind,
+    GraphBuffers,
+    KVPages,
+    PagedDecode,
+    PrefillBackend,
+)
+from radixkv.memory.fp4_codes import GLOBAL_SCALE
+from radixkv.memory.kv_pool import KVLayout, KVPool
+from radixkv.memory.quantized_pool import kv_bytes_per_token
 
 DEVICE_TYPE = "cuda"
-FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}  # what KV may be kept as besides
+CODES = {  # what KV may be kept as besides, and how FlashInfer knows it
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+    "fp4": torch.uint8,
+}
 WORKSPACE_BYTES = 256 << 20  # partial results of KV that is split over many processors
 
 # What a level of shared parts must spare each layer to pay for its three or so more kernels: 25 µs of reading at
@@ -41,12 +55,11 @@ class LayerPages(NamedTuple):
     """What is computed of a layer, and its pages in the type that they are of."""
 
     kind: AttentionKind
-    k: Tensor
-    v: Tensor
+    pages: KVPages
 
 
 class FlashInferBackend:
-    """KV in float16, bfloat16, fp8_e4m3 and fp8_e5m2 on CUDA.
+    """KV in float16, bfloat16, fp8_e4m3, fp8_e5m2 and fp4 on CUDA.
 
     Sequences that compute one token run by the decode kernels and all others by the prefill kernels, one call each:
     in a joint prefill call the tiles are as high as the extends need, and a decode would leave them nearly empty.
@@ -55,7 +68,10 @@ class FlashInferBackend:
 
     Args:
         break_even: from where on a shared prefix is read once; as a default where it spares `LEVEL_BYTES` a layer.
-        prefill: FlashInfer's implementation for extends; fa2 splits long cached KV over many processors, fa3 does not.
+        prefill: FlashInfer's implementation for extends; fa2 splits long cached KV over many processors, fa3 does not,
+            and reads no fp4.
+
+    Raises: UnsupportedBackendError if `prefill` cannot read such KV.
     """
 
     name = "flashinfer"
@@ -68,10 +84,12 @@ class FlashInferBackend:
         break_even: BreakEven | None = None,
         prefill: PrefillBackend = "fa2",
     ) -> None:
+        if prefill == "fa3" and needs.kv_dtype == "fp4":
+            raise UnsupportedBackendError("FlashInfer's fa3 reads no fp4 KV; take fa2 or auto")
         self.pool = pool
         self.num_layers = len(pool.layers)
-        kv_dtype = FLOAT8.get(needs.kv_dtype, needs.dtype)
-        self._k, self._v = ([pages.view(kv_dtype) for pages in of_layers] for of_layers in (pool.k, pool.v))
+        self._kv_dtype = needs.kv_dtype
+        self._pages = [_pages(pool, layer, needs) for layer in range(self.num_layers)]
         self._break_even = break_even or _break_even(pool)
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
         self._kinds = [_kind(layer, needs) for layer in needs.layers]
@@ -82,8 +100,8 @@ class FlashInferBackend:
     def why_not(needs: AttentionNeeds) -> str | None:
         if (reason := why_not_keys_and_values(needs)) is not None:
             return reason
-        if needs.kv_dtype not in ("auto", *FLOAT8):
-            return f"reads KV in the model's dtype and in {' and '.join(FLOAT8)}, not {needs.kv_dtype}"
+        if needs.kv_dtype not in ("auto", *CODES):
+            return f"reads KV in the model's dtype or as {', '.join(CODES)}, not as {needs.kv_dtype}"
         if needs.device.type != DEVICE_TYPE:
             return f"runs on CUDA, and the model is on {needs.device}"
         if needs.dtype not in DTYPES:
@@ -91,11 +109,18 @@ class FlashInferBackend:
         for number, layer in enumerate(needs.layers):
             if (reason := why_not_layer(layer)) is not None:
                 return f"{reason}, as layer {number} asks"
+        if needs.kv_dtype == "fp4" and (reason := why_not_fp4_here(needs.device)) is not None:
+            return reason
         return why_not_here(needs.device)
 
     @staticmethod
+    def leaves_to_others(needs: AttentionNeeds) -> bool:
+        """True of fp4: nothing says that it is faster than Triton here, whose kernels need no CUDA compiler."""
+        return needs.kv_dtype == "fp4"
+
+    @staticmethod
     def layout(needs: AttentionNeeds) -> KVLayout:
-        return "nhd"
+        return "pairs" if needs.kv_dtype == "fp4" else "nhd"
 
     def plan(self, metadata: AttentionMetadata) -> FlashInferPlan:
         qo_lens = metadata.qo_lens
@@ -114,7 +139,8 @@ class FlashInferBackend:
         sharing = [
             layer for layer, kind in zip(self.pool.layers, self._kinds, strict=True) if kind.window_left == NO_WINDOW
         ]
-        return saved_tokens * pool_bytes_per_token(sharing, self.pool.dtype) > self.num_layers * GRAPH_BYTES
+        bytes_per_token = kv_bytes_per_token(sharing, self._kv_dtype, self.pool.dtype)
+        return saved_tokens * bytes_per_token > self.num_layers * GRAPH_BYTES
 
     def graph_plan(self, slots: Tensor, max_pages: int) -> FlashInferGraphPlan:
         """See `GraphableBackend`. All graph plans use the same workspace and the same buffers."""
@@ -131,7 +157,7 @@ class FlashInferBackend:
 
     def layer(self, number: int) -> LayerPages:
         """What the kernels must know of a layer."""
-        return LayerPages(self._kinds[number], self._k[number], self._v[number])
+        return LayerPages(self._kinds[number], self._pages[number])
 
 
 class FlashInferPlan:
@@ -144,9 +170,9 @@ class FlashInferPlan:
         self._backend.pool.write(layer, self._slots, k, v)
 
     def attend(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
-        kind, k, v = self._backend.layer(layer)
+        kind, pages = self._backend.layer(layer)
         assert _window_left(params) == kind.window_left, f"layer {layer} changed its window"
-        return self._of_kinds[kind].attend(q.contiguous(), k, v)
+        return self._of_kinds[kind].attend(q.contiguous(), pages)
 
 
 class FlashInferGraphPlan:
@@ -166,10 +192,10 @@ class FlashInferGraphPlan:
         self._backend.pool.write(layer, self._slots, k, v)
 
     def attend(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
-        kind, k, v = self._backend.layer(layer)
+        kind, pages = self._backend.layer(layer)
         q = q.contiguous()
         out = torch.empty_like(q)
-        self._decodes[kind].run(q, k, v, out)
+        self._decodes[kind].run(q, pages, out)
         return out
 
 
@@ -185,11 +211,23 @@ def _kind(layer: LayerAttention, needs: AttentionNeeds) -> AttentionKind:
         head_dim=layer.kv.k_head_dim,
         page_size=needs.page_size,
         dtype=needs.dtype,
-        kv_dtype=FLOAT8.get(needs.kv_dtype, needs.dtype),
+        kv_dtype=CODES.get(needs.kv_dtype, needs.dtype),
         scale=layer.params.scale,
         window_left=_window_left(layer.params),
         softcap=layer.params.softcap or 0.0,
+        global_scale=GLOBAL_SCALE if needs.kv_dtype == "fp4" else None,
     )
+
+
+def _pages(pool: KVPool, layer: int, needs: AttentionNeeds) -> KVPages:
+    """A layer's pages as FlashInfer's types; views of the pool's."""
+    kv_dtype = CODES.get(needs.kv_dtype, needs.dtype)
+    k, v = pool.k[layer].view(kv_dtype), pool.v[layer].view(kv_dtype)
+    if needs.kv_dtype != "fp4":
+        return KVPages(k, v)
+    assert pool.layout == "pairs", f"FlashInfer would read codes in {pool.layout} as if neighbours shared a byte"
+    k_scales, v_scales = (scales[layer].view(torch.float8_e4m3fn) for scales in (pool.k_scales, pool.v_scales))
+    return KVPages(k, v, (k_scales, v_scales))
 
 
 def _window_left(params: AttentionParams) -> int:

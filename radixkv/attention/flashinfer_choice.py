@@ -11,6 +11,12 @@ MIN_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
 HEAD_DIMS = (64, 128, 256)  # for which the kernels that merge parts are compiled
 DTYPES = (torch.float16, torch.bfloat16)
 
+NO_FP4 = {  # compute capabilities on which FlashInfer does not read fp4 KV, or was seen to read it wrongly
+    (10, 7): "does not decode over it there",
+    (12, 0): "was seen to read it wrongly there where KV is split over many processors",
+    (12, 1): "was seen to read it wrongly there where KV is split over many processors",
+}
+
 
 def why_not_layer(layer: LayerAttention) -> str | None:
     """Why the kernels for keys and values cannot compute a layer; None if they can."""
@@ -27,6 +33,16 @@ def why_not_layer(layer: LayerAttention) -> str | None:
     if params.key_bias is not None:
         return "has no biases of keys (ALiBi) here"
     return None
+
+
+def why_not_fp4_here(device: torch.device) -> str | None:
+    """Why FlashInfer's kernels cannot be used for fp4 KV on that device; None if they can."""
+    if device.type != "cuda":
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if (reason := NO_FP4.get(capability)) is None:
+        return None
+    return "has no fp4 KV for compute capability {}.{}: FlashInfer {}".format(*capability, reason)
 
 
 def why_not_here(device: torch.device) -> str | None:

@@ -15,6 +15,7 @@ from radixkv.attention.shared_prefix import CascadePlan, SharedPart
 from radixkv.kernels.flashinfer_paged import (
     NO_WINDOW,
     AttentionKind,
+    KVPages,
     PagedDecode,
     PagedPrefill,
     PageLists,
@@ -50,31 +51,31 @@ class KindPlan(NamedTuple):
     extends: Share | None
     levels: list[_Level]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, pages: KVPages) -> Tensor:
         """Attention of one layer over its pages. q is [tokens, num_q_heads, head_dim], in order; so is the result."""
         out = torch.empty_like(q)
         if self.extends is not None:
             rows = self.extends.rows
             part = _take(out, rows)
-            self.extend.run(_take(q, rows), k, v, part)
+            self.extend.run(_take(q, rows), pages, part)
             _put(out, rows, part)
         if self.decodes is not None:
             rows = self.decodes.rows
             part = _take(out, rows)
-            self._run_decodes(_take(q, rows), k, v, part)
+            self._run_decodes(_take(q, rows), pages, part)
             _put(out, rows, part)
         return out
 
-    def _run_decodes(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    def _run_decodes(self, q: Tensor, pages: KVPages, out: Tensor) -> None:
         if not self.levels:
-            self.decode.run(q, k, v, out)
+            self.decode.run(q, pages, out)
             return
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-        self.decode.run(q, k, v, out, lse)
+        self.decode.run(q, pages, out, lse)
         for level in self.levels:
             shared_out = q.new_empty(level.num_rows, *q.shape[1:])
             shared_lse = lse.new_empty(level.num_rows, lse.shape[1])
-            level.prefill.run(_take(q, level.rows), k, v, shared_out, shared_lse)
+            level.prefill.run(_take(q, level.rows), pages, shared_out, shared_lse)
             part, part_lse = _take(out, level.rows), _take(lse, level.rows)
             merge_in_place(part, part_lse, shared_out, shared_lse)
             _put(out, level.rows, part)

@@ -23,6 +23,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from radixkv.memory.packing import HALVES, Packing
+
 BLOCK = 16
 """Components that share a scale."""
 
@@ -33,13 +35,13 @@ SIGN = 8
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def encode_fp4(values: Tensor) -> tuple[Tensor, Tensor]:
+def encode_fp4(values: Tensor, packing: Packing = HALVES) -> tuple[Tensor, Tensor]:
     """Code float32 vectors [..., dim], whose `dim` is a multiple of `BLOCK`. O(values).
 
     A vector with NaN or infinity in it is NaN as a whole: all its scales are.
 
-    Returns: codes, uint8 [..., dim / 2], where byte j holds components j and j + dim / 2, and the bits of the scales,
-        uint8 [..., dim / BLOCK].
+    Returns: codes, uint8 [..., dim / 2], two in a byte as `packing` says, and the bits of the scales, uint8
+        [..., dim / BLOCK].
 
     >>> codes, scales = encode_fp4(torch.tensor([6.0] * 8 + [-1.0] * 8))
     >>> codes.tolist(), scales.view(torch.float8_e4m3fn).tolist()
@@ -53,18 +55,17 @@ def encode_fp4(values: Tensor) -> tuple[Tensor, Tensor]:
     steps = scales.float() * GLOBAL_SCALE
     signed = _nearest(blocks.abs() / steps) + SIGN * (blocks < 0)
     codes = torch.where(steps > 0, signed, 0).to(torch.uint8).flatten(-2)
-    low, high = codes.chunk(2, dim=-1)
-    return low | (high << 4), scales.view(torch.uint8).squeeze(-1)
+    return packing.pack(codes), scales.view(torch.uint8).squeeze(-1)
 
 
-def decode_fp4(codes: Tensor, scales: Tensor) -> Tensor:
-    """The float32 values [..., dim] of what `encode_fp4` gave. O(values).
+def decode_fp4(codes: Tensor, scales: Tensor, packing: Packing = HALVES) -> Tensor:
+    """The float32 values [..., dim] of what `encode_fp4` gave with the same packing. O(values).
 
     >>> decode_fp4(*encode_fp4(torch.arange(16.0)))
     tensor([ 0.0000,  1.2500,  2.5000,  2.5000,  3.7500,  5.0000,  5.0000,  7.5000,
              7.5000, 10.0000, 10.0000, 10.0000, 10.0000, 15.0000, 15.0000, 15.0000])
     """
-    numbers = _values(codes.device)[torch.cat([codes & 15, codes >> 4], dim=-1).long()]
+    numbers = _values(codes.device)[packing.unpack(codes).long()]
     steps = scales.view(torch.float8_e4m3fn).float() * GLOBAL_SCALE
     values: Tensor = numbers.unflatten(-1, (-1, BLOCK)) * steps[..., None]
     return values.flatten(-2)

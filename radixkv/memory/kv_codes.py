@@ -37,6 +37,7 @@ from torch import Tensor
 
 from radixkv.errors import ConfigError
 from radixkv.memory.fp4_codes import BLOCK, decode_fp4, encode_fp4
+from radixkv.memory.packing import HALVES, Packing
 
 KVCode = Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2", "fp4"]
 
@@ -49,7 +50,7 @@ class CodeForm:
     """What a vector is coded into.
 
     Attributes:
-        codes_per_byte: 1, or 2, where byte j holds components j and j + dim / 2.
+        codes_per_byte: 1, or 2, which lie in it as a `Packing` says.
         scales_per_vector: bfloat16 numbers beside the codes; a scale, or a scale and a zero.
         rotates_keys: whether codes of K are of rotated keys, to be multiplied with rotated queries.
         block: components that share a scale of 8 bits; None if vectors are scaled as a whole, or not at all.
@@ -112,8 +113,8 @@ def code_form(kv_dtype: str) -> CodeForm:
     return CODE_FORMS[kv_dtype]
 
 
-def encode(kv_dtype: KVCode, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Code vectors [..., dim]. O(values).
+def encode(kv_dtype: KVCode, values: Tensor, packing: Packing = HALVES) -> tuple[Tensor, Tensor]:
+    """Code vectors [..., dim]; `packing` is of no effect on codes of 8 bits. O(values).
 
     Returns: codes, uint8 [..., dim / codes_per_byte], and scales, [..., num_scales] of the form's `scale_dtype`.
 
@@ -125,21 +126,20 @@ def encode(kv_dtype: KVCode, values: Tensor) -> tuple[Tensor, Tensor]:
     if kv_dtype == "int8":
         return _encode_int8(values)
     if kv_dtype == "int4":
-        return _encode_int4(values)
+        return _encode_int4(values, packing)
     if kv_dtype == "fp4":
-        return encode_fp4(values)
+        return encode_fp4(values, packing)
     return _encode_fp8(values, _FLOAT8[kv_dtype])
 
 
-def decode(kv_dtype: KVCode, codes: Tensor, scales: Tensor) -> Tensor:
-    """The float32 values [..., dim] of what `encode` gave. O(values)."""
+def decode(kv_dtype: KVCode, codes: Tensor, scales: Tensor, packing: Packing = HALVES) -> Tensor:
+    """The float32 values [..., dim] of what `encode` gave with the same packing. O(values)."""
     if kv_dtype == "int8":
         return codes.view(torch.int8) * scales.float()
     if kv_dtype == "int4":
-        low, high = codes & LARGEST_INT4, codes >> 4
-        return torch.cat([low, high], dim=-1) * scales[..., :1].float() + scales[..., 1:].float()
+        return packing.unpack(codes) * scales[..., :1].float() + scales[..., 1:].float()
     if kv_dtype == "fp4":
-        return decode_fp4(codes, scales)
+        return decode_fp4(codes, scales, packing)
     return codes.view(_FLOAT8[kv_dtype]).float()
 
 
@@ -167,12 +167,11 @@ def _encode_int8(values: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8).view(torch.uint8), scales.bfloat16()
 
 
-def _encode_int4(values: Tensor) -> tuple[Tensor, Tensor]:
+def _encode_int4(values: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
     zeros = -_rounded_up(-values.amin(-1, keepdim=True))
     scales = _finite(_rounded_up((values.amax(-1, keepdim=True) - zeros) / LARGEST_INT4))
     codes = ((values - zeros) / scales).round().nan_to_num(0.0).clamp(0, LARGEST_INT4).to(torch.uint8)
-    low, high = codes.chunk(2, dim=-1)
-    return low | (high << 4), torch.cat([scales, zeros], dim=-1).bfloat16()
+    return packing.pack(codes), torch.cat([scales, zeros], dim=-1).bfloat16()
 
 
 def _encode_fp8(values: Tensor, float8: torch.dtype) -> tuple[Tensor, Tensor]:

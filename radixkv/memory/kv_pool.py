@@ -25,8 +25,11 @@ REGISTER_BYTES, MEMORY_PAGE_BYTES = 64, 4096
 DEFAULT_MEM_FRACTION = {"cpu": 0.4, "cuda": 0.85}
 
 
-KVLayout = Literal["nhd", "lanes", "latent"]
-"""How the KV of a page lies: see `KVPool` ("nhd"), `LaneKVPool` ("lanes") and `latent_pool.LatentKVPool` ("latent")."""
+KVLayout = Literal["nhd", "pairs", "lanes", "latent"]
+"""How the KV of a page lies: see `KVPool` ("nhd"), `LaneKVPool` ("lanes") and `latent_pool.LatentKVPool` ("latent").
+
+"pairs" is "nhd" for codes of 4 bits, of which a byte holds neighbours (`packing.PAIRS`); all other KV lies as in "nhd".
+"""
 
 
 class KVPool(PagePool):
@@ -190,7 +193,7 @@ class LaneKVPool(KVPool):
         return (layer.num_kv_heads, self.page_size // self.width, layer.v_head_dim, self.width)
 
 
-_KINDS: dict[KVLayout, type[KVPool]] = {"nhd": KVPool, "lanes": LaneKVPool}
+_KINDS: dict[KVLayout, type[KVPool]] = {"nhd": KVPool, "pairs": KVPool, "lanes": LaneKVPool}
 
 
 def register_pool(kind: type[KVPool]) -> None:

@@ -12,13 +12,15 @@ from radixkv.errors import ConfigError
 from radixkv.memory.kv_codes import KVCode, code_form, decode, encode, is_quantized, rotate, rotate_back
 from radixkv.memory.kv_pool import KVLayout, KVPool, make_pool, pool_bytes_per_token
 from radixkv.memory.kv_shape import LayerKV
+from radixkv.memory.packing import HALVES, PAIRS
 
 
 class QuantizedKVPool(KVPool):
     """Keys and values as `kv_codes` has them, behind the verbs of `KVPool`; what they return is `dtype`.
 
     Attributes:
-        k, v: the codes, uint8, as `KVPool` or `LaneKVPool` lays bytes out; in int4 and fp4 a byte holds two components.
+        k, v: the codes, uint8, as `KVPool` or `LaneKVPool` lays bytes out; in int4 and fp4 a byte holds two components,
+            neighbours in the layout "pairs" and else as `HALVES` says.
         k_scales, v_scales: per layer [num_pages, num_kv_heads, num_scales, page_size] in lanes and
             [num_pages, page_size, num_kv_heads, num_scales] else, of the form's `scale_dtype`.
         dtype: of the values; the codes are bytes.
@@ -44,6 +46,7 @@ class QuantizedKVPool(KVPool):
         self.form = code_form(kv_dtype)
         self._code = cast(KVCode, kv_dtype)
         self.layers, self.layout = tuple(layers), layout
+        self._packing = PAIRS if layout == "pairs" else HALVES
         self.num_pages, self.page_size = num_pages, page_size
         self.dtype, self.device = dtype, torch.device(device)
         self._check_head_dims()
@@ -69,7 +72,8 @@ class QuantizedKVPool(KVPool):
     def gather(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
         k_codes, v_codes = self._codes.gather(layer, pages)
         k_scales, v_scales = self._scales.gather(layer, pages)
-        k, v = decode(self._code, k_codes, k_scales), decode(self._code, v_codes, v_scales)
+        k = decode(self._code, k_codes, k_scales, self._packing)
+        v = decode(self._code, v_codes, v_scales, self._packing)
         if self.form.rotates_keys:
             k = rotate_back(k)
         return k.to(self.dtype), v.to(self.dtype)
@@ -86,7 +90,7 @@ class QuantizedKVPool(KVPool):
 
     def encode_kv(self, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Codes and scales of k and of v, [tokens, num_kv_heads, head_dim] each."""
-        return encode(self._code, self.queries(k)), encode(self._code, v)
+        return encode(self._code, self.queries(k), self._packing), encode(self._code, v, self._packing)
 
     def queries(self, q: Tensor) -> Tensor:
         """What is to be multiplied with K's values as they are coded: [..., k_head_dim], rotated if K is."""

@@ -31,9 +31,11 @@ from radixkv_bench.common.files import write_json
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFORMANCE = ("attention", "triton", "flashinfer", "graphs")  # tests/test_*.py
+FP4_CASES = ("decode-32x4096", "shared-32x4096+128", "extend-512on3584")
 TAIL_LINES = 30
 SHOWN_LINES = 12
 DECODES, SHARED = "attention: decodes", "attention: shared prefixes and extends"
+FP4, READ_FP4 = "attention: KV in fp4", ("--kv-dtype", "fp4")
 BACKENDS = [name for name in ("triton", "flashinfer") if name in backend_names()]
 
 Figures = Mapping[str, Any]
@@ -100,13 +102,15 @@ def parts() -> list[Part]:
     }
     return [
         # the CPU's backend takes long to compile, and shows nothing of the GPU
-        Part("conformance", 110, (*pytest, "-m", "not stress", "-k", "not numba", *files)),
+        Part("conformance", 105, (*pytest, "-m", "not stress", "-k", "not numba", *files)),
+        # before the tests, which need the same kernel: FlashInfer compiles it here
+        Part(FP4, 60, (*_bench("attention", 3), *_each("--case", FP4_CASES), *_each("--backend", BACKENDS), *READ_FP4)),
         Part("gpu tests", 30, (*pytest, "-m", "gpu and not stress", *others, "tests")),
         Part("engine", 40, (sys.executable, "bench/gpu_parts.py", "engine", "{json}")),
-        Part(DECODES, 85, (*_bench("attention", 9), *_each("--case", cases[DECODES]), *_each("--backend", BACKENDS))),
-        Part("decode step", 95, _bench("decode_step", 2)),
-        Part("shared prompt", 110, (sys.executable, "bench/gpu_parts.py", "shared-prompt", "{json}")),
-        Part(SHARED, 45, (*_bench("attention", 5), *_each("--case", cases[SHARED]))),
+        Part(DECODES, 75, (*_bench("attention", 9), *_each("--case", cases[DECODES]), *_each("--backend", BACKENDS))),
+        Part("decode step", 85, _bench("decode_step", 2)),
+        Part("shared prompt", 80, (sys.executable, "bench/gpu_parts.py", "shared-prompt", "{json}")),
+        Part(SHARED, 40, (*_bench("attention", 5), *_each("--case", cases[SHARED]))),
     ]
 
 
