@@ -48,20 +48,19 @@ class Arguments:
 
 ATTENTION = Arguments(
     [
-        # addresses of functions: `numba_attention_tiles.score_tile`, `value_tile` and `value_tile` of one vector
-        ("score_tile", "i8"),
-        ("value_tile", "i8"),
-        ("value_tile_of_one", "i8"),
-        ("rows", "i8"),  # numbers: what those tiles are made for, and what their mode says (see `numba_modes`)
+        ("score_block", "i8"),  # addresses of functions (see `numba_cpu.compile_tiles`)
+        ("value_block", "i8"),
+        ("rows", "i8"),  # numbers: what their tiles are made for, and what the mode says (see `numba_modes`)
         ("groups", "i8"),
-        ("vectors", "i8"),
+        ("value_lanes", "i8"),
         ("in_4_bytes", "i8"),
         ("parts", "i8"),
         ("num_scales", "i8"),
         ("block", "i8"),
         ("multiplies_pairs", "i8"),  # 1 or 0
         ("counter", "i8"),  # int64 [1], where the next task is
-        ("num_tasks", "i8"),  # a number
+        ("num_tasks", "i8"),  # numbers
+        ("reads_once", "i8"),  # 1 where no two tasks read the same KV, so that it has to come from memory; else 0
         ("tasks", "i8"),  # int64 [num_tasks, 5]: KV head, first entry of its page list, first token, end, partial row
         ("row_ids", "i8"),  # int32 [num_tasks, rows]: token * num_q_heads + head, or -1
         ("row_starts", "i8"),  # int32 [num_tasks, rows]: of its task's tokens a row sees [start, end)

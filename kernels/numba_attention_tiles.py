@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from radixkv.kernels.numba_block_scales import KeyScales, ValueScales
@@ -82,11 +83,11 @@ def score_tile(  # type: ignore[no-untyped-def]
 
 @intrinsic
 def value_tile(  # type: ignore[no-untyped-def]
-    typing, v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, scales, scales_step, first, shape
+    typing, v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, scales, scales_step, first, k_next, shape
 ):
     """acc[r, :] = acc[r, :] * rescale[r] + sum over tokens t of p[r, t] * v[t, :], for 16 * VECTORS components.
 
-    v: addresses of the groups' V at the first component, int64 [ceil(num_tokens / 16)]
+    v: addresses of the groups' V, int64 [ceil(num_tokens / 16)]
     v_step: bytes from the tokens that share 4 bytes to the next
     p: float32 [ROWS, ...], or bfloat16 where pairs are multiplied, rows `p_stride` bytes apart
     acc: float32 [ROWS, parts, ...], rows `acc_stride` bytes apart; the components of all parts are added to
@@ -94,6 +95,8 @@ def value_tile(  # type: ignore[no-untyped-def]
     scales: where blocks of components are scaled, addresses of the groups' scales of V, int64 [ceil(num_tokens / 16)]
     scales_step: bytes from the scales of one block to those of the next
     first: the first component, of the first part
+    k_next: K that is prefetched meanwhile: the address of its groups' addresses, int64 [ceil(num_tokens / 16)], from
+        which byte of each group on, and how many lines of 64 bytes with each word of V
     """
     tile = Tile.of_type(shape)
     mode = tile.mode
@@ -101,11 +104,12 @@ def value_tile(  # type: ignore[no-untyped-def]
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e = Emitter(builder)
         acc_address, acc_row, rescale_address = args[5:8]
+        first_byte = builder.mul(args[10], e.const(4))
 
         def accumulator(r: int, part: int, c: int) -> tuple[Any, Any]:
             part_bytes = builder.sdiv(acc_row, e.const(mode.parts))
             at_part = builder.add(builder.mul(acc_row, e.const(r)), builder.mul(part_bytes, e.const(part)))
-            return acc_address, builder.add(at_part, e.const(64 * c))
+            return acc_address, builder.add(at_part, builder.add(first_byte, e.const(64 * c)))
 
         def start(place: tuple[int, int, int]) -> Any:
             factor = e.splat(e.load(rescale_address, e.const(4 * place[0]), F32))
@@ -114,24 +118,44 @@ def value_tile(  # type: ignore[no-untyped-def]
         for rows in tile.turns(tile.vectors * mode.parts):
             places = itertools.product(rows, range(mode.parts), range(tile.vectors))
             sums = {place: e.variable(start(place)) for place in places}
-            _add_tokens(e, tile, sums, args[:5], ValueScales(e, mode, args[1], *args[8:11]))
+            ahead = cgutils.unpack_tuple(builder, args[11]) if rows.start == 0 else None
+            _add_tokens(e, tile, sums, (*args[:5], first_byte), ValueScales(e, mode, args[1], *args[8:11]), ahead)
             for place, total in sums.items():
                 e.store(builder.load(total), *accumulator(*place))
         return context.get_dummy_value()
 
-    signature = types.void(
-        v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, scales, scales_step, first, shape
-    )
-    return signature, codegen
+    addresses_and_steps = (v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, scales, scales_step)
+    return types.void(*addresses_and_steps, first, k_next, shape), codegen
 
 
 Sums = dict[tuple[int, int, int], Any]  # of a row, a part of the components and a vector of the tile
 
 
-def _add_tokens(e: Emitter, tile: Tile, sums: Sums, args: Any, scales: ValueScales) -> None:
-    """Add all tokens to `sums`, which are of some rows; `args` as `value_tile` has them, up to `p_stride`."""
+def _add_tokens(e: Emitter, tile: Tile, sums: Sums, args: Any, scales: ValueScales, ahead: Any | None) -> None:
+    """Add all tokens to `sums`, which are of some rows.
+
+    args: as `value_tile` has them, up to `p_stride`, and the byte of a token's V where the components begin
+    ahead: the parts of `k_next` of `value_tile`; None prefetches nothing
+    """
     builder, mode, width = e.b, tile.mode, tile.mode.in_4_bytes
-    v_array, step, tokens, p_address, p_row = args
+    v_array, step, tokens, p_address, p_row, first_byte = args
+
+    def v_of(group: Any) -> Any:
+        return builder.add(e.load(v_array, builder.mul(group, e.const(8)), I64, 8), first_byte)
+
+    fetches_by_word = mode.values == 1  # else what is made of a word takes all registers, and a loop in it would spill
+
+    def fetch(group: Any, word: Any | None) -> None:
+        """Prefetch the lines that go with a word of V, or with all of a group."""
+        if ahead is not None and fetches_by_word == (word is not None):
+            k_array, at, lines = ahead
+            address = builder.add(e.load(k_array, builder.mul(group, e.const(8)), I64, 8), at)
+            if word is None:
+                lines = builder.mul(lines, e.const(LANES // width))
+            else:
+                address = builder.add(address, builder.mul(builder.mul(word, lines), e.const(64)))
+            with e.loop(lines) as line:
+                e.prefetch(address, builder.mul(line, e.const(64)), 2)
 
     def add(v_at: Any, word: Any, first_token: Any, keep: Any | None = None) -> None:
         """Add the tokens of one word of V, from `first_token` on; of them, those whose bits `keep` has."""
@@ -144,17 +168,19 @@ def _add_tokens(e: Emitter, tile: Tile, sums: Sums, args: Any, scales: ValueScal
         _add_weighted(e, mode, sums, raw, (p_address, p_row, p_offset), scales, of_word)
 
     with e.loop(builder.sdiv(builder.add(tokens, e.const(LANES - 1)), e.const(LANES))) as group:
-        v_at = e.load(v_array, builder.mul(group, e.const(8)), I64, 8)
+        fetch(group, None)
+        v_at = v_of(group)
         first = builder.mul(group, e.const(LANES))
         left = builder.sub(tokens, first)
         is_last = builder.icmp_signed("<", left, e.const(LANES))
         with e.loop(builder.sdiv(builder.select(is_last, left, e.const(LANES)), e.const(width))) as word:
+            fetch(group, word)
             add(v_at, word, builder.add(first, builder.mul(word, e.const(width))))
     if width > 1:
         rest = builder.srem(tokens, e.const(width))
         with builder.if_then(builder.icmp_signed("!=", rest, e.const(0)), likely=False):  # a word that is not full
             first = builder.sub(tokens, rest)
-            v_at = e.load(v_array, builder.mul(builder.sdiv(first, e.const(LANES)), e.const(8)), I64, 8)
+            v_at = v_of(builder.sdiv(first, e.const(LANES)))
             word = builder.sdiv(builder.srem(first, e.const(LANES)), e.const(width))
             bits = builder.mul(builder.trunc(rest, I32), ir.Constant(I32, 32 // width))
             keep = builder.sub(builder.shl(ir.Constant(I32, 1), bits), ir.Constant(I32, 1))

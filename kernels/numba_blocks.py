@@ -16,20 +16,22 @@ from radixkv.kernels.numba_words import copy_words, interleave_halves, load_i32,
 def locate(a, kv_head, page_list, first_token, size, k_at, v_at, scales_at):
     """Addresses of the K and V of a block's groups, and of their scales, where pages hold them in lanes."""
     page_groups = a.page_size // LANES
-    scales = a.num_scales
     v_bytes = a.v_dim // a.parts * 4 // a.in_4_bytes  # of a token
+    place, group = page_list + first_token // LANES // page_groups, first_token // LANES % page_groups
     for i in range((size + LANES - 1) // LANES):
-        at = first_token // LANES + i
-        head = np.int64(load_i32(a.pages, page_list + at // page_groups)) * a.num_kv_heads + kv_head
-        first = at % page_groups * LANES
+        head = np.int64(load_i32(a.pages, place)) * a.num_kv_heads + kv_head
+        first = group * LANES
         k_at[i] = a.k + head * a.k_head_bytes + first * 4
         v_at[i] = a.v + head * a.v_head_bytes + first * v_bytes
-        if scales:
-            scale = (head * scales * a.page_size + first) * 2
+        if a.num_scales:
+            scale = (head * a.num_scales * a.page_size + first) * 2
             scales_at[0, i], scales_at[1, i] = a.k_scales + scale, a.v_scales + scale
         if a.block:
             scales_at[0, i] = a.k_scales + head * (a.k_dim // a.block) * a.page_size + first
             scales_at[1, i] = a.v_scales + head * (a.v_dim // a.block) * a.page_size + first
+        group += 1
+        if group == page_groups:
+            place, group = place + 1, 0
 
 
 @inner

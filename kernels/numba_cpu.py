@@ -48,7 +48,7 @@ from radixkv.kernels.numba_attention_tiles import (
 )
 from radixkv.kernels.numba_blocks import locate, locate_staged, stage_keys, stage_pairs_of_values, stage_values
 from radixkv.kernels.numba_emitter import LANES
-from radixkv.kernels.numba_modes import MODES, Tile
+from radixkv.kernels.numba_modes import MODES, Tile, in_4_bytes_of
 from radixkv.kernels.numba_words import call, load_f32, load_i32, load_i64, next_number, store_f32
 from radixkv.kernels.processor import Processor, this_processor
 
@@ -119,15 +119,11 @@ def attention_tiles(mode: str, rows: int) -> AttentionTiles:
     disk.
     """
     tile = tile_of(mode, rows)
-    functions = {
-        "score_tile": compile_tile("score_tile", tile),
-        "value_tile": compile_tile("value_tile", tile),
-        "value_tile_of_one": compile_tile("value_tile", tile._replace(vectors=1)),
-    }
+    functions = {name: compile_tiles(name, tile) for name in ("score_block", "value_block")}
     fields = {name: function.address for name, function in functions.items()} | {
         "rows": tile.rows,
         "groups": tile.groups,
-        "vectors": tile.vectors,
+        "value_lanes": tile.vectors * LANES,
         "in_4_bytes": tile.mode.in_4_bytes,
         "parts": tile.mode.parts,
         "num_scales": tile.mode.num_scales,
@@ -137,19 +133,44 @@ def attention_tiles(mode: str, rows: int) -> AttentionTiles:
     return AttentionTiles(MappingProxyType(fields), tuple(functions.values()))
 
 
-def compile_tile(kind: str, tile: Tile) -> Any:
-    """The compiled function `kind` of `numba_attention_tiles`, for that tile; it takes int64 numbers alone."""
+def compile_tiles(kind: str, tile: Tile) -> Any:
+    """The compiled function "score_block" or "value_block", for that tile; it takes int64 numbers alone.
+
+    They go through a block of tokens tile by tile: a call for each tile would cost some percent of it.
+    """
     sources, shape = cache_depends_on(*PARTS), tile.shape
+    narrow = tile._replace(vectors=1).shape
 
-    def compiled_score_tile(k, k_next, k_step, v, v_lines, q, scores, scores_stride, num_steps, scales):
+    def score_block(k, k_step, v, v_lines, q, scores, scores_stride, num_steps, scales, num_groups):
         _ = sources
-        score_tile(k, k_next, k_step, v, v_lines, q, scores, scores_stride, num_steps, scales, shape)
+        groups = len(shape[1])
+        for i in range(0, num_groups, groups):
+            now, following, out = k + 8 * i, k + 8 * min(i + groups, num_groups), scores + 4 * LANES * i
+            v_now, scales_now = v + 8 * i, scales + 8 * i
+            score_tile(now, following, k_step, v_now, v_lines, q, out, scores_stride, num_steps, scales_now, shape)
 
-    def compiled_value_tile(v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, scales, scales_step, first):
+    def value_block(
+        v, v_dim, num_tokens, p, p_stride, acc, acc_stride, acc_dim, rescale, scales, scales_step, k, lines
+    ):
         _ = sources
-        value_tile(v, v_step, num_tokens, p, p_stride, acc, acc_stride, rescale, scales, scales_step, first, shape)
+        wide = len(shape[2]) * LANES
+        k_bytes = 64 * lines * (LANES // in_4_bytes_of(shape))  # of a group of K, in a turn over V
+        c = k_at = 0
+        while c < v_dim:
+            step, k_now = v_dim * 4, (k, k_at, lines)
+            if c + wide <= acc_dim:
+                value_tile(
+                    v, step, num_tokens, p, p_stride, acc, acc_stride, rescale, scales, scales_step, c, k_now, shape
+                )
+                c += wide
+            else:
+                value_tile(
+                    v, step, num_tokens, p, p_stride, acc, acc_stride, rescale, scales, scales_step, c, k_now, narrow
+                )
+                c += LANES
+            k_at += k_bytes
 
-    function = {"score_tile": compiled_score_tile, "value_tile": compiled_value_tile}[kind]
+    function = {"score_block": score_block, "value_block": value_block}[kind]
     num_arguments = function.__code__.co_argcount
     return nb.cfunc(types.void(*[types.int64] * num_arguments), cache=can_cache())(function)
 
@@ -184,8 +205,13 @@ def run_attention(a):
     maximum, total, rescale = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(rows, np.float32)
     query_sums, zeros = np.zeros(rows, np.float32), np.zeros(rows, np.float32)  # what zeros of K and V are weighed by
     # of a block, and of what follows: the next block, or the last group again
-    k_at, v_at = np.empty(BLOCK_TOKENS // LANES + groups, np.int64), np.empty(BLOCK_TOKENS // LANES + groups, np.int64)
-    scales_at = np.empty((2, BLOCK_TOKENS // LANES + groups), np.int64)  # of K and of V
+    most_groups = 2 * BLOCK_TOKENS // LANES + groups
+    k_at, v_at, scales_at = (
+        np.empty(most_groups, np.int64),
+        np.empty(most_groups, np.int64),
+        np.empty((2, most_groups), np.int64),
+    )
+    ahead_tokens = BLOCK_TOKENS if a.reads_once else groups * LANES
     staged_tokens = 0 if a.in_lanes else BLOCK_TOKENS
     k_lanes = np.empty(staged_tokens * k_dim // width, np.int32)
     v_lanes = np.empty(staged_tokens * v_dim // width + LANES, np.int32)
@@ -204,7 +230,7 @@ def run_attention(a):
         for first_token in range(start // LANES * LANES, end, BLOCK_TOKENS):
             size = located = min(BLOCK_TOKENS, end - first_token)
             if a.in_lanes:
-                located = min(end - first_token, size + groups * LANES)
+                located = min(end - first_token, size + ahead_tokens)
                 locate(a, kv_head, page_list, first_token, located, k_at, v_at, scales_at)
             else:
                 stage_keys(a, kv_head, page_list, first_token, size, k_dim // width, k_lanes)
@@ -217,7 +243,7 @@ def run_attention(a):
             scale_keys(a, size, scales_at, scores, query_sums)
             weigh(a, first_row, first_token, size, scores, weights, maximum, total, rescale)
             scale_values(a, first_row, first_token, size, scales_at, weights, rescale, zeros)
-            add_values(a, size, v_at, scales_at, weights, acc, rescale)
+            add_values(a, size, located, k_at, v_at, scales_at, weights, acc, rescale)
         finish(a, first_row, load_i64(a.tasks, task * 5 + 4), acc, maximum, total, zeros)
 
 
@@ -263,12 +289,8 @@ def score(a, size, located, k_at, v_at, scales_at, queries, scores):
     for i in range((located + LANES - 1) // LANES, num_groups + groups):
         k_at[i], v_at[i], scales_at[0, i] = k_at[i - 1], v_at[i - 1], scales_at[0, i - 1]
     v_lines = a.v_dim // a.k_dim if a.in_lanes else 0  # as many of V as of K
-    for i in range(0, num_groups, groups):
-        now, following = k_at.ctypes.data + i * 8, k_at.ctypes.data + min(i + groups, num_groups) * 8
-        out = scores.ctypes.data + i * LANES * 4
-        v_now, scales_now = v_at.ctypes.data + i * 8, scales_at.ctypes.data + i * 8
-        q_at, stride = queries.ctypes.data, scores.strides[0]
-        call(a.score_tile, (now, following, k_step, v_now, v_lines, q_at, out, stride, num_steps, scales_now))
+    numbers = (k_at.ctypes.data, k_step, v_at.ctypes.data, v_lines, queries.ctypes.data, scores.ctypes.data)
+    call(a.score_block, (*numbers, scores.strides[0], num_steps, scales_at.ctypes.data, num_groups))
 
 
 @inner
@@ -343,22 +365,22 @@ def add_key_bias(a, row, first_token, row_scores, num_vectors):
 
 
 @inner
-def add_values(a, size, v_at, scales_at, weights, acc, rescale):
-    """acc = acc * rescale + weights @ V of a block; moves `v_at` on."""
-    vectors = a.vectors
-    v_lanes, acc_lanes = a.v_dim // a.parts, acc.shape[1] // a.parts
-    p, p_row = weights.ctypes.data, weights.strides[0]
-    at, factors, acc_at = v_at.ctypes.data, rescale.ctypes.data, acc.ctypes.data
-    scales = scales_at.ctypes.data + scales_at.strides[0]
-    c = 0
-    while c < v_lanes:
-        taken = vectors if c + vectors * LANES <= acc_lanes else 1
-        tile = a.value_tile if taken == vectors else a.value_tile_of_one
-        acc_now = acc_at + c * 4
-        call(tile, (at, v_lanes * 4, size, p, p_row, acc_now, acc.strides[0], factors, scales, a.page_size, c))
-        c += taken * LANES
-        for i in range((size + LANES - 1) // LANES):
-            v_at[i] += taken * LANES * 4
+def add_values(a, size, located, k_at, v_at, scales_at, weights, acc, rescale):
+    """acc = acc * rescale + weights @ V of a block. While that is computed, the next block's K is fetched.
+
+    V was fetched with the block's own K (see `score`): so memory is read all the time, and never faster than it can be.
+    """
+    num_groups = (size + LANES - 1) // LANES
+    v_dim, acc_dim = a.v_dim // a.parts, acc.shape[1] // a.parts
+    lines = 0
+    if a.reads_once and located > size:
+        for i in range((located + LANES - 1) // LANES, 2 * num_groups):
+            k_at[i] = k_at[i - 1]
+        lines = a.k_dim // (LANES * a.parts) * a.value_lanes // v_dim
+    p, p_row, factors = weights.ctypes.data, weights.strides[0], rescale.ctypes.data
+    scales, k_next = scales_at.ctypes.data + scales_at.strides[0], k_at.ctypes.data + num_groups * 8
+    numbers = (v_at.ctypes.data, v_dim, size, p, p_row, acc.ctypes.data, acc.strides[0], acc_dim, factors)
+    call(a.value_block, (*numbers, scales, a.page_size, k_next, lines))
 
 
 @inner

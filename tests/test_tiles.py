@@ -71,7 +71,7 @@ def test_extends_take_as_many_rows_as_have_their_sums_in_registers() -> None:
     assert rows_of_extends("bf16", PROCESSORS["haswell"][1]) == 8
 
 
-@pytest.mark.parametrize("kind", ["score_tile", "value_tile"])
+@pytest.mark.parametrize("kind", ["score_block", "value_block"])
 @pytest.mark.parametrize(("mode", "rows"), KEPT_IN_REGISTERS)
 def test_inner_loops_multiply_and_add_vectors_and_spill_nothing(
     kind: str, mode: str, rows: int, monkeypatch: pytest.MonkeyPatch
@@ -82,10 +82,10 @@ def test_inner_loops_multiply_and_add_vectors_and_spill_nothing(
         triple, processor = PROCESSORS[name]
         tile = tile_of(mode, rows, processor)
         if tile not in sources:
-            sources[tile] = numba_cpu.compile_tile(kind, tile).inspect_llvm()
+            sources[tile] = numba_cpu.compile_tiles(kind, tile).inspect_llvm()
         inner = busiest_block(assembly_of(sources[tile], triple, name), MULTIPLY_AND_ADD[triple])
         per_vector = 16 // processor.lanes
-        sums_of_row = tile.groups if kind == "score_tile" else tile.vectors * tile.mode.parts
+        sums_of_row = tile.groups if kind == "score_block" else tile.vectors * tile.mode.parts
         wanted = len(tile.turns(sums_of_row)[0]) * sums_of_row * tile.mode.values // tile.mode.parts * per_vector
         assert len(re.findall(MULTIPLY_AND_ADD[triple], inner)) >= wanted, name
         assert not re.search(ON_STACK[triple], inner), f"{name}:\n{inner}"
@@ -101,11 +101,21 @@ def assembly_of(source: str, triple: str, name: str) -> str:
 
 
 def busiest_block(assembly: str, instruction: str) -> str:
-    """What stands from a label to the last `instruction` before the next label, where there are the most of them."""
+    """What stands from a label to the last `instruction` before the next label, where there are the most of them: of
+    several such blocks, that which jumps back by the fewest, as an inner loop does."""
     blocks = re.split(r"^(?=\.?L\w+:)", assembly, flags=re.MULTILINE)
-    up_to_last = [match[0] for block in blocks if (match := re.match(rf"[\s\S]*(?:{instruction}).*", block))]
-    most = max(len(re.findall(instruction, block)) for block in up_to_last)
-    return min((block for block in up_to_last if len(re.findall(instruction, block)) == most), key=len)
+    places = {block.split(":")[0]: place for place, block in enumerate(blocks)}
+    most = max(len(re.findall(instruction, block)) for block in blocks)
+
+    def jumped_back(place: int) -> int:
+        targets = [
+            places[label] for label in re.findall(r"\s(\.?L\w+)\s*$", blocks[place], re.MULTILINE) if label in places
+        ]
+        return min((place - target for target in targets if target <= place), default=len(blocks))
+
+    busiest = [place for place, block in enumerate(blocks) if len(re.findall(instruction, block)) == most]
+    block = blocks[min(busiest, key=jumped_back)]
+    return block[: max(match.end() for match in re.finditer(instruction, block))]
 
 
 @pytest.fixture

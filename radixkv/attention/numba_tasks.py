@@ -54,6 +54,7 @@ class TaskTable:
     row_ids: NDArray[np.int32]  # [num_tasks, rows]
     row_starts: NDArray[np.int32]
     row_ends: NDArray[np.int32]
+    reads_once: bool  # no two tasks read the same KV
 
     @property
     def rows(self) -> int:
@@ -65,6 +66,7 @@ class TaskTable:
         """Its size and the addresses of its arrays, as `numba_arguments.ATTENTION` names them."""
         return {
             "num_tasks": len(self.tasks),
+            "reads_once": self.reads_once,
             "tasks": self.tasks.ctypes.data,
             "row_ids": self.row_ids.ctypes.data,
             "row_starts": self.row_starts.ctypes.data,
@@ -171,6 +173,7 @@ def _split(tiles: _Tiles, split_tokens: int, heads: Heads) -> TaskTable:
         row_ids=row_ids.astype(np.int32),
         row_starts=tiles.row_starts[tile].astype(np.int32),
         row_ends=tiles.row_ends[tile].astype(np.int32),
+        reads_once=len(np.unique(tiles.reads)) == len(tiles.reads),
     )
 
 
