@@ -155,6 +155,16 @@ GATE = Arguments(
 )
 """Of `numba_fused.gate_worker`."""
 
+CAST = Arguments(
+    [
+        ("counter", "i8"),  # int64 [1], where the next values are
+        ("narrow", "i8"),  # [num_values], as a mode keeps them
+        ("wide", "i8"),  # float32 [num_values]
+        ("num_values", "i8"),  # a number
+    ]
+)
+"""Of `numba_fused.widen_worker` and `numba_fused.narrow_worker`."""
+
 ROTARY = Arguments(
     [
         ("counter", "i8"),  # int64 [1], where the next heads are

@@ -34,7 +34,7 @@ from radixkv.kernels.numba_values import (
     scale_vectors,
     sum_of_squares,
 )
-from radixkv.kernels.numba_words import load_i64, next_number, store_as
+from radixkv.kernels.numba_words import load_f32, load_i64, next_number, store_as, store_f32
 
 VALUES_AT_ONCE = 1024  # that a thread takes at a time
 HEADS_AT_ONCE = 4
@@ -48,8 +48,9 @@ PARTS = (
     numba_words,
     numba_writers,
 )
-NORM, GATE, ROTARY = (
-    arguments.dtype for arguments in (numba_arguments.NORM, numba_arguments.GATE, numba_arguments.ROTARY)
+NORM, GATE, CAST, ROTARY = (
+    arguments.dtype
+    for arguments in (numba_arguments.NORM, numba_arguments.GATE, numba_arguments.CAST, numba_arguments.ROTARY)
 )
 
 
@@ -65,6 +66,16 @@ def norm_worker(mode: str) -> Any:
 def gate_worker(mode: str) -> Any:
     """The compiled worker of silu(gate) * up, which takes the address of a record of `numba_arguments.GATE`."""
     return _gate(_tile(mode))
+
+
+def widen_worker(mode: str) -> Any:
+    """The compiled worker that makes float32 of values of that mode; its records are of `numba_arguments.CAST`."""
+    return _widen(_tile(mode))
+
+
+def narrow_worker(mode: str) -> Any:
+    """The compiled worker that goes the other way, and rounds."""
+    return _narrow(_tile(mode))
 
 
 def rotary_worker(mode: str) -> Any:
@@ -104,6 +115,32 @@ def _gate(tile: Tile) -> Any:
         run_gate(nb.carray(data, 1, dtype=GATE)[0], shape)
 
     return gate
+
+
+@cache
+def _widen(tile: Tile) -> Any:
+    shape = tile.shape
+    sources = cache_depends_on(*PARTS)
+
+    @nb.cfunc(types.void(types.voidptr), cache=can_cache())
+    def widen(data):
+        _ = sources
+        run_widen(nb.carray(data, 1, dtype=CAST)[0], shape)
+
+    return widen
+
+
+@cache
+def _narrow(tile: Tile) -> Any:
+    shape = tile.shape
+    sources = cache_depends_on(*PARTS)
+
+    @nb.cfunc(types.void(types.voidptr), cache=can_cache())
+    def narrow(data):
+        _ = sources
+        run_narrow(nb.carray(data, 1, dtype=CAST)[0], shape)
+
+    return narrow
 
 
 @cache
@@ -157,6 +194,26 @@ def run_gate(a, shape):
         for i in range(first, min(first + VALUES_AT_ONCE, a.num_values), LANES):
             at = i * value_bytes
             gate_vector(a.gate + at, a.up + at, a.output + at, shape)
+
+
+@inner
+def run_widen(a, shape):
+    while True:
+        first = next_number(a.counter) * VALUES_AT_ONCE
+        if first >= a.num_values:
+            break
+        for i in range(first, min(first + VALUES_AT_ONCE, a.num_values)):
+            store_f32(a.wide, i, load_value(a.narrow, i, shape))
+
+
+@inner
+def run_narrow(a, shape):
+    while True:
+        first = next_number(a.counter) * VALUES_AT_ONCE
+        if first >= a.num_values:
+            break
+        for i in range(first, min(first + VALUES_AT_ONCE, a.num_values)):
+            store_as(a.narrow, i, load_f32(a.wide, i), shape)
 
 
 @inner

@@ -15,6 +15,8 @@ from transformers.models.llama import modeling_llama
 
 from prompts import random_prompts
 from radixkv import Engine, EngineConfig, SamplingParams
+from radixkv.attention.backend import AttentionParams
+from radixkv.attention.numba_backend import NumbaPlan
 from radixkv.engine import runner
 from radixkv.errors import UnsupportedModelError
 from radixkv.models.fused_decoder import fuse
@@ -104,6 +106,23 @@ def test_steps_of_few_tokens_run_no_module(family: str, fields: dict[str, Any], 
     assert all(count > 64 for count in by_modules)
     engine.reset_cache()
     assert tokens_of(engine) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_is_part_of_the_program(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wide_model("qwen2", dtype)
+    expected = expected_of(model, dtype=str(dtype).removeprefix("torch."), page_size=16)
+    engine = engine_of(model, dtype=str(dtype).removeprefix("torch."), page_size=16)
+    seen: list[int] = []
+    own = NumbaPlan.attend
+
+    def noted(plan: NumbaPlan, layer: int, q: torch.Tensor, params: AttentionParams) -> torch.Tensor:
+        seen.append(len(q))
+        return own(plan, layer, q, params)
+
+    monkeypatch.setattr(NumbaPlan, "attend", noted)
+    assert tokens_of(engine) == expected
+    assert all(count > len(PROMPTS) for count in seen), "prompts may be computed module by module"
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,21 @@ def test_what_is_not_a_number_stays_none(dtype: torch.dtype) -> None:
     assert up.isnan().all()
 
 
+@pytest.mark.parametrize("num_values", [1, 1000, 2500])
+def test_casts_to_the_bit(dtype: torch.dtype, num_values: int) -> None:
+    wide = torch.randn(num_values) * 10.0 ** torch.randint(-9, 6, (num_values,))
+    wide[:3] = torch.tensor([torch.inf, -0.0, 1.00390625])[:num_values]  # the last lies between two bfloat16
+    found, back = torch.empty(num_values, dtype=dtype), torch.empty(num_values)
+    run(numba_fused.narrow_worker(MODES[dtype]), cast_record(found, wide))
+    assert torch.equal(found, wide.to(dtype))
+    run(numba_fused.widen_worker(MODES[dtype]), cast_record(found, back))
+    assert torch.equal(back, found.float())
+
+
+def cast_record(narrow: Tensor, wide: Tensor) -> np.ndarray:
+    return numba_arguments.CAST.make(counter=0, narrow=narrow.data_ptr(), wide=wide.data_ptr(), num_values=wide.numel())
+
+
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_rotary_embeddings_to_the_bit(dtype: torch.dtype, num_tokens: int, head_dim: int) -> None:

@@ -225,7 +225,8 @@ class NumbaPlan:
 
     def pages(self, dtype: torch.dtype) -> list[Pages] | None:
         """As `ProgramPlan.pages`."""
-        if dtype != torch.float32 or self._mode.name != "f32" or self.pool.layout != "lanes":
+        keeps_values = dtype == self.pool.dtype and self._mode.dtype == str(dtype).removeprefix("torch.")
+        if not keeps_values or self.pool.layout != "lanes":
             return None
         return self._backend.pages
 

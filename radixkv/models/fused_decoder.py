@@ -8,10 +8,12 @@ of tokens. Attention is part of it where the backend says how; else the program 
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,6 +21,7 @@ from radixkv.attention.backend import LayerAttention
 from radixkv.attention.program_plan import STAGES, LayersOperation, Pages, ProgramPlan
 from radixkv.kernels import numba_arguments, numba_fused, numba_linear, numba_program
 from radixkv.kernels.compiling import log_if_slow
+from radixkv.kernels.numba_modes import MODES
 from radixkv.kernels.numba_program import Operation, Program
 from radixkv.models.paged_attention import AttentionContext
 from radixkv.models.plain_decoder import Norm, PlainDecoder, find_plain_decoder
@@ -60,7 +63,7 @@ class FusedDecoder:
         num_threads = self._num_threads()
         for layer, params in enumerate(self._params):
             replay.run_to_attention(layer, num_threads)
-            replay.attended.copy_(context.attend(layer, replay.q, replay.k, replay.v, params))
+            replay.wide_attended.copy_(context.attend(layer, replay.q, replay.k, replay.v, params))
         return replay.finish(logits_of, num_threads)
 
     def run_with(
@@ -72,7 +75,7 @@ class FusedDecoder:
             return None
         replay = self._replay(len(input_ids), logits_of)
         replay.start(input_ids, positions)
-        replay.put_attention(pages, slots, plan.operations(replay.q, replay.attended, self._params))
+        replay.put_attention(pages, slots, plan.operations(replay.wide_q, replay.wide_attended, self._params))
         return replay.finish(logits_of, self._num_threads())
 
     def _num_threads(self) -> int:
@@ -162,6 +165,7 @@ class _Buffers:
             rows(num_tokens, linear.weight.shape[0]) for linear in (layer.q, layer.k, layer.v, layer.gate, layer.up)
         )
         self.attended = rows(num_tokens, layer.o.weight.shape[1])
+        self.wide_q, self.wide_attended = self.q.float(), self.attended.float()  # the same tensors if they are float32
         self.cos, self.sin = (rows(num_tokens, decoder.head_dim) for _ in range(2))
         self.slots = torch.empty(num_tokens, dtype=torch.int64, device="cpu")
         self.picked = rows(num_logits, decoder.hidden_size)
@@ -181,7 +185,9 @@ class _Replay:
     """The program of one number of tokens and of logits, which are of all tokens in order unless it `picks` rows.
 
     Attributes:
-        q, k, v, attended: [tokens, heads, head_dim], what attention reads and writes.
+        q, k, v: [tokens, heads, head_dim], what attention reads.
+        wide_q: q in float32, for attention that is part of the program.
+        wide_attended: float32 [tokens, heads, head_dim], what attention writes.
     """
 
     def __init__(
@@ -196,32 +202,29 @@ class _Replay:
         self._decoder, self._buffers = decoder, buffers
         self._num_tokens, self._num_logits = num_tokens, num_logits
         shape = (num_tokens, -1, decoder.head_dim)
-        self.q, self.k, self.v, self.attended = (
-            buffer[:num_tokens].view(shape) for buffer in (buffers.q, buffers.k, buffers.v, buffers.attended)
+        self.q, self.k, self.v, self.wide_q, self.wide_attended = (
+            buffer[:num_tokens].view(shape)
+            for buffer in (buffers.q, buffers.k, buffers.v, buffers.wide_q, buffers.wide_attended)
         )
         self._picks = picks
         maker = _OperationMaker(decoder.mode, biases, num_tokens)
         groups: list[list[Operation]] = []
-        self._rotary_at: list[int] = []  # places in the program
-        attention_at: list[int] = []
+        places: dict[str, list[int]] = defaultdict(list)
         for group, mark in self._groups(maker):
-            place = sum(map(len, groups))
-            if mark == "rotary":
-                self._rotary_at.append(place)
-            elif mark == "attention":
-                attention_at.append(place)
+            places[mark].append(sum(map(len, groups)))
             groups.append(group)
         self._head_at = sum(map(len, groups)) - 1
         self._program = Program(groups)
-        self._rotaries = [self._program[place].record for place in self._rotary_at]
-        self._attention_at = np.array(attention_at)
+        self._rotaries = [self._program[place].record for place in places["rotary"]]
+        self._attention_at = np.array(places["attention"])
         self._nothing = numba_program.no_operation()
-        self._idle = [self._nothing.record.repeat(len(attention_at)) for _ in range(STAGES)]
+        self._idle = [self._nothing.record.repeat(len(self._attention_at)) for _ in range(STAGES)]
         self._pages: list[Pages] | None = None  # where the program writes KV
         self._done = 0
 
     def _groups(self, maker: _OperationMaker) -> Iterator[tuple[list[Operation], str]]:
         b, layers = self._buffers, self._decoder.layers
+        is_narrow = b.q is not b.wide_q
         yield [maker.norm(layers[0].input_norm, b.hidden, None, b.normed)], ""
         for i, layer in enumerate(layers):
             next_norm = layers[i + 1].input_norm if i + 1 < len(layers) else self._decoder.norm
@@ -236,8 +239,12 @@ class _Replay:
             if layer.q_norm is not None and layer.k_norm is not None:
                 yield [maker.head_norm(layer.q_norm, self.q), maker.head_norm(layer.k_norm, self.k)], ""
             yield [maker.rotary(self.q, self.k, self.v, b.cos, b.sin, b.slots)], "rotary"
+            if is_narrow:
+                yield [maker.widen(self.q, self.wide_q)], ""
             yield [numba_program.no_operation(), numba_program.no_operation()], "attention"
             yield [numba_program.no_operation()], "merge"
+            if is_narrow:
+                yield [maker.narrow(self.wide_attended, b.attended)], ""
             yield [maker.linear(layer.o, b.attended, b.mixed)], ""
             yield [maker.norm(layer.mlp_norm, b.hidden, b.mixed, b.normed)], ""
             yield [maker.linear(layer.gate, b.normed, b.gate), maker.linear(layer.up, b.normed, b.up)], ""
@@ -353,6 +360,15 @@ class _OperationMaker:
         )
         return Operation(numba_fused.gate_worker(self._mode), record)
 
+    def widen(self, x: Tensor, wide: Tensor) -> Operation:
+        return Operation(numba_fused.widen_worker(self._mode), self._cast(x, wide))
+
+    def narrow(self, wide: Tensor, x: Tensor) -> Operation:
+        return Operation(numba_fused.narrow_worker(self._mode), self._cast(x, wide))
+
+    def _cast(self, x: Tensor, wide: Tensor) -> NDArray[np.void]:
+        return numba_arguments.CAST.make(counter=0, narrow=x.data_ptr(), wide=wide.data_ptr(), num_values=wide.numel())
+
     def rotary(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor) -> Operation:
         record = numba_arguments.ROTARY.make(
             counter=0,
@@ -379,6 +395,9 @@ def _compile(mode: str) -> None:
         numba_program.no_operation()
         for worker in (numba_fused.norm_worker, numba_fused.gate_worker, numba_fused.rotary_worker):
             worker(mode)
+        if MODES[mode].dtype != "float32":
+            numba_fused.widen_worker(mode)
+            numba_fused.narrow_worker(mode)
         for num_tokens in WARM_UP_TOKENS:
             if num_tokens <= MAX_TOKENS[mode]:
                 numba_linear.linear_worker(mode, num_tokens)
