@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 
 from prompts import random_ids
 from radixkv import CacheQuota, Engine, EngineConfig, SamplingParams
+from radixkv.engine.assembly import assemble
 from radixkv.errors import ConfigError
+from radixkv.memory.page_bytes import PageBytes
 from radixkv.tiers.memory_store import HostStore
 from radixkv.tiers.page_store import PageFacts
 from store_cases import PAGE_SIZE, PAYLOAD_BYTES, Clock, Namespace, chain, facts, found_tokens, holding, open_store
@@ -168,8 +171,32 @@ def test_an_engine_guarantees_shares_of_its_disk(tmp_path: Path) -> None:
         assert engine.stats().cache.namespaces[0].guaranteed_tokens == 0, "nothing has changed"
 
 
+def test_an_engine_guarantees_shares_of_host_memory() -> None:
+    parts = assemble(served_model("llama"), None, EngineConfig(page_size=4, kv_cache_tokens=64))
+    host = HostStore(4, PageBytes(parts.pool).payload_bytes, 20 * 1024)  # type: ignore[arg-type]
+    with Engine.from_parts(replace(parts, stores=(host,))) as engine:
+        engine.set_quotas({"anna": CacheQuota(host_bytes=10 * 1024)})
+        engine.generate(random_ids(1, 40), SamplingParams(max_tokens=1), extra_key="anna")
+        engine.flush_tiers()
+        for number in range(2, 9):
+            engine.generate(random_ids(number, 40), SamplingParams(max_tokens=1), extra_key="flood")
+        engine.flush_tiers()
+        host.check_invariants()
+        (tier,) = engine.stats().tiers
+        assert tier.store.pages_evicted > 0
+        assert [use.used_bytes for use in tier.store.namespaces] == [10 * 1024, 10 * 1024]
+        (again,) = engine.generate(random_ids(1, 40), SamplingParams(max_tokens=1), extra_key="anna")
+        assert again.cached_by == {"pool": 0, "host": 39}
+        with pytest.raises(ConfigError, match="more than the store's 20480 bytes"):
+            engine.set_quotas({"anna": CacheQuota(host_bytes=20 * 1024 + 1)})
+        engine.set_quotas({})
+        assert engine.stats().tiers[0].store.namespaces == ()
+
+
 def test_shares_of_a_disk_that_is_not_there_are_refused() -> None:
     with Engine(served_model("llama"), None, EngineConfig(page_size=4, kv_cache_tokens=64)) as engine:
         with pytest.raises(ConfigError, match="guarantee disk_bytes, and there is no disk_cache"):
             engine.set_quotas({"anna": CacheQuota(disk_bytes=1)})
+        with pytest.raises(ConfigError, match="guarantee host_bytes, and there is no host_cache_gb"):
+            engine.set_quotas({"anna": CacheQuota(host_bytes=1)})
         engine.set_quotas({"anna": CacheQuota(pool_tokens=8)})

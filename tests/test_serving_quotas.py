@@ -80,7 +80,7 @@ def test_an_administrator_sees_what_each_namespace_holds(server: Running) -> Non
 def test_keys_of_one_namespace_add_up_their_shares(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(keys(SHARES))
-    assert KeyRing.from_file(file).quotas(4096, 0) == {"steady": CacheQuota(pool_tokens=1536)}
+    assert KeyRing.from_file(file).quotas(4096, 0, 0) == {"steady": CacheQuota(pool_tokens=1536)}
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,7 @@ def test_keys_of_one_namespace_add_up_their_shares(tmp_path: Path) -> None:
         ),
         ({"a": "pool_share = 1.5"}, r"key 1: pool_share must be a number in \[0, 1\], not 1.5"),
         ({"a": "disk_share = 0.6", "b": "disk_share = 0.5"}, "the disk_share of all keys must add up to at most 1"),
+        ({"a": "host_share = 1", "b": "host_share = 0.5"}, "the host_share of all keys must add up to at most 1"),
         ({"a": "pool_share = 'half'"}, "pool_share must be a number"),
     ],
 )
@@ -105,17 +106,30 @@ def test_shares_that_are_wrong_are_refused(tmp_path: Path, shares: dict[str, str
 def test_shares_that_just_fit_are_accepted(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(keys({str(number): "pool_share = 0.1" for number in range(10)}))
-    assert sum(quota.pool_tokens for quota in KeyRing.from_file(file).quotas(1009, 0).values()) <= 1009
+    assert sum(quota.pool_tokens for quota in KeyRing.from_file(file).quotas(1009, 0, 0).values()) <= 1009
 
 
 def test_shares_of_a_disk_need_one(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(keys({"a": "disk_share = 0.5"}))
-    assert KeyRing.from_file(file).quotas(1, 1000) == {"a": CacheQuota(disk_bytes=500)}
+    assert KeyRing.from_file(file).quotas(1, 1000, 0) == {"a": CacheQuota(disk_bytes=500)}
 
     async def start() -> None:
         async with new_demo_engine() as engine:
             with pytest.raises(ConfigError, match="disk_share needs an engine with disk_cache"):
+                await Service(engine, "demo", ServerConfig(api_keys=str(file))).start()
+
+    asyncio.run(start())
+
+
+def test_shares_of_host_memory_need_some(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(keys({"a": "host_share = 0.5"}))
+    assert KeyRing.from_file(file).quotas(1, 0, 1000) == {"a": CacheQuota(host_bytes=500)}
+
+    async def start() -> None:
+        async with new_demo_engine() as engine:
+            with pytest.raises(ConfigError, match="host_share needs an engine with host_cache_gb"):
                 await Service(engine, "demo", ServerConfig(api_keys=str(file))).start()
 
     asyncio.run(start())

@@ -31,6 +31,14 @@ class CacheQuota:
             minimum=0,
         ),
     ] = 0
+    host_bytes: Annotated[
+        int,
+        Setting(
+            "Bytes of an engine's `host_cache_gb` that others cannot take, in whole pages.",
+            unit="bytes",
+            minimum=0,
+        ),
+    ] = 0
 
     def __post_init__(self) -> None:
         check_settings(self)

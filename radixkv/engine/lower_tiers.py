@@ -14,6 +14,7 @@ from radixkv.config import CacheQuota, TierWrites
 from radixkv.engine.handing_down import HandDown
 from radixkv.engine.loading import Loader
 from radixkv.engine.request import Request
+from radixkv.engine.tier_shares import check_tier_shares, set_tier_shares
 from radixkv.engine.tier_stores import storable
 from radixkv.engine.warm_fill import WarmFill
 from radixkv.errors import ConfigError
@@ -22,9 +23,7 @@ from radixkv.memory.page_pool import PagePool
 from radixkv.memory.state_bytes import StateBytes
 from radixkv.memory.state_pool import StatePool
 from radixkv.tiers.arrivals import Arrivals
-from radixkv.tiers.disk_store import DiskStore
 from radixkv.tiers.ending import CLOSE_TIMEOUT_S, Ending
-from radixkv.tiers.page_lines import Names
 from radixkv.tiers.page_store import PageStore
 from radixkv.tiers.tier import Tier, TierStats
 from radixkv.tiers.warm_start import WarmStart
@@ -97,21 +96,17 @@ class LowerTiers:
 
     def check_quotas(self, quotas: Mapping[Namespace, CacheQuota]) -> None:
         """Raises: ConfigError if `set_quotas` would."""
-        disk_bytes = _disk_bytes(quotas)
-        disks = self._disks()
-        if disk_bytes and not disks:
-            raise ConfigError("quotas guarantee disk_bytes, and there is no disk_cache; set it, or leave them out")
-        for disk in disks:
-            disk.check_shares(disk_bytes)
+        check_tier_shares(self._stores(), quotas)
 
     def set_quotas(self, quotas: Mapping[Namespace, CacheQuota]) -> None:
-        """Guarantee shares of the disk to namespaces, in place of what was guaranteed before. Raises: ConfigError."""
-        self.check_quotas(quotas)
-        for disk in self._disks():
-            disk.set_shares(_disk_bytes(quotas))
+        """Guarantee shares of the disk and of host memory to namespaces, in place of what was guaranteed before.
 
-    def _disks(self) -> list[DiskStore]:
-        return [tier.store for tier in self._tiers if isinstance(tier.store, DiskStore)]
+        Raises: ConfigError.
+        """
+        set_tier_shares(self._stores(), quotas)
+
+    def _stores(self) -> list[PageStore]:
+        return [tier.store for tier in self._tiers]
 
     def begin_load(self, request: Request) -> bool:
         """Begin to load what lies below for a request that was just given its pages. Returns False if nothing is to be
@@ -201,10 +196,6 @@ class LowerTiers:
         self._loader = self._down = self._warm = None
         if self._ending is not None:
             self._ending.is_done()
-
-
-def _disk_bytes(quotas: Mapping[Namespace, CacheQuota]) -> dict[Names, int]:
-    return {namespace: quota.disk_bytes for namespace, quota in quotas.items() if quota.disk_bytes}
 
 
 def _without_raising(hand_down: Callable[[Request], object], request: Request) -> None:

@@ -74,11 +74,14 @@ class Service:
         self.unknown_fields = UnknownFields(strict=self.config.strict)
 
     async def start(self) -> None:
-        """Guarantee tenants their shares of the pool and the disk. Before the first request. Raises: ConfigError."""
+        """Guarantee tenants their shares of the pool, the disk and host memory. Before the first request. Raises: ConfigError."""
         config = self.engine.config
         if config.disk_cache is None and any(tenant.disk_share for _, tenant in self.keys.keys):
             raise ConfigError(f"{self.config.api_keys}: disk_share needs an engine with disk_cache; set it")
-        if quotas := self.keys.quotas(config.kv_cache_tokens, int(config.disk_cache_gb * GB)):
+        if config.host_cache_gb is None and any(tenant.host_share for _, tenant in self.keys.keys):
+            raise ConfigError(f"{self.config.api_keys}: host_share needs an engine with host_cache_gb; set it")
+        disk_bytes, host_bytes = int(config.disk_cache_gb * GB), int((config.host_cache_gb or 0) * GB)
+        if quotas := self.keys.quotas(config.kv_cache_tokens, disk_bytes, host_bytes):
             await self.engine.set_quotas(quotas)
 
     def check_model(self, name: str | None) -> None:

@@ -17,7 +17,17 @@ from radixkv.config.checks import Bounds, checked_flag, checked_int, checked_num
 from radixkv.config.toml_file import read_toml
 from radixkv.errors import ConfigError, RadixKVError
 
-_FIELDS = ("sha256", "name", "priority", "max_requests", "pool_share", "disk_share", "shares_with", "admin")
+_FIELDS = (
+    "sha256",
+    "name",
+    "priority",
+    "max_requests",
+    "pool_share",
+    "disk_share",
+    "host_share",
+    "shares_with",
+    "admin",
+)
 _SHARE = Bounds(minimum=0, maximum=1)
 
 
@@ -30,7 +40,8 @@ class Tenant:
         namespace: tenants with the same one share cached prefixes; None is that of a server without tenants.
         priority: of each of its requests, added to what a request asks for.
         max_requests: of its requests at once; None for no limit.
-        pool_share, disk_share: the parts of the KV pool and of `disk_cache` that its namespace is guaranteed for it.
+        pool_share, disk_share, host_share: the parts of the KV pool, of `disk_cache` and of `host_cache_gb` that its
+            namespace is guaranteed for it.
         admin: whether it may see and change what belongs to others: statistics, metrics, the whole cache.
     """
 
@@ -40,6 +51,7 @@ class Tenant:
     max_requests: int | None = None
     pool_share: float = 0.0
     disk_share: float = 0.0
+    host_share: float = 0.0
     admin: bool = False
 
 
@@ -74,7 +86,7 @@ class KeyRing:
         for what, values in (("sha256", [key for key, _ in keys]), ("name", [tenant.name for _, tenant in keys])):
             if len(set(values)) < len(values):
                 raise ConfigError(f"{path}: two keys have the same {what}")
-        for what in ("pool_share", "disk_share"):
+        for what in ("pool_share", "disk_share", "host_share"):
             if (total := math.fsum(getattr(tenant, what) for _, tenant in keys)) > 1:
                 raise ConfigError(f"{path}: the {what} of all keys must add up to at most 1; they add up to {total:g}")
         return cls(keys)
@@ -89,21 +101,22 @@ class KeyRing:
         """Whether there are tenants to be kept apart."""
         return any(tenant.namespace is not None for _, tenant in self.keys)
 
-    def quotas(self, pool_tokens: int, disk_bytes: int) -> dict[QuotaKey, CacheQuota]:
-        """What each namespace is guaranteed of a pool and a disk of that size: the shares of its keys, added up.
+    def quotas(self, pool_tokens: int, disk_bytes: int, host_bytes: int) -> dict[QuotaKey, CacheQuota]:
+        """What each namespace is guaranteed of a pool, a disk and host memory of that size: its keys' shares, added up.
 
         >>> tenants = [Tenant(name=name, namespace="blue", pool_share=0.25) for name in ("blue", "azure")]
-        >>> KeyRing([(b"", tenant) for tenant in tenants]).quotas(4000, 0)
-        {'blue': CacheQuota(pool_tokens=2000, disk_bytes=0)}
+        >>> KeyRing([(b"", tenant) for tenant in tenants]).quotas(4000, 0, 0)
+        {'blue': CacheQuota(pool_tokens=2000, disk_bytes=0, host_bytes=0)}
         """
         members: dict[str, list[Tenant]] = {}
         for _, tenant in self.keys:
-            if tenant.namespace is not None and (tenant.pool_share or tenant.disk_share):
+            if tenant.namespace is not None and (tenant.pool_share or tenant.disk_share or tenant.host_share):
                 members.setdefault(tenant.namespace, []).append(tenant)
         return {
             namespace: CacheQuota(
                 pool_tokens=int(math.fsum(tenant.pool_share for tenant in tenants) * pool_tokens),
                 disk_bytes=int(math.fsum(tenant.disk_share for tenant in tenants) * disk_bytes),
+                host_bytes=int(math.fsum(tenant.host_share for tenant in tenants) * host_bytes),
             )
             for namespace, tenants in members.items()
         }
@@ -155,6 +168,7 @@ def _checked_key(table: Any) -> tuple[bytes, Tenant]:
         max_requests=None if limit is None else checked_int("max_requests", limit, 1),
         pool_share=checked_number("pool_share", table.get("pool_share", 0), _SHARE),
         disk_share=checked_number("disk_share", table.get("disk_share", 0), _SHARE),
+        host_share=checked_number("host_share", table.get("host_share", 0), _SHARE),
         admin=checked_flag("admin", table.get("admin", False)),
     )
     return hashed, tenant

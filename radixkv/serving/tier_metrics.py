@@ -22,16 +22,12 @@ def tier_metrics(tiers: Sequence[TierStats]) -> Iterator[Metric]:
     )
     pages = CounterMetricFamily("radixkv_tier_pages", "Pages that moved.", labels=["tier", "move"])
     errors = CounterMetricFamily("radixkv_tier_errors", "Times that a tier failed.", labels=["tier", "operation"])
-    shares = GaugeMetricFamily(
-        "radixkv_namespace_disk_bytes",
-        "Bytes of the disk tier that a namespace with a share is guaranteed, and uses.",
-        labels=["namespace", "state"],
-    )
+    shares = {name: _shares(name) for name in ("disk", "host")}
     for tier in tiers:
         for use in tier.store.namespaces:
             name = "" if use.namespace is None else use.namespace[0] or ""
-            shares.add_metric([name, "guaranteed"], use.guaranteed_bytes)
-            shares.add_metric([name, "used"], use.used_bytes)
+            shares[tier.name].add_metric([name, "guaranteed"], use.guaranteed_bytes)
+            shares[tier.name].add_metric([name, "used"], use.used_bytes)
         held.add_metric([tier.name], tier.store.bytes)
         capacity.add_metric([tier.name], tier.store.capacity_bytes)
         slow.add_metric([tier.name], float(tier.is_slow))
@@ -47,4 +43,12 @@ def tier_metrics(tiers: Sequence[TierStats]) -> Iterator[Metric]:
             pages.add_metric([tier.name, move], number)
         for operation, number in (("read", tier.read_errors), ("write", tier.write_errors)):
             errors.add_metric([tier.name, operation], number)
-    yield from (held, capacity, slow, tokens, requests, pages, errors, shares)
+    yield from (held, capacity, slow, tokens, requests, pages, errors, *shares.values())
+
+
+def _shares(tier: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(
+        f"radixkv_namespace_{tier}_bytes",
+        f"Bytes of the {tier} tier that a namespace with a share is guaranteed, and uses.",
+        labels=["namespace", "state"],
+    )

@@ -110,13 +110,19 @@ class HostStore:
             self._check_open()
             return [(found_whole(page), page.facts) for page in self._index.hottest(max_pages, self._clock())]
 
+    def check_shares(self, guaranteed_bytes: Mapping[Names, int]) -> dict[Names, int]:
+        """How many pages `set_shares` would guarantee. Raises: ConfigError if they are more than the capacity."""
+        return guaranteed_pages(guaranteed_bytes, self.payload_bytes, self.capacity_bytes)
+
     def set_shares(self, guaranteed_bytes: Mapping[Names, int]) -> None:
         """Guarantee bytes to namespaces, in place of what was guaranteed before; as `DiskStore.set_shares`.
 
-        Raises: ConfigError if they are more than the capacity.
+        Raises: ConfigError if they are more than the capacity; ClosedError.
         """
+        pages = self.check_shares(guaranteed_bytes)
         with self._lock:
-            self._index.set_shares(guaranteed_pages(guaranteed_bytes, self.payload_bytes, self.capacity_bytes))
+            self._check_open()
+            self._index.set_shares(pages)
 
     def stats(self) -> StoreStats:
         """As `PageStore.stats`."""
