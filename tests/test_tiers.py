@@ -257,9 +257,9 @@ def test_every_kind_of_pool_comes_back_as_it_was(family: str, settings: dict[str
     assert warm.token_ids == cold.token_ids
 
 
-def test_layers_that_see_a_window_are_refused() -> None:
-    parts = assemble(served_model("gemma3"), None, EngineConfig(page_size=4, kv_cache_tokens=256))
-    with pytest.raises(ConfigError, match="layers that see a window"):
+def test_a_model_whose_layers_all_see_a_window_is_refused() -> None:
+    parts = assemble(served_model("mistral"), None, EngineConfig(page_size=4, kv_cache_tokens=256))
+    with pytest.raises(ConfigError, match="all layers see a window"):
         Engine.from_parts(replace(parts, stores=(MemoryStore(4, 64),)))
 
 

@@ -242,6 +242,7 @@ class Running:
     lease: Lease
     ids: list[int]
     computed: int
+    loading: int | None = None  # up to which token
 
 
 class Simulation:
@@ -264,7 +265,7 @@ class Simulation:
         self.windowed: dict[tuple[int, int], Value] = {}
         self.running: list[Running] = []
         self.fails_to_copy = False
-        self.hits = self.copies = self.shortages = 0
+        self.hits = self.copies = self.shortages = self.loads = 0
 
     def copy_page(self, source: int, target: int, num_tokens: int) -> None:
         if self.fails_to_copy:
@@ -292,6 +293,8 @@ class Simulation:
         self.running.append(Running(lease, ids, lease.cached_tokens))
 
     def compute(self, request: Running) -> None:
+        if request.loading is not None:
+            self.end_load(request, request.loading)
         first = request.computed
         last = min(len(request.ids), first + self.rng.randint(1, 2 * self.page_size))
         if first == last:
@@ -309,6 +312,33 @@ class Simulation:
             self.check_sight(request, position)
         request.computed = last
 
+    def begin_load(self, request: Running) -> None:
+        """As if a tier had more of the prompt; one may begin after another that has failed, or brought less."""
+        if request.loading is not None:
+            self.end_load(request, request.loading)
+        if self.sinks or request.computed == len(request.ids):
+            return
+        last = self.rng.randint(request.computed + 1, len(request.ids))
+        try:
+            request.lease.prepare_load(request.computed, last)
+        except OutOfPagesError:
+            return
+        request.loading = last
+
+    def end_load(self, request: Running, last: int) -> None:
+        """It has come, where there is a page for it; or it has failed, and what was there before is there still."""
+        request.loading = None
+        if self.rng.random() < 0.4:
+            return
+        for position in range(request.computed, last):
+            page, offset = int(request.lease.pages[position // self.page_size]), position % self.page_size
+            value = tuple(request.ids[: position + 1])
+            self.full[page, offset] = value
+            if self.windows.holds(page):
+                self.windowed[int(self.windows.window_page_of[page]), offset] = value
+        request.computed = last
+        self.loads += 1
+
     def check_sight(self, request: Running, position: int) -> None:
         for j in range(position + 1):
             page, offset = int(request.lease.pages[j // self.page_size]), j % self.page_size
@@ -322,8 +352,10 @@ class Simulation:
             self.start()
             return
         request = self.rng.choice(self.running)
-        if action < 0.75:
+        if action < 0.65:
             self.compute(request)
+        elif action < 0.75:
+            self.begin_load(request)
         elif action < 0.85:
             request.lease.commit(request.ids[: request.computed])
         else:
@@ -350,13 +382,14 @@ def test_what_a_request_sees_is_there(
     seed: int, page_size: int, window: int, sinks: int, num_window_pages: int
 ) -> None:
     simulation = Simulation(seed, page_size, window, sinks, num_window_pages)
-    for _ in range(300):
+    for _ in range(400):
         simulation.step()
         simulation.cache.check_invariants()
     simulation.end()
     assert simulation.hits > 10
     assert simulation.windows.num_taken_back > 5
     assert simulation.copies > 2 or page_size == 1
+    assert simulation.loads > 2 or sinks
 
 
 def test_a_dropped_lease_gives_its_window_pages_back() -> None:
@@ -367,3 +400,30 @@ def test_a_dropped_lease_gives_its_window_pages_back() -> None:
         del lease
     cache.check_invariants()
     assert cache.stats().free_window_pages == 6
+
+
+def test_a_load_is_given_the_window_after_it_and_takes_nothing_before_it_has_come() -> None:
+    cache = make_cache(num_window_pages=8)
+    ids = list(range(40))
+    for comes in (False, True):
+        with cache.acquire(ids) as lease:
+            lease.cover(0, 10)
+            assert len(lease.seen_pages) == 5
+            lease.prepare_load(10, 30)
+            cache.check_invariants()
+            assert lease.seen_pages.tolist() == [*lease.pages[:5], *lease.pages[12:15]], "25 to 30 are seen by 30"
+            lease.cover(30 if comes else 10, 32 if comes else 12)
+            cache.check_invariants()
+            seen = lease.pages[12:16] if comes else lease.pages[2:6]
+            assert lease.seen_pages.tolist() == seen.tolist()
+
+
+def test_a_load_that_finds_no_window_pages_changes_nothing() -> None:
+    cache = make_cache(num_window_pages=6)
+    with cache.acquire(range(40)) as lease:
+        lease.cover(0, 8)
+        with pytest.raises(OutOfPagesError):
+            lease.prepare_load(8, 30)
+        assert lease.seen_pages.tolist() == lease.pages[:4].tolist()
+        cache.check_invariants()
+        lease.cover(8, 10)

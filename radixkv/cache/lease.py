@@ -195,6 +195,17 @@ class Lease:
         self._check_open()
         self._claim.cover(self.pages, first, last)
 
+    def prepare_load(self, first: int, last: int) -> None:
+        """Get ready for the KV of the tokens `[first, last)` to be loaded rather than computed. O(pages lent).
+
+        In layers of a window this is for the pages alone that the token after them sees. `cover` from `last` on if they
+        came, and else from `first` on.
+
+        Raises: OutOfPagesError if window pages or states do not suffice, and nothing has changed; ClosedError.
+        """
+        self._check_open()
+        self._claim.prepare_load(self.pages, first, last)
+
     def commit(self, ids: TokenIds) -> int:
         """Share the KV of `ids`, all of which lies in `pages` by now. O(tokens + depth).
 

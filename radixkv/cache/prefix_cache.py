@@ -177,6 +177,11 @@ class PrefixCache:
         return self.residency.can_go_back
 
     @property
+    def sight_tokens(self) -> int:
+        """How many tokens before the end of a hit have to have something besides their page: see `kept_beside`."""
+        return self.residency.sight_tokens
+
+    @property
     def residency_changes(self) -> int:
         """A number that grows when pages may lose or gain what the residency gives them. Watches are not told. O(1)."""
         return self.residency.num_changes
@@ -219,6 +224,14 @@ class PrefixCache:
             held: tokens that the tree holds, in the pages of `page_runs`.
         """
         return self.residency.kept_states(HeldTokens(namespace, held, page_runs), first_token)
+
+    def kept_beside(
+        self, held: NDArray[np.int32], page_runs: Sequence[PageBytes], namespace: Namespace, first_token: int
+    ) -> list[KeptState]:
+        """What hits after more than `first_token` of the tokens `held` need besides pages, in order: states, or window
+        pages, each as a state after the last of its tokens. Else as `kept_states`.
+        """
+        return self.residency.kept_beside(HeldTokens(namespace, held, page_runs), first_token)
 
     def watch(
         self,

@@ -113,6 +113,11 @@ def assemble(
         EVENT_PACKAGES.check()
     weights = ""
     if asks_for_tiers(config):
+        if config.window is not None:
+            raise ConfigError(
+                "disk_cache, host_cache_gb and shared_cache are not for window=: all layers see a window then, so "
+                "that pages alone hold nothing, and KV differs from the model's own; leave one of them out"
+            )
         weights = hash_weights(model, weight_files, config)  # before anything is laid out anew
     layers = plug_in_paged_attention(model.eval())
     recurrent = recurrent_modules(model)

@@ -15,10 +15,11 @@ from radixkv.cache.page_keys import tail_key
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import TOKEN_BYTES
 from radixkv.config import TierWrites
+from radixkv.engine.beside_pages import BesidePages
 from radixkv.engine.loading import chain_of
 from radixkv.engine.request import Request
 from radixkv.memory.page_bytes import PageBytes
-from radixkv.memory.state_bytes import StateBytes
+from radixkv.memory.window_bytes import WindowBytes
 from radixkv.tiers.page_chain import PageChain, as_bytes
 from radixkv.tiers.page_store import PageFacts
 from radixkv.tiers.run_copies import RunCopies
@@ -44,13 +45,14 @@ class HandDown:
         cache: PrefixCache,
         writes: TierWrites,
         *,
-        states: StateBytes | None = None,
+        beside: BesidePages | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._tiers, self._page_bytes, self._writes = tiers, page_bytes, writes
         self._cache, self._page_size = cache, cache.page_size
         self._runs = RunCopies(tiers, page_bytes, cache, wall_clock=wall_clock)
-        self._states = None if states is None else StateCopies(states, cache.page_size)
+        self._beside = beside
+        self._states = None if beside is None else StateCopies(beside, cache.page_size)
         self._busy_s = 0.0
         if writes == "back":
             cache.add_observer(self._observe)
@@ -112,16 +114,21 @@ class HandDown:
     def _hand_down_states(
         self, tier: Tier, request: Request, num_tokens: int, facts: Sequence[PageFacts], *, is_end: bool
     ) -> None:
-        """Copy the states after the first `num_tokens` tokens that are new; at the end all from the found one on.
+        """Copy the states (or window pages) after the first `num_tokens` tokens that are new; at the end all from those
+        on that the request found.
 
-        States before that one were not used, and give way in time.
+        Those before were not used, and give way in time.
         """
-        if self._states is None:
+        if self._states is None or self._beside is None:
             return
         lease, _ = request.running()
+        if not is_end and isinstance(self._beside, WindowBytes):  # the last page goes when it is full
+            num_tokens -= num_tokens % self._page_size
         ids, namespace = request.computed_ids[:num_tokens], request.cache_options.namespace
-        first = max(0, lease.cached_tokens - 1) if is_end else request.handed_states.get(tier.name, 0)
-        kept = self._cache.kept_states(ids, [lease.pages[: self._cache.pages_for(num_tokens)].data], namespace, first)
+        first = request.handed_states.get(tier.name, 0)
+        if is_end:
+            first = max(0, lease.cached_tokens - self._cache.sight_tokens)
+        kept = self._cache.kept_beside(ids, [lease.pages[: self._cache.pages_for(num_tokens)].data], namespace, first)
         chain = chain_of(request, self._page_size)
         copied = self._states.copy(tier, kept, ids, chain, facts.__getitem__, touches=is_end)
         request.handed_states[tier.name] = num_tokens
@@ -133,7 +140,7 @@ class HandDown:
         if self._states is None:
             return 0
         num_held, path = self._cache.cached_path(ids, extra_key=namespace.extra_key, cache_salt=namespace.cache_salt)
-        kept = self._cache.kept_states(ids[:num_held], [node.pages for node in path], namespace, 0)
+        kept = self._cache.kept_beside(ids[:num_held], [node.pages for node in path], namespace, 0)
         ends = [node.end for node in path]
 
         def facts_of(page: int) -> PageFacts:

@@ -12,17 +12,16 @@ from numpy.typing import NDArray
 
 from radixkv.cache.insight.explanation import BelowPool
 from radixkv.cache.namespace import Namespace
+from radixkv.engine.beside_pages import BesidePages, fill_beside, load_chooser
 from radixkv.engine.request import Request
 from radixkv.errors import OutOfPagesError
 from radixkv.memory.page_bytes import PageBytes
-from radixkv.memory.state_bytes import StateBytes
 from radixkv.tiers.load_choice import PrefillRate
 from radixkv.tiers.page_chain import PageChain, as_bytes
 from radixkv.tiers.page_store import FoundPage
-from radixkv.tiers.prefix_load import LoadChooser, PrefixLoad
+from radixkv.tiers.prefix_load import PrefixLoad
 from radixkv.tiers.reader import Lookup
-from radixkv.tiers.state_load import StateLoadChooser
-from radixkv.tiers.state_parts import StateParts, part_keys
+from radixkv.tiers.state_parts import part_keys
 from radixkv.tiers.tier import Tier
 
 LOOKUP_PATIENCE_S = 0.5  # for the answer of a tier on another machine
@@ -58,14 +57,12 @@ class Loader:
         page_bytes: PageBytes,
         page_size: int,
         *,
-        states: StateBytes | None = None,
+        beside: BesidePages | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._tiers, self._page_bytes, self._page_size, self._clock = tiers, page_bytes, page_size, clock
-        self._states = states
-        self._chooser = LoadChooser(page_size, clock)
-        if states is not None:
-            self._chooser = StateLoadChooser(StateParts(page_size, states.num_parts), clock)
+        self._beside = beside
+        self._chooser = load_chooser(beside, page_size, clock)
         self.busy_s = 0.0  # that it took of the engine's time
 
     @property
@@ -105,7 +102,7 @@ class Loader:
         """Have room for what layers need besides pages: a slot for the state after so many tokens, say."""
         lease, _ = request.running()
         try:
-            lease.cover(request.num_computed, num_tokens)
+            lease.prepare_load(request.num_computed, num_tokens)
         except OutOfPagesError:
             return False
         return True
@@ -126,7 +123,7 @@ class Loader:
 
         def find() -> list[FoundPage]:
             stored.extend(tier.find(parent_key, tokens))
-            return chooser.useful(tier, stored)
+            return chooser.useful(tier, stored, first_page)
 
         request.load = RequestLookup(tier, tier.reader.look_up(find), stored)
         return True
@@ -142,13 +139,13 @@ class Loader:
         if not is_over:
             return False
         self.end(request)
-        if self._states is not None and waiting.load.missed is not None:
+        if self._beside is not None and waiting.load.missed is not None:
             return not self._begins_again(request, waiting)
         goes_on = waiting.tier.finds_at_once and waiting.is_of_all and waiting.load.is_whole
         return not (goes_on and self._asks_others(request))
 
     def _begins_again(self, request: Request, failed: PrefixLoad) -> bool:
-        """Begin to load up to an earlier state than the one that could not be read, if the tier has such."""
+        """Begin to load up to an earlier end than the one that could not be read, if the tier has such."""
         tier = failed.tier
         if not tier.finds_at_once:
             return False
@@ -219,15 +216,13 @@ class Loader:
     def _fill(self, request: Request, load: PrefixLoad, first_page: int, payloads: Sequence[bytes]) -> None:
         started_at = time.perf_counter()
         lease, _ = request.running()
-        first_part = load.first_page + len(load.load.pages)
-        if self._states is not None:
-            first_part -= self._states.num_parts
+        first_part = load.first_page + len(load.load.pages) - load.num_parts
         num_pages = min(len(payloads), max(0, first_part - first_page))
         if num_pages:
             self._page_bytes.write(lease.pages[first_page : first_page + num_pages], payloads[:num_pages])
-        if self._states is not None and num_pages < len(payloads):
-            _, slot = lease.state_slots()
-            self._states.write(slot, first_page + num_pages - first_part, payloads[num_pages:])
+        if self._beside is not None and num_pages < len(payloads):
+            number = first_page + num_pages - first_part
+            fill_beside(self._beside, lease, load, number, payloads[num_pages:], self._page_size)
         self.busy_s += time.perf_counter() - started_at
 
 

@@ -11,6 +11,7 @@ from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.config import CacheQuota, TierWrites
+from radixkv.engine.beside_pages import beside_pages
 from radixkv.engine.handing_down import HandDown
 from radixkv.engine.loading import Loader
 from radixkv.engine.request import Request
@@ -20,7 +21,6 @@ from radixkv.engine.warm_fill import WarmFill
 from radixkv.errors import ConfigError
 from radixkv.memory.page_bytes import PageBytes
 from radixkv.memory.page_pool import PagePool
-from radixkv.memory.state_bytes import StateBytes
 from radixkv.memory.state_pool import StatePool
 from radixkv.tiers.arrivals import Arrivals
 from radixkv.tiers.ending import CLOSE_TIMEOUT_S, Ending
@@ -54,7 +54,8 @@ class LowerTiers:
         """Takes over `stores`, and closes them in the end.
 
         Args:
-            states: those of recurrent layers, if there are any. The pool is not filled at the start then.
+            states: those of recurrent layers, if there are any. The pool is not filled at the start then, nor where
+                layers see a window.
 
         Raises: ConfigError if they do not fit the pool, or its pages cannot be stored.
         """
@@ -73,10 +74,10 @@ class LowerTiers:
         self._tiers = [Tier(store, self.arrivals, max_write_bytes_s=max_write_bytes_s, clock=clock) for store in stores]
         warm_starts: list[WarmStart] = []
         self._ending = Ending(self, self._tiers, warm_starts)
-        state_bytes = None if states is None else StateBytes(states, page_bytes.payload_bytes)
-        self._loader = Loader(self._tiers, page_bytes, cache.page_size, states=state_bytes, clock=clock)
-        self._down = HandDown(self._tiers, page_bytes, cache, writes, states=state_bytes)
-        warm_pages = int(warm_start_share * cache.num_pages) if states is None else 0
+        beside = beside_pages(pool, cache, states, page_bytes.payload_bytes)
+        self._loader = Loader(self._tiers, page_bytes, cache.page_size, beside=beside, clock=clock)
+        self._down = HandDown(self._tiers, page_bytes, cache, writes, beside=beside)
+        warm_pages = int(warm_start_share * cache.num_pages) if beside is None else 0
         for store in stores:
             if store.name == "disk" and warm_pages:  # what the host's memory holds is gone, the others' is not ours
                 warm_starts.append(WarmStart(store, warm_pages, self.arrivals))

@@ -350,7 +350,7 @@ class Scheduler:
     def _make_way(self) -> None:
         """Let somebody go on where window pages lack for everybody: the cheapest is retracted, or a single one ends."""
         request = self._giving_way.cheapest()
-        if len(self.running) > 1:
+        if len(self.running) > 1 or request in self.loading:
             self._retract(request)
             return
         assert request.lease is not None, request

@@ -37,15 +37,21 @@ def _shares(
     stores: Sequence[PageStore], quotas: Mapping[Namespace, CacheQuota]
 ) -> list[tuple[DiskStore | HostStore, dict[Names, int]]]:
     """What is guaranteed of each store, checked."""
-    disk_bytes = {namespace: quota.disk_bytes for namespace, quota in quotas.items() if quota.disk_bytes}
-    host_bytes = {namespace: quota.host_bytes for namespace, quota in quotas.items() if quota.host_bytes}
+    disk_bytes: dict[Names, int] = {
+        namespace: quota.disk_bytes for namespace, quota in quotas.items() if quota.disk_bytes
+    }
+    host_bytes: dict[Names, int] = {
+        namespace: quota.host_bytes for namespace, quota in quotas.items() if quota.host_bytes
+    }
     disks = [store for store in stores if isinstance(store, DiskStore)]
     hosts = [store for store in stores if isinstance(store, HostStore)]
     if disk_bytes and not disks:
         raise ConfigError("quotas guarantee disk_bytes, and there is no disk_cache; set it, or leave them out")
     if host_bytes and not hosts:
         raise ConfigError("quotas guarantee host_bytes, and there is no host_cache_gb; set it, or leave them out")
-    shares = [*((disk, disk_bytes) for disk in disks), *((host, host_bytes) for host in hosts)]
+    shares: list[tuple[DiskStore | HostStore, dict[Names, int]]] = []
+    shares += [(disk, disk_bytes) for disk in disks]
+    shares += [(host, host_bytes) for host in hosts]
     for store, guaranteed_bytes in shares:
         store.check_shares(guaranteed_bytes)
     return shares

@@ -14,6 +14,7 @@ from radixkv.memory.kv_identity import kv_identity, weight_tensors
 from radixkv.memory.kv_pool import KVPool
 from radixkv.memory.page_bytes import PageBytes
 from radixkv.memory.page_pool import PagePool
+from radixkv.memory.split_pool import SplitKVPool
 from radixkv.memory.state_bytes import StateBytes
 from radixkv.memory.state_pool import StatePool
 from radixkv.publish.wire import TIERS
@@ -55,11 +56,18 @@ def make_stores(
     """
     if not asks_for_tiers(config):
         return ()
+    if isinstance(pool, SplitKVPool) and config.tier_writes == "back":
+        raise ConfigError(
+            'tier_writes must be "through" or "selective" for models with layers that see a window, not "back": window '
+            "pages are given up before the pages that they belong to"
+        )
     kept = storable(pool)
     payload_bytes = PageBytes(kept).payload_bytes
     identity = kv_identity(model, kept)
     if states is not None:
         identity = identity._replace(layout=f"{identity.layout}; states {StateBytes(states, payload_bytes).layout}")
+    if isinstance(pool, SplitKVPool):
+        identity = identity._replace(layout=f"{identity.layout}; windows {PageBytes(pool.window).layout}")
     fingerprint = Fingerprint(weights=weights, **identity._asdict())
     with ExitStack() as undo:
         stores: list[PageStore] = []
@@ -89,10 +97,11 @@ def watches(stores: Sequence[PageStore]) -> dict[str, PageWatch]:
 
 
 def storable(pool: PagePool) -> KVPool:
-    """`pool`, if its pages can be kept in a store. Raises: ConfigError."""
-    if not isinstance(pool, KVPool):
+    """What `pool` keeps of all pages, so that it can be kept in a store. Raises: ConfigError."""
+    kept = pool.full if isinstance(pool, SplitKVPool) else pool
+    if not isinstance(kept, KVPool):
         raise ConfigError(
-            "disk_cache, host_cache_gb and shared_cache are for models whose layers keep every token; this one has "
-            "layers that see a window. Set window_cache_tokens to the value of kv_cache_tokens to let them keep all"
+            "disk_cache, host_cache_gb and shared_cache are for models with a layer that sees every token; in this one "
+            "all layers see a window, so that its pages alone hold nothing"
         )
-    return pool
+    return kept

@@ -39,8 +39,8 @@ class StateBytes:
             for shape in self._pool.shapes
         )
 
-    def read(self, slot: int) -> NDArray[np.uint8]:
-        """A copy of a state, [num_parts, part_bytes]. O(bytes)."""
+    def read(self, slot: int, num_tokens: int) -> NDArray[np.uint8]:
+        """A copy of a state, [num_parts, part_bytes], whatever tokens it stands after. O(bytes)."""
         content = np.zeros((self.num_parts, self.part_bytes), np.uint8)
         flat = torch.from_numpy(content.reshape(-1))
         for row, end in zip(self._rows, self._ends, strict=True):

@@ -74,7 +74,10 @@ class Service:
         self.unknown_fields = UnknownFields(strict=self.config.strict)
 
     async def start(self) -> None:
-        """Guarantee tenants their shares of the pool, the disk and host memory. Before the first request. Raises: ConfigError."""
+        """Guarantee tenants their shares of the pool, the disk and host memory. Before the first request.
+
+        Raises: ConfigError.
+        """
         config = self.engine.config
         if config.disk_cache is None and any(tenant.disk_share for _, tenant in self.keys.keys):
             raise ConfigError(f"{self.config.api_keys}: disk_share needs an engine with disk_cache; set it")

@@ -5,7 +5,8 @@ before it (`cache.page_keys`; the first one by `root_key` of its namespace) and 
 may hold fewer tokens than `page_size`: the end of a sequence. Its payload is then the whole page all the same, of
 which only the first tokens mean something.
 
-A page whose tokens begin with `STATE_MARK` is a part of a recurrent layers' state (`state_parts`), and holds no tokens.
+A page whose tokens begin with `STATE_MARK` is a part of a recurrent layers' state, or of what a page has in layers that
+see a window (`state_parts`), and holds no tokens.
 
 The bytes of a payload are opaque here: those that a page has in the pool, layer by layer (`memory.page_bytes`).
 """

@@ -27,6 +27,8 @@ class PrefixLoad:
     Attributes:
         first_token: how many tokens were there before.
         num_taken: pages that were filled so far.
+        num_parts: how many of them, the last ones, are parts of what a hit needs besides pages.
+        held_parts: of these, those that wait for others which are of use together with them.
         is_of_all: whether all that the tier has is asked for; else some is left to be computed, to measure that.
     """
 
@@ -46,6 +48,8 @@ class PrefixLoad:
         self.tier, self.load = tier, load
         self.first_page, self.first_token = first_page, first_token
         self.num_taken = 0
+        self.num_parts = sum(is_state_part(page.tokens) for page in load.pages)
+        self.held_parts: list[bytes] = []
         self.is_of_all = is_of_all
         self.copy_s = 0.0
         self._ends, self._patience_s, self._clock = ends, patience_s, clock
@@ -172,10 +176,13 @@ class LoadChooser:
         first_page = num_cached // self._page_size
         first = first_page * self._page_size
         chain.grow(ids[:first])
-        return self.useful(tier, tier.find(chain.parent_key(first_page), as_bytes(ids[first:])))
+        return self.useful(tier, tier.find(chain.parent_key(first_page), as_bytes(ids[first:])), first_page)
 
-    def useful(self, tier: Tier, pages: list[FoundPage]) -> list[FoundPage]:
-        """What is to be loaded of `pages`, which a tier has: all of them. May ask the tier for more."""
+    def useful(self, tier: Tier, pages: list[FoundPage], first_page: int) -> list[FoundPage]:
+        """What is to be loaded of `pages`, which a tier has from number `first_page` of a sequence on: all of them.
+
+        May ask the tier for more.
+        """
         return pages
 
     def ends(self, pages: Sequence[FoundPage], num_cached: int) -> list[int]:

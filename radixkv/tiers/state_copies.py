@@ -1,4 +1,7 @@
-"""Copies the states of recurrent layers that a cache keeps for the writers of the tiers below it."""
+"""Copies what hits need besides pages for the writers of the tiers below: states of recurrent layers, or window pages.
+
+A window page goes as if it were a state after the last of its tokens.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,8 @@ class ReadsStates(Protocol):
         """Of each state."""
         ...
 
-    def read(self, slot: int) -> NDArray[np.uint8]:
-        """A copy of a state, [num_parts, bytes of a part]."""
+    def read(self, slot: int, num_tokens: int) -> NDArray[np.uint8]:
+        """A copy of a state after the first `num_tokens` tokens of its page, [num_parts, bytes of a part]."""
         ...
 
 
@@ -67,7 +70,7 @@ class StateCopies:
             rest = as_bytes(ids[first_page * self._page_size : state.num_tokens])
             facts = facts_of((state.num_tokens - 1) // self._page_size)
             records = self._records(chain.parent_key(first_page), rest, facts)
-            copied = self._copy(tier, state.slot, records)
+            copied = self._copy(tier, state, records)
             if touches and not copied.missing:
                 tier.writer.touch([(record.parent_key, record.tokens, facts) for record in records])
             missing, refused = missing + copied.missing, refused + copied.refused
@@ -83,7 +86,7 @@ class StateCopies:
             for number, (before, key) in enumerate(zip([parent_key, *keys], keys, strict=False))
         ]
 
-    def _copy(self, tier: Tier, slot: int, records: Sequence[PageRecord]) -> Copied:
+    def _copy(self, tier: Tier, state: KeptState, records: Sequence[PageRecord]) -> Copied:
         keys = [record.key for record in records]
         tokens = b"".join(record.tokens for record in records)
         num_stored = tier.num_stored(records[0].parent_key, tokens, keys)
@@ -92,5 +95,6 @@ class StateCopies:
             return Copied(missing, 0)
         if not tier.writer.num_accepted_together(missing):
             return Copied(missing, missing)
-        tier.writer.hand_down(records[num_stored:], self._states.read(slot)[num_stored:])
+        in_page = (state.num_tokens - 1) % self._page_size + 1
+        tier.writer.hand_down(records[num_stored:], self._states.read(state.slot, in_page)[num_stored:])
         return Copied(missing, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from radixkv.tiers.page_store import FoundPage
+from radixkv.tiers.page_store import FoundPage, is_state_part
 from radixkv.tiers.prefix_load import LoadChooser
 from radixkv.tiers.state_parts import StateParts
 from radixkv.tiers.tier import Tier
@@ -21,13 +21,13 @@ class StateLoadChooser(LoadChooser):
         super().__init__(parts.page_size, clock)
         self._parts = parts
 
-    def useful(self, tier: Tier, pages: list[FoundPage]) -> list[FoundPage]:
+    def useful(self, tier: Tier, pages: list[FoundPage], first_page: int) -> list[FoundPage]:
         """`pages` up to the deepest state that the tier has after some of their tokens, and the parts of that state."""
         return self._parts.deepest(tier, pages)
 
     def ends(self, pages: Sequence[FoundPage], num_cached: int) -> list[int]:
         """As ever, for pages with the state after them."""
-        ends = super().ends(pages[: -self._parts.num_parts], num_cached)
+        ends = super().ends([page for page in pages if not is_state_part(page.tokens)], num_cached)
         return [num_cached] * (len(pages) - 1) + ends[-1:] if ends else []
 
     def _but_last(self, pages: Sequence[FoundPage], num_pages: int) -> Sequence[FoundPage]:

@@ -7,6 +7,8 @@ have:
     first part     -1, the tokens after the last whole page, then -1 until `page_size` tokens are there
     others         -1, `page_size` times
 
+What a page has in layers that see a window (`window_load`) lies there as if it were the state after its last token.
+
 So a store needs to know nothing of states. What holds for pages holds for their parts: each has its checksum, its facts
 and its place in the order in which pages give way, a part before the one that it follows, and all of them before the
 page that they follow. A state of which a part is missing is not found.
@@ -45,17 +47,17 @@ class StateParts:
         first = 0 if tier.finds_at_once else max(0, len(pages) - ASKED_PAGES)
         for number in range(len(pages), first, -1):
             page = pages[number - 1]
-            if page.num_tokens == self.page_size and (parts := self._find(tier, _key(page), b"")):
+            if page.num_tokens == self.page_size and (parts := self.find(tier, _key(page), b"")):
                 return [*pages[:number], *parts]
             count = min(page.num_tokens, self.page_size - 1)
             while count:
                 wanted = page.tokens[: count * TOKEN_BYTES]
-                if parts := self._find(tier, page.parent_key, wanted):
+                if parts := self.find(tier, page.parent_key, wanted):
                     return [*pages[: number - 1], page._replace(num_tokens=count), *parts]
                 count = min(count - 1, self._shared_tokens(tier, page.parent_key, wanted))
         return []
 
-    def _find(self, tier: Tier, parent_key: bytes, rest: bytes) -> list[FoundPage]:
+    def find(self, tier: Tier, parent_key: bytes, rest: bytes) -> list[FoundPage]:
         """All parts of the state after `rest`; nothing if one is missing."""
         found = tier.find(parent_key, self.tokens(rest))
         is_whole = len(found) == self.num_parts and found[-1].num_tokens == self.page_size

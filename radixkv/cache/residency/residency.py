@@ -79,6 +79,15 @@ class Claim(Protocol):
         """
         ...
 
+    def prepare_load(self, pages: Pages, first: int, last: int) -> None:
+        """Get ready for the tokens `[first, last)` to be loaded rather than computed. O(pages that come or go).
+
+        The request may go on after `last` if they come, which the next `cover` tells, or after `first` as before.
+
+        Raises: OutOfPagesError; nothing has changed then.
+        """
+        ...
+
     def uncover(self, pages: Pages, kept: int) -> None:
         """Undo `cover` for all but the first `kept` of `pages`, which the lease is about to give back. Cannot fail."""
         ...
@@ -115,6 +124,11 @@ class Residency(Protocol):
     @property
     def shortfall(self) -> Shortfall:
         """What is missing where the tree holds more of a prompt than `usable_tokens`."""
+        ...
+
+    @property
+    def sight_tokens(self) -> int:
+        """How many tokens before the end of a hit have to have something besides their page."""
         ...
 
     @property
@@ -179,6 +193,13 @@ class Residency(Protocol):
         """
         ...
 
+    def kept_beside(self, held: HeldTokens, first_token: int) -> list[KeptState]:
+        """What a hit after more than `first_token` of the tokens that the tree holds needs besides pages, in order.
+
+        States; or window pages, each as a state after the last of its tokens. O(pages), as `kept_states`.
+        """
+        ...
+
     def check_invariants(self, pins: NDArray[np.integer], in_tree: NDArray[np.bool_], claims: Sequence[Claim]) -> None:
         """Prove its own invariants. O(num_pages).
 
@@ -204,6 +225,9 @@ class NoClaim:
         return capacity_tokens
 
     def cover(self, pages: Pages, first: int, last: int) -> None:
+        """Nothing to do."""
+
+    def prepare_load(self, pages: Pages, first: int, last: int) -> None:
         """Nothing to do."""
 
     def uncover(self, pages: Pages, kept: int) -> None:
@@ -238,6 +262,11 @@ class Everywhere:
     def shortfall(self) -> Shortfall:
         """Nothing is ever missing."""
         return "window"
+
+    @property
+    def sight_tokens(self) -> int:
+        """None of them."""
+        return 0
 
     @property
     def can_go_back(self) -> bool:
@@ -282,6 +311,10 @@ class Everywhere:
 
     def kept_states(self, held: HeldTokens, first_token: int) -> list[KeptState]:
         """None."""
+        return []
+
+    def kept_beside(self, held: HeldTokens, first_token: int) -> list[KeptState]:
+        """Nothing."""
         return []
 
     def check_invariants(self, pins: NDArray[np.integer], in_tree: NDArray[np.bool_], claims: Sequence[Claim]) -> None:

@@ -64,6 +64,10 @@ class StateClaim:
             self._next = self._slots.take()
         self._next_position = last
 
+    def prepare_load(self, pages: Pages, first: int, last: int) -> None:
+        """As `cover`: a state is loaded into the slot that one would be computed into."""
+        self.cover(pages, first, last)
+
     def uncover(self, pages: Pages, kept: int) -> None:
         """Nothing to do: states lie in no pages."""
 

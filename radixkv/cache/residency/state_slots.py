@@ -86,6 +86,11 @@ class StateSlots:
         return "state"
 
     @property
+    def sight_tokens(self) -> int:
+        """The last one: a state stands after it."""
+        return 1
+
+    @property
     def can_go_back(self) -> bool:
         """Never: a state does not tell what it was a token ago."""
         return False
@@ -188,6 +193,10 @@ class StateSlots:
         return found
 
     # -- what claims ask ---------------------------------------------------------------------------------------------
+
+    def kept_beside(self, held: HeldTokens, first_token: int) -> list[KeptState]:
+        """The states."""
+        return self.kept_states(held, first_token)
 
     def take(self) -> int:
         """A slot to write, which the caller holds; what the cache kept there is forgotten. O(1).

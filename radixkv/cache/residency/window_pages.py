@@ -23,6 +23,11 @@ from radixkv.cache.residency.window_events import WindowEvents
 from radixkv.errors import ConfigError, InvariantError, OutOfPagesError
 
 
+def first_seen_page(position: int, window_tokens: int, page_size: int) -> int:
+    """Index of the first page of a sequence that the token at `position` sees in layers of that window."""
+    return max(0, position - window_tokens + 1) // page_size
+
+
 class WindowPages:
     """Lends *window pages*, the pages of the layers that see a window, to the pages that some query still sees there.
 
@@ -94,7 +99,7 @@ class WindowPages:
         >>> windows.first_seen(7), windows.first_seen(10), windows.first_seen(11)
         (0, 0, 1)
         """
-        return max(0, position - self.window_tokens + 1) // self.page_size
+        return first_seen_page(position, self.window_tokens, self.page_size)
 
     def has(self, pages: Pages) -> NDArray[np.bool_]:
         """Which of `pages` have a window page."""
@@ -118,6 +123,11 @@ class WindowPages:
     def shortfall(self) -> Shortfall:
         """Layers that see a window have lost KV."""
         return "window"
+
+    @property
+    def sight_tokens(self) -> int:
+        """Those of the window."""
+        return self.window_tokens
 
     @property
     def can_go_back(self) -> bool:
@@ -277,6 +287,14 @@ class WindowPages:
     def kept_states(self, held: HeldTokens, first_token: int) -> list[KeptState]:
         """None."""
         return []
+
+    def kept_beside(self, held: HeldTokens, first_token: int) -> list[KeptState]:
+        """The window pages of the pages that hold tokens after the first `first_token`. O(pages)."""
+        num_tokens, pages = len(held.tokens), held.pages
+        first = first_token // self.page_size
+        numbers = first + np.flatnonzero(self.has(pages[first : -(-num_tokens // self.page_size)]))
+        ends = np.minimum((numbers + 1) * self.page_size, num_tokens)
+        return list(map(KeptState, ends.tolist(), self.window_page_of[pages[numbers]].tolist()))
 
     def _take_back(self, num: int) -> None:
         for queue in (self._passed, self._ended):

@@ -1,0 +1,59 @@
+"""What goes down to the tiers besides the pages of a cache: states of recurrent layers, or pages of a window pool."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from radixkv.cache.lease import Lease
+from radixkv.cache.prefix_cache import PrefixCache
+from radixkv.memory.page_pool import PagePool
+from radixkv.memory.split_pool import SplitKVPool
+from radixkv.memory.state_bytes import StateBytes
+from radixkv.memory.state_pool import StatePool
+from radixkv.memory.window_bytes import WindowBytes
+from radixkv.tiers.prefix_load import LoadChooser, PrefixLoad
+from radixkv.tiers.state_load import StateLoadChooser
+from radixkv.tiers.state_parts import StateParts
+from radixkv.tiers.window_load import WindowLoadChooser
+
+BesidePages: TypeAlias = "StateBytes | WindowBytes"
+"""Bytes of what a hit needs besides pages, in parts of a page's size."""
+
+
+def beside_pages(pool: PagePool, cache: PrefixCache, states: StatePool | None, part_bytes: int) -> BesidePages | None:
+    """What hits of a cache need besides pages; None if they need nothing."""
+    if states is not None:
+        return StateBytes(states, part_bytes)
+    if isinstance(pool, SplitKVPool):
+        return WindowBytes(pool, part_bytes, cache.sight_tokens)
+    return None
+
+
+def load_chooser(
+    beside: BesidePages | None, page_size: int, clock: Callable[[], float] = time.monotonic
+) -> LoadChooser:
+    """Finds where hits can end that are loaded."""
+    if beside is None:
+        return LoadChooser(page_size, clock)
+    parts = StateParts(page_size, beside.num_parts)
+    if isinstance(beside, StateBytes):
+        return StateLoadChooser(parts, clock)
+    return WindowLoadChooser(parts, beside.window_tokens, clock)
+
+
+def fill_beside(
+    beside: BesidePages, lease: Lease, load: PrefixLoad, number: int, parts: Sequence[bytes], page_size: int
+) -> None:
+    """Put parts that were loaded where `lease` needs them, from part `number` of the load on. O(bytes)."""
+    if isinstance(beside, StateBytes):
+        _, slot = lease.state_slots()
+        beside.write(slot, number, parts)
+        return
+    first_page = -(-load.last_token // page_size) - load.num_parts // beside.num_parts
+    for place, part in enumerate(parts, number):
+        load.held_parts.append(part)
+        if len(load.held_parts) == beside.num_parts:
+            beside.write(int(lease.pages[first_page + place // beside.num_parts]), load.held_parts)
+            load.held_parts.clear()
