@@ -96,8 +96,6 @@ def test_pages_of_another_kind_are_another_store(tmp_path: Path, settings: dict[
 
 
 def test_settings_that_cannot_be_met_say_why(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="in this one all layers see a window"):
-        make_engine(tmp_path, "mistral")
     with pytest.raises(ConfigError, match="are not for window="):
         make_engine(tmp_path, window=8)
     with pytest.raises(ConfigError, match='must be "through" or "selective" for models with layers that see a window'):

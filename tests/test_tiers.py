@@ -257,12 +257,6 @@ def test_every_kind_of_pool_comes_back_as_it_was(family: str, settings: dict[str
     assert warm.token_ids == cold.token_ids
 
 
-def test_a_model_whose_layers_all_see_a_window_is_refused() -> None:
-    parts = assemble(served_model("mistral"), None, EngineConfig(page_size=4, kv_cache_tokens=256))
-    with pytest.raises(ConfigError, match="all layers see a window"):
-        Engine.from_parts(replace(parts, stores=(MemoryStore(4, 64),)))
-
-
 def test_a_store_of_other_pages_is_refused(make_engine: MakeEngine) -> None:
     with pytest.raises(ConfigError, match=r"must hold 4 tokens in 1024 bytes.* they hold 8 in 64"):
         make_engine(parts={"stores": (MemoryStore(8, 64),)})

@@ -17,7 +17,7 @@ from prompts import random_ids
 from radixkv import Engine, EngineConfig, RequestOutput, SamplingParams
 from radixkv.cache.insight.explanation import BelowPool
 from radixkv.engine.assembly import assemble
-from radixkv.memory.page_bytes import PageBytes
+from radixkv.engine.beside_pages import pool_bytes
 from radixkv.memory.split_pool import SplitKVPool
 from radixkv.tiers.memory_store import HostStore
 from radixkv.tiers.page_store import PageStore, is_state_part
@@ -75,14 +75,12 @@ def longer(output: RequestOutput, seed: int = 2) -> list[int]:
 
 
 def memory_store(engine: Engine, name: str = "disk") -> MemoryStore:
-    assert isinstance(engine.pool, SplitKVPool)
-    assert engine.pool.full is not None
-    return MemoryStore(engine.config.page_size, PageBytes(engine.pool.full).payload_bytes, name)
+    return MemoryStore(engine.config.page_size, pool_bytes(engine.pool).payload_bytes, name)
 
 
 @pytest.mark.parametrize("max_batch_tokens", [8, 512])
 @pytest.mark.parametrize("page_size", [1, 4, 16])
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss", "llama4"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss", "llama4", "mistral"])
 def test_after_a_restart_a_conversation_goes_on_from_its_end(
     make: MakeEngine, tmp_path: Path, family: str, page_size: int, max_batch_tokens: int
 ) -> None:
@@ -303,6 +301,20 @@ def test_a_pool_of_another_split_finds_the_same_store(make: MakeEngine, tmp_path
     assert second.cached_by == {"pool": 0, "disk": COMPUTED}
 
 
+def test_where_no_layer_sees_everything_pages_hold_nothing_and_windows_come_back(make: MakeEngine) -> None:
+    engine = make("mistral")
+    store = memory_store(engine)
+    (first,) = generate(make("mistral", stores=[store]), HEAD, family="mistral")
+    assert len(places_of_parts(store)) == 8 * 14, "a window page is in eight parts"
+    for place in store.pages.keys() - set(places_of_parts(store)):
+        assert not any(store.pages[place][0])
+    engine = make("mistral", stores=[store])
+    (second,) = generate(engine, [*HEAD[:30], *random_ids(7, 9)], family="mistral")
+    assert second.cached_by == {"pool": 0, "disk": 30}
+    (third,) = generate(engine, longer(first), family="mistral")
+    assert third.cached_by == {"pool": 30, "disk": COMPUTED - 30}
+
+
 @pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8_e4m3"])
 def test_quantized_windows_come_back(make: MakeEngine, tmp_path: Path, kv_cache_dtype: str) -> None:
     settings = {"kv_cache_dtype": kv_cache_dtype, **disk_settings(tmp_path)}
@@ -320,7 +332,7 @@ def test_quantized_windows_come_back(make: MakeEngine, tmp_path: Path, kv_cache_
 def test_at_random(make: MakeEngine, tmp_path: Path, seed: int) -> None:
     """Conversations over pools and a disk that are all too small, and a disk that is damaged now and then."""
     rng = random.Random(seed)
-    family = rng.choice(["gemma3", "gpt_oss"])
+    family = rng.choice(["gemma3", "gpt_oss", "mistral"])
     turns = [random_ids(1000 * seed + number, 12) for number in range(6)]
     loaded_tokens = 0
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""What goes down to the tiers besides the pages of a cache: states of recurrent layers, or pages of a window pool."""
+"""What goes down to the tiers: pages of a cache, and beside them states of recurrent layers, or window pages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TypeAlias
 
 from radixkv.cache.lease import Lease
 from radixkv.cache.prefix_cache import PrefixCache
-from radixkv.memory.page_pool import PagePool
+from radixkv.engine.kv_memory import Pool
+from radixkv.memory.blank_pages import BlankPages
+from radixkv.memory.page_bytes import PageBytes
 from radixkv.memory.split_pool import SplitKVPool
 from radixkv.memory.state_bytes import StateBytes
 from radixkv.memory.state_pool import StatePool
@@ -22,7 +24,18 @@ BesidePages: TypeAlias = "StateBytes | WindowBytes"
 """Bytes of what a hit needs besides pages, in parts of a page's size."""
 
 
-def beside_pages(pool: PagePool, cache: PrefixCache, states: StatePool | None, part_bytes: int) -> BesidePages | None:
+PoolBytes: TypeAlias = "PageBytes | BlankPages"
+"""Bytes of what a pool keeps of every page."""
+
+
+def pool_bytes(pool: Pool) -> PoolBytes:
+    """How the pages of a pool go to stores, but for what is beside them."""
+    if isinstance(pool, SplitKVPool):
+        return BlankPages(pool) if pool.full is None else PageBytes(pool.full)
+    return PageBytes(pool)
+
+
+def beside_pages(pool: Pool, cache: PrefixCache, states: StatePool | None, part_bytes: int) -> BesidePages | None:
     """What hits of a cache need besides pages; None if they need nothing."""
     if states is not None:
         return StateBytes(states, part_bytes)

@@ -15,10 +15,9 @@ from radixkv.cache.page_keys import tail_key
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import TOKEN_BYTES
 from radixkv.config import TierWrites
-from radixkv.engine.beside_pages import BesidePages
+from radixkv.engine.beside_pages import BesidePages, PoolBytes
 from radixkv.engine.loading import chain_of
 from radixkv.engine.request import Request
-from radixkv.memory.page_bytes import PageBytes
 from radixkv.memory.window_bytes import WindowBytes
 from radixkv.tiers.page_chain import PageChain, as_bytes
 from radixkv.tiers.page_store import PageFacts
@@ -41,7 +40,7 @@ class HandDown:
     def __init__(
         self,
         tiers: Sequence[Tier],
-        page_bytes: PageBytes,
+        page_bytes: PoolBytes,
         cache: PrefixCache,
         writes: TierWrites,
         *,

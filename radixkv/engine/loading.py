@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from radixkv.cache.insight.explanation import BelowPool
 from radixkv.cache.namespace import Namespace
-from radixkv.engine.beside_pages import BesidePages, fill_beside, load_chooser
+from radixkv.engine.beside_pages import BesidePages, PoolBytes, fill_beside, load_chooser
 from radixkv.engine.request import Request
 from radixkv.errors import OutOfPagesError
-from radixkv.memory.page_bytes import PageBytes
 from radixkv.tiers.load_choice import PrefillRate
 from radixkv.tiers.page_chain import PageChain, as_bytes
 from radixkv.tiers.page_store import FoundPage
@@ -54,7 +53,7 @@ class Loader:
     def __init__(
         self,
         tiers: Sequence[Tier],
-        page_bytes: PageBytes,
+        page_bytes: PoolBytes,
         page_size: int,
         *,
         beside: BesidePages | None = None,

@@ -11,16 +11,14 @@ from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.config import CacheQuota, TierWrites
-from radixkv.engine.beside_pages import beside_pages
+from radixkv.engine.beside_pages import beside_pages, pool_bytes
 from radixkv.engine.handing_down import HandDown
+from radixkv.engine.kv_memory import Pool
 from radixkv.engine.loading import Loader
 from radixkv.engine.request import Request
 from radixkv.engine.tier_shares import check_tier_shares, set_tier_shares
-from radixkv.engine.tier_stores import storable
 from radixkv.engine.warm_fill import WarmFill
 from radixkv.errors import ConfigError
-from radixkv.memory.page_bytes import PageBytes
-from radixkv.memory.page_pool import PagePool
 from radixkv.memory.state_pool import StatePool
 from radixkv.tiers.arrivals import Arrivals
 from radixkv.tiers.ending import CLOSE_TIMEOUT_S, Ending
@@ -41,7 +39,7 @@ class LowerTiers:
     def __init__(
         self,
         stores: Sequence[PageStore],
-        pool: PagePool | None,
+        pool: Pool | None,
         cache: PrefixCache | None,
         writes: TierWrites = "through",
         *,
@@ -57,7 +55,7 @@ class LowerTiers:
             states: those of recurrent layers, if there are any. The pool is not filled at the start then, nor where
                 layers see a window.
 
-        Raises: ConfigError if they do not fit the pool, or its pages cannot be stored.
+        Raises: ConfigError if they do not fit the pool.
         """
         self.arrivals = Arrivals()
         self._close_timeout_s = close_timeout_s
@@ -68,7 +66,7 @@ class LowerTiers:
         self._ending: Ending | None = None
         if not stores or pool is None or cache is None:
             return
-        page_bytes = PageBytes(storable(pool))
+        page_bytes = pool_bytes(pool)
         for store in stores:
             _check_fits(store, cache.page_size, page_bytes.payload_bytes)
         self._tiers = [Tier(store, self.arrivals, max_write_bytes_s=max_write_bytes_s, clock=clock) for store in stores]

@@ -9,11 +9,12 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from radixkv.config import GB, EngineConfig
+from radixkv.engine.beside_pages import pool_bytes
+from radixkv.engine.kv_memory import Pool
 from radixkv.errors import ConfigError
 from radixkv.memory.kv_identity import kv_identity, weight_tensors
 from radixkv.memory.kv_pool import KVPool
 from radixkv.memory.page_bytes import PageBytes
-from radixkv.memory.page_pool import PagePool
 from radixkv.memory.split_pool import SplitKVPool
 from radixkv.memory.state_bytes import StateBytes
 from radixkv.memory.state_pool import StatePool
@@ -43,7 +44,7 @@ def hash_weights(model: PreTrainedModel, weight_files: Sequence[Path], config: E
 
 
 def make_stores(
-    config: EngineConfig, model: PreTrainedModel, pool: PagePool, weights: str, states: StatePool | None = None
+    config: EngineConfig, model: PreTrainedModel, pool: Pool, weights: str, states: StatePool | None = None
 ) -> tuple[PageStore, ...]:
     """The stores that `config` asks for, the fastest first.
 
@@ -51,7 +52,7 @@ def make_stores(
         weights: as `hash_weights` gives them.
         states: those of recurrent layers, which go down with the pages.
 
-    Raises: ConfigError if the pool's pages cannot be stored, or a setting is for other devices; TierError if a store
+    Raises: ConfigError if a setting is for other devices; TierError if a store
         cannot be opened.
     """
     if not asks_for_tiers(config):
@@ -61,13 +62,14 @@ def make_stores(
             'tier_writes must be "through" or "selective" for models with layers that see a window, not "back": window '
             "pages are given up before the pages that they belong to"
         )
-    kept = storable(pool)
-    payload_bytes = PageBytes(kept).payload_bytes
+    kept = pool if isinstance(pool, KVPool) else pool.full or pool.window  # of all of which kind and page size are one
+    page_bytes = pool_bytes(pool)
+    payload_bytes = page_bytes.payload_bytes
     identity = kv_identity(model, kept)
     if states is not None:
         identity = identity._replace(layout=f"{identity.layout}; states {StateBytes(states, payload_bytes).layout}")
     if isinstance(pool, SplitKVPool):
-        identity = identity._replace(layout=f"{identity.layout}; windows {PageBytes(pool.window).layout}")
+        identity = identity._replace(layout=f"{page_bytes.layout}; windows {PageBytes(pool.window).layout}")
     fingerprint = Fingerprint(weights=weights, **identity._asdict())
     with ExitStack() as undo:
         stores: list[PageStore] = []
@@ -94,14 +96,3 @@ def make_stores(
 def watches(stores: Sequence[PageStore]) -> dict[str, PageWatch]:
     """How to follow what is below the pool and this engine's own, by the medium that events call it."""
     return {TIERS[store.name]: store.watch for store in stores if isinstance(store, HostStore | DiskStore)}
-
-
-def storable(pool: PagePool) -> KVPool:
-    """What `pool` keeps of all pages, so that it can be kept in a store. Raises: ConfigError."""
-    kept = pool.full if isinstance(pool, SplitKVPool) else pool
-    if not isinstance(kept, KVPool):
-        raise ConfigError(
-            "disk_cache, host_cache_gb and shared_cache are for models with a layer that sees every token; in this one "
-            "all layers see a window, so that its pages alone hold nothing"
-        )
-    return kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from radixkv.cache.prefix_cache import PrefixCache
-from radixkv.memory.page_bytes import PageBytes
+from radixkv.engine.beside_pages import PoolBytes
 from radixkv.tiers.warm_start import WarmRun, WarmStart, seconds_left
 
 
@@ -16,7 +16,7 @@ class WarmFill:
         pages: so many were filled.
     """
 
-    def __init__(self, start: WarmStart, cache: PrefixCache, page_bytes: PageBytes) -> None:
+    def __init__(self, start: WarmStart, cache: PrefixCache, page_bytes: PoolBytes) -> None:
         self._start, self._cache, self._page_bytes = start, cache, page_bytes
         self._filled: list[WarmRun] = []
         self.pages = 0

@@ -29,9 +29,9 @@ class TierStats(NamedTuple):
     `loaded_tokens` were loaded in place of being computed, with `loaded_states` of recurrent layers, or windows of
     layers that see one, each of which also counts as the pages that hold its parts. Of the requests that found more in
     the tier than in the pool, `loads` loaded it, `slower` computed it because that is measured to be faster, and
-    `unavailable` did because the tier had failed or hung; `given_up` of the loads took too long, `missed` of them ended early, as pages were gone or damaged.
-    `dropped_pages` could not be written in time. `is_slow` tells that it is off until a probe finds it faster than
-    computing.
+    `unavailable` did because the tier had failed or hung; `given_up` of the loads took too long, `missed` of them ended
+    early, as pages were gone or damaged. `dropped_pages` could not be written in time. `is_slow` tells that it is off
+    until a probe finds it faster than computing.
     """
 
     name: str
