@@ -55,7 +55,7 @@ def test_states_come_back_from_their_parts_as_they_were(part_bytes: int) -> None
     for tensor in one.tensors:
         tensor.copy_(torch.randint(-90, 90, tensor.shape))
     read, written = StateBytes(one, part_bytes), StateBytes(other, part_bytes)
-    content = read.read(2, 1)
+    (content,) = read.read([2], [1])
     assert content.shape == (read.num_parts, part_bytes)
     assert read.num_parts == -(-79 // part_bytes)
     assert not content.reshape(-1)[79:].any()

@@ -19,6 +19,7 @@ from radixkv.cache.insight.explanation import BelowPool
 from radixkv.engine.assembly import assemble
 from radixkv.engine.beside_pages import pool_bytes
 from radixkv.memory.split_pool import SplitKVPool
+from radixkv.tiers import state_copies
 from radixkv.tiers.memory_store import HostStore
 from radixkv.tiers.page_store import PageStore, is_state_part
 from radixkv.tiers.slot_files import PAYLOADS
@@ -95,6 +96,22 @@ def test_after_a_restart_a_conversation_goes_on_from_its_end(
     assert (tier.loads, tier.loaded_tokens, tier.missed) == (1, COMPUTED, 0)
     (third,) = generate(engine, longer(second, 3), family=family)
     assert third.cached_by == {"pool": len(longer(first)) + PARAMS.max_tokens - 1}
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 3000])
+def test_window_pages_are_copied_in_batches_of_any_size(
+    make: MakeEngine, monkeypatch: pytest.MonkeyPatch, batch_bytes: int
+) -> None:
+    expected = memory_store(make())
+    (first,) = generate(make(stores=[expected]), HEAD)
+    monkeypatch.setattr(state_copies, "BATCH_BYTES", batch_bytes)
+    store = memory_store(make())
+    generate(make(stores=[store]), HEAD)
+    assert {place: page[0] for place, page in store.pages.items()} == {
+        place: page[0] for place, page in expected.pages.items()
+    }
+    (second,) = generate(make(stores=[store]), longer(first))
+    assert second.cached_tokens == COMPUTED
 
 
 def test_a_hit_may_end_anywhere_in_a_prompt(make: MakeEngine, tmp_path: Path) -> None:

@@ -64,9 +64,10 @@ def fill_beside(
         _, slot = lease.state_slots()
         beside.write(slot, number, parts)
         return
-    first_page = -(-load.last_token // page_size) - load.num_parts // beside.num_parts
-    for place, part in enumerate(parts, number):
-        load.held_parts.append(part)
-        if len(load.held_parts) == beside.num_parts:
-            beside.write(int(lease.pages[first_page + place // beside.num_parts]), load.held_parts)
-            load.held_parts.clear()
+    held = load.held_parts
+    first = (number - len(held)) // beside.num_parts  # of the pages whose parts are loaded
+    held += parts
+    num_pages = len(held) // beside.num_parts
+    first += -(-load.last_token // page_size) - load.num_parts // beside.num_parts
+    beside.write(lease.pages[first : first + num_pages], held[: num_pages * beside.num_parts])
+    del held[: num_pages * beside.num_parts]

@@ -39,12 +39,12 @@ class StateBytes:
             for shape in self._pool.shapes
         )
 
-    def read(self, slot: int, num_tokens: int) -> NDArray[np.uint8]:
-        """A copy of a state, [num_parts, part_bytes], whatever tokens it stands after. O(bytes)."""
-        content = np.zeros((self.num_parts, self.part_bytes), np.uint8)
-        flat = torch.from_numpy(content.reshape(-1))
-        for row, end in zip(self._rows, self._ends, strict=True):
-            flat[end - row.shape[1] : end].copy_(row[slot])
+    def read(self, slots: Sequence[int], num_tokens: Sequence[int]) -> NDArray[np.uint8]:
+        """A copy of states, [n, num_parts, part_bytes], whatever tokens they stand after. O(bytes)."""
+        content = np.zeros((len(slots), self.num_parts, self.part_bytes), np.uint8)
+        for slot, state in zip(slots, torch.from_numpy(content.reshape(len(slots), -1)), strict=True):
+            for row, end in zip(self._rows, self._ends, strict=True):
+                state[end - row.shape[1] : end].copy_(row[slot])
         return content
 
     def write(self, slot: int, first_part: int, payloads: Sequence[bytes]) -> None:

@@ -33,15 +33,20 @@ class WindowBytes:
         """What lies in the bytes of a page."""
         return self._bytes.layout
 
-    def read(self, window_page: int, num_tokens: int) -> NDArray[np.uint8]:
-        """A copy of a window page, [num_parts, part_bytes], zeros after its first `num_tokens` tokens. O(bytes)."""
-        content = np.zeros((self.num_parts, self.part_bytes), np.uint8)
-        (payload,) = self._bytes.read(np.array([window_page], np.int32), last_tokens=num_tokens)
-        content.reshape(-1)[: len(payload)] = payload
-        return content
+    def read(self, window_pages: Sequence[int], num_tokens: Sequence[int]) -> NDArray[np.uint8]:
+        """A copy of window pages, [n, num_parts, part_bytes]. O(bytes).
 
-    def write(self, page: int, parts: Sequence[bytes]) -> None:
-        """Fill the window page of a page of the cache, which has one, with all of its parts. O(bytes)."""
-        assert self._of_page[page] != self._scratch, f"page {page} has no window page"
-        payload = b"".join(parts)[: self._bytes.payload_bytes]
-        self._bytes.write(self._of_page[page : page + 1], [payload])
+        Args:
+            num_tokens: in each of them; zeros come after these. All but the last one are full.
+        """
+        payloads = self._bytes.read(np.array(window_pages, np.int32), last_tokens=num_tokens[-1])
+        content = np.zeros((len(payloads), self.num_parts * self.part_bytes), np.uint8)
+        content[:, : payloads.shape[1]] = payloads
+        return content.reshape(len(payloads), self.num_parts, self.part_bytes)
+
+    def write(self, pages: NDArray[np.int32], parts: Sequence[bytes]) -> None:
+        """Fill the window pages of pages of the cache, which have one each, with all of their parts. O(bytes)."""
+        window_pages = self._of_page[pages]
+        assert (window_pages != self._scratch).all(), "a page without a window page cannot be filled"
+        step, size = self.num_parts, self._bytes.payload_bytes
+        self._bytes.write(window_pages, [b"".join(parts[i : i + step])[:size] for i in range(0, len(parts), step)])

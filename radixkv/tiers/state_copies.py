@@ -19,7 +19,9 @@ from radixkv.tiers.page_store import PageFacts
 from radixkv.tiers.run_copies import Copied
 from radixkv.tiers.state_parts import StateParts
 from radixkv.tiers.tier import Tier
-from radixkv.tiers.writer import PageRecord
+from radixkv.tiers.writer import PageRecord, PageWriter
+
+BATCH_BYTES = 16 << 20  # of states that are copied together, or one state if that is more
 
 
 class ReadsStates(Protocol):
@@ -30,8 +32,13 @@ class ReadsStates(Protocol):
         """Of each state."""
         ...
 
-    def read(self, slot: int, num_tokens: int) -> NDArray[np.uint8]:
-        """A copy of a state after the first `num_tokens` tokens of its page, [num_parts, bytes of a part]."""
+    @property
+    def part_bytes(self) -> int:
+        """Of each part."""
+        ...
+
+    def read(self, slots: Sequence[int], num_tokens: Sequence[int]) -> NDArray[np.uint8]:
+        """A copy of states, each after that number of tokens of its page, [n, num_parts, part_bytes]."""
         ...
 
 
@@ -65,15 +72,17 @@ class StateCopies:
         """
         chain.grow(ids)
         missing = refused = 0
+        batch = _Batch(self._states, tier.writer, self._page_size)
         for state in kept:
             first_page = state.num_tokens // self._page_size
             rest = as_bytes(ids[first_page * self._page_size : state.num_tokens])
             facts = facts_of((state.num_tokens - 1) // self._page_size)
             records = self._records(chain.parent_key(first_page), rest, facts)
-            copied = self._copy(tier, state, records)
+            copied = self._copy(tier, state, records, batch)
             if touches and not copied.missing:
                 tier.writer.touch([(record.parent_key, record.tokens, facts) for record in records])
             missing, refused = missing + copied.missing, refused + copied.refused
+        batch.hand_down()
         return Copied(missing, refused)
 
     def _records(self, parent_key: bytes, rest: bytes, facts: PageFacts) -> list[PageRecord]:
@@ -86,15 +95,46 @@ class StateCopies:
             for number, (before, key) in enumerate(zip([parent_key, *keys], keys, strict=False))
         ]
 
-    def _copy(self, tier: Tier, state: KeptState, records: Sequence[PageRecord]) -> Copied:
+    def _copy(self, tier: Tier, state: KeptState, records: Sequence[PageRecord], batch: _Batch) -> Copied:
         keys = [record.key for record in records]
         tokens = b"".join(record.tokens for record in records)
         num_stored = tier.num_stored(records[0].parent_key, tokens, keys)
         missing = len(records) - num_stored
         if not missing or tier.writer.is_queued(keys[-1]):
             return Copied(missing, 0)
-        if not tier.writer.num_accepted_together(missing):
+        if not batch.takes(missing):
             return Copied(missing, missing)
-        in_page = (state.num_tokens - 1) % self._page_size + 1
-        tier.writer.hand_down(records[num_stored:], self._states.read(state.slot, in_page)[num_stored:])
+        batch.add(state, records, num_stored)
         return Copied(missing, 0)
+
+
+class _Batch:
+    """States that are copied together, which on a GPU costs far less than one by one."""
+
+    def __init__(self, states: ReadsStates, writer: PageWriter, page_size: int) -> None:
+        self._states, self._writer, self._page_size = states, writer, page_size
+        self._chosen: list[tuple[KeptState, Sequence[PageRecord], int]] = []
+        self._num_parts = 0
+
+    def takes(self, num_parts: int) -> bool:
+        """Whether the writer would take a state of which so many parts are missing. O(1)."""
+        if not self._chosen:
+            return self._writer.num_accepted_together(num_parts) > 0
+        return self._writer.num_accepted() >= self._num_parts + num_parts
+
+    def add(self, state: KeptState, records: Sequence[PageRecord], num_stored: int) -> None:
+        """Copy the parts of a state after the first `num_stored`, now or with the next ones."""
+        self._chosen.append((state, records, num_stored))
+        self._num_parts += len(records) - num_stored
+        if len(self._chosen) * len(records) * self._states.part_bytes >= BATCH_BYTES:
+            self.hand_down()
+
+    def hand_down(self) -> None:
+        """Copy what was chosen."""
+        if self._chosen:
+            slots = [state.slot for state, _, _ in self._chosen]
+            in_page = [(state.num_tokens - 1) % self._page_size + 1 for state, _, _ in self._chosen]
+            contents = self._states.read(slots, in_page)
+            for (_, records, num_stored), content in zip(self._chosen, contents, strict=True):
+                self._writer.hand_down(records[num_stored:], content[num_stored:])
+        self._chosen, self._num_parts = [], 0
