@@ -16,6 +16,7 @@ from radixkv import CacheQuota, Engine, EngineConfig, SamplingParams
 from radixkv.engine.assembly import assemble
 from radixkv.errors import ConfigError
 from radixkv.memory.page_bytes import PageBytes
+from radixkv.serving.tier_metrics import tier_metrics
 from radixkv.tiers.memory_store import HostStore
 from radixkv.tiers.page_store import PageFacts
 from store_cases import PAGE_SIZE, PAYLOAD_BYTES, Clock, Namespace, chain, facts, found_tokens, holding, open_store
@@ -185,6 +186,9 @@ def test_an_engine_guarantees_shares_of_host_memory() -> None:
         (tier,) = engine.stats().tiers
         assert tier.store.pages_evicted > 0
         assert [use.used_bytes for use in tier.store.namespaces] == [10 * 1024, 10 * 1024]
+        samples = [sample for metric in tier_metrics([tier]) for sample in metric.samples]
+        used = {s.name: s.value for s in samples if s.labels.get("namespace") == "anna" and s.labels["state"] == "used"}
+        assert used == {"radixkv_namespace_host_bytes": 10 * 1024}
         (again,) = engine.generate(random_ids(1, 40), SamplingParams(max_tokens=1), extra_key="anna")
         assert again.cached_by == {"pool": 0, "host": 39}
         with pytest.raises(ConfigError, match="more than the store's 20480 bytes"):
