@@ -18,7 +18,7 @@ T = TypeVar("T")
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 BODY_SEND = "radixkv.body_send"
-"""Where a scope has the short way for the body of an answer that has begun: past middleware that waits for its start."""
+"""Where a scope has the short way for the body of an answer that has begun: past middleware that awaits its start."""
 
 
 class ClientGoneError(Exception):
