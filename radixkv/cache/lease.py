@@ -247,6 +247,8 @@ class Lease:
             HeldTokens(self._namespace, tokens if is_shared else tokens[:whole_tokens], page_runs), shared_pages
         )
         self._drop_source(len(tokens))
+        if before.is_tail(cache.page_size):
+            self._ask_as_for(before, tokens)
         if self._priority or self._keep_for_s is not None:
             cache.tree.retain(self._node, priority=self._priority, keep_for_s=self._keep_for_s)
         if len(tokens) > self._announced_tokens:
@@ -327,6 +329,17 @@ class Lease:
             if tail.priority or tail.keep_until:  # its tokens live on, and so does what was asked for them
                 tree.keep_until(self._node, max(tail.keep_until, tree.clock()), priority=tail.priority)
             self._cache.remove(tail)
+
+    def _ask_as_for(self, tail: TreeNode, tokens: NDArray[np.int32]) -> None:
+        """Keep what has the tokens of a tail of this lease, which is no more, as was asked for the tail meanwhile."""
+        if not (tail.priority or tail.keep_until):
+            return
+        tree, page_size = self._cache.tree, self._cache.page_size
+        page_end = -(-tail.end // page_size) * page_size
+        node = self._node
+        if page_end <= len(tokens):  # the page is full now: cut after it, so that nothing more is kept
+            node = tree.match_tokens(tokens[:page_end], self._namespace).node
+        tree.keep_until(node, max(tail.keep_until, tree.clock()), priority=tail.priority)
 
     def _adopt(self, first: int, last: int) -> None:
         """Read pages `[first, last)` from the tree, where another request's came first, and free this lease's own."""
