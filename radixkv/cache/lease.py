@@ -247,10 +247,10 @@ class Lease:
             HeldTokens(self._namespace, tokens if is_shared else tokens[:whole_tokens], page_runs), shared_pages
         )
         self._drop_source(len(tokens))
-        if before.is_tail(cache.page_size):
-            self._ask_as_for(before, tokens)
         if self._priority or self._keep_for_s is not None:
             cache.tree.retain(self._node, priority=self._priority, keep_for_s=self._keep_for_s)
+        if before.is_tail(cache.page_size):
+            self._ask_as_for(before, tokens)
         if len(tokens) > self._announced_tokens:
             self._announced_tokens = len(tokens)
             cache.committed(tokens, self._namespace)
@@ -332,11 +332,10 @@ class Lease:
 
     def _ask_as_for(self, tail: TreeNode, tokens: NDArray[np.int32]) -> None:
         """Keep what has the tokens of a tail of this lease, which is no more, as was asked for the tail meanwhile."""
-        if not (tail.priority or tail.keep_until):
+        tree, page_size, node = self._cache.tree, self._cache.page_size, self._node
+        if tail.priority <= node.priority and tail.keep_until <= max(node.keep_until, tree.clock()):
             return
-        tree, page_size = self._cache.tree, self._cache.page_size
         page_end = -(-tail.end // page_size) * page_size
-        node = self._node
         if page_end <= len(tokens):  # the page is full now: cut after it, so that nothing more is kept
             node = tree.match_tokens(tokens[:page_end], self._namespace).node
         tree.keep_until(node, max(tail.keep_until, tree.clock()), priority=tail.priority)
