@@ -558,14 +558,19 @@ class CacheMachine(RuleBasedStateMachine):
 
     def ask_as_for(self, tail: Edge, claim: Claim, tokens: list[int]) -> None:
         """What was asked for a claim's tail meanwhile is asked for the page that has its tokens now."""
-        edge = claim.pinned
-        assert edge is not None
-        if tail.priority > edge.priority or tail.keep_until > max(edge.keep_until, self.clock()):
-            page_end = -(-len(tail.tokens) // self.page_size) * self.page_size
-            if page_end <= len(tokens):
-                edge = self.oracle.match(claim.namespace, tokens[:page_end])
-                assert edge is not None
-            self.oracle.retain(edge, tail.priority, max(0, tail.keep_until - self.clock()))
+        pinned = claim.pinned
+        if pinned is not None and tail.priority <= pinned.priority:
+            if tail.keep_until <= max(pinned.keep_until, self.clock()):
+                return
+        elif pinned is None and not tail.priority and tail.keep_until <= self.clock():
+            return
+        page_end = -(-len(tail.tokens) // self.page_size) * self.page_size
+        if page_end <= len(tokens):
+            pinned = self.oracle.match(claim.namespace, tokens[:page_end])
+        elif pinned is not None and not self.oracle.is_tail(pinned):
+            return
+        if pinned is not None:
+            self.oracle.retain(pinned, tail.priority, max(0, tail.keep_until - self.clock()))
 
     def end(self, claim: Claim) -> None:
         self.unpin(claim.pinned)
