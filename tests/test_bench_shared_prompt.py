@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radixkv.engine.scheduler import WORTH_WAITING_TOKENS
+from radixkv.engine.prompts_in_progress import WORTH_WAITING_TOKENS
 from radixkv_bench.common import corpus, models
 from radixkv_bench.common.errors import BenchError
 from radixkv_bench.common.runners import Answer, Usage

@@ -29,7 +29,7 @@ from radixkv.cli.common import EngineOptions, SamplingOptions
 from radixkv.cli.display import excerpt
 from radixkv.engine.executor import Executor
 from radixkv.engine.runner import ModelRunner
-from radixkv.engine.scheduler import Span
+from radixkv.engine.span import Span
 
 TOKENS = 6
 IDS = [646, 1124, 31, 544, 74]

@@ -19,7 +19,8 @@ from radixkv.attention.metadata import AttentionMetadata
 from radixkv.attention.shared_prefix import BreakEven, CascadePlan, plan_cascade
 from radixkv.engine.assembly import assemble
 from radixkv.engine.sampling import Sampler
-from radixkv.engine.scheduler import Scheduler, Span
+from radixkv.engine.scheduler import Scheduler
+from radixkv.engine.span import Span
 from radixkv.engine.step_input import StepInput
 from radixkv.errors import (
     ConfigError,

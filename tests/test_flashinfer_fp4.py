@@ -39,7 +39,7 @@ from radixkv.attention.backend import AttentionNeeds, choose_backend, register_b
 from radixkv.attention.flashinfer_backend import FlashInferBackend
 from radixkv.attention.torch_backend import TorchBackend
 from radixkv.errors import UnsupportedBackendError
-from radixkv.kernels.flashinfer_paged import KVPages, PagedDecode
+from radixkv.kernels.flashinfer_paged import KVPages, PagedDecode, load
 from radixkv.memory.fp4_codes import GLOBAL_SCALE
 from radixkv.memory.page_bytes import PageBytes
 from tiny_models import make_model, with_common
@@ -176,15 +176,20 @@ def test_scales_must_come_with_the_codes(make_case: MakeCase) -> None:
     case = make_case(DECODES)
     backend = make_backend(case, case.params())
     kind, pages = backend.layer(0)
+    lists, workspace = _lists(backend, case), torch.zeros(16, dtype=torch.uint8)
+    decode = PagedDecode(kind, workspace)
+    decode.plan(lists)
     with pytest.raises(AssertionError, match="pages of another kind"):
-        backend.plan(case.metadata)._of_kinds[kind].attend(case.q, KVPages(pages.k, pages.v))
-    plain = PagedDecode(replace(kind, global_scale=None), torch.zeros(16, dtype=torch.uint8))
+        decode.run(case.q, KVPages(pages.k, pages.v), torch.empty_like(case.q))
+    plain = PagedDecode(replace(kind, global_scale=None), workspace)
     with pytest.raises(AssertionError, match="CUDA cores take no scales"):
-        plain.plan(_lists(backend, case))
-    wrapper = PagedDecode(kind, torch.zeros(16, dtype=torch.uint8))
-    wrapper.plan(_lists(backend, case))
+        plain.plan(lists)
+    wrapper = load().BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True, backend="fa2")
+    wrapper.plan(
+        *map(torch.from_numpy, (lists.indptr, lists.indices, lists.last_page_len)), *kind.sizes, **kind.options
+    )
     with pytest.raises(ValueError, match="kv_cache_sf must be provided for NVFP4 KV cache"):
-        wrapper._wrapper.run(case.q, (pages.k, pages.v))
+        wrapper.run(case.q, (pages.k, pages.v))
 
 
 def _lists(backend: FlashInferBackend, case: Case) -> Any:

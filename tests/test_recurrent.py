@@ -80,13 +80,16 @@ def test_requests_that_are_retracted_resume_from_their_states(family: str) -> No
         engine.cache.check_invariants()
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8_e4m3", "int4", "fp4"])
 def test_pools_of_codes_give_what_they_give_without_the_cache(kv_dtype: str) -> None:
+    sizes = RECURRENT_FAMILIES["qwen3_next"]()
+    sizes.head_dim = 16  # of which fp4 codes no fewer
+    model = make_model(sizes)
     prompts = random_prompts(11, [40, 44, 37], shared=25)
     config = EngineConfig(kv_cache_tokens=512, kv_cache_dtype=kv_dtype, state_interval_tokens=16)
     answers = []
     for caches in (True, True, False):
-        with Engine(recurrent_model("qwen3_next"), None, dataclasses.replace(config, prefix_cache=caches)) as engine:
+        with Engine(model, None, dataclasses.replace(config, prefix_cache=caches)) as engine:
             answers += [[o.token_ids for o in engine.generate(prompts, LIKELIEST)] for _ in range(2)]
             engine.cache.check_invariants()
     assert all(answer == answers[0] for answer in answers)

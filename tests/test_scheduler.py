@@ -13,8 +13,9 @@ from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.assembly import assemble
 from radixkv.engine.core import EngineCore
+from radixkv.engine.prompts_in_progress import WORTH_WAITING_TOKENS
 from radixkv.engine.request import Request
-from radixkv.engine.scheduler import WORTH_WAITING_TOKENS, Scheduler
+from radixkv.engine.scheduler import Scheduler
 from runners import checked
 from tiny_models import served_model
 
@@ -152,6 +153,14 @@ def test_nobody_waits_to_be_spared_a_few_tokens(make_engine: MakeEngine, page_si
     head = random_ids(1, spared_tokens)
     outputs = engine.generate([[*head, 7, 8], [*head, 9, 10]], SamplingParams(max_tokens=1))
     assert outputs[1].cached_tokens == (spared_tokens if spared_tokens >= WORTH_WAITING_TOKENS else 0)
+
+
+def test_nobody_waits_where_nothing_is_shared() -> None:
+    core, submit = make_core(prefix_cache=False)
+    head = random_ids(1, 40)
+    ids = [submit([*head, last], SamplingParams(max_tokens=2)) for last in (7, 8)]
+    assert [progress.request_id for progress in core.step()] == ids, "both begin in one step"
+    core.close()
 
 
 def test_what_is_cached_already_is_not_waited_for(make_engine: MakeEngine, order_of_starts: list[int]) -> None:

@@ -12,9 +12,10 @@ from prompts import random_ids
 from radixkv import EngineConfig, PrefixCache, SamplingParams
 from radixkv.cache.watch import PrefixWatch
 from radixkv.engine.arguments import CacheOptions
+from radixkv.engine.prompts_in_progress import WORTH_WAITING_TOKENS
 from radixkv.engine.request import Request
 from radixkv.engine.resolved_config import ResolvedConfig
-from radixkv.engine.scheduler import WORTH_WAITING_TOKENS, Scheduler
+from radixkv.engine.scheduler import Scheduler
 from radixkv.engine.waiting_queue import LPM_WINDOW, MOST_REFRESHED, WaitingQueue
 from radixkv.memory.req_to_token import ReqToTokenPool
 

@@ -13,7 +13,7 @@ from radixkv.cache.namespace import Namespace
 from radixkv.cache.tree.subscribers import Subscription
 
 if TYPE_CHECKING:
-    from radixkv.cache.prefix_cache import PrefixCache
+    from radixkv.cache.readable_cache import ReadableCache
 
 
 class PrefixWatch:
@@ -53,7 +53,7 @@ class PrefixWatch:
 
     def __init__(
         self,
-        cache: PrefixCache,
+        cache: ReadableCache,
         tokens: NDArray[np.int32],
         namespace: Namespace,
         on_change: Callable[[], object] | None = None,

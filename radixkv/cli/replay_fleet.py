@@ -85,13 +85,6 @@ class FleetReport(Replayed):
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-def check_unused(options: Mapping[str, object]) -> None:
-    """Raise ConfigError if options were given that only replicas have a use for."""
-    for name, value in options.items():
-        if value is not None:
-            raise ConfigError(f"{name} needs --replicas, the number of replicas to simulate")
-
-
 def check_of_use(policy: str, tiers: Sequence[str] | None, writes: Sequence[TierWrites]) -> None:
     """Raise ConfigError for options that simulated replicas have no use for."""
     if tiers:
@@ -102,7 +95,40 @@ def check_of_use(policy: str, tiers: Sequence[str] | None, writes: Sequence[Tier
         raise ConfigError("a shared tier gets all that is computed; --replicas needs --tier-writes through")
 
 
-def fleet_options(
+def asked_fleets(
+    replicas: str | None,
+    router: str | None,
+    capacities: Sequence[int],
+    *,
+    load: float | None,
+    shared_tier: str | None,
+    decode_s: float | None,
+    happenings: Sequence[str] | None,
+) -> FleetOptions | None:
+    """What the options ask for; None without `replicas`, which all others need. Raises: ConfigError."""
+    if replicas is None:
+        given = {"--router": router, "--load": load, "--shared-tier": shared_tier, "--decode-s": decode_s}
+        _check_unused(given | {"--happening": happenings or None})
+        return None
+    return _fleet_options(
+        replicas,
+        "cost" if router is None else router,
+        capacities,
+        load=0.6 if load is None else load,
+        shared_tier=shared_tier,
+        decode_s=0.0 if decode_s is None else decode_s,
+        happenings=happenings or (),
+    )
+
+
+def _check_unused(options: Mapping[str, object]) -> None:
+    """Raise ConfigError if options were given that only replicas have a use for."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"{name} needs --replicas, the number of replicas to simulate")
+
+
+def _fleet_options(
     replicas: str,
     router: str,
     capacities: Sequence[int],

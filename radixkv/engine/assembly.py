@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from radixkv.attention.backend import AttentionNeeds, ChoosesExtends, choose_backend
+from radixkv.attention.backend import AttentionNeeds, ChoosesExtends, LayerAttention, choose_backend
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.config import EngineConfig
 from radixkv.engine.drafts.cache_drafter import CacheDrafter
@@ -28,9 +28,10 @@ from radixkv.engine.sampling import Sampler
 from radixkv.engine.tier_stores import asks_for_tiers, hash_weights, make_stores
 from radixkv.errors import ConfigError
 from radixkv.memory.state_pool import StatePool
-from radixkv.models.fused_decoder import fuse
+from radixkv.models.fused_decoder import FusedDecoder, fuse
 from radixkv.models.loader import eos_token_ids, max_context_tokens
 from radixkv.models.probe import plug_in_paged_attention, recurrent_modules
+from radixkv.models.recurrent.modules import RecurrentModules
 from radixkv.models.skinny_linear import speed_up_linears
 from radixkv.models.streaming import MAX_CONTEXT_TOKENS, Streaming
 from radixkv.publish.requirements import PACKAGES as EVENT_PACKAGES
@@ -118,36 +119,11 @@ def assemble(
     recurrent = recurrent_modules(model)
     if recurrent is not None:
         _check_recurrent(config, drafter)
-    speed_up_linears(model)
-    fused = fuse(model, layers) if config.fused_layers else None
-    context_tokens = max_context_tokens(model.config)
-    streaming = None
-    if config.window is not None:
-        streaming = Streaming(model, layers, window=config.window, sinks=config.sinks, limit=context_tokens)
-        layers = streaming.layers
-        if not any(layer.params.sliding_window is None for layer in layers):
-            context_tokens = MAX_CONTEXT_TOKENS
-    needs = AttentionNeeds(
-        layers, config.page_size, model.dtype, model.device, config.kv_cache_dtype, config.long_extends
-    )
-    on_gpu = model.device.type == "cuda"
-    memory = make_kv_memory(
-        choose_backend(config.attention_backend, needs),
-        needs,
-        config,
-        context_tokens=context_tokens,
-        scratch_pages=int(on_gpu),  # CUDA graphs pad batches with a page that the cache does not know
-        state_shapes=() if recurrent is None else recurrent.shapes,
-    )
-    states = None
-    if recurrent is not None:
-        assert memory.states is not None, "it has shapes of states"
-        states = RecurrentStates(model, recurrent, memory.states)
-    limit = _context_limit(context_tokens, config, memory)
+    laid_out = _lay_out(model, layers, config)
+    memory = _make_memory(model, laid_out, recurrent, config)
+    limit = _context_limit(laid_out.context_tokens, config, memory)
     resolved = _resolve(config, model, memory, limit)
-    graphs = None
-    if on_gpu and streaming is None and states is None:
-        graphs = make_graphs(model, memory.backend, resolved, scratch_page=memory.sizes.num_pages)
+    runner = _make_runner(model, laid_out, recurrent, memory, resolved)
     vocab_size = model.config.get_text_config().vocab_size
     if drafter is None and config.speculate == "cache":
         drafter = CacheDrafter(memory.cache)
@@ -159,9 +135,9 @@ def assemble(
         pool=memory.pool,
         cache=memory.cache,
         kv_bytes_per_token=memory.bytes_per_token,
-        runner=ModelRunner(model, memory.backend, graphs, streaming, fused, states),
+        runner=runner,
         sampler=Sampler(),
-        device_sampler=DeviceSampler(sampling_kernels(), model.device, config.seed) if on_gpu else None,
+        device_sampler=DeviceSampler(sampling_kernels(), model.device, config.seed) if _on_gpu(model) else None,
         limit=limit,
         vocab_size=vocab_size,
         eos_ids=eos_token_ids(model),
@@ -169,6 +145,70 @@ def assemble(
         speculation=None if drafter is None else Speculation(drafter, vocab_size),
         states=memory.states,
     )
+
+
+class _LaidOutModel(NamedTuple):
+    """What became of a model's layers: those with attention, their programs, and how they see a window of tokens.
+
+    `context_tokens` is the most tokens that the model was made for, None without a limit.
+    """
+
+    layers: tuple[LayerAttention, ...]
+    fused: FusedDecoder | None
+    streaming: Streaming | None
+    context_tokens: int | None
+
+
+def _lay_out(model: PreTrainedModel, layers: tuple[LayerAttention, ...], config: EngineConfig) -> _LaidOutModel:
+    """Take the faster ways through the model, and let `layers` see the window of `config`. Raises: ConfigError."""
+    speed_up_linears(model)
+    fused = fuse(model, layers) if config.fused_layers else None
+    context_tokens = max_context_tokens(model.config)
+    if config.window is None:
+        return _LaidOutModel(layers, fused, None, context_tokens)
+    streaming = Streaming(model, layers, window=config.window, sinks=config.sinks, limit=context_tokens)
+    if not any(layer.params.sliding_window is None for layer in streaming.layers):
+        context_tokens = MAX_CONTEXT_TOKENS
+    return _LaidOutModel(streaming.layers, fused, streaming, context_tokens)
+
+
+def _make_memory(
+    model: PreTrainedModel, laid_out: _LaidOutModel, recurrent: RecurrentModules | None, config: EngineConfig
+) -> KVMemory:
+    """A backend that can serve the model, and the pools that it reads. Raises: as `assemble`."""
+    needs = AttentionNeeds(
+        laid_out.layers, config.page_size, model.dtype, model.device, config.kv_cache_dtype, config.long_extends
+    )
+    return make_kv_memory(
+        choose_backend(config.attention_backend, needs),
+        needs,
+        config,
+        context_tokens=laid_out.context_tokens,
+        scratch_pages=int(_on_gpu(model)),  # CUDA graphs pad batches with a page that the cache does not know
+        state_shapes=() if recurrent is None else recurrent.shapes,
+    )
+
+
+def _make_runner(
+    model: PreTrainedModel,
+    laid_out: _LaidOutModel,
+    recurrent: RecurrentModules | None,
+    memory: KVMemory,
+    resolved: ResolvedConfig,
+) -> ModelRunner:
+    """What computes steps of the model, with graphs where all of a step can be captured."""
+    states = None
+    if recurrent is not None:
+        assert memory.states is not None, "it has shapes of states"
+        states = RecurrentStates(model, recurrent, memory.states)
+    graphs = None
+    if _on_gpu(model) and laid_out.streaming is None and states is None:
+        graphs = make_graphs(model, memory.backend, resolved, scratch_page=memory.sizes.num_pages)
+    return ModelRunner(model, memory.backend, graphs, laid_out.streaming, laid_out.fused, states)
+
+
+def _on_gpu(model: PreTrainedModel) -> bool:
+    return str(model.device.type) == "cuda"
 
 
 def _check_recurrent(config: EngineConfig, drafter: Drafter | None) -> None:

@@ -21,7 +21,8 @@ from radixkv.engine.outputs import Progress
 from radixkv.engine.request import Request
 from radixkv.engine.results import EngineStats, ResetCache
 from radixkv.engine.runner import nothing
-from radixkv.engine.scheduler import Scheduler, Span
+from radixkv.engine.scheduler import Scheduler
+from radixkv.engine.span import Span
 from radixkv.engine.tier_stores import watches
 from radixkv.errors import ClosedError
 from radixkv.memory.req_to_token import ReqToTokenPool

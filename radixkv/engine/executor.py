@@ -16,7 +16,8 @@ from radixkv.engine.logit_edits import LogitEdits, RowEdits, edit_logits, start_
 from radixkv.engine.request import Request
 from radixkv.engine.runner import Runner, nothing
 from radixkv.engine.sampling import Sampler
-from radixkv.engine.scheduler import Scheduler, Span
+from radixkv.engine.scheduler import Scheduler
+from radixkv.engine.span import Span
 from radixkv.engine.step_input import make_step_input
 from radixkv.errors import InvalidRequestError, NonFiniteLogitsError
 

@@ -4,68 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
-from typing import NamedTuple, TypeAlias
+from contextlib import ExitStack
 
 import numpy as np
 
-from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
-from radixkv.cache.token_ids import common_tokens
-from radixkv.engine.drafts.drafter import NO_DRAFT, Draft
+from radixkv.engine.drafts.drafted_spans import add_drafts
 from radixkv.engine.drafts.speculation import Speculation
 from radixkv.engine.giving_way import GivingWay
 from radixkv.engine.lower_tiers import LowerTiers
+from radixkv.engine.prompts_in_progress import PromptsInProgress
 from radixkv.engine.request import Request
 from radixkv.engine.resolved_config import ResolvedConfig
+from radixkv.engine.span import Span
 from radixkv.engine.waiting_queue import WaitingQueue
 from radixkv.errors import OutOfPagesError
 from radixkv.memory.req_to_token import ReqToTokenPool
 
 MAX_PROMPT_LOGITS = 512  # rows of logits in a step for `prompt_logprobs`: each has the size of the vocabulary
-WORTH_WAITING_TOKENS = 16  # a prompt waits for another one's prefix if that spares at least so many
-
-Head: TypeAlias = tuple[Namespace, bytes]
 
 logger = logging.getLogger(__name__)
-
-
-class Span(NamedTuple):
-    """The tokens `[first, last)` of a request, to be computed in this step; the last ones may be a draft."""
-
-    request: Request
-    first: int
-    last: int
-    draft: Draft = NO_DRAFT
-
-    @property
-    def num_drafted(self) -> int:
-        """How many of the tokens are guesses, which the step checks."""
-        return len(self.draft.token_ids)
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step computes the request's last known token, so that its next one can be chosen."""
-        return self.last - self.num_drafted == self.request.num_tokens
-
-    @property
-    def prompt_positions(self) -> range:
-        """Tokens whose logits give `prompt_logprobs` of the token after each."""
-        return self.request.positions_for_prompt(self.first, self.last)
-
-    @property
-    def inner_prompt_positions(self) -> range:
-        """`prompt_positions` but for the span's last token, whose logits are wanted in any case."""
-        positions = self.prompt_positions
-        return range(positions.start, min(positions.stop, self.last - 1))
-
-    @property
-    def more_positions(self) -> range:
-        """Tokens but for the span's last one whose logits are wanted: for the prompt's sake, or to check a draft."""
-        if self.num_drafted:
-            return range(self.last - 1 - self.num_drafted, self.last - 1)
-        return self.inner_prompt_positions
 
 
 class Scheduler:
@@ -160,7 +118,7 @@ class Scheduler:
             batch = self._fill()
         self._waits_for_load = not batch and bool(self.loading)
         if self._speculation is not None:
-            batch = self._with_drafts(batch, self._speculation)
+            add_drafts(batch, self._speculation, self._config.max_batch_tokens)
         now = time.perf_counter()
         for span in batch:
             span.request.started_at = span.request.started_at or now
@@ -176,17 +134,19 @@ class Scheduler:
                 budget = self._add_chunk(batch, request, budget)
         if budget == 0 or not self.waiting or not self._req_to_token.num_free:
             return batch
-        in_progress = self._by_head([*prefills, *(r for r in self.loading if r.num_pending > 1)])
+        in_progress = PromptsInProgress()
+        if self._config.prefix_cache:
+            in_progress.add(*prefills, *(r for r in self.loading if r.num_pending > 1))
         is_blocked = False
         for request in self.waiting.candidates():
             if budget == 0 or not self._req_to_token.num_free:
                 break
             if is_blocked and not self._giving_way.can_claim(request, self.waiting.known_tokens(request)):
                 continue
-            if self._will_be_computed(request, self.waiting.known_tokens(request), in_progress):
+            if in_progress.will_compute(request, self.waiting.known_tokens(request)):
                 continue
             cached_tokens = self.waiting.cached_tokens(request)
-            if self._will_be_computed(request, cached_tokens, in_progress):
+            if in_progress.will_compute(request, cached_tokens):
                 continue
             if not self._admit(request, cached_tokens, budget):
                 if self._cache.shares is None:
@@ -197,8 +157,8 @@ class Scheduler:
                 batch = [span for span in batch if span.request.lease is not None]
             if request.load is None:
                 budget = self._add_chunk(batch, request, budget)
-            if request.cache_options.prefix_cache:
-                in_progress.setdefault(_head(request), []).append(request)
+            if self._config.prefix_cache:
+                in_progress.add(request)
         return batch
 
     def look_ahead(self, requests: list[Request]) -> list[Span] | None:
@@ -292,37 +252,6 @@ class Scheduler:
                 continue
             return
 
-    def _with_drafts(self, batch: list[Span], speculation: Speculation) -> list[Span]:
-        """`batch`, with drafts of the tokens after those of its decodes where these are worth checking.
-
-        They take what is left of the budget of tokens, and pages that are free or evictable: nobody is retracted for
-        them.
-        """
-        room = self._config.max_batch_tokens - sum(span.last - span.first for span in batch)
-        decodes = [place for place, span in enumerate(batch) if span.samples and span.last - span.first == 1]
-        if room < 1 or not decodes:
-            return batch
-        drafts = speculation.drafts([batch[place].request for place in decodes], len(batch), room)
-        for place, draft in zip(decodes, drafts, strict=True):
-            if len(draft.token_ids):
-                batch[place] = self._with_draft(batch[place], draft)
-        return batch
-
-    def _with_draft(self, span: Span, draft: Draft) -> Span:
-        """`span` with as much of `draft` as there are pages for."""
-        request = span.request
-        lease, _ = request.running()
-        with suppress(OutOfPagesError):  # the rest of its last page may do
-            lease.grow(span.last + len(draft.token_ids))
-        num = min(lease.capacity_tokens, lease.coverable_tokens()) - span.last
-        ids = draft.token_ids[: max(0, num)]
-        if not len(ids):
-            lease.shrink(request.num_tokens)
-            return span
-        lease.cover(span.first, span.last + len(ids))
-        request.guess(ids)
-        return Span(request, span.first, span.last + len(ids), draft._replace(token_ids=ids))
-
     def _retract(self, request: Request) -> None:
         self._tiers.end_load(request)
         self._share(request)  # evictable now; if nobody needs the room before it resumes, nothing is lost
@@ -361,36 +290,6 @@ class Scheduler:
             self.release(request)
 
     # -- waiting requests --------------------------------------------------------------------------------------------
-
-    def _by_head(self, prefills: Sequence[Request]) -> dict[Head, list[Request]]:
-        """The requests whose prompts are being computed, by namespace and first tokens; none if nothing is shared."""
-        found: dict[Head, list[Request]] = {}
-        if self._config.prefix_cache:
-            for request in prefills:
-                if request.cache_options.prefix_cache:
-                    found.setdefault(_head(request), []).append(request)
-        return found
-
-    def _will_be_computed(
-        self, request: Request, cached_tokens: int, in_progress: Mapping[Head, Sequence[Request]]
-    ) -> bool:
-        """Whether a prompt in progress is about to share a good deal more with `request` than is cached now."""
-        is_choice = len(request.choice_ids) > 1
-        if not in_progress or len(request.findable_ids) < cached_tokens + (1 if is_choice else WORTH_WAITING_TOKENS):
-            return False
-        if request.awaited is not None:  # what two prompts have in common stays so
-            other, common = request.awaited
-            worth_it = cached_tokens + _worth_waiting_tokens(request, other)
-            if other.lease is not None and other.num_pending > 1 and common >= worth_it:
-                return True
-            request.awaited = None
-        for other in in_progress.get(_head(request), ()):
-            if other.num_pending > 1:
-                common = common_tokens(other.token_ids, request.findable_ids)
-                if common >= cached_tokens + _worth_waiting_tokens(request, other):
-                    request.awaited = other, common
-                    return True
-        return False
 
     def _has_room(self, request: Request, cached_tokens: int, budget: int) -> bool:
         """Whether its prompt fits, and a page for each running request besides: else one would be retracted soon."""
@@ -492,12 +391,3 @@ class Scheduler:
         request.lease.release()
         self._req_to_token.free(request.row)
         request.lease = request.row = None
-
-
-def _worth_waiting_tokens(request: Request, other: Request) -> int:
-    """How many tokens `other` must spare `request` for it to wait. The prompt of choices is computed once."""
-    return 1 if other.id in request.choice_ids else WORTH_WAITING_TOKENS
-
-
-def _head(request: Request) -> Head:
-    return request.cache_options.namespace, request.token_ids[:WORTH_WAITING_TOKENS].tobytes()

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.attention.metadata import BatchLayout, PathNode, SequenceSpan, lay_out
-from radixkv.engine.scheduler import Span
+from radixkv.engine.span import Span
 from radixkv.memory.req_to_token import ReqToTokenPool
 
 

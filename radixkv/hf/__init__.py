@@ -8,6 +8,7 @@ grows in chunks instead of being copied at each step.
 """
 
 from radixkv.hf.chunked_cache import ChunkedCache
-from radixkv.hf.radix_cache import RadixCache, RadixCacheStats
+from radixkv.hf.prompt_hits import RadixCacheStats
+from radixkv.hf.radix_cache import RadixCache
 
 __all__ = ["ChunkedCache", "RadixCache", "RadixCacheStats"]

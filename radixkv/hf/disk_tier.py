@@ -7,12 +7,16 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
-from radixkv.config import GB
+from radixkv.config import GB, EngineConfig
+from radixkv.config.checks import shown
+from radixkv.config.setting import field_check, setting_field
+from radixkv.errors import ConfigError
 from radixkv.hf.page_store import Tokens
 from radixkv.memory.kv_identity import kv_identity, weight_tensors
 from radixkv.memory.kv_pool import KVPool
@@ -27,6 +31,23 @@ from radixkv.tiers.run_copies import RunCopies
 from radixkv.tiers.tier import Tier, TierStats
 
 logger = logging.getLogger(__name__)
+
+_check_capacity_gb = field_check(setting_field(EngineConfig, "disk_cache_gb"))
+
+
+class DiskFolder(NamedTuple):
+    """Where a disk tier keeps its pages, and how many GB of them at most."""
+
+    path: str | Path
+    capacity_gb: float
+
+
+def disk_folder(path: str | Path | None, capacity_gb: float) -> DiskFolder | None:
+    """What the settings `disk_cache` and `disk_cache_gb` name. Raises: ConfigError; also for a size without folder."""
+    checked_gb: Any = _check_capacity_gb("disk_cache_gb", capacity_gb)
+    if not isinstance(path, str | Path | None):
+        raise ConfigError(f"disk_cache must be the path of a folder, or None, not {shown(path)}")
+    return None if path is None else DiskFolder(path, float(checked_gb))
 
 
 class DiskTier:

@@ -45,3 +45,11 @@ def without_leading_columns(kwargs: Mapping[str, Any], num_columns: int) -> dict
         if shorter.get(name) is not None:
             shorter[name] = shorter[name][..., num_columns:]
     return shorter
+
+
+def positions_of_row(position_ids: Tensor, row: int, num_rows: int, columns: range) -> Tensor:
+    """The positions of some columns of one row, [..., 1, columns], of [..., rows or 1, all columns]."""
+    given = position_ids.shape[-2]
+    assert given in (1, num_rows), "generate passes the positions of each row, or of all alike"
+    own = row if given > 1 else 0
+    return position_ids[..., own : own + 1, columns.start : columns.stop]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,9 +16,12 @@ from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.residency.residency import HeldTokens
 from radixkv.errors import ConfigError
-from radixkv.hf.state_store import StateStore
+from radixkv.hf.state_store import StateStore, default_slots
 from radixkv.memory.kv_pool import KVPool, pool_bytes_per_token
 from radixkv.memory.kv_shape import LayerKV
+
+if TYPE_CHECKING:
+    from radixkv.hf.probe import ProbedPrefixes
 
 Tokens = NDArray[np.int32]
 LayerStates = tuple[Tensor, Tensor]
@@ -179,3 +183,16 @@ class PageStore:
     def _copy_page(self, source: int, target: int, num_tokens: int) -> None:
         assert self._pool is not None, "what is copied was stored"
         self._pool.copy_page(source, target, num_tokens)
+
+
+def page_store(
+    probed: ProbedPrefixes, num_pages: int, page_size: int, policy: str, state_slots: int | None
+) -> PageStore:
+    """A store of `num_pages` pages for KV and states as a model's that was probed. Raises: ConfigError.
+
+    `state_slots` states have room; as many as fit into the memory of the pages, at least 16, if it is None.
+    """
+    token_bytes = sum(part[:, 0].numel() * part.element_size() for pair in probed.states for part in pair)
+    max_tokens = num_pages * page_size
+    num_slots = state_slots or default_slots(probed.state_shapes, max_tokens * token_bytes, num_pages)
+    return PageStore(num_pages, page_size, policy, StateStore(probed.state_shapes, num_slots, max_tokens))

@@ -8,27 +8,25 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MethodType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from radixkv.cache.residency.state_slots import LEAST_SLOTS
-from radixkv.config import EngineConfig
-from radixkv.config.checks import checked_int, shown
-from radixkv.config.setting import field_check, setting_field
-from radixkv.errors import ClosedError, ConfigError, InvalidRequestError, UnsupportedModelError
+from radixkv.config.checks import checked_int
+from radixkv.errors import ClosedError, InvalidRequestError, UnsupportedModelError
 from radixkv.hf.call import Call
 from radixkv.hf.chunk_buffer import ByteMeter
 from radixkv.hf.chunked_cache import DEFAULT_CHUNK_TOKENS, ChunkedLayer
-from radixkv.hf.disk_tier import DiskTier
-from radixkv.hf.forward_inputs import eos_token_ids, num_logits, only_columns, without_leading_columns
-from radixkv.hf.page_store import LayerStates, PageStore, Tokens
-from radixkv.hf.probe import ProbedPrefixes, probe_prefixes
+from radixkv.hf.disk_tier import DiskTier, disk_folder
+from radixkv.hf.forward_inputs import eos_token_ids, num_logits, only_columns, positions_of_row, without_leading_columns
+from radixkv.hf.page_store import LayerStates, Tokens, page_store
+from radixkv.hf.probe import probe_prefixes
+from radixkv.hf.prompt_hits import PromptHits, RadixCacheStats
 from radixkv.hf.recurrent_layers import kv_layers_of, layers_of_call
-from radixkv.hf.state_keeper import MIN_SHARED_TOKENS, StateKeeper
-from radixkv.hf.state_store import StateStore, default_slots
+from radixkv.hf.stored_rows import StoredRows
 from radixkv.hf.support import (
     check_inputs,
     check_model,
@@ -38,35 +36,6 @@ from radixkv.hf.support import (
     sees_columns,
     weights_state,
 )
-from radixkv.tiers.tier import TierStats
-
-_check_disk_cache_gb = field_check(setting_field(EngineConfig, "disk_cache_gb"))
-
-
-class RadixCacheStats(NamedTuple):
-    """What a `RadixCache` did so far and holds now.
-
-    `hit_tokens` of `query_tokens` in the prompts of all calls were read, not computed. `stored_tokens` is what the
-    pages in use have room for, of `capacity_tokens` in all, which take `pool_bytes` once the first call has ended;
-    `evicted_tokens` made room for others. `tiers` tells of the disk, if there is one. Of a model with recurrent layers
-    `stored_states` of at most `state_slots` states are kept, which take `state_bytes`.
-    """
-
-    query_tokens: int
-    hit_tokens: int
-    stored_tokens: int
-    evicted_tokens: int
-    capacity_tokens: int
-    pool_bytes: int
-    tiers: tuple[TierStats, ...] = ()
-    stored_states: int = 0
-    state_slots: int = 0
-    state_bytes: int = 0
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the prompts' tokens that were not computed; 0 before the first call."""
-        return self.hit_tokens / self.query_tokens if self.query_tokens else 0.0
 
 
 class RadixCache(Cache):  # type: ignore[misc]
@@ -136,54 +105,47 @@ class RadixCache(Cache):  # type: ignore[misc]
         chunk_tokens = checked_int("chunk_tokens", chunk_tokens, 1)
         if state_slots is not None:
             state_slots = checked_int("state_slots", state_slots, LEAST_SLOTS)
-        capacity_gb: Any = _check_disk_cache_gb("disk_cache_gb", disk_cache_gb)
-        if not isinstance(disk_cache, str | Path | None):
-            raise ConfigError(f"disk_cache must be the path of a folder, or None, not {shown(disk_cache)}")
+        self._disk_folder = disk_folder(disk_cache, disk_cache_gb)
         check_model(model)
         super().__init__(layer_class_to_replicate=partial(ChunkedLayer, chunk_tokens, ByteMeter()))
         probed = probe_prefixes(model)
         self._chunk_tokens = chunk_tokens
-        self.store = _page_store(probed, -(-max_tokens // page_size), page_size, policy, state_slots)
-        self._states = StateKeeper(self.store, self._namespace)
-        self._has_states = bool(probed.state_shapes)
-        if self._has_states and disk_cache is not None:
+        self.store = page_store(probed, -(-max_tokens // page_size), page_size, policy, state_slots)
+        self._rows = StoredRows(self.store, sees_columns=probed.sees_columns or sees_columns(model.config))
+        if self._rows.has_states and disk_cache is not None:
             raise UnsupportedModelError(
                 f"disk_cache keeps keys and values alone, and layers of {type(model).__name__} keep states, without "
                 "which these are of no use; leave disk_cache out"
             )
         self._model = model
         self._position_limit = position_limit(model.config)
-        self._sees_columns = probed.sees_columns or sees_columns(model.config)
         self._call: Call | None = None
         self._is_ahead = False  # whether a forward pass is our own, of columns of the call's that runs
         self._is_closed = False
-        self._cached_tokens: tuple[int, ...] = ()
-        self._disk_tokens: tuple[int, ...] = ()
-        self._disk_cache, self._disk_cache_gb = disk_cache, float(capacity_gb)
+        self._hits = PromptHits()
         self._weights = weights_state(model)
         self._disk = self._open_disk(probed.states)
-        self._query_tokens = self._hit_tokens = 0
         model.generate = MethodType(generate, model)
 
     @property
     def cached_tokens(self) -> tuple[int, ...]:
         """For each row of the last call, how many tokens of its prompt were read, not computed."""
-        return self._cached_tokens
+        return self._hits.cached_tokens
 
     @property
     def cached_by(self) -> tuple[dict[str, int], ...]:
         """Where the `cached_tokens` of each row were found: in the "pool", or on the "disk"."""
-        if self._disk_cache is None:
-            return tuple({"pool": cached} for cached in self._cached_tokens)
-        rows = zip(self._cached_tokens, self._disk_tokens, strict=True)
+        if self._disk_folder is None:
+            return tuple({"pool": cached} for cached in self._hits.cached_tokens)
+        rows = zip(self._hits.cached_tokens, self._hits.disk_tokens, strict=True)
         return tuple({"pool": cached - loaded, "disk": loaded} for cached, loaded in rows)
 
     def stats(self) -> RadixCacheStats:
         """Hits, evictions and room so far. O(1)."""
         stats = self.store.stats()
         return RadixCacheStats(
-            query_tokens=self._query_tokens,
-            hit_tokens=self._hit_tokens,
+            query_tokens=self._hits.query_tokens,
+            hit_tokens=self._hits.hit_tokens,
             stored_tokens=stats.total_tokens,
             evicted_tokens=stats.evicted_tokens,
             capacity_tokens=self.store.max_tokens,
@@ -245,7 +207,7 @@ class RadixCache(Cache):  # type: ignore[misc]
         if (weights := weights_state(model)) != self._weights:
             self.reset()
             self._weights = weights
-        if self._disk_cache is not None and self._disk is None:  # it was reset
+        if self._disk_folder is not None and self._disk is None:  # it was reset
             self._disk = self._open_disk(probe_prefixes(model).states)
         hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         try:
@@ -258,7 +220,7 @@ class RadixCache(Cache):  # type: ignore[misc]
     def _recording(self, call: Call) -> Iterator[None]:
         """Let the layers, which are empty, hold what `call` notes; store it in the end, unless something raises."""
         outer, self._call = self._call, call
-        if self._has_states:
+        if self._rows.has_states:
             self.layers.extend(layers_of_call(self._model.config, self._chunk_tokens, ByteMeter()))
         try:
             yield
@@ -270,10 +232,10 @@ class RadixCache(Cache):  # type: ignore[misc]
 
     def _open_disk(self, states: Sequence[LayerStates]) -> DiskTier | None:
         """Open `disk_cache`, with pages in memory for KV like `states`."""
-        if self._disk_cache is None:
+        if self._disk_folder is None:
             return None
         self.store.allocate(states)
-        return DiskTier(self._disk_cache, self._disk_cache_gb, self._model, self.store.pool, self.store.prefixes)
+        return DiskTier(*self._disk_folder, self._model, self.store.pool, self.store.prefixes)
 
     def _let_go_of_disk(self) -> None:
         if self._disk is not None:
@@ -327,22 +289,23 @@ class RadixCache(Cache):  # type: ignore[misc]
         self._note_speed(call)
         first = self._check_complete(call)
         if first and not self.store.is_allocated:
-            self._allocate()  # so that a lack of memory shows before there is an output to lose
+            self._rows.allocate(self.layers)  # so that a lack of memory shows before there is an output to lose
         call.note(kwargs["input_ids"], kwargs.get("attention_mask"))
         if self._position_limit is None or call.longest_row < self._position_limit:
             call.exact_columns = call.num_columns
         limit = call.num_columns - num_logits(kwargs)
         if first and limit <= first:  # a step, or an assistant's proposal, after the prompt
-            if self._has_states and call.num_rows > 1:
-                self._states.keep_ends(call, self.layers, first, kwargs["input_ids"])
+            if self._rows.has_states and call.num_rows > 1:
+                self._rows.states.keep_ends(call, self.layers, first, kwargs["input_ids"])
             return None
         check_positions(kwargs.get("position_ids"), first, call.padding)
         last = self._load_prefixes(call, first, limit, kwargs)
-        if self._has_states and self._can_reuse(call):
-            stops = self._states.stops(call, last, limit)
-            for part in self._states.parts(call, last, stops):
+        if self._rows.has_states and self._rows.can_reuse(call):
+            states = self._rows.states
+            stops = states.stops(call, last, limit)
+            for part in states.parts(call, last, stops):
                 self._forward_ahead(only_columns(kwargs, part.start, part.stop, first))
-                self._states.keep(call, self.layers, part.stop, stops)
+                states.keep(call, self.layers, part.stop, stops)
                 last = part.stop
         call.computing = (last, call.num_columns, time.perf_counter())
         return (args, without_leading_columns(kwargs, last - first)) if last > first else None
@@ -350,61 +313,19 @@ class RadixCache(Cache):  # type: ignore[misc]
     def _load_prefixes(self, call: Call, first: int, limit: int, kwargs: dict[str, Any]) -> int:
         """Load columns from `first` on that every row has stored, up to column `limit`. Returns: where they end."""
         last, from_disk = first, [range(0)] * call.num_rows
-        if self._can_reuse(call):
-            from_disk = self._load_from_disk(call, limit)
+        if self._rows.can_reuse(call):
+            if self._disk is not None:
+                from_disk = self._rows.bring_up(self._disk, call, limit)
             if first == 0:
-                self._compute_common_prefix(call, limit, kwargs.get("position_ids"))
-                if self._has_states and call.num_rows > 1 and not self._sees_columns:
-                    self._align_rows(call, limit, kwargs.get("position_ids"))
-            last = max(first, self._stored_columns(call, limit))
-        loaded = [max(0, last - max(first, padding)) for padding in call.padding]
-        used = [range(max(0, first - padding), max(0, last - padding)) for padding in call.padding]
-        self._note_prompt(call, first, loaded, list(map(_num_common, used, from_disk)))
-        if not any(loaded):
+                self._compute_prefixes(call, limit, kwargs.get("position_ids"))
+            last = max(first, self._rows.stored_columns(call, limit))
+        self._hits.note(call, first, last, from_disk)
+        if last <= max(first, min(call.padding)):
             return first
-        self._load_columns(call, first, last)
+        if not self.layers:
+            self.layers.extend(self.layer_class_to_replicate() for _ in self.store.pool.k)
+        self._rows.load(call, self.layers, first, last)
         return last
-
-    def _can_reuse(self, call: Call) -> bool:
-        """Whether the call's columns are as any others with these tokens."""
-        if call.exact_columns < call.num_columns:
-            return False
-        # a row of nothing but padding has a state of its own, which the columns leave that are computed at once
-        return not self._has_states or max(call.padding) < call.num_columns
-
-    def _ends(self, call: Call, limit: int) -> list[int]:
-        """The column before `limit` up to which each row is stored; where it begins, if nothing is."""
-        return [
-            padding + self.store.peek(row[: max(0, limit - padding)], self._namespace(padding))
-            for row, padding in zip(call.row_tokens(), call.padding, strict=True)
-        ]
-
-    def _stored_columns(self, call: Call, limit: int) -> int:
-        """The most columns, up to `limit`, that all rows have stored. With states, there is one after all of them."""
-        last = min(*self._ends(call, limit), limit)
-        while self._has_states and last < limit:
-            limit, last = last, min(*self._ends(call, last), last)
-        return last
-
-    def _load_from_disk(self, call: Call, limit: int) -> list[range]:
-        """Bring into the pages what the disk has of the rows' tokens before column `limit`.
-
-        Returns: which tokens of each row were loaded.
-        """
-        disk = self._disk
-        if disk is None:
-            return [range(0)] * call.num_rows
-        wanted = [
-            (tokens[: min(max(0, limit - padding), self.store.max_tokens)], padding, self._namespace(padding))
-            for tokens, padding in zip(call.row_tokens(), call.padding, strict=True)
-        ]
-        if call.num_rows > 1:  # no row begins later than the others can
-            reach = min(padding + disk.reach(tokens, namespace) for tokens, padding, namespace in wanted)
-            common = len(call.common_prefix())
-            wanted = [
-                (tokens[: max(reach - padding, common)], padding, namespace) for tokens, padding, namespace in wanted
-            ]
-        return [disk.load(tokens, namespace) for tokens, _, namespace in wanted]
 
     def _note_speed(self, call: Call) -> None:
         """Tell the disk how long the last forward pass of a prompt took, with the step that it was for."""
@@ -413,57 +334,30 @@ class RadixCache(Cache):  # type: ignore[misc]
             self._disk.computed(first, last, (time.perf_counter() - started_at) / call.num_rows)
         call.computing = None
 
-    def _compute_common_prefix(self, call: Call, limit: int, position_ids: Tensor | None) -> None:
-        """Compute and store what all rows begin with, once for all of them, if that saves enough.
+    def _compute_prefixes(self, call: Call, limit: int, position_ids: Tensor | None) -> None:
+        """Compute and store what rows share, and what single ones lag behind, where that saves enough.
 
         It has the `position_ids` that `generate` passes: models that are not given any may count otherwise.
         """
-        num_useful = min(max(0, limit - max(call.padding)), self.store.max_tokens)
-        common = call.common_prefix()[:num_useful]
-        missing = len(common) - self.store.peek(common, None)
-        num_passes = 1
-        if self._has_states:  # rows of less padding need another one to get where the others can begin
-            num_passes += sum(padding < max(call.padding) for padding in call.padding)
-        if (call.num_rows - 1) * missing < num_passes * MIN_SHARED_TOKENS or (self._sees_columns and any(call.padding)):
-            return
-        self._compute_alone(call, 0, common, position_ids)
-
-    def _align_rows(self, call: Call, limit: int, position_ids: Tensor | None) -> None:
-        """Compute rows alone, and store them, up to the column where the most is stored of one, if it saves enough.
-
-        Rows are computed together from one column on, at which each needs a state.
-        """
-        rows = call.row_tokens()
-        ends = self._ends(call, limit)
-        last = max(end if end > padding else 0 for end, padding in zip(ends, call.padding, strict=True))
-        lagging = [row for row, end in enumerate(ends) if end < last]
-        fits = last - min(call.padding) <= self.store.max_tokens
-        if not lagging or not fits or call.num_rows > self.store.states.num_slots - LEAST_SLOTS + 1:
-            return
-        together = call.num_rows * (last - self._stored_columns(call, limit))
-        alone = sum(last - ends[row] for row in lagging)
-        if together - alone < len(lagging) * MIN_SHARED_TOKENS:
-            return
-        for row in lagging:
-            tokens = rows[row][: last - call.padding[row]]
-            if self.store.peek(tokens, None) < len(tokens):  # other rows may have begun alike
-                self._compute_alone(call, row, tokens, position_ids)
+        common = self._rows.common_prefix(call, limit)
+        if common is not None:
+            self._compute_alone(call, 0, common, position_ids)
+        for prefix in self._rows.lagging(call, limit):
+            if not self._rows.is_stored(prefix):  # other rows may have begun alike
+                self._compute_alone(call, prefix.row, prefix.tokens, position_ids)
 
     def _compute_alone(self, call: Call, row: int, tokens: Tokens, position_ids: Tensor | None) -> None:
         """Compute and store `tokens`, with which a row begins."""
         assert call.ids is not None, "it has rows"
-        input_ids = torch.from_numpy(tokens).to(call.ids)[None]
-        positions = {}
+        kwargs: dict[str, Any] = {"input_ids": torch.from_numpy(tokens).to(call.ids)[None]}
         if position_ids is not None:
-            num_rows, padding = position_ids.shape[-2], call.padding[row]
-            assert num_rows in (1, call.num_rows), "generate passes the positions of each row, or of all alike"
-            own = row if num_rows > 1 else 0
-            positions["position_ids"] = position_ids[..., own : own + 1, padding : padding + len(tokens)]
+            columns = range(call.padding[row], call.padding[row] + len(tokens))
+            kwargs["position_ids"] = positions_of_row(position_ids, row, call.num_rows, columns)
         layers = list(self.layers)
         self.layers.clear()
         try:
             with self._recording(Call(frozenset(), is_prefix=True)):
-                self._model(input_ids=input_ids, past_key_values=self, use_cache=True, logits_to_keep=1, **positions)
+                self._model(past_key_values=self, use_cache=True, logits_to_keep=1, **kwargs)
         finally:
             self.layers.extend(layers)
 
@@ -474,61 +368,11 @@ class RadixCache(Cache):  # type: ignore[misc]
         finally:
             self._is_ahead = False
 
-    def _load_columns(self, call: Call, first: int, last: int) -> None:
-        """Append the stored KV of columns `[first, last)` to what the layers hold; padding becomes zeros."""
-        fresh: list[LayerStates] = []
-        like = self.store.like(call.num_rows)
-        if not self.layers:
-            self.layers.extend(self.layer_class_to_replicate() for _ in like)
-        for layer, (k, v) in zip(kv_layers_of(self.layers), like, strict=True):
-            layer.reserve(k, v, call.num_columns)
-            fresh.append(layer.extend(last - first))
-        for row, (tokens, padding) in enumerate(zip(call.row_tokens(), call.padding, strict=True)):
-            blank = max(0, min(padding, last) - first)
-            for k, v in fresh:
-                k[row, :, :blank] = v[row, :, :blank] = 0
-            if last > padding:
-                states = [(k[row, :, blank:], v[row, :, blank:]) for k, v in fresh]
-                self.store.load(tokens[: last - padding], self._namespace(padding), max(0, first - padding), states)
-        if self._has_states:
-            self._states.load(call, self.layers, last)
-
-    def _note_prompt(self, call: Call, first: int, loaded: list[int], from_disk: list[int]) -> None:
-        nothing = (0,) * len(loaded)
-        before, disk_before = (self._cached_tokens, self._disk_tokens) if first else (nothing, nothing)
-        self._cached_tokens = tuple(map(sum, zip(before, loaded, strict=True)))
-        self._disk_tokens = tuple(map(sum, zip(disk_before, from_disk, strict=True)))
-        self._hit_tokens += sum(loaded)
-        self._query_tokens += sum(call.num_columns - max(first, padding) for padding in call.padding)
-
     def _store(self, call: Call) -> None:
         """Keep the KV of every row, up to where its output ended."""
-        if not self._check_complete(call):
-            return
-        self._allocate()
-        call.measure_padding()  # once more: a prompt that came in chunks may have ended in one column
-        after_all = self._states.now(self.layers)
-        for row, (tokens, padding) in enumerate(zip(call.row_tokens(), call.padding, strict=True)):
-            num_tokens = min(len(tokens), call.exact_columns - padding)
-            if num_tokens > 0 and call.has_prompt(padding):
-                kept = tokens[: min(num_tokens, call.end_of_output(tokens, padding))]
-                states = call.states_of(row)
-                if self._has_states and len(kept) == len(tokens):
-                    states[len(tokens)] = [tensor[row] for tensor in after_all]
-                self.store.save(kept, self._namespace(padding), self._kv(row, padding), states)
-                if self._disk is not None:
-                    self._disk.hand_down(kept, self._namespace(padding))
-
-    def _kv(self, row: int, first: int) -> list[LayerStates]:
-        """What the layers hold of one row, from column `first` on."""
-        return [
-            (k[row, :, first:], v[row, :, first:]) for k, v in (layer.parts() for layer in kv_layers_of(self.layers))
-        ]
-
-    def _allocate(self) -> None:
-        """Let the store have its memory: the layers hold what tells the shapes."""
-        if not self.store.is_allocated:
-            self.store.allocate(self._kv(0, 0), [tensor[0] for tensor in self._states.now(self.layers)])
+        if self._check_complete(call):
+            self._rows.allocate(self.layers)
+            self._rows.save(call, self.layers, self._disk)
 
     def _check_complete(self, call: Call) -> int:
         """How many columns the layers hold: all that were noted. Raises: UnsupportedModelError if they do not."""
@@ -539,19 +383,6 @@ class RadixCache(Cache):  # type: ignore[misc]
                 "layers of its cache; such a model cannot reuse prefixes"
             )
         return call.num_columns
-
-    def _namespace(self, padding: int) -> str | None:
-        return f"{padding} columns of padding" if padding and self._sees_columns else None
-
-
-def _page_store(
-    probed: ProbedPrefixes, num_pages: int, page_size: int, policy: str, state_slots: int | None
-) -> PageStore:
-    """Room for what was probed. Raises: ConfigError."""
-    token_bytes = sum(part[:, 0].numel() * part.element_size() for pair in probed.states for part in pair)
-    max_tokens = num_pages * page_size
-    num_slots = state_slots or default_slots(probed.state_shapes, max_tokens * token_bytes, num_pages)
-    return PageStore(num_pages, page_size, policy, StateStore(probed.state_shapes, num_slots, max_tokens))
 
 
 def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -566,7 +397,3 @@ def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     check_prompt(kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask"))
     with cache.serving(model, eos_token_ids(model, kwargs)):
         return type(model).generate(model, *args, **kwargs)
-
-
-def _num_common(a: range, b: range) -> int:
-    return max(0, min(a.stop, b.stop) - max(a.start, b.start))

@@ -6,16 +6,14 @@ from contextlib import suppress
 
 from radixkv.errors import TierError
 from radixkv.tiers.fingerprint import Fingerprint, differences
+from radixkv.tiers.page_files import PageFiles
 from radixkv.tiers.page_index import PageIndex, StoredPage
-from radixkv.tiers.page_record import DamagedRecordError, Namespaces, RecordFormat
+from radixkv.tiers.page_record import DamagedRecordError, Namespaces
 from radixkv.tiers.page_slots import PageSlots
-from radixkv.tiers.slot_files import SlotFiles
 from radixkv.tiers.store_folder import StoreFolder, read_description
 
 
-def load_records(
-    index: PageIndex, files: SlotFiles, record_format: RecordFormat, namespaces: Namespaces, now_s: float
-) -> list[int]:
+def load_records(index: PageIndex, files: PageFiles, namespaces: Namespaces, now_s: float) -> list[int]:
     """Add the pages of all whole records to `index`. Returns the slots of all others that are not free. O(pages).
 
     Raises: OSError.
@@ -25,7 +23,7 @@ def load_records(
     unfit = []
     for slot, record in enumerate(files.records()):
         try:
-            page = record_format.unpack(slot, record, namespaces)
+            page = files.format.unpack(slot, record, namespaces)
         except DamagedRecordError:
             unfit.append(slot)
             continue
@@ -40,7 +38,7 @@ def load_records(
     return unfit + list(range(files.num_records, num_payloads))  # whose records are gone
 
 
-def fit_to_limit(slots: PageSlots, files: SlotFiles, record_format: RecordFormat, now_s: float) -> int:
+def fit_to_limit(slots: PageSlots, files: PageFiles, now_s: float) -> int:
     """Give up the pages that are too many, and move those beyond the limit below it. Returns how many gave way.
 
     Raises: OSError.
@@ -50,15 +48,15 @@ def fit_to_limit(slots: PageSlots, files: SlotFiles, record_format: RecordFormat
         page = index.first_to_go(now_s)
         assert page is not None, "the page that nothing follows can always give way"
         slots.drop(page)
-        files.write_record(page.slot, record_format.free)
+        files.free(page.slot)
         num_evicted += 1
     if slots.used > slots.limit:
         for page in [page for page in index if page.slot >= slots.limit]:
             payload = files.payload(page.slot)
             old, new = slots.move_below_limit(page)
             files.write_payload(new, payload)
-            files.write_record(old, record_format.free)
-            files.write_record(new, record_format.pack(page))
+            files.free(old)
+            files.put_record(page)
         files.cut(slots.limit)
         slots.cut()
     return num_evicted

@@ -17,30 +17,28 @@ those after it out of reach; they are found again when it has been computed and 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Condition, Lock
 from typing import NamedTuple
 
 from radixkv.cache.page_keys import root_key
-from radixkv.errors import ClosedError, ConfigError, InvariantError, TierError
+from radixkv.errors import ConfigError, InvariantError, TierError
 from radixkv.tiers.disk_opening import fit_to_limit, load_records, other_fingerprint
 from radixkv.tiers.fingerprint import Fingerprint
 from radixkv.tiers.folder_bound import FolderBound
 from radixkv.tiers.forking import leave_to_parent
 from radixkv.tiers.memory_store import found_whole
 from radixkv.tiers.name_table import NameTable
+from radixkv.tiers.page_files import PageFiles
 from radixkv.tiers.page_index import PageIndex, StoredPage
 from radixkv.tiers.page_lines import Names, guaranteed_pages, share_uses
 from radixkv.tiers.page_record import RecordFormat, payload_checksum
-from radixkv.tiers.page_slots import PageSlots, WritePlan, check_page
+from radixkv.tiers.page_slots import PageSlots, check_page
 from radixkv.tiers.page_store import FoundPage, NewPage, PageFacts, StoreStats
 from radixkv.tiers.page_watch import PageWatch
-from radixkv.tiers.slot_files import SlotFiles
-from radixkv.tiers.store_counts import StoreCounts
+from radixkv.tiers.store_access import StoreAccess
+from radixkv.tiers.store_counts import StoreCounts, error_line
 from radixkv.tiers.store_folder import (
     Description,
     StoreFolder,
@@ -66,8 +64,7 @@ class DiskStore:
     """A `PageStore` in a folder. See the module's docstring.
 
     Invariants: the files of the folder, those of stores with other fingerprints included, never take more than
-    `capacity_bytes`. `_slots` keeps its own invariants. `_lock` is held for moments only, never while the medium is
-    waited for.
+    `capacity_bytes`. `_slots` keeps its own invariants.
     """
 
     finds_at_once = True
@@ -100,13 +97,9 @@ class DiskStore:
         self.notes: list[str] = []
         """What to tell about how it was opened, a line each: another fingerprint, damaged records."""
         self._clock = clock
-        self._io, self._lock = Lock(), Lock()  # taken in this order
-        self._readers, self._no_reader = 0, Condition(self._lock)
         self._index = PageIndex(fingerprint.page_size, policy)
         self._slots = PageSlots(self._index, limit=0)
         self._counts = StoreCounts()
-        self._is_closed = False
-        self._pid = os.getpid()
         self._folder = StoreFolder(path, read_only=read_only)
         try:
             self._open(store_identity(fingerprint, payload_bytes))
@@ -133,12 +126,13 @@ class DiskStore:
             self._path.mkdir(mode=0o700)
         if not self._folder.read_only:
             write_description(described)
-        self._format = RecordFormat(self.page_size, identity)
+        record_format = RecordFormat(self.page_size, identity)
+        self._slot_bytes = record_format.record_bytes + self.payload_bytes
         self._bound = FolderBound(self._folder, self._path, self.capacity_bytes, self._slot_bytes)
         self._names = NameTable(self._path, self._bound.names_bytes)
-        self._files = SlotFiles(
-            self._path, self._format.record_bytes, self.payload_bytes, read_only=self._folder.read_only
-        )
+        read_only = self._folder.read_only
+        self._access = StoreAccess(self._path, self._counts, read_only=read_only)
+        self._files = PageFiles(self._path, record_format, self.payload_bytes, read_only=read_only)
         try:
             self._load()
         except BaseException:
@@ -147,16 +141,16 @@ class DiskStore:
 
     def _load(self) -> None:
         now_s = self._clock()
-        unfit = load_records(self._index, self._files, self._format, self._names.names, now_s)
+        unfit = load_records(self._index, self._files, self._names.names, now_s)
         self._slots.start(self._files.num_slots)
         if self._folder.read_only:
             self._slots.limit = self._slots.used
         else:
             for slot in unfit:
-                self._files.write_record(slot, self._format.free)
+                self._files.free(slot)
             self._slots.limit = self._bound.make_room(max(self._slots.used, 1))
             self._bound.check()
-            self._counts.written(0, fit_to_limit(self._slots, self._files, self._format, now_s))
+            self._counts.written(0, fit_to_limit(self._slots, self._files, now_s))
         if unfit:
             self._counts.missed(DAMAGED, len(unfit))
             self.notes.append(f"{len(unfit)} damaged records of {self._path} are left out")
@@ -165,8 +159,8 @@ class DiskStore:
 
     def find(self, parent_key: bytes, tokens: bytes) -> list[FoundPage]:
         """As `PageStore.find`. Raises: ClosedError; TierError in a forked child."""
-        self._check_open()
-        with self._lock:
+        self._access.check_open()
+        with self._access.lock:
             return self._index.find(parent_key, tokens)
 
     def read(self, pages: Sequence[FoundPage]) -> list[bytes | None]:
@@ -176,11 +170,11 @@ class DiskStore:
 
         Raises: ClosedError; TierError in a forked child.
         """
-        with self._reading():
+        with self._access.reading():
             return self._read(pages)
 
     def _read(self, pages: Sequence[FoundPage]) -> list[bytes | None]:
-        with self._lock:
+        with self._access.lock:
             stored = [self._index.get(page.parent_key, page.tokens) for page in pages]
         payloads: list[bytes | None] = [None] * len(stored)
         order = sorted((page.slot, number, page) for number, page in enumerate(stored) if page is not None)
@@ -195,20 +189,17 @@ class DiskStore:
         try:
             payload = self._files.payload(slot)
         except OSError as error:
-            self._counts.failed(_line(error))
+            self._counts.failed(error_line(error))
             self._counts.missed(UNREADABLE)
             return None
-        if self._is_right(page, payload):
+        if self._files.is_right(page, payload):
             return payload
-        with self._io, self._lock:  # it may have given way while it was read
+        with self._access.io, self._access.lock:  # it may have given way while it was read
             is_there = self._index.get(page.parent_key, page.tokens) is page and page.slot == slot
             self._counts.missed(DAMAGED if is_there else EVICTED)
             if is_there:
                 self._drop(page)
         return None
-
-    def _is_right(self, page: StoredPage, payload: bytes) -> bool:
-        return len(payload) == self.payload_bytes and payload_checksum(payload) == page.checksum
 
     def _drop(self, page: StoredPage) -> None:
         """Take a page out; its slot is free. With both locks held."""
@@ -216,17 +207,17 @@ class DiskStore:
         if self._folder.read_only:
             return
         try:
-            self._files.write_record(page.slot, self._format.free)
+            self._files.free(page.slot)
         except OSError as error:  # it would be found out again
-            self._counts.failed(_line(error))
+            self._counts.failed(error_line(error))
 
     def hottest(self, max_pages: int) -> list[tuple[FoundPage, PageFacts]]:
         """As `PageStore.hottest`. O(pages × log pages), of which others wait for O(pages)."""
-        self._check_open()
-        with self._lock:
+        self._access.check_open()
+        with self._access.lock:
             pages = list(self._index)
         by_worth = self._index.by_worth(pages, self._clock())
-        with self._lock:
+        with self._access.lock:
             return [(found_whole(page), page.facts) for page in self._index.chains(by_worth, max_pages)]
 
     def check(self) -> Iterator[CheckedPage]:
@@ -234,13 +225,13 @@ class DiskStore:
 
         Raises: ClosedError, OSError.
         """
-        self._check_open()
-        with self._lock:
+        self._access.check_open()
+        with self._access.lock:
             pages = sorted(self._index, key=lambda page: page.slot)
         for page in pages:
-            with self._reading():
-                record = self._format.pack(page)
-                is_right = self._is_right(page, self._files.payload(page.slot))
+            with self._access.reading():
+                record = self._files.format.pack(page)
+                is_right = self._files.is_right(page, self._files.payload(page.slot))
                 is_there = is_right or self._files.record(page.slot) == record  # else it gave way or was used since
             if is_there:
                 yield CheckedPage(found_whole(page), page.facts, is_right)
@@ -258,30 +249,26 @@ class DiskStore:
         for page in pages:
             check_page(page, self.page_size, self.payload_bytes)
         checksums = [payload_checksum(page.payload) for page in pages]
-        with self._writing():
+        with self._access.writing():
             self._store(list(zip(pages, checksums, strict=True)))
 
     def _store(self, pages: list[tuple[NewPage, bytes]]) -> None:
         roots = {root_key(*page.facts.namespace) for page, _ in pages}
         named = [(page, checksum) for page, checksum in pages if self._has_name(page.facts, roots)]
-        with self._lock:
+        with self._access.lock:
             new = sum(self._index.get(page.parent_key, page.tokens) is None for page, _ in named)
         limit = self._bound.make_room(self._slots.used - self._slots.num_free + new)
-        with self._lock:
+        with self._access.lock:
             self._slots.limit = limit
             plan = self._slots.plan(named, self._clock())
-        recorded: list[int] = []
         try:
-            self._carry_out(plan, recorded)
+            self._files.carry_out(plan)
         except BaseException:
-            for slot in recorded:
-                with suppress(OSError):  # what is left of the plan on disk is right, or found to be damaged
-                    self._files.write_record(slot, self._format.free)
-            with self._lock:
+            with self._access.lock:
                 self._slots.undo(plan)
             self._counts.written(0, len(plan.gone & set(plan.giving_way)))
             raise
-        with self._lock:
+        with self._access.lock:
             self._slots.commit(plan)
         self._counts.written(len(plan.new), len(plan.giving_way) + plan.left_out + len(pages) - len(named))
 
@@ -290,36 +277,24 @@ class DiskStore:
         return self._names.add(root_key(*facts.namespace), facts.namespace, lambda: self._used_roots() | roots)
 
     def _used_roots(self) -> set[bytes]:
-        with self._lock:
+        with self._access.lock:
             return {page.root for page in self._index}
-
-    def _carry_out(self, plan: WritePlan, recorded: list[int]) -> None:
-        """Write a plan to the files: first what grows them, so that a full disk is noticed before a page gives way."""
-        for page, payload in sorted(plan.new, key=lambda new: (new[0].slot in plan.giving_way, new[0].slot)):
-            self._files.write_record(page.slot, self._format.free)  # a payload without a record would be a lost one
-            plan.gone.add(page.slot)
-            self._files.write_payload(page.slot, payload)
-        for page, _ in plan.new:
-            recorded.append(page.slot)
-            self._files.write_record(page.slot, self._format.pack(page))
-        for page in plan.updated:
-            self._files.write_record(page.slot, self._format.pack(page))
 
     def touch(self, pages: Iterable[tuple[bytes, bytes, PageFacts]]) -> None:
         """As `PageStore.touch`. Raises: TierError, ClosedError."""
-        with self._writing():
+        with self._access.writing():
             for parent_key, tokens, facts in pages:
-                with self._lock:
+                with self._access.lock:
                     page = self._index.get(parent_key, tokens)
                 if page is not None and self._has_name(facts, set()):
-                    with self._lock:
+                    with self._access.lock:
                         self._index.update(page, facts)
-                    self._files.write_record(page.slot, self._format.pack(page))
+                    self._files.put_record(page)
 
     def remove(self, parent_key: bytes) -> int:
         """As `PageStore.remove`. Raises: TierError, ClosedError."""
-        with self._writing():
-            with self._lock:
+        with self._access.writing():
+            with self._access.lock:
                 pages = self._index.below(parent_key)
             return self._give_up(pages)
 
@@ -328,17 +303,17 @@ class DiskStore:
 
         Raises: TierError, ClosedError.
         """
-        with self._writing():
-            with self._lock:
+        with self._access.writing():
+            with self._access.lock:
                 pages = self._index.unused_since(time_s, self._clock())
             return self._give_up(pages)
 
     def _give_up(self, pages: list[StoredPage]) -> int:
-        with self._lock:
+        with self._access.lock:
             for page in pages:
                 self._slots.drop(page)
         for page in pages:
-            self._files.write_record(page.slot, self._format.free)
+            self._files.free(page.slot)
         return len(pages)
 
     def compact(self) -> None:
@@ -346,10 +321,10 @@ class DiskStore:
 
         Raises: TierError, ClosedError.
         """
-        with self._writing(), self._lock:
+        with self._access.writing(), self._access.lock:
             limit, self._slots.limit = self._slots.limit, len(self._index)
             try:
-                fit_to_limit(self._slots, self._files, self._format, self._clock())
+                fit_to_limit(self._slots, self._files, self._clock())
             finally:
                 self._slots.limit = limit
 
@@ -368,14 +343,9 @@ class DiskStore:
         Raises: ConfigError if they are more than the capacity; ClosedError; TierError in a forked child.
         """
         pages = self.check_shares(guaranteed_bytes)
-        self._check_open()
-        with self._lock:
+        self._access.check_open()
+        with self._access.lock:
             self._index.set_shares(pages)
-
-    @property
-    def _slot_bytes(self) -> int:
-        """Bytes that a page takes."""
-        return self._format.record_bytes + self.payload_bytes
 
     @property
     def capacity_pages(self) -> int:
@@ -385,7 +355,7 @@ class DiskStore:
     @property
     def watch(self) -> PageWatch:
         """How to follow what it holds. Closing it is no change: the pages stay on disk."""
-        return PageWatch(self._index, self._lock)
+        return PageWatch(self._index, self._access.lock)
 
     @property
     def policy(self) -> str:
@@ -404,8 +374,8 @@ class DiskStore:
 
     def pages(self) -> list[tuple[FoundPage, PageFacts]]:
         """All pages, those of one parent together; the names of some may be lost, then both are None. O(pages)."""
-        self._check_open()
-        with self._lock:
+        self._access.check_open()
+        with self._access.lock:
             return [(found_whole(page), page.facts) for page in self._index]
 
     def stats(self) -> StoreStats:
@@ -416,7 +386,7 @@ class DiskStore:
 
     def check_invariants(self) -> None:
         """Prove the invariants. O(pages × log pages). Raises: InvariantError."""
-        with self._io, self._lock:
+        with self._access.io, self._access.lock:
             self._slots.check_invariants()
             taken = folder_bytes(self._path) + self._folder.other_bytes(self._path)
             if taken > self.capacity_bytes:
@@ -424,19 +394,14 @@ class DiskStore:
 
     def flush(self) -> None:
         """Wait until the medium has all that was written. Raises: TierError, ClosedError."""
-        with self._writing():
+        with self._access.writing():
             self._files.sync()
 
     def close(self) -> None:
         """As `PageStore.close`. Raises: TierError if the medium does not take what was written."""
-        if os.getpid() != self._pid:
+        if not self._access.end():
             return
-        with self._lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
-            self._no_reader.wait_for(lambda: self._readers == 0)  # the files' numbers may be those of others after
-        with self._io, self._lock:
+        with self._access.io, self._access.lock:
             try:
                 if not self._folder.read_only:
                     self._names.keep({page.root for page in self._index})
@@ -452,43 +417,5 @@ class DiskStore:
 
     def let_go_in_child(self) -> None:
         """Leave the store to the parent, in a process that was forked from it."""
-        if not self._is_closed:
+        if not self._access.is_closed:
             self._let_go()
-
-    def _check_open(self) -> None:
-        if os.getpid() != self._pid:
-            raise TierError(f"the store {self._path} belongs to process {self._pid}, from which this one was forked")
-        if self._is_closed:
-            raise ClosedError(f"the store {self._path} is closed")
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """The right to read: the files stay open until the block ends."""
-        self._check_open()  # before the lock, which a forked child may find taken
-        with self._lock:
-            self._check_open()
-            self._readers += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._readers -= 1
-                self._no_reader.notify_all()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """The right to write, until the block ends. Errors of the medium are counted and become a TierError."""
-        self._check_open()
-        if self._folder.read_only:
-            raise TierError(f"the store {self._path} was opened to be read only")
-        with self._io:
-            self._check_open()
-            try:
-                yield
-            except OSError as error:
-                self._counts.failed(_line(error))
-                raise TierError(f"the store {self._path} cannot be written: {error.strerror}") from error
-
-
-def _line(error: OSError) -> str:
-    return error.strerror or str(error)

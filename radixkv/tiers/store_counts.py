@@ -56,3 +56,8 @@ class StoreCounts:
                 errors=self._errors,
                 last_error=self._last_error,
             )
+
+
+def error_line(error: OSError) -> str:
+    """What a failure of the medium is called in the counts."""
+    return error.strerror or str(error)

@@ -16,7 +16,8 @@ from radixkv import EngineConfig, Lease, PrefixCache, SamplingParams
 from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.request import Request
 from radixkv.engine.resolved_config import ResolvedConfig
-from radixkv.engine.scheduler import Scheduler, Span
+from radixkv.engine.scheduler import Scheduler
+from radixkv.engine.span import Span
 from radixkv.memory.req_to_token import ReqToTokenPool
 
 PAGE_SIZE = 16
