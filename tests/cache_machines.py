@@ -549,10 +549,28 @@ class CacheMachine(RuleBasedStateMachine):
                 self.oracle.remove(source)
         if claim.pinned is not None and (claim.priority or claim.keep_for_s is not None):
             self.oracle.retain(claim.pinned, claim.priority, claim.keep_for_s)
+        if before is not None and self.oracle.is_tail(before):
+            self.ask_as_for(before, claim, tokens)
         assert claim.lease.commit(tokens) == shared_tokens
         assert claim.lease.committed_tokens == (0 if claim.pinned is None else len(claim.pinned.tokens))
         assert claim.lease.pages.tolist() == claim.pages
         claim.known_tokens = shared_tokens
+
+    def ask_as_for(self, tail: Edge, claim: Claim, tokens: list[int]) -> None:
+        """What was asked for a claim's tail meanwhile is asked for the page that has its tokens now."""
+        pinned = claim.pinned
+        if pinned is not None and tail.priority <= pinned.priority:
+            if tail.keep_until <= max(pinned.keep_until, self.clock()):
+                return
+        elif pinned is None and not tail.priority and tail.keep_until <= self.clock():
+            return
+        page_end = -(-len(tail.tokens) // self.page_size) * self.page_size
+        if page_end <= len(tokens):
+            pinned = self.oracle.match(claim.namespace, tokens[:page_end])
+        elif pinned is not None and not self.oracle.is_tail(pinned):
+            return
+        if pinned is not None:
+            self.oracle.retain(pinned, tail.priority, max(0, tail.keep_until - self.clock()))
 
     def end(self, claim: Claim) -> None:
         self.unpin(claim.pinned)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from radixkv import Engine, EngineConfig
 from radixkv.engine.assembly import EngineParts, assemble
-from radixkv.engine.runner import Runner
+from radixkv.engine.runner import Runner, nothing
 from radixkv.engine.step_input import StepInput
 
 Around: TypeAlias = Callable[[StepInput, Callable[[], Tensor]], Tensor]
@@ -24,7 +24,10 @@ class TamperedRunner:
     def __init__(self, runner: Runner, around: Around) -> None:
         self._runner, self._around = runner, around
 
-    def run(self, step: StepInput, input_ids: Tensor | None = None) -> Tensor:
+    def run(
+        self, step: StepInput, input_ids: Tensor | None = None, on_compute: Callable[[], object] = nothing
+    ) -> Tensor:
+        on_compute()
         return self._around(step, lambda: self._runner.run(step, input_ids))
 
 

@@ -15,7 +15,9 @@ import torch
 from oracles import GreedyOracle
 from prompts import random_ids
 from radixkv import AsyncEngine, EngineConfig, Progress, RequestOutput, SamplingParams, Usage
+from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.assembly import EngineParts, assemble
+from radixkv.engine.core import EngineCore
 from radixkv.engine.results import Outbox
 from radixkv.engine.step_input import StepInput
 from radixkv.errors import ClosedError, ConfigError, EngineFailedError, InvalidRequestError, QueueFullError
@@ -338,3 +340,36 @@ def test_bad_arguments_are_refused_at_once() -> None:
     run(use)
     with pytest.raises(ConfigError, match="max_waiting must be an integer of at least 1, not 0"):
         AsyncEngine.from_parts(make_parts(), max_waiting=0)
+
+
+def test_a_step_says_once_that_it_computes() -> None:
+    core = EngineCore(make_parts())
+    intake = make_parts().new_intake()
+    for request in intake.make(torch.arange(9).numpy().astype("int32"), GREEDY_8, CacheOptions(), streams=True):
+        core.add(request)
+    said: list[int] = []
+    while core.has_work:
+        core.step(lambda: said.append(len(said)))
+    assert len(said) == core.stats().steps == 8
+    core.step(lambda: said.append(len(said)))
+    assert len(said) == 8, "a step with nothing to compute"
+    core.close()
+
+
+def test_what_a_step_brought_is_handed_over_while_the_next_one_computes() -> None:
+    read = [threading.Event() for _ in range(8)]
+
+    def waits_for_the_reader(step: StepInput, compute: Compute) -> torch.Tensor:
+        first = int(step.layout.positions[0])
+        assert first == 0 or read[first - 9].wait(60), "the token of the step before was not handed over"
+        return compute()
+
+    async def use(engine: AsyncEngine) -> None:
+        num_tokens = 0
+        async for piece in engine.stream(random_ids(1, 9), GREEDY_8):
+            for _ in piece.token_ids:
+                read[num_tokens].set()
+                num_tokens += 1
+        assert num_tokens == 8
+
+    run(use, waits_for_the_reader)

@@ -200,3 +200,22 @@ def test_a_coroutine_keeps_explains_and_forgets_while_requests_run() -> None:
                 await use
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("length", "kept_tokens"), [(7, 7), (8, 8), (10, 8), (15, 8)])
+def test_a_kept_half_page_stays_kept_when_its_own_request_fills_it(length: int, kept_tokens: int) -> None:
+    cache = PrefixCache(num_pages=9, page_size=4, copy_page=lambda *_: None)
+    longer = list(range(length))
+    with cache.acquire(longer[:6]) as lease:
+        lease.commit(longer[:6])
+        assert cache.keep(longer[:6], 60) == 6
+        lease.grow(16)
+        lease.commit(longer)
+        cache.check_invariants()
+    for first in range(100, 200, 10):
+        other = list(range(first, first + 8))
+        with cache.acquire(other) as lease:
+            lease.commit(other)
+        cache.check_invariants()
+    assert cache.held(longer).tokens == kept_tokens, "the whole page, and nothing after it"
+    assert cache.stats().broken_promise_tokens == 0

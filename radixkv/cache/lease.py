@@ -260,6 +260,8 @@ class Lease:
         self._drop_source(len(tokens))
         if self._priority or self._keep_for_s is not None:
             cache.tree.retain(self._node, priority=self._priority, keep_for_s=self._keep_for_s)
+        if before.is_tail(cache.page_size):
+            self._ask_as_for(before, tokens)
         if len(tokens) > self._announced_tokens:
             self._announced_tokens = len(tokens)
             cache.committed(tokens, self._namespace)
@@ -338,6 +340,21 @@ class Lease:
             if tail.priority or tail.keep_until:  # its tokens live on, and so does what was asked for them
                 tree.keep_until(self._node, max(tail.keep_until, tree.clock()), priority=tail.priority)
             self._cache.remove(tail)
+
+    def _ask_as_for(self, tail: TreeNode, tokens: NDArray[np.int32]) -> None:
+        """Keep what has the tokens of a tail of this lease, which is no more, as was asked for the tail meanwhile.
+
+        Nothing is handed on to a half page of somebody else's that has the same tokens.
+        """
+        tree, page_size, node = self._cache.tree, self._cache.page_size, self._node
+        if tail.priority <= node.priority and tail.keep_until <= max(node.keep_until, tree.clock()):
+            return
+        page_end = -(-tail.end // page_size) * page_size
+        if page_end <= len(tokens):  # the page is full now: cut after it, so that nothing more is kept
+            node = tree.match_tokens(tokens[:page_end], self._namespace).node
+        elif not node.is_tail(page_size):
+            return
+        tree.keep_until(node, max(tail.keep_until, tree.clock()), priority=tail.priority)
 
     def _adopt(self, first: int, last: int) -> None:
         """Read pages `[first, last)` from the tree, where another request's came first, and free this lease's own."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from radixkv.engine.lower_tiers import LowerTiers
 from radixkv.engine.outputs import Progress
 from radixkv.engine.request import Request
 from radixkv.engine.results import EngineStats, ResetCache
+from radixkv.engine.runner import nothing
 from radixkv.engine.scheduler import Scheduler
 from radixkv.engine.span import Span
 from radixkv.engine.tier_stores import watches
@@ -125,15 +126,18 @@ class EngineCore:
         progress = [self._abort(request) for request in self._scheduler.find_choices(request_id)]
         return [piece for piece in progress if piece is not None]
 
-    def step(self) -> list[Progress]:
+    def step(self, on_compute: Callable[[], object] = nothing) -> list[Progress]:
         """Run one batch: schedule, compute, choose tokens, and end what is done.
+
+        Args:
+            on_compute: as in `Runner.run`; not called if nothing is computed.
 
         Returns: what the step brought each request, in the order of the batch; empty if there was nothing to do.
         Raises: ClosedError. A request that fails ends with its error in its output; the others go on.
         """
         self._check_open()
         started_at, busy_s = self._clock(), self._tiers.busy_s
-        batch = self._executor.step()
+        batch = self._executor.step(on_compute)
         if self._tiers.learns_speed:
             self._note_speed(batch, self._clock() - started_at - (self._tiers.busy_s - busy_s))
         if batch:

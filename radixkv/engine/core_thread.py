@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -51,15 +51,13 @@ class Reader:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def take_progress(self) -> Progress:
+    def take_progress(self) -> Awaitable[Progress]:
         """As `take`, for a reader of one request's progress."""
-        progress: Progress = await self.take()
-        return progress
+        return self.take()
 
-    async def take_outputs(self) -> list[RequestOutput]:
+    def take_outputs(self) -> Awaitable[list[RequestOutput]]:
         """As `take`, for a reader of the outputs of several requests."""
-        outputs: list[RequestOutput] = await self.take()
-        return outputs
+        return self.take()
 
 
 class _Operation(NamedTuple):
@@ -74,6 +72,9 @@ class CoreThread:
 
     Any thread may call any method; none of them waits for a step.
 
+    What a step brought is handed over once the next one computes: then the interpreter is free for the loops, and they
+    do not hold up what Python does for a step. If something else is to be done in between, or nothing, it goes first.
+
     Invariants: the core is touched by the thread alone. Each request that was accepted has a reader until its last
     progress was handed over or its reader left; a request without a reader is aborted before the next step.
     """
@@ -87,6 +88,7 @@ class CoreThread:
         self._num_queued = 0  # requests in the inbox
         self._num_waiting = 0  # requests in the core without pages, as of its last step
         self._end: Exception | None = None  # why nothing more is accepted
+        self._kept: list[Progress] = []  # of the last step, to be handed over; the thread's own
         core.arrivals.listen(self._wake_up)
         self._thread = threading.Thread(target=self._run, name="radixkv-engine", daemon=True)
         self._thread.start()
@@ -143,10 +145,11 @@ class CoreThread:
         core = self._core
         try:
             while self._do_operations():
-                progress = core.step()
+                progress = core.step(self._deliver_kept)
                 with self._wake:  # before anyone learns of the step
                     self._num_waiting = core.num_waiting
-                self.deliver(progress)
+                self._deliver_kept()  # unless the step has
+                self._kept = progress
             self.deliver(core.close())
         except BaseException as error:
             self._fail(error)
@@ -155,12 +158,16 @@ class CoreThread:
 
     def _do_operations(self) -> bool:
         """Do what came, waiting for it if there is nothing to step; False once the thread is to end."""
+        if not self._core.has_work:  # so that no step is sure to follow
+            self._deliver_kept()
         with self._wake:
             while not self._inbox and self._end is None and not self._core.has_work:
                 self._wake.wait(self._core.wait_s)
             operations, self._inbox = self._inbox, []
             self._num_waiting, self._num_queued = self._num_waiting + self._num_queued, 0  # until the core tells
             goes_on = self._end is None
+        if operations:
+            self._deliver_kept()
         for operation in operations:
             _do(operation, self._core)
         with self._wake:
@@ -177,8 +184,14 @@ class CoreThread:
             if request.id in self._readers:  # else its reader has left already
                 core.add(request)
 
+    def _deliver_kept(self) -> None:
+        """Hand over what the last step brought, unless that was done."""
+        if self._kept:
+            self.deliver(())
+
     def deliver(self, progress: Sequence[Progress]) -> None:
-        """Hand each piece to its reader, if it has one."""
+        """Hand each piece to its reader, if it has one, after what the last step brought."""
+        progress, self._kept = [*self._kept, *progress], []
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Reader, Progress]]] = {}
         with self._wake:
             for piece in progress:
@@ -192,6 +205,7 @@ class CoreThread:
 
     def _fail(self, error: BaseException) -> None:
         """Tell everybody who waits that the core has failed, and refuse what comes."""
+        self._deliver_kept()
         failure = EngineFailedError(f"the engine has failed and must be made anew: {type(error).__name__}: {error}")
         failure.__cause__ = error
         with self._wake:

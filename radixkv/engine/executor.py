@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from radixkv.engine.drafts.speculation import Speculation
 from radixkv.engine.gpu_sampling import DeviceSampler, PendingTokens, RowSampling
 from radixkv.engine.logit_edits import LogitEdits, RowEdits, edit_logits, start_transforms
 from radixkv.engine.request import Request
-from radixkv.engine.runner import Runner
+from radixkv.engine.runner import Runner, nothing
 from radixkv.engine.sampling import Sampler
 from radixkv.engine.scheduler import Scheduler
 from radixkv.engine.span import Span
@@ -63,8 +63,11 @@ class Executor:
         self._ended_at = 0.0  # the last step
         self.computed_tokens = self.generated_tokens = self.sampled_steps = 0
 
-    def step(self) -> list[Span]:
+    def step(self, on_compute: Callable[[], object] = nothing) -> list[Span]:
         """Run one batch, and give its requests their tokens; those that ended are still to be released.
+
+        Args:
+            on_compute: as in `Runner.run`; not called if nothing is computed.
 
         Returns: the batch; empty if there is nothing to do.
         """
@@ -72,13 +75,13 @@ class Executor:
         if launched is None or all(span.request.is_finished for span in launched.batch):
             batch = self._scheduler.next_batch()
             try:
-                launched = self._launch(batch) if batch else None
+                launched = self._launch(batch, on_compute=on_compute) if batch else None
             except Exception as error:
                 self._run_apart(batch, error)
                 return batch
         if launched is None:
             return []
-        ahead = self._look_ahead(launched)
+        ahead = self._look_ahead(launched, on_compute)
         try:
             token_ids, finite = self._read(launched)
         except Exception as error:  # of the device, which tells late
@@ -92,14 +95,16 @@ class Executor:
         self._ahead = ahead
         return launched.batch
 
-    def _launch(self, batch: list[Span], input_ids: Tensor | None = None) -> _Launched:
+    def _launch(
+        self, batch: list[Span], input_ids: Tensor | None = None, on_compute: Callable[[], object] = nothing
+    ) -> _Launched:
         started_at = time.perf_counter()
         edited = [RowEdits(row, edits) for row, span in enumerate(batch) if (edits := _edits(span)) is not None]
         failures = start_transforms(edited, [batch[row].request.output_ids for row, _ in edited]) if edited else {}
         for row, failure in failures.items():  # of the request's own transform: what is computed for it is ignored
             batch[row].request.finish("error", failure)
         step = make_step_input(batch, self._scheduler.req_to_token, known_tokens=input_ids is None)
-        logits = self._runner.run(step, input_ids)
+        logits = self._runner.run(step, input_ids, on_compute)
         logits, more_logits = logits[: len(batch)], logits[len(batch) :]
         own_logits: dict[int, Tensor] = {}
         if edited:  # but for drafts, whose rows are edited one after the other, with the tokens that are accepted
@@ -114,7 +119,7 @@ class Executor:
             pending = self._device_sampler.start(logits, [_row(span) for span in batch])
         return _Launched(batch, logits, own_logits, more_logits, pending, started_at)
 
-    def _look_ahead(self, launched: _Launched) -> _Launched | None:
+    def _look_ahead(self, launched: _Launched, on_compute: Callable[[], object]) -> _Launched | None:
         """Launch the next step of the same requests, if it is certain that they are the next step."""
         if launched.pending is None or not all(self._surely_goes_on(span) for span in launched.batch):
             return None
@@ -124,7 +129,7 @@ class Executor:
         if batch is None:
             return None
         try:
-            return self._launch(batch, launched.pending.ids)
+            return self._launch(batch, launched.pending.ids, on_compute)
         except Exception:
             return None  # the step is scheduled again when the tokens are there, and fails then if it must
 

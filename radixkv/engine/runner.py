@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Protocol, TypeGuard
 
@@ -20,14 +21,22 @@ from radixkv.models.paged_attention import PagedContext, flattened_forward
 from radixkv.models.streaming import Streaming
 
 
+def nothing() -> None:
+    """Does nothing, where a step's computing is to be announced to nobody."""
+
+
 class Runner(Protocol):
     """Computes the KV and the logits of a step."""
 
-    def run(self, step: StepInput, input_ids: Tensor | None = None) -> Tensor:
+    def run(
+        self, step: StepInput, input_ids: Tensor | None = None, on_compute: Callable[[], object] = nothing
+    ) -> Tensor:
         """Compute the KV of all tokens of `step`, and the logits that it wants.
 
         Args:
             input_ids: int64 [tokens] on the device, in place of `step.token_ids`.
+            on_compute: called once Python has done its part, as far as that comes first: what follows leaves the
+                interpreter to other threads, where it can.
 
         Returns: [sequences, vocab_size], float32, valid until the next call.
         """
@@ -71,7 +80,9 @@ class ModelRunner:
         self._states = states
 
     @torch.inference_mode()
-    def run(self, step: StepInput, input_ids: Tensor | None = None) -> Tensor:
+    def run(
+        self, step: StepInput, input_ids: Tensor | None = None, on_compute: Callable[[], object] = nothing
+    ) -> Tensor:
         """As `Runner.run`.
 
         Raises: UnsupportedModelError if the model did not run on the pages, because its attention was switched.
@@ -81,14 +92,16 @@ class ModelRunner:
             input_ids = to_device(step.token_ids, device)
         metadata = AttentionMetadata.of(step.layout, device)
         if self._graphs is not None and self._graphs.can_run(metadata):
+            on_compute()
             return self._graphs.run(input_ids, metadata)
         logits_of = to_device(step.logits_of, device)
         plan = self.backend.plan(metadata)
         fused = self._fused if self._fused is not None and self._fused.can_run(metadata.num_tokens) else None
         if fused is not None and self._streaming is None and _is_program_plan(plan):
-            found = fused.run_with(plan, input_ids, metadata.positions, metadata.slots, logits_of)
+            found = fused.run_with(plan, input_ids, metadata.positions, metadata.slots, logits_of, on_compute)
             if found is not None:
                 return found.float()
+        on_compute()
         adjustment = None if self._streaming is None else self._streaming.step(metadata.positions)
         context = PagedContext(plan, self.backend.num_layers, adjustment)
         if self._states is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -67,15 +67,25 @@ class FusedDecoder:
         return replay.finish(logits_of, num_threads)
 
     def run_with(
-        self, plan: ProgramPlan, input_ids: Tensor, positions: Tensor, slots: Tensor, logits_of: Tensor
+        self,
+        plan: ProgramPlan,
+        input_ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        logits_of: Tensor,
+        on_compute: Callable[[], object] = lambda: None,
     ) -> Tensor | None:
-        """The same where the attention of `plan` is part of the program; None if it cannot be."""
+        """The same where the attention of `plan` is part of the program; None if it cannot be.
+
+        on_compute: called before the program runs, without the interpreter's lock, to its end.
+        """
         pages = plan.pages(self._decoder.embeddings.dtype)
         if pages is None:
             return None
         replay = self._replay(len(input_ids), logits_of)
         replay.start(input_ids, positions)
         replay.put_attention(pages, slots, plan.operations(replay.wide_q, replay.wide_attended, self._params))
+        on_compute()
         return replay.finish(logits_of, self._num_threads())
 
     def _num_threads(self) -> int:

@@ -113,11 +113,12 @@ class Generation:
         streams = [self._engine.stream(prompt, self._params, **use) for prompt in self.prompts]
         unkept = set(range(len(streams)))
         if len(streams) == 1:
+            has_one_choice = self.num_choices == 1
             async with aclosing(streams[0]) as stream:
                 async for progress in stream:
                     if progress.output is not None or unkept:
                         await self._settle(0, progress, unkept)
-                    if self.num_choices == 1:
+                    if has_one_choice:
                         self._untold_ids += progress.token_ids
                     yield Piece(progress.choice_index, progress)
             return

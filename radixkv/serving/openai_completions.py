@@ -106,6 +106,10 @@ class _CompletionCall:
         forms: dict[int, EventForm] = {}  # of chunks that bring text alone
         async with aclosing(self.generation.pieces()) as pieces:
             async for index, progress in pieces:
+                if index in forms and progress.output is None and progress.logprobs is None:  # most of them
+                    if progress.text:
+                        yield forms[index].event(progress.text)
+                    continue
                 text = progress.text if index in begun else self._echo(index) + progress.text
                 logprobs = self._logprobs(index, progress.logprobs, progress.prompt_logprobs or ())
                 begun.add(index)

@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+BODY_SEND = "radixkv.body_send"
+"""Where a scope has the short way for the body of an answer that has begun: past middleware that awaits its start."""
 
 
 class ClientGoneError(Exception):
@@ -94,9 +96,11 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer. Raises: what the events raise before the first one."""
-        sender = asyncio.create_task(self._send_all(send))
+        self._start = send
+        self._send_body: Send = scope.get(BODY_SEND, send)
+        sender = asyncio.create_task(self._send_all())
         gone = asyncio.create_task(_wait_until_gone(receive))
-        keeper = asyncio.create_task(self._keep_alive(send))
+        keeper = asyncio.create_task(self._keep_alive())
         try:
             await asyncio.wait({sender, gone}, return_when=asyncio.FIRST_COMPLETED)
             if sender.done():
@@ -105,32 +109,32 @@ class EventStream(Response):
             await _end(sender, gone, keeper)
             await self._events.aclose()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self) -> None:
         try:
             async for data in self._events:
-                await self._send(send, data)
+                await self._send(data)
         except Exception as error:
             if not self._has_begun:
                 raise
-            await self._send(send, self._on_error(error))
-        await self._send(send, b"", more=False)
+            await self._send(self._on_error(error))
+        await self._send(b"", more=False)
 
-    async def _send(self, send: Send, data: bytes, *, more: bool = True) -> None:
+    async def _send(self, data: bytes, *, more: bool = True) -> None:
         if self._comment.locked():
             async with self._comment:  # it goes first
                 pass
         self._is_sending = True
-        await self._write(send, data, more)
+        if not self._has_begun:
+            await self._begin()
+        await self._send_body({"type": "http.response.body", "body": data, "more_body": more})
+        self._last_sent_at = self._loop.time()
         self._is_sending = not more  # after the last one nothing may follow
 
-    async def _write(self, send: Send, data: bytes, more: bool) -> None:
-        if not self._has_begun:
-            self._has_begun = True
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": data, "more_body": more})
-        self._last_sent_at = self._loop.time()
+    async def _begin(self) -> None:
+        self._has_begun = True
+        await self._start({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 
-    async def _keep_alive(self, send: Send) -> None:
+    async def _keep_alive(self) -> None:
         """Send a comment after each silence, but none to a client that has not taken what was sent before."""
         while True:
             silent_s = self._loop.time() - self._last_sent_at
@@ -140,7 +144,10 @@ class EventStream(Response):
                 await asyncio.sleep(self._keep_alive_s)
             else:
                 async with self._comment:
-                    await self._write(send, KEEP_ALIVE, True)
+                    if not self._has_begun:
+                        await self._begin()
+                    await self._send_body({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                    self._last_sent_at = self._loop.time()
 
 
 async def _wait_until_gone(receive: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
