@@ -334,7 +334,7 @@ def test_where_no_layer_sees_everything_pages_hold_nothing_and_windows_come_back
 
 @pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8_e4m3"])
 def test_quantized_windows_come_back(make: MakeEngine, tmp_path: Path, kv_cache_dtype: str) -> None:
-    settings = {"kv_cache_dtype": kv_cache_dtype, **disk_settings(tmp_path)}
+    settings = {"kv_cache_dtype": kv_cache_dtype, "attention_backend": "torch", **disk_settings(tmp_path)}
     engine = make(**settings)
     (first,) = engine.generate([HEAD], PARAMS)
     (warm,) = engine.generate([longer(first)], PARAMS)
