@@ -13,6 +13,7 @@ from radixkv.cache.insight.eviction_ages import LIMITS_S
 from radixkv.engine.assembly import assemble
 from radixkv.errors import ClosedError, InvalidRequestError, InvalidTokenIdsError, MissingTokenizerError
 from tiny_models import tiny_model
+from told_policy import Told
 
 MakeEngine = Callable[..., Engine]
 ONE = SamplingParams(max_tokens=1)
@@ -204,14 +205,17 @@ def test_a_coroutine_keeps_explains_and_forgets_while_requests_run() -> None:
 
 @pytest.mark.parametrize(("length", "kept_tokens"), [(7, 7), (8, 8), (10, 8), (15, 8)])
 def test_a_kept_half_page_stays_kept_when_its_own_request_fills_it(length: int, kept_tokens: int) -> None:
-    cache = PrefixCache(num_pages=9, page_size=4, copy_page=lambda *_: None)
+    policy = Told()
+    cache = PrefixCache(num_pages=9, page_size=4, policy=policy, copy_page=lambda *_: None)
     longer = list(range(length))
     with cache.acquire(longer[:6]) as lease:
         lease.commit(longer[:6])
         assert cache.keep(longer[:6], 60) == 6
+        policy.requests.clear()
         lease.grow(16)
         lease.commit(longer)
         cache.check_invariants()
+    assert not policy.requests, "no request was made"
     for first in range(100, 200, 10):
         other = list(range(first, first + 8))
         with cache.acquire(other) as lease:

@@ -17,16 +17,14 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from numpy.typing import NDArray
 
-from radixkv.cache.eviction.policies import LRUPolicy
 from radixkv.cache.eviction.policy import EvictionPolicy
 from radixkv.cache.lease import Lease
-from radixkv.cache.namespace import Namespace
 from radixkv.cache.prefix_cache import PrefixCache
 from radixkv.cache.residency.residency import HeldTokens
 from radixkv.cache.residency.state_slots import StateSlots
 from radixkv.errors import ConfigError, InvalidRequestError, InvariantError, OutOfPagesError
+from told_policy import Told
 
 
 class Simulated:
@@ -100,16 +98,6 @@ def test_the_same_prompt_again_is_computed_once_more_and_then_never_again() -> N
     assert run(simulated, same) == (0, [10])
     assert run(simulated, same) == (0, [9, 10])
     assert run(simulated, same) == (9, [10])
-
-
-class Told(LRUPolicy):
-    """Keeps what it is told of requests: how many tokens they asked for and how many of them were matched."""
-
-    def __init__(self) -> None:
-        self.requests: list[tuple[int, int]] = []
-
-    def requested(self, tokens: NDArray[np.int32], matched_tokens: int, namespace: Namespace) -> None:
-        self.requests.append((len(tokens), matched_tokens))
 
 
 def test_a_hit_that_is_cut_to_a_state_is_one_request_to_the_policy() -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from radixkv.cache.namespace import Namespace
 from radixkv.cache.residency.residency import HeldTokens
 from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, token_array
-from radixkv.cache.tree.node import PartialPage, TreeNode
+from radixkv.cache.tree.node import MatchResult, PartialPage, TreeNode
 from radixkv.cache.tree.page_ids import PageBytes
 from radixkv.errors import ClosedError, InvalidRequestError
 
@@ -351,7 +351,7 @@ class Lease:
             return
         page_end = -(-tail.end // page_size) * page_size
         if page_end <= len(tokens):  # the page is full now: cut after it, so that nothing more is kept
-            node = tree.match_tokens(tokens[:page_end], self._namespace).node
+            node = tree.leading(MatchResult(node.end, node, []), page_end).node
         elif not node.is_tail(page_size):
             return
         tree.keep_until(node, max(tail.keep_until, tree.clock()), priority=tail.priority)
