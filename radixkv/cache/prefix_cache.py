@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv.cache.eviction.policy import EvictionPolicy
 from radixkv.cache.keeping import checked_keep_for_s, checked_priority
 from radixkv.cache.lease import Lease
 from radixkv.cache.namespace import Namespace
-from radixkv.cache.page_owner import CopyPage
-from radixkv.cache.quotas.accounts import QuotaKey
 from radixkv.cache.readable_cache import ReadableCache
-from radixkv.cache.residency.residency import HeldTokens, Residency
+from radixkv.cache.residency.residency import HeldTokens
 from radixkv.cache.token_ids import TokenIds, token_array
 from radixkv.cache.tree.node import MatchResult, PartialPage, TreeNode
-from radixkv.config import CacheQuota
 from radixkv.errors import InvalidRequestError
 
 
@@ -62,34 +57,6 @@ class PrefixCache(ReadableCache):
     >>> cache.stats().free_pages
     6
     """
-
-    def __init__(
-        self,
-        num_pages: int,
-        page_size: int = 16,
-        policy: str | EvictionPolicy = "lru",
-        *,
-        copy_page: CopyPage | None = None,
-        residency: Residency | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        diagnostics: bool = True,
-        quotas: Mapping[QuotaKey, CacheQuota] | None = None,
-    ) -> None:
-        """Without `diagnostics` the cache keeps nothing for `explain` and for `stats().estimated_hit_rates`. These cost
-        some tens of microseconds a request, about 100 where each one evicts, and the memory that `Diagnostics` states.
-
-        Raises: ConfigError.
-        """
-        super().__init__(
-            num_pages,
-            page_size,
-            policy,
-            copy_page=copy_page,
-            residency=residency,
-            clock=clock,
-            diagnostics=diagnostics,
-            quotas=quotas,
-        )
 
     def acquire(
         self,

@@ -16,6 +16,11 @@ from radixkv.tiers.memory_store import HostStore
 from radixkv.tiers.page_lines import Names
 from radixkv.tiers.page_store import PageStore
 
+_KINDS: tuple[tuple[type[DiskStore | HostStore], str, str], ...] = (  # with the field of a quota, and what sets it up
+    (DiskStore, "disk_bytes", "disk_cache"),
+    (HostStore, "host_bytes", "host_cache_gb"),
+)
+
 
 def check_tier_shares(stores: Sequence[PageStore], quotas: Mapping[Namespace, CacheQuota]) -> None:
     """Raises: ConfigError if `set_tier_shares` would."""
@@ -37,21 +42,15 @@ def _shares(
     stores: Sequence[PageStore], quotas: Mapping[Namespace, CacheQuota]
 ) -> list[tuple[DiskStore | HostStore, dict[Names, int]]]:
     """What is guaranteed of each store, checked."""
-    disk_bytes: dict[Names, int] = {
-        namespace: quota.disk_bytes for namespace, quota in quotas.items() if quota.disk_bytes
-    }
-    host_bytes: dict[Names, int] = {
-        namespace: quota.host_bytes for namespace, quota in quotas.items() if quota.host_bytes
-    }
-    disks = [store for store in stores if isinstance(store, DiskStore)]
-    hosts = [store for store in stores if isinstance(store, HostStore)]
-    if disk_bytes and not disks:
-        raise ConfigError("quotas guarantee disk_bytes, and there is no disk_cache; set it, or leave them out")
-    if host_bytes and not hosts:
-        raise ConfigError("quotas guarantee host_bytes, and there is no host_cache_gb; set it, or leave them out")
     shares: list[tuple[DiskStore | HostStore, dict[Names, int]]] = []
-    shares += [(disk, disk_bytes) for disk in disks]
-    shares += [(host, host_bytes) for host in hosts]
+    for kind, field, setting in _KINDS:
+        guaranteed_bytes: dict[Names, int] = {
+            name: size for name, quota in quotas.items() if (size := getattr(quota, field))
+        }
+        own = [store for store in stores if isinstance(store, kind)]
+        if guaranteed_bytes and not own:
+            raise ConfigError(f"quotas guarantee {field}, and there is no {setting}; set it, or leave them out")
+        shares += [(store, guaranteed_bytes) for store in own]
     for store, guaranteed_bytes in shares:
         store.check_shares(guaranteed_bytes)
     return shares
