@@ -368,7 +368,7 @@ def add_key_bias(a, row, first_token, row_scores, num_vectors):
 def add_values(a, size, located, k_at, v_at, scales_at, weights, acc, rescale):
     """acc = acc * rescale + weights @ V of a block. While that is computed, the next block's K is fetched.
 
-    V was fetched with the block's own K (see `score`): so memory is read all the time, and never faster than it can be.
+    V was fetched while its own K was multiplied (see `score`): so memory is read all the time.
     """
     num_groups = (size + LANES - 1) // LANES
     v_dim, acc_dim = a.v_dim // a.parts, acc.shape[1] // a.parts
