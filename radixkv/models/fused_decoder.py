@@ -73,7 +73,7 @@ class FusedDecoder:
         positions: Tensor,
         slots: Tensor,
         logits_of: Tensor,
-        on_compute: Callable[[], object] = lambda: None,
+        on_compute: Callable[[], object],
     ) -> Tensor | None:
         """The same where the attention of `plan` is part of the program; None if it cannot be.
 
