@@ -81,7 +81,7 @@ def test_what_is_held_beyond_a_guarantee_goes_in_the_order_of_the_policy() -> No
 
 def test_of_anothers_leaf_no_more_goes_than_it_holds_beyond_its_guarantee() -> None:
     cache = cache_of(128, {"anna": 2})
-    share(cache, 1, 3, extra_key="anna")  # less than 1/32 of the pool: where there are no quotas it goes whole
+    share(cache, 1, 3, extra_key="anna")  # less than 1/20 of the pool: where there are no quotas it goes whole
     share(cache, 2, 125, extra_key="flood", keep_for_s=60.0)
     share(cache, 3, 4, extra_key="flood", keep_for_s=60.0)
     assert pages_cached(cache, 1, 3, extra_key="anna") == 2

@@ -40,7 +40,7 @@ def int32_array(ids: TokenIds) -> NDArray[np.int32]:
 
     What equals tokens that were checked before needs no second check. O(1) for a contiguous int32 array.
     """
-    if type(ids) is _ndarray and ids.dtype == _INT32 and ids.ndim == 1 and ids.flags.c_contiguous:
+    if type(ids) is _ndarray and ids.dtype is _INT32 and ids.ndim == 1 and ids.flags.c_contiguous:
         return ids
     values = _to_numpy(ids)
     if values.ndim != 1:

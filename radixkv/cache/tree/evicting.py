@@ -15,7 +15,7 @@ from radixkv.cache.tree.page_ids import PageBytes
 from radixkv.cache.tree.shape import TreeShape
 from radixkv.errors import PolicyError
 
-LEAST_SHARE_KEPT = 32  # a leaf goes whole where less than this part of the cache would be left of it
+LEAST_SHARE_KEPT = 20  # a leaf goes whole where less than this part of the cache would be left of it
 
 
 class EvictingTree(TreeShape):
@@ -24,7 +24,7 @@ class EvictingTree(TreeShape):
     def evict(self, num_tokens: int) -> NDArray[np.int32]:
         """Remove unpinned leaves in policy order until the pages of `num_tokens` tokens are gone, or none is left.
 
-        Of the last leaf no more than these pages go, from its end, unless what stays would be less than 1/32 of all
+        Of the last leaf no more than these pages go, from its end, unless what stays would be less than 1/20 of all
         that is cached; a parent becomes a leaf when its last child goes.
         O(log leaves) a leaf, and O(pages freed).
 
@@ -45,7 +45,7 @@ class EvictingTree(TreeShape):
         missing = -(-num_tokens // self.page_size) * TOKEN_BYTES  # in bytes of page ids
         queue = self._queue
         try:
-            while missing > 0 and queue:
+            while missing > 0 and self._evictable_bytes:
                 leaf = queue.first()
                 size = len(leaf.pages)
                 rest = size - missing
@@ -53,8 +53,10 @@ class EvictingTree(TreeShape):
                 if leaf.keep_until and cause == "evicted" and leaf.keep_until > self.clock():
                     self.broken_promise_tokens += (missing if trims else size) // TOKEN_BYTES * self.page_size
                 if trims:
-                    freed.append(leaf.pages[rest:])
-                    self._trim(leaf, rest, cause)
+                    try:
+                        self._trim(leaf, rest, cause)
+                    finally:
+                        freed.append(leaf.pages)  # what is left of it: its end
                     break
                 missing -= size
                 freed.append(leaf.pages)
@@ -62,11 +64,11 @@ class EvictingTree(TreeShape):
         except PolicyError as error:
             error.freed = np.frombuffer(b"".join(freed), np.int32)
             raise
-        return np.frombuffer(b"".join(freed), np.int32)
+        return np.frombuffer(freed[0] if len(freed) == 1 else b"".join(freed), np.int32)
 
     def _is_worth_keeping(self, page_bytes: int) -> bool:
         """Whether so much of a leaf, in bytes of page ids, is worth the time that cutting it off takes."""
-        return page_bytes // TOKEN_BYTES * self.page_size * LEAST_SHARE_KEPT >= self.total_size
+        return page_bytes * LEAST_SHARE_KEPT >= self._total_bytes
 
     def clear(self) -> NDArray[np.int32]:
         """Remove everything that is not pinned. Observers are sent `Cleared` if nothing was. O(nodes).

@@ -77,6 +77,8 @@ class _Run:
         node: TreeNode | None = self.ends.after
         if node is self.ends.node:
             node = None
+        if not self.heap and not self.unswept:
+            return node
         for heap in (self.heap, self.unswept):
             while heap and heap[0][3].entry is not heap[0]:
                 heappop(heap)

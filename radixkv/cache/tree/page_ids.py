@@ -54,6 +54,6 @@ def leading_pages(pages: PageBytes, size: int) -> PageBytes:
     """The first `size` bytes of `pages`. O(1): a window if there are many, and a copy once half of them is useless."""
     if size < _WORTH_A_WINDOW * PAGE_ID_BYTES:
         return bytes(pages[:size])
-    window = memoryview(pages)[:size]
+    window = (pages if type(pages) is memoryview else memoryview(pages))[:size]
     whole = window.obj
     return window if whole is _CONSECUTIVE or 2 * size > len(whole) else bytes(window)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.cache.keeping import checked_keep_for_s, checked_priority
-from radixkv.cache.namespace import Namespace
+from radixkv.cache.namespace import SHARED, Namespace
 from radixkv.cache.token_ids import TOKEN_BYTES, TokenIds, check_tokens, common_tokens, int32_array, token_array
 from radixkv.cache.tree.evicting import EvictingTree
 from radixkv.cache.tree.first_pages import common_prefix_tokens, likest_children
@@ -85,7 +85,8 @@ class RadixTree(EvictingTree):
         >>> tree.match_prefix([1, 2], extra_key="another tenant").length
         0
         """
-        return self.match_tokens(int32_array(ids), Namespace.of(extra_key, cache_salt))
+        named = extra_key is not None or cache_salt is not None  # a call less for those that name none
+        return self.match_tokens(int32_array(ids), Namespace.of(extra_key, cache_salt) if named else SHARED)
 
     def match_tokens(self, tokens: Tokens, namespace: Namespace) -> MatchResult:
         """As `match_prefix`, of an int32 array, in a namespace that was checked."""
@@ -216,7 +217,8 @@ class RadixTree(EvictingTree):
         >>> tree.match_prefix([1, 2, 5, 6]).pages.tolist()
         [7, 21]
         """
-        return self.insert_tokens(int32_array(ids), pages, Namespace.of(extra_key, cache_salt))
+        named = extra_key is not None or cache_salt is not None
+        return self.insert_tokens(int32_array(ids), pages, Namespace.of(extra_key, cache_salt) if named else SHARED)
 
     def insert_tokens(self, tokens: Tokens, pages: Any, namespace: Namespace) -> InsertResult:
         """As `insert`, of an int32 array, in a namespace that was checked."""

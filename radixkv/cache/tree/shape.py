@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from radixkv.cache.quotas.accounts import Accounts
     from radixkv.cache.tree.radix_tree import RadixTree
 
+WHOLE_KEY_OF = 8  # a trimmed leaf keeps its whole key down to this part of it: 4 bytes a token, where KV has thousands
+
 
 class TreeShape:
     """What `RadixTree` is made of below its verbs: roots, nodes, the eviction queue, and the counts of their pages.
@@ -317,26 +319,33 @@ class TreeShape:
         The rest is a new node in its place, so that nobody takes the whole for cached who knows the leaf; that becomes
         the part which is removed. It is, whether or not the policy fails.
         """
-        kept = self._insert_above(leaf, kept_bytes)
-        run = run_of(leaf, self.page_size) if self.events.observers else None
+        told = self._on_trimmed or self._on_split or self._on_evicted
+        observed = bool(self.events.observers)
+        kept = self._cut_end(leaf, kept_bytes, with_key=observed or told is not None)
+        run = run_of(leaf, self.page_size) if observed else None
         try:
             if self._on_trimmed is not None:
                 self._on_trimmed(kept, leaf)
-            else:
+            elif told is not None:
                 if self._on_split is not None:
                     self._on_split(kept, leaf)
                 if self._on_evicted is not None:
                     self._on_evicted(leaf)
         finally:
-            self._unlink(kept, bytes(leaf.key[: self._page_bytes]), leaf)
+            leaf.parent = None
+            self._count_removed(leaf)
             try:
                 self._queue.replace(leaf, kept)
             finally:
                 if run is not None:
                     self.events.send(_removed(leaf, run, cause))
 
-    def _insert_above(self, leaf: TreeNode, kept_bytes: int) -> TreeNode:
-        """A node between `leaf` and its parent that takes over its first pages; tokens are not copied if many."""
+    def _cut_end(self, leaf: TreeNode, kept_bytes: int, *, with_key: bool) -> TreeNode:
+        """Put a node that takes over the first pages of `leaf` in its place; tokens are not copied if many.
+
+        `leaf` stays the rest, which has the new node as its parent, though that knows of no child. Its `key` is a
+        window on that of the whole unless `with_key`.
+        """
         parent = leaf.parent
         assert parent is not None, leaf
         kept_tokens = kept_bytes // TOKEN_BYTES * self.page_size
@@ -344,7 +353,7 @@ class TreeShape:
         key, pages = leaf.key, leaf.pages
         prefix = prefix_of(leaf, self.page_size) if self.events.observers else None
         kept = TreeNode(
-            key if 2 * size > len(key) else key[:size],
+            key if WHOLE_KEY_OF * size > len(key) else key[:size],
             leading_pages(pages, kept_bytes),
             parent.end + kept_tokens,
             parent,
@@ -355,19 +364,18 @@ class TreeShape:
         kept.state, kept.fork, kept.hits, kept.account = leaf.state, leaf.fork, leaf.hits, leaf.account
         if prefix is not None:
             kept.prefix = prefix.first(kept.end)
-        removed, first_removed = slice(size, leaf.num_tokens * TOKEN_BYTES), key[size : size + self._page_bytes]
-        if self.events.observers or self._on_trimmed or self._on_split or self._on_evicted:
-            leaf.key = key[removed]
-        else:  # a window will do for a node that leaves the tree: a copy would cost more than all else here
-            leaf.key = memoryview(key)[removed]  # type: ignore[assignment]
-        leaf.pages = bytes(pages[kept_bytes:])
+        end = leaf.num_tokens * TOKEN_BYTES
+        # windows will do for a node that leaves the tree: copies would cost more than all else here
+        leaf.key = key[size:end] if with_key else memoryview(key)[size:end]  # type: ignore[assignment]
+        leaf.pages = pages[kept_bytes:]
         leaf.num_tokens -= kept_tokens
         leaf.parent = kept
         first_page = key[: self._page_bytes]
         parent.children[first_page] = kept
         if parent.subscribers is not None:
             self.subscriptions.tell(parent.subscribers, first_page)
-        kept.children[first_removed] = leaf
+        if leaf.subscribers is not None:
+            self.subscriptions.tell_all(leaf.subscribers)
         return kept
 
     def _count_evictable(self, node: TreeNode, page_bytes: int) -> None:
@@ -386,13 +394,22 @@ class TreeShape:
         if parent.ordered is not None:
             parent.ordered.remove(first_page)
         leaf.parent = None
-        self._evictable_bytes -= len(leaf.pages)
-        self._total_bytes -= len(leaf.pages)
+        page_bytes = len(leaf.pages)  # as `_count_removed`, which this saves a call of
+        self._evictable_bytes -= page_bytes
+        self._total_bytes -= page_bytes
         if self._accounts is not None:
-            self._count_evictable(leaf, -len(leaf.pages))
+            self._count_evictable(leaf, -page_bytes)
         if parent.namespace is not None and not parent.children:
             del self._roots[parent.namespace]
             parent.subscribers = None
+
+    def _count_removed(self, leaf: TreeNode) -> None:
+        """Count the pages of an unpinned leaf no more."""
+        page_bytes = len(leaf.pages)
+        self._evictable_bytes -= page_bytes
+        self._total_bytes -= page_bytes
+        if self._accounts is not None:
+            self._count_evictable(leaf, -page_bytes)
 
 
 def _removed(leaf: TreeNode, run: PageRun, cause: RemovalCause) -> Removed:
