@@ -250,3 +250,13 @@ def test_a_plan_stores_the_kv_of_its_tokens_and_attends_over_it(name: str) -> No
     assert plan.attend(0, case.q, params).isnan().any()
     plan.store_kv(0, case.k[slots], case.v[slots])
     torch.testing.assert_close(plan.attend(0, case.q, params).double(), case.expected(params), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["numba", "torch"])
+def test_layers_of_one_plan_may_attend_in_different_ways(name: str) -> None:
+    case = Case([(0, 5), (20, 21), (15, 33)])
+    layers = [case.params(**options) for options in OPTIONS.values()]
+    layers += [replace(params, scale=2 * params.scale) for params in layers]
+    plan = case.plan(name, case.params())
+    for params in [*layers, *reversed(layers)]:  # what layers share in a plan is made for the first of them
+        torch.testing.assert_close(plan.attend(0, case.q, params).double(), case.expected(params), rtol=0, atol=4e-6)

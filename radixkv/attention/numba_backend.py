@@ -14,6 +14,7 @@ from radixkv.attention.backend import AttentionNeeds, AttentionParams, why_not_k
 from radixkv.attention.dense_extends import DenseExtends, first_visible
 from radixkv.attention.extend_choice import MIN_DENSE_TOKENS, faster_extends, is_known
 from radixkv.attention.metadata import AttentionMetadata
+from radixkv.attention.numba_launches import Launches, Scratch, factors, float32, merge_fields
 from radixkv.attention.numba_tasks import Heads, Read, Work, plan_work
 from radixkv.attention.program_plan import LayersOperation, Pages
 from radixkv.attention.shared_prefix import NEVER, NO_CASCADE, BreakEven, plan_cascade
@@ -41,19 +42,6 @@ class _Visible(NamedTuple):
     has_sinks: bool
 
 
-class _Scratch(NamedTuple):
-    """What tasks write besides results: `lse` of all rows and then of partial ones, and the results of these."""
-
-    lse: Tensor
-    partial_out: Tensor
-    num_rows: int
-
-    @property
-    def partial_lse(self) -> int:
-        """The address of the first partial row's."""
-        return self.lse.data_ptr() + self.num_rows * self.lse.element_size()
-
-
 class NumbaBackend:
     """Decodes and extends read the pages where they lie, without a copy, on the threads that torch has.
 
@@ -79,6 +67,7 @@ class NumbaBackend:
         self._v_words = [pages.view(self._word).numpy() for pages in pool.v]
         self.pages = [self._pages_of(layer) for layer in range(self.num_layers)]
         self.addresses = np.array([pages[:2] for pages in self.pages])  # of K and V, [layers, 2]
+        self.scales = [(k.data_ptr(), v.data_ptr()) for k, v in zip(pool.k_scales, pool.v_scales, strict=True)]  # or 0
         self._compile(needs)
         if needs.long_extends is None and not is_known(this_processor(), needs.dtype):
             self.long_extends = faster_extends(needs, NumbaBackend, num_threads=self.num_threads)
@@ -149,7 +138,7 @@ class NumbaBackend:
             numba_cpu.attention_worker()
             numba_merge.merge_worker()
             kv = self.pool.layers[0]
-            nothing = [_float32(0, kv.num_kv_heads, dim) for dim in (kv.k_head_dim, kv.v_head_dim)]
+            nothing = [float32(0, kv.num_kv_heads, dim) for dim in (kv.k_head_dim, kv.v_head_dim)]
             self.write(0, torch.empty(0, dtype=torch.int64, device=self.pool.device), *nothing)
 
 
@@ -161,10 +150,12 @@ class NumbaPlan:
         self._metadata = metadata
         self._num_threads = backend.num_threads
         self._work: dict[_Visible, Work] = {}  # planned when the first layer of its kind comes
-        self._kept: list[_Scratch] = []  # what operations write to
+        self._launches: dict[tuple[object, ...], Launches] = {}  # likewise
+        self._kept: list[Scratch] = []  # what operations write to
         self._tables: dict[int, Tensor] = {}  # of biases, which tasks read
         self._pages = np.ascontiguousarray(metadata.kv_indices, np.int32)
         self._is_dense = (metadata.qo_lens >= MIN_DENSE_TOKENS) & (backend.long_extends == "dense")
+        self._all_dense = bool(self._is_dense.all())
         self._dense = DenseExtends(self.pool, metadata, np.flatnonzero(self._is_dense))
 
     def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -172,13 +163,12 @@ class NumbaPlan:
 
     def attend(self, layer: int, q: Tensor, params: AttentionParams) -> Tensor:
         kv = self.pool.layers[layer]
-        out = _float32(q.shape[0], q.shape[1], kv.v_head_dim)
-        if not self._is_dense.all():
-            work = self._work_of(q.shape[1], layer, params)
+        out = float32(q.shape[0], q.shape[1], kv.v_head_dim)
+        if not self._all_dense:
             rows = q
             if params.sink_tokens:
                 rows = torch.cat([q, q if params.sink_queries is None else params.sink_queries])
-            self._attend(layer, work, self.pool.queries(rows).float().contiguous(), params, out)
+            self._attend(layer, self.pool.queries(rows).float().contiguous(), params, out)
         out = out.to(q.dtype)
         self._dense.attend(layer, q, params, out)
         return out
@@ -258,7 +248,7 @@ class NumbaPlan:
             records["k"], records["v"] = self._backend.addresses[layers].T
             yield LayersOperation(layers, stage, numba_cpu.attention_worker(), records)
         if len(work.merged_rows):
-            record = numba_arguments.MERGE.fill(counter=0, sinks=0, **_merge_fields(work, out, scratch, q.shape[1]))
+            record = numba_arguments.MERGE.fill(counter=0, sinks=0, **merge_fields(work, out, scratch, q.shape[1]))
             yield LayersOperation(layers, 2, numba_merge.merge_worker(), record.repeat(len(layers)))
 
     # -- running -----------------------------------------------------------------------------------------------------
@@ -271,23 +261,18 @@ class NumbaPlan:
             self._work[key] = self._plan_work(key)
         return self._work[key]
 
-    def _scratch(self, layer: int, work: Work, q: Tensor) -> _Scratch:
+    def _scratch(self, layer: int, work: Work, q: Tensor) -> Scratch:
         num_rows = q.shape[0] * q.shape[1]
-        partial_out = _float32(work.num_partials, self.pool.layers[layer].v_head_dim)
-        return _Scratch(_float32(num_rows + work.num_partials), partial_out, num_rows)
+        partial_out = float32(work.num_partials, self.pool.layers[layer].v_head_dim)
+        return Scratch(float32(num_rows + work.num_partials), partial_out, num_rows)
 
-    def _fields(self, layer: int, q: Tensor, params: AttentionParams, out: Tensor, scratch: _Scratch) -> dict[str, Any]:
+    def _fields(self, layer: int, q: Tensor, params: AttentionParams, out: Tensor, scratch: Scratch) -> dict[str, Any]:
         """What `numba_arguments.ATTENTION` holds besides the counter and what a table of tasks tells."""
         pool, kv = self.pool, self.pool.layers[layer]
-        k, v, page_size, k_head_bytes, v_head_bytes = self._backend.pages[layer]
+        _, _, page_size, k_head_bytes, v_head_bytes = self._backend.pages[layer]
         return dict(
+            **self._layer_fields(layer, q, out, params),
             pages=self._pages.ctypes.data,
-            q=q.data_ptr(),
-            k=k,
-            v=v,
-            k_scales=pool.k_scales[layer].data_ptr(),  # 0 where there are none
-            v_scales=pool.v_scales[layer].data_ptr(),
-            out=out.data_ptr(),
             lse=scratch.lse.data_ptr(),
             partial_out=scratch.partial_out.data_ptr(),
             partial_lse=scratch.partial_lse,
@@ -299,9 +284,22 @@ class NumbaPlan:
             k_head_bytes=k_head_bytes,
             v_head_bytes=v_head_bytes,
             num_q_heads=q.shape[1],
-            **self._bias_fields(params),
-            **_factors(params, self._mode.unit),
+            **factors(params, self._mode.unit),
         )
+
+    def _layer_fields(self, layer: int, q: Tensor, out: Tensor, params: AttentionParams) -> dict[str, int]:
+        """Those of them that differ between layers that attend alike."""
+        k, v = self._backend.pages[layer][:2]
+        k_scales, v_scales = self._backend.scales[layer]
+        return {
+            "q": q.data_ptr(),
+            "k": k,
+            "v": v,
+            "k_scales": k_scales,
+            "v_scales": v_scales,
+            "out": out.data_ptr(),
+            **self._bias_fields(params),
+        }
 
     def _bias_fields(self, params: AttentionParams) -> dict[str, int]:
         """Where the biases of keys lie, and the positions of queries; the table belongs to `_tables` then."""
@@ -316,29 +314,43 @@ class NumbaPlan:
             "key_bias_tokens": table.shape[1],
         }
 
-    def _attend(self, layer: int, work: Work, q: Tensor, params: AttentionParams, out: Tensor) -> None:
-        scratch = self._scratch(layer, work, q)
-        counter = np.zeros(1, np.int64)
-        fields = self._fields(layer, q, params, out, scratch)
+    def _launches_of(self, layer: int, q: Tensor, params: AttentionParams, out: Tensor) -> Launches:
+        """Those of a layer, made when the first one of its kind comes."""
+        kv = self.pool.layers[layer]
+        sees = (params.sliding_window, params.chunk_size, params.sink_tokens)
+        key = (kv, q.shape[1], params.scale, params.softcap, *sees, params.sinks is None, params.key_bias is None)
+        if (kept := self._launches.get(key)) is not None:
+            return kept
+        work = self._work_of(q.shape[1], layer, params)
+        scratch, counter = self._scratch(layer, work, q), np.zeros(1, np.int64)
+        fields = self._fields(layer, q, params, out, scratch) | {"counter": counter.ctypes.data}
         num_threads = min(self._num_threads, 1 + work.num_tokens // MIN_TOKENS_PER_THREAD)
+        tables, merge = [], None
         for table in work.tables:
-            counter[0] = 0
             tiles = numba_cpu.attention_tiles(self._mode.name, table.rows)
-            arguments = numba_arguments.ATTENTION.fill(
-                counter=counter.ctypes.data, **fields, **table.fields, **tiles.fields
-            )
-            openmp.run(numba_cpu.attention_worker(), arguments.ctypes.data, min(num_threads, len(table.tasks)))
-        if not len(work.merged_rows):
+            tables.append(({**fields, **table.fields, **tiles.fields}, min(num_threads, len(table.tasks))))
+        if len(work.merged_rows):
+            num_chunks = -(-len(work.merged_rows) // numba_merge.MERGED_AT_ONCE)
+            of_merge = merge_fields(work, out, scratch, q.shape[1]) | {"counter": counter.ctypes.data}
+            merge = of_merge, min(num_threads, num_chunks)
+        launches = self._launches[key] = Launches(work, scratch, tables, merge, counter)
+        return launches
+
+    def _attend(self, layer: int, q: Tensor, params: AttentionParams, out: Tensor) -> None:
+        launches = self._launches_of(layer, q, params, out)
+        own = self._layer_fields(layer, q, out, params)
+        for fields, num_threads in launches.tables:
+            launches.counter[0] = 0
+            arguments = numba_arguments.ATTENTION.fill(**{**fields, **own})
+            openmp.run(numba_cpu.attention_worker(), arguments.ctypes.data, num_threads)
+        if launches.merge is None:
             return
-        counter[0] = 0
+        launches.counter[0] = 0
         sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
-        arguments = numba_arguments.MERGE.fill(
-            counter=counter.ctypes.data,
-            sinks=0 if sinks is None else sinks.data_ptr(),
-            **_merge_fields(work, out, scratch, q.shape[1]),
-        )
-        num_chunks = -(-len(work.merged_rows) // numba_merge.MERGED_AT_ONCE)
-        openmp.run(numba_merge.merge_worker(), arguments.ctypes.data, min(num_threads, num_chunks))
+        fields, num_threads = launches.merge
+        of_layer = {"out": own["out"], "sinks": 0 if sinks is None else sinks.data_ptr()}
+        arguments = numba_arguments.MERGE.fill(**{**fields, **of_layer})
+        openmp.run(numba_merge.merge_worker(), arguments.ctypes.data, num_threads)
 
 
 def break_even(group: int) -> BreakEven:
@@ -350,26 +362,6 @@ def break_even(group: int) -> BreakEven:
     if group > LARGEST_GROUP_TO_SHARE:
         return NEVER
     return BreakEven(min_sequences=8, min_tokens=128, min_saved_tokens=4096 * group)
-
-
-def _merge_fields(work: Work, out: Tensor, scratch: _Scratch, num_q_heads: int) -> dict[str, int]:
-    """What `numba_arguments.MERGE` holds besides the counter and sinks."""
-    return {
-        "num_rows": len(work.merged_rows),
-        "rows": work.merged_rows.ctypes.data,
-        "indptr": work.merged_indptr.ctypes.data,
-        "partials": work.merged_partials.ctypes.data,
-        "out": out.data_ptr(),
-        "partial_out": scratch.partial_out.data_ptr(),
-        "partial_lse": scratch.partial_lse,
-        "num_q_heads": num_q_heads,
-        "v_dim": out.shape[2],
-    }
-
-
-def _float32(*shape: int) -> Tensor:
-    """What the kernel writes to: it takes addresses alone, so the application's default dtype must not decide."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _why_not_codes(needs: AttentionNeeds) -> str | None:
@@ -384,18 +376,3 @@ def _why_not_codes(needs: AttentionNeeds) -> str | None:
     if odd:
         return f"takes {in_lane} components of {needs.kv_dtype} KV together, and the model's heads have {odd[0]}"
     return None
-
-
-def _factors(params: AttentionParams, unit: float) -> dict[str, float]:
-    """The factors of scores and values, for K and V that are read as 1 / `unit` of their values."""
-    log2_e, scale = float(numba_cpu.LOG2_E), params.scale * unit
-    inverse_scale = 0.0 if params.key_bias is None else 1 / scale
-    common = {"v_unit": unit, "inverse_scale": inverse_scale, "unused": 0}
-    if params.softcap is None:
-        return {"score_factor": scale * log2_e, "softcap": 0, "inverse_softcap": 0, **common}
-    return {
-        "score_factor": scale,
-        "softcap": params.softcap * log2_e,
-        "inverse_softcap": 1 / params.softcap,
-        **common,
-    }
