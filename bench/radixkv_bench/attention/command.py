@@ -27,11 +27,10 @@ from radixkv_bench.common import machine
 from radixkv_bench.common.command import Outcome, command, error_console
 from radixkv_bench.common.device_timing import interleave
 from radixkv_bench.common.errors import BenchError
-from radixkv_bench.common.options import Device, Rounds
+from radixkv_bench.common.options import DTYPES, Device, Rounds, choose_dtype
 from radixkv_bench.common.probes import Probes, Speeds
 from radixkv_bench.common.progress import add_steps, quiet_bar
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 ROOFLINES = {
     "cpu": "The roofline is the time to read the KV once or to compute in float32, whichever is longer.",
@@ -111,8 +110,7 @@ def main(
 
 def _dtypes(names: Sequence[str], device: torch.device) -> Sequence[str]:
     for name in names:
-        if name not in DTYPES:
-            raise BenchError(f"--dtype must be one of {', '.join(DTYPES)}, not {name!r}")
+        choose_dtype(name)
     return names or DEFAULT_DTYPES[device.type]
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from radixkv_bench.common.errors import BenchError
 from radixkv_bench.common.models import RandomModel, parse_random_model
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+"""By what --dtype takes."""
 
 SIZES = "Sizes of the workload"
 RUN = "How it is run"
@@ -40,3 +44,10 @@ def choose_model(model: str | None, random_model: str | None) -> str | RandomMod
     if model is not None and random_model is not None:
         raise BenchError("--model and --random-model both say which model to run; give one of them")
     return model or "demo" if random_model is None else parse_random_model(random_model)
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """The dtype that --dtype names. Raises: BenchError for an unknown one."""
+    if name not in DTYPES:
+        raise BenchError(f"--dtype must be one of {', '.join(DTYPES)}, not {name!r}")
+    return DTYPES[name]

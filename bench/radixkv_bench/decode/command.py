@@ -19,7 +19,7 @@ from radixkv_bench.common import machine, models, random_decoders
 from radixkv_bench.common.command import Outcome, command, error_console
 from radixkv_bench.common.errors import BenchError
 from radixkv_bench.common.files import parse_numbers
-from radixkv_bench.common.options import RUN, Device, Rounds
+from radixkv_bench.common.options import DTYPES, RUN, Device, Rounds, choose_dtype
 from radixkv_bench.common.probes import Probes
 from radixkv_bench.common.progress import counting_bar
 from radixkv_bench.common.random_decoders import Decoder
@@ -29,7 +29,6 @@ from radixkv_bench.decode import runs as decode_runs
 from radixkv_bench.decode.report import Report
 from radixkv_bench.decode.runs import BatchTimes
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 PROMPT_TOKENS = {"cpu": 512, "cuda": 2048}
 
 
@@ -80,8 +79,7 @@ def main(
     """
     models.quiet_transformers()
     where = machine.choose_device(device)
-    if dtype not in DTYPES:
-        raise BenchError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    choose_dtype(dtype)
     decoder = random_decoders.DEFAULTS[where.type]
     if random_model is not None:
         decoder = Decoder(decoder.family, models.parse_random_model(random_model), decoder.tied)

@@ -17,7 +17,7 @@ from radixkv_bench.common.command import Outcome, command, error_console
 from radixkv_bench.common.errors import BenchError
 from radixkv_bench.common.files import parse_numbers
 from radixkv_bench.common.machine import environment
-from radixkv_bench.common.options import SIZES, Rounds
+from radixkv_bench.common.options import DTYPES, SIZES, Rounds, choose_dtype
 from radixkv_bench.common.progress import counting_bar
 from radixkv_bench.common.tables import number_table
 from radixkv_bench.speculation import index_cost, ranks, speed, trace
@@ -48,6 +48,7 @@ def main(
         ),
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8,32",
+    dtype: Annotated[str, typer.Option(metavar="|".join(DTYPES), help="Of models' weights and KV.")] = "float32",
     prompt_tokens: Annotated[int, typer.Option(min=8, rich_help_panel=SIZES, help="Tokens of each prompt.")] = 64,
     output_tokens: Annotated[int, typer.Option(min=4, rich_help_panel=SIZES, help="Tokens of each answer.")] = 96,
     rounds: Rounds = 5,
@@ -70,14 +71,15 @@ def main(
         figures |= _replayed(trace_folder, tokenizer, draft_tokens)
     else:
         figures["models"] = _timed(
-            model or [*MODELS], parse_numbers("--batch", batch), prompt_tokens, output_tokens, rounds
+            model or [*MODELS], parse_numbers("--batch", batch), prompt_tokens, output_tokens, rounds, dtype
         )
         figures["index"] = index_cost.measure(index_tokens, index_texts)
-    figures["config"] = {"draft_tokens": draft_tokens, **environment()}
+    figures["config"] = {"draft_tokens": draft_tokens, "dtype": dtype, **environment()}
     failures = [
         f"{row['model']}, batch {row['batch']}: drafts changed the answers"
         for row in figures.get("models", ())
         if not row["same_tokens"]
+        and dtype == "float32"  # in 16 bit the last bit may differ, and with it a close choice
     ]
     return Outcome(figures, partial(_show, figures), failures=failures)
 
@@ -96,10 +98,11 @@ def _replayed(folder: Path, tokenizer: Path, most: int) -> dict[str, Any]:
 
 
 def _timed(
-    names: list[str], batches: tuple[int, ...], prompt_tokens: int, output_tokens: int, rounds: int
+    names: list[str], batches: tuple[int, ...], prompt_tokens: int, output_tokens: int, rounds: int, dtype: str
 ) -> list[dict[str, Any]]:
     if batches[0] < 1:
         raise BenchError(f"--batch must be 1 or more, not {batches[0]}")
+    kind = choose_dtype(dtype)
     models.quiet_transformers()
     rows: list[Row] = []
     with counting_bar(error_console()) as progress:
@@ -108,7 +111,7 @@ def _timed(
             chosen = models.parse_random_model(name) if "=" in name else name
             rows += speed.measure(
                 name,
-                speed.load(chosen, prompt_tokens + output_tokens),
+                speed.load(chosen, prompt_tokens + output_tokens).to(kind),
                 batches,
                 prompt_tokens=prompt_tokens,
                 output_tokens=output_tokens,
@@ -131,11 +134,14 @@ def _show(figures: dict[str, Any], console: Console) -> None:
             )
         console.print(table)
     if "models" in figures:
-        table = number_table(["model", "answers"], ["batch", "speed-up", "tokens/step", "accepted/drafted", "tokens/s"])
+        table = number_table(
+            ["model", "answers", "tokens"], ["batch", "speed-up", "tokens/step", "accepted/drafted", "tokens/s"]
+        )
         for row in figures["models"]:
             table.add_row(
                 row["model"].partition(",layers")[0],
                 "repeat" if row["repeats"] else "do not",
+                "the same" if row["same_tokens"] else "others",
                 str(row["batch"]),
                 f"{row['ratio']:.2f}",
                 f"{row['tokens_per_step']:.2f}",

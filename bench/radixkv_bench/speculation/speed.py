@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
 
 def load(name: str | RandomModel, context_tokens: int) -> Any:
-    """A model, in float32."""
+    """A model, in the dtype that it comes in."""
     return models.load(name) if isinstance(name, str) else models.build_random(name, context_tokens)
 
 
