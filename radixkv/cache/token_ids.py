@@ -15,6 +15,7 @@ from radixkv.errors import InvalidTokenIdsError, TokenIdsTypeError
 TOKEN_BYTES = 4
 MAX_TOKEN_ID = 2**31 - 1
 _INT32 = np.dtype(np.int32)
+_CONTIGUOUS = (TOKEN_BYTES,)  # strides of one dimension, without gaps: one look instead of two
 _ndarray = np.ndarray
 
 TokenIds: TypeAlias = "Sequence[int] | array.array[int] | NDArray[Any] | Any"
@@ -40,7 +41,7 @@ def int32_array(ids: TokenIds) -> NDArray[np.int32]:
 
     What equals tokens that were checked before needs no second check. O(1) for a contiguous int32 array.
     """
-    if type(ids) is _ndarray and ids.dtype is _INT32 and ids.ndim == 1 and ids.flags.c_contiguous:
+    if type(ids) is _ndarray and ids.dtype is _INT32 and ids.strides == _CONTIGUOUS:
         return ids
     values = _to_numpy(ids)
     if values.ndim != 1:

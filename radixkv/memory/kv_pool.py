@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radixkv.errors import ConfigError
+from radixkv.memory.huge_pages import prefer_huge_pages
 from radixkv.memory.kv_shape import LayerKV
 from radixkv.memory.page_pool import PagePool
 
@@ -69,6 +70,8 @@ class KVPool(PagePool):
                 "set a smaller kv_cache_tokens or mem_fraction"
             ) from error
         self.k, self.v = [k for k, _ in tensors], [v for _, v in tensors]
+        for pages in (*self.k, *self.v):
+            prefer_huge_pages(pages)
         no_scales = torch.empty(0, dtype=torch.bfloat16, device=self.device)
         self.k_scales, self.v_scales = [no_scales] * len(tensors), [no_scales] * len(tensors)
 
