@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from abc import ABC, abstractmethod
+from contextlib import suppress
+
+NICENESS = 10  # of 19: about a tenth of a core that others want, and all of one that nobody does
 
 
 class Worker(ABC):
@@ -30,3 +35,11 @@ class Worker(ABC):
         """Wait for the end of the thread. Returns whether it has ended."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
+
+
+def give_way_to_others() -> None:
+    """Let this thread work in time that others leave it, where the system has priorities of threads."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        with suppress(OSError):  # a sandbox may forbid it
+            os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))

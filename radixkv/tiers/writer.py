@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from radixkv.tiers.backoff import Backoff
 from radixkv.tiers.page_store import NewPage, PageFacts, PageStore
-from radixkv.tiers.worker import Worker
+from radixkv.tiers.worker import Worker, give_way_to_others
 
 MAX_QUEUED_BYTES = 256 << 20
 WRITE_BYTES = 8 << 20  # in one call of the store, or one page if that is more
@@ -163,6 +163,7 @@ class PageWriter(Worker):
         return bool(self._queue or self._touches)
 
     def _run(self) -> None:
+        give_way_to_others()  # steps of decoding want all cores
         while (work := self._next_work()) is not None:
             queued, touches = work
             error = self._write(queued, touches)

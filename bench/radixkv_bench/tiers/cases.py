@@ -19,6 +19,7 @@ from radixkv.tiers.page_store import FoundPage, PageStore
 from radixkv_bench.tiers.processes import killed, shared
 from radixkv_bench.tiers.workload import (
     ONE,
+    RESTARTS,
     Figures,
     Sizes,
     drop_from_memory,
@@ -42,11 +43,12 @@ def restart(model: PreTrainedModel, sizes: Sizes) -> Figures:
                 engine.generate(sizes.prompt(1000 + number), ONE)
                 computed.append(first_token_s(engine, prompt))
                 engine.flush_tiers()
-            for is_dropped in (False, True):
+            for turn in range(2 * RESTARTS):
+                is_dropped = turn % 2 == 1
                 if is_dropped:
                     drop_from_memory(Path(folder))
                 with Engine(model, None, settings) as engine:
-                    get_going(engine, sizes, 2 * number + is_dropped)
+                    get_going(engine, sizes, 2 * RESTARTS * number + turn)
                     (dropped if is_dropped else loaded).append(first_token_s(engine, prompt, "disk"))
                     found.append(first_token_s(engine, prompt, "pool"))
                     engine.reset_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,16 @@ from radixkv import Engine
 from radixkv_bench.common.errors import BenchError
 from radixkv_bench.common.models import load, quiet_transformers
 from radixkv_bench.common.redis_server import NO_SERVER, SERVER, running_redis
-from radixkv_bench.tiers.workload import ONE, Figures, Sizes, drop_from_memory, first_token_s, get_going, settings_of
+from radixkv_bench.tiers.workload import (
+    ONE,
+    RESTARTS,
+    Figures,
+    Sizes,
+    drop_from_memory,
+    first_token_s,
+    get_going,
+    settings_of,
+)
 
 WRITTEN = "written"
 
@@ -32,18 +42,21 @@ def killed(model: PreTrainedModel, sizes: Sizes) -> Figures:
             plain.generate(sizes.prompt(1000 + number, 64), ONE)
             computed.append(first_token_s(plain, prompt))
             with tempfile.TemporaryDirectory() as folder:
-                _write_and_be_killed(model, sizes, prompt, folder)
-                for times, is_dropped in ((loaded, False), (dropped, True)):
-                    if is_dropped:
-                        drop_from_memory(Path(folder))
-                    with Engine(model, None, settings_of(sizes, 2 * sizes.prompt_tokens, disk_cache=folder)) as engine:
-                        get_going(engine, sizes, 2 * number + is_dropped)
-                        times.append(first_token_s(engine, prompt, "disk"))
+                _write_and_be_killed(model, sizes, prompt, f"{folder}/killed")
+                for turn in range(2 * RESTARTS):
+                    path = shutil.copytree(f"{folder}/killed", f"{folder}/{turn}")  # each is opened once after the kill
+                    if is_dropped := turn % 2 == 1:
+                        drop_from_memory(Path(path))
+                    with Engine(model, None, settings_of(sizes, 2 * sizes.prompt_tokens, disk_cache=path)) as engine:
+                        get_going(engine, sizes, 2 * RESTARTS * number + turn)
+                        (dropped if is_dropped else loaded).append(first_token_s(engine, prompt, "disk"))
                         found.append(first_token_s(engine, prompt, "pool"))
+                    shutil.rmtree(path)
     return {
         "loaded / computed": median(loaded) / median(computed),
         "loaded / found": median(loaded) / median(found),
         "loaded_from_medium / computed": median(dropped) / median(computed),
+        "loaded_from_medium / found": median(dropped) / median(found),
     }
 
 

@@ -15,6 +15,7 @@ from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.tiers.prefix_load import MEASURED_TOKENS
 
 Figures: TypeAlias = dict[str, float]
+RESTARTS = 4  # of a store that lies in memory, and as many of one that does not; in a round, which computes once
 ONE = SamplingParams(max_tokens=1, ignore_eos=True)
 
 
