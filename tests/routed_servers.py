@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import httpx2 as httpx
@@ -23,32 +24,41 @@ def new_engine(**settings: Any) -> AsyncEngine:
     return AsyncEngine.from_pretrained("demo", **{**EVENTS, **settings})
 
 
-class BreakingLink:
-    """A link that loses its replica, for the next `times` requests that generate, after `events` of their answer.
+@dataclass
+class Loss:
+    """The next `times` requests that generate lose their replica after `events` of their answer.
 
     0 loses it before the head. An answer that is no stream counts as one event.
     """
 
+    events: int = 0
+    times: int = 0
+
+
+class BreakingLink:
+    """A link that loses its replica as its `loss` says, which it may share with others."""
+
     def __init__(self, link: ReplicaLink) -> None:
         self.link = link
         self.name, self.host = link.name, link.host
-        self.events, self.times = 0, 0
+        self.loss = Loss()
         self.calls: list[ReplicaCall] = []
         self.streams: list[bytes] = []
 
     def breaks(self, events: int, times: int = 1) -> None:
-        self.events, self.times = events, times
+        self.loss = Loss(events, times)
 
     async def send(self, call: ReplicaCall) -> ReplicaAnswer:
         if not call.target.startswith(GENERATES) or call.method != "POST":
             return await self.link.send(call)
         self.calls.append(call)
-        is_broken = self.times > 0
-        self.times -= is_broken
-        if is_broken and self.events == 0:
+        loss = self.loss
+        is_broken = loss.times > 0
+        loss.times -= is_broken
+        if is_broken and loss.events == 0:
             raise ReplicaLostError("the test says so")
         answer = await self.link.send(call)
-        chunks = self._breaking(answer.chunks) if is_broken else self._noting(answer.chunks)
+        chunks = self._breaking(answer.chunks, loss.events) if is_broken else self._noting(answer.chunks)
         return ReplicaAnswer(answer.status, answer.headers, chunks)
 
     async def close(self) -> None:
@@ -62,8 +72,7 @@ class BreakingLink:
                 self.streams[number] += chunk
                 yield chunk
 
-    async def _breaking(self, chunks: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-        left = self.events
+    async def _breaking(self, chunks: AsyncGenerator[bytes], left: int) -> AsyncGenerator[bytes]:
         async with aclosing(chunks), aclosing(whole_events(chunks)) as events:
             async for event in events:
                 left -= not is_comment(event)
@@ -93,9 +102,15 @@ class Routed:
                 client.get("/health")
 
     def break_all(self, events: int, times: int) -> None:
-        """The first `times` requests that generate lose their replica, wherever they go."""
+        """At each replica the first `times` requests that generate lose it."""
         for link in self.links:
             link.breaks(events, times)
+
+    def break_next(self, events: int) -> None:
+        """The next request that generates loses its replica, wherever it goes; where it goes on it loses none."""
+        loss = Loss(events, 1)
+        for link in self.links:
+            link.loss = loss
 
 
 @contextmanager

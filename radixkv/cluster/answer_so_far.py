@@ -110,11 +110,6 @@ class AnswerSoFar:
         number, self._sent = self._sent, self._sent + 1
         return _NUMBERS.sub(b'"sequence_number":%d' % number, event)
 
-    @property
-    def next_number(self) -> int:
-        """How many events the client has."""
-        return self._sent
-
     def _name(self, name: bytes) -> bytes:
         if name not in self._new_names:
             place = len(self._new_names)
