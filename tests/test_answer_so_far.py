@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from itertools import pairwise
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from radixkv.cluster.answer_so_far import AnswerSoFar
@@ -47,6 +47,7 @@ def told(events: list[bytes]) -> str:
     return "".join(one["choices"][0]["delta"].get("content") or "" for one in chunks)
 
 
+@example(text="abcd", cuts=[[2], [3]], broken_at=3)  # the second cuts a piece where the client has half of it
 @given(
     text=st.text(st.characters(codec="utf-8"), min_size=1, max_size=12),
     cuts=st.lists(st.lists(st.integers(0, 12), max_size=4), min_size=2, max_size=2),

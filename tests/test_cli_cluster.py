@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import signal
 import subprocess
 import sys
-from typing import get_args
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import typer
@@ -72,3 +75,86 @@ def test_the_cluster_can_be_imported_without_what_is_optional() -> None:
 def test_a_cluster_config_is_checked() -> None:
     with pytest.raises(ConfigError, match="target_ongoing_requests must be"):
         ClusterConfig(target_ongoing_requests=0)
+
+
+# ----------------------------------------------------------------------------------------- `cluster up` and a small Ray
+
+
+class SmallRay:
+    """What `cluster up` asks of Ray and of Serve, and in which order; `serve.run` does what a test says."""
+
+    def __init__(self, on_run: Callable[[], object]) -> None:
+        self.told: list[tuple[str, dict[str, Any]]] = []
+        self._on_run = on_run
+        self.config = SimpleNamespace(HTTPOptions=lambda **options: options)
+        self.serve = SimpleNamespace(
+            config=self.config, start=self._notes("start"), run=self._run, shutdown=self._notes("serve ends")
+        )
+        self.init, self.shutdown = self._notes("init"), self._notes("ray ends")
+
+    def _notes(self, name: str) -> Callable[..., None]:
+        return lambda **options: self.told.append((name, options))
+
+    def _run(self, application: object, **options: Any) -> None:
+        self.told.append(("run", {"application": application, **options}))
+        self._on_run()
+
+
+@pytest.fixture
+def up_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Any, SmallRay]]]:
+    """Runs `cluster up`, with that small Ray in place of the package, and an application that names its settings."""
+
+    def run_up(*arguments: object, on_run: Callable[[], object]) -> tuple[Any, SmallRay]:
+        ray = SmallRay(on_run)
+        modules = {"ray": ray, "ray.serve": ray.serve, "ray.serve.config": ray.config}
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr("radixkv.cluster.requirements.check_ray_installed", lambda: None)
+        monkeypatch.setattr("radixkv.cluster.serve_app.build", lambda settings, is_local: (settings, is_local))
+        return run("cluster", "up", *arguments), ray
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield run_up
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("ends_it", [signal.SIGINT, signal.SIGTERM])
+def test_a_cluster_runs_until_a_signal_and_takes_its_ray_along(
+    up_with: Callable[..., tuple[Any, SmallRay]], ends_it: signal.Signals
+) -> None:
+    flags = ("--replicas", 2, "--max-replicas", 3, "--port", 8123, "--page-size", 8)
+    result, ray = up_with(*flags, on_run=lambda: signal.raise_signal(ends_it))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == "radixkv serves demo at http://127.0.0.1:8123\n  replicas  2 to 3\n"
+    assert [name for name, _ in ray.told] == ["init", "start", "run", "serve ends", "ray ends"]
+    told = dict(ray.told)
+    assert told["init"]["num_cpus"] >= 3, "room for all replicas that may come"
+    assert told["init"]["_node_ip_address"] == "127.0.0.1"
+    assert told["start"]["http_options"] == {"host": "127.0.0.1", "port": 8123}
+    settings, is_local = told["run"]["application"]
+    assert is_local
+    assert (settings.model, settings.engine["page_size"]) == ("demo", 8)
+    assert (settings.cluster["replicas"], settings.cluster["max_replicas"]) == (2, 3)
+
+
+def test_a_ray_that_runs_already_is_joined(up_with: Callable[..., tuple[Any, SmallRay]]) -> None:
+    flags = ("--ray-address", "ray:6379", "--host", "0.0.0.0", "--served-model-name", "small")
+    result, ray = up_with(*flags, on_run=lambda: signal.raise_signal(signal.SIGTERM))
+    assert result.stdout.startswith("radixkv serves small at http://0.0.0.0:8000\n  replicas  ")
+    told = dict(ray.told)
+    assert told["init"]["address"] == "ray:6379"
+    assert "num_cpus" not in told["init"], "its machines are its own"
+    assert not told["run"]["application"][1]
+
+
+def test_a_cluster_that_does_not_start_says_why_and_leaves_nothing_behind(
+    up_with: Callable[..., tuple[Any, SmallRay]],
+) -> None:
+    def fails() -> None:
+        raise RuntimeError("no replica became healthy")
+
+    result, ray = up_with(on_run=fails)
+    assert_one_line_error(result, "the cluster does not start: no replica became healthy; the logs of Ray Serve say")
+    assert [name for name, _ in ray.told][-2:] == ["serve ends", "ray ends"]

@@ -39,7 +39,6 @@ class AnswerSoFar:
 
     def __init__(self) -> None:
         self.ids: list[int] = []
-        self.has_begun = False
         self.has_calls = False
         self._characters = 0
         self._others = 0  # events that bring something else than text
@@ -76,7 +75,6 @@ class AnswerSoFar:
         kept = self._kept(event)
         if kept is None:
             return None
-        self.has_begun = True
         return self._renamed(kept)
 
     def _kept(self, event: bytes) -> bytes | None:
