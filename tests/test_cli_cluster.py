@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ import typer
 
 from cli_runs import assert_one_line_error, run
 from radixkv.cli.cluster import CLUSTER_SETTINGS, ROUTED_SERVER_SETTINGS, up
+from radixkv.cluster.route_server import RouteServer
 from radixkv.config import ClusterConfig, ServerConfig
 from radixkv.config.setting import setting_fields
 from radixkv.errors import ConfigError
@@ -44,6 +47,30 @@ def test_each_setting_is_a_flag() -> None:
 )
 def test_wrong_flags_are_refused_before_anything_runs(arguments: list[str], message: str) -> None:
     assert_one_line_error(run(*arguments), message)
+
+
+def test_a_router_says_where_it_is_and_how_its_replicas_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Brief(RouteServer):
+        """Ends as soon as it has begun."""
+
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            self.should_exit = True
+
+    monkeypatch.setattr("radixkv.cluster.route_server.RouteServer", Brief)
+    result = run("route", "--port", 0, "--replica", "http://127.0.0.1:9", "--replica", "http://127.0.0.1:19")
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert re.fullmatch(r"radixkv routes to 2 replicas at http://127\.0\.0\.1:[1-9]\d*", lines[0])
+    for line, port in zip(lines[1:], (9, 19), strict=True):
+        assert line.startswith(f"  http://127.0.0.1:{port}  down: http://127.0.0.1:{port}: ConnectError: ")
+
+
+def test_a_router_on_a_port_that_is_taken_is_a_one_line_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run("route", "--replica", "http://127.0.0.1:9", "--port", port)
+    assert_one_line_error(result, f"cannot listen on 127.0.0.1, port {port}; is another server there?")
 
 
 def test_a_cluster_without_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import get_args
 import httpx2 as httpx
 import pytest
 import typer
+from typer.testing import Result
 
 from cli_runs import SMALL, assert_one_line_error, run
 from http_server import new_demo_engine
@@ -24,8 +26,9 @@ from radixkv import AsyncEngine
 from radixkv.cli.serve import SERVED_ENGINE_SETTINGS, SERVER_SETTINGS, read_settings, serve
 from radixkv.config import EngineConfig, ServerConfig
 from radixkv.config.setting import setting_fields
-from radixkv.errors import ConfigError, MissingPackageError
+from radixkv.errors import ClosedError, ConfigError, MissingPackageError
 from radixkv.serving.requirements import check_installed
+from radixkv.serving.server import serve as serve_service
 from radixkv.serving.service import Service
 from recurrent_models import recurrent_model
 
@@ -157,30 +160,111 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         check_installed()
 
 
-@pytest.mark.parametrize("family", ["lfm2", None])
-def test_it_says_how_many_states_there_are_if_there_are_any(
-    monkeypatch: pytest.MonkeyPatch, family: str | None
-) -> None:
-    """With the model given in place of loaded, and a server that ends as soon as it has begun."""
-    settings = {"kv_cache_tokens": 512, "attention_backend": "torch"}
-    engine = (
-        new_demo_engine(**settings)
-        if family is None
-        else AsyncEngine(recurrent_model(family), None, EngineConfig(**settings, state_slots=1200))
-    )
+@pytest.fixture
+def serve_briefly(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs `radixkv serve`, with a model given in place of loaded, and a server that ends as soon as it has begun."""
 
     def serve_and_end(service: Service, on_start: Callable[[str], None]) -> bool:
         on_start("http://127.0.0.1:1")
         asyncio.run(service.engine.close())
         return True
 
-    monkeypatch.setattr(AsyncEngine, "from_pretrained", lambda *_, **__: engine)
-    monkeypatch.setattr("radixkv.serving.server.serve", serve_and_end)
-    result = run("serve", "some-model")
-    assert result.exit_code == 0, result.output
+    def serve_briefly(engine: AsyncEngine, *arguments: object) -> Result:
+        monkeypatch.setattr(AsyncEngine, "from_pretrained", lambda *_, **__: engine)
+        monkeypatch.setattr("radixkv.serving.server.serve", serve_and_end)
+        result = run("serve", *arguments)
+        assert result.exit_code == 0, result.output
+        return result
+
+    return serve_briefly
+
+
+@pytest.mark.parametrize("family", ["lfm2", None])
+def test_it_says_how_many_states_there_are_if_there_are_any(
+    serve_briefly: Callable[..., Result], family: str | None
+) -> None:
+    settings = {"kv_cache_tokens": 512, "attention_backend": "torch"}
+    engine = (
+        new_demo_engine(**settings)
+        if family is None
+        else AsyncEngine(recurrent_model(family), None, EngineConfig(**settings, state_slots=1200))
+    )
+    result = serve_briefly(engine, "some-model")
     assert "  KV pool   512 tokens in pages of 16\n" in result.stdout
     assert ("  states    1,200 of recurrent layers\n" in result.stdout) is (family is not None)
     assert ("states" in result.stdout) is (family is not None)
+
+
+def test_it_warns_of_what_everybody_can_reach(serve_briefly: Callable[..., Result], tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text(f'[[key]]\nname = "one"\nsha256 = "{"0" * 64}"\n')
+    server = "everybody who reaches 0.0.0.0 can use this server"
+    events = "everybody who reaches tcp://*:0 can read all prompts"
+    cases: list[tuple[list[object], list[str]]] = [
+        ([], []),
+        (["--host", "0.0.0.0"], [server]),
+        (["--host", "0.0.0.0", "--api-keys", keys], []),
+        (["--kv-events", "tcp://*:0"], [events]),
+        (["--host", "0.0.0.0", "--kv-events", "tcp://*:0"], [server, events]),
+    ]
+    for arguments, warnings in cases:
+        result = serve_briefly(new_demo_engine(), *arguments)
+        lines = result.stderr.splitlines()
+        assert len(lines) == len(warnings), arguments
+        for line, warning in zip(lines, warnings, strict=True):
+            assert line.startswith(f"radixkv: warning: {warning}"), arguments
+
+
+def test_a_file_names_the_settings_and_the_greeting_what_came_of_them(
+    serve_briefly: Callable[..., Result], tmp_path: Path
+) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text('served_model_name = "mine"\nroot_path = "/llm"\nport = 0\n')
+    text = serve_briefly(new_demo_engine(kv_events="tcp://127.0.0.1:0"), "--config", file).stdout
+    assert text.startswith("radixkv serves mine at http://127.0.0.1:1\n")
+    assert re.search(r"^  events    tcp://127\.0\.0\.1:\d+, replays and snapshots at tcp://", text, re.MULTILINE)
+    assert "curl http://127.0.0.1:1/llm/v1/chat/completions -H 'Content-Type" in text
+
+
+def test_a_model_that_does_not_fit_is_told_what_to_make_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(message: str) -> Callable[..., AsyncEngine]:
+        def from_pretrained(*_: object, **__: object) -> AsyncEngine:
+            raise RuntimeError(message)
+
+        return from_pretrained
+
+    monkeypatch.setattr(AsyncEngine, "from_pretrained", fails("DefaultCPUAllocator: can't allocate memory"))
+    assert_one_line_error(
+        run("serve"), "there is not enough memory for 'demo' and its KV pool; set a smaller --kv-cache-tokens"
+    )
+    monkeypatch.setattr(AsyncEngine, "from_pretrained", fails("a bug"))
+    assert str(run("serve").exception) == "a bug", "which is told with its traceback"
+
+
+def test_a_signal_ends_a_server() -> None:
+    engine, addresses = new_demo_engine(), []
+
+    def started(address: str) -> None:
+        addresses.append(address)
+        signal.raise_signal(signal.SIGTERM)
+
+    assert serve_service(Service(engine, "demo", ServerConfig(port=0)), on_start=started), "nothing ran"
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+", addresses[0])
+    with pytest.raises(ClosedError):
+        asyncio.run(engine.stats())
+
+
+def test_a_port_that_is_taken_and_a_certificate_that_is_missing_are_refused(tmp_path: Path) -> None:
+    engine = new_demo_engine()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1, port {port}; is another server there"):
+            serve_service(Service(engine, "demo", ServerConfig(port=port)))
+    with pytest.raises(ClosedError):
+        asyncio.run(engine.stats())
+    config = ServerConfig(ssl_certfile=str(tmp_path / "cert.pem"), ssl_keyfile=str(tmp_path / "key.pem"))
+    with pytest.raises(ConfigError, match=r"the certificate or its key cannot be used: .*No such file"):
+        serve_service(Service(engine, "demo", config))
 
 
 def test_a_server_can_be_imported_only_by_those_who_serve() -> None:
@@ -196,3 +280,8 @@ def test_a_server_can_be_imported_only_by_those_who_serve() -> None:
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="api_key must be a text that is not empty"):
         ServerConfig(api_key="")
+
+
+def test_a_host_by_name_is_taken_for_one_that_others_reach() -> None:
+    for host, is_local in {"localhost": True, "::1": True, "my-machine": False, "::": False}.items():
+        assert ServerConfig(host=host).is_local is is_local, host
