@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cli_runs import assert_one_line_error, run
+from radixkv.errors import TierError
 from store_cases import FINGERPRINT, chain, facts, found_tokens, open_store
 
 DAY_S = 86_400
@@ -61,6 +63,8 @@ def test_verify_tells_what_is_damaged_and_exits_with_1(kv: Path) -> None:
     assert result.exit_code == 1
     assert "3 pages are right, 1 pages and 1 records are damaged" in result.stdout
     assert json.loads(run("cache", "verify", kv, "--json").stdout)[0]["damaged_pages"] == 1
+    shown = " ".join(run("cache", "stat", kv).stdout.split())
+    assert "damaged records 1" in shown
     next(kv.rglob("store.json")).write_text("{}")
     result = run("cache", "verify", kv)
     assert result.exit_code == 1
@@ -143,6 +147,26 @@ def test_mistakes_are_one_line(kv: Path, tmp_path: Path) -> None:
     assert_one_line_error(run("cache", "prune", kv, "--to-gb", 1e-9), "needs about")
     assert_one_line_error(run("cache", "frobnicate", kv), "No such command 'frobnicate'")
     assert_one_line_error(run("cache", "export", kv, tmp_path / "no" / "x.kv"), "No such file or directory")
+
+
+def test_a_folder_whose_stores_are_gone_holds_none(kv: Path) -> None:
+    store = next(path for path in kv.iterdir() if path.is_dir())
+    shutil.rmtree(store)
+    for command, what in {"ls": "pages", "stat": "stores", "verify": "stores"}.items():
+        result = run("cache", command, kv)
+        assert (result.exit_code, result.stdout, result.stderr) == (0, "", f"{kv} holds no {what}\n"), command
+    assert_one_line_error(run("cache", "prune", kv, "--to-gb", 1), "holds no store")
+
+
+def test_an_export_that_fails_leaves_no_half_of_an_archive(
+    kv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> int:
+        raise TierError("a page cannot be read")
+
+    monkeypatch.setattr("radixkv.tiers.page_archive.export_pages", fails)
+    assert_one_line_error(run("cache", "export", kv, tmp_path / "all.kv"), "a page cannot be read")
+    assert not (tmp_path / "all.kv").exists()
 
 
 def test_help_teaches(kv: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -316,6 +317,17 @@ def test_a_failed_turn_does_not_end_a_talk(chat: Chat, capsys: pytest.CaptureFix
     assert len(chat.session.messages) == 3
     with pytest.raises(RadixKVError, match="the prompt has"):
         follow_script(chat, iter([TOO_LONG]))
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
+def test_a_stdout_that_cannot_be_written_ends_a_talk(chat: Chat, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(number, "it cannot be written")
+
+    monkeypatch.setattr("radixkv.cli.chat.typer.echo", fails)
+    with pytest.raises(OSError, match=f"^.Errno {number}. it cannot be written$"):  # it is no failure of the turn
+        talk(chat, iter(["Who are you?", "never asked"]))
+    assert len(chat.session.messages) == 1, "the system turn"
 
 
 def test_typed_lines_outlive_ctrl_c_and_end_with_ctrl_d(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import errno
 import json
 import os
 import subprocess
@@ -269,6 +270,37 @@ def test_a_pool_larger_than_the_memory_is_a_one_line_error(monkeypatch: pytest.M
 
     monkeypatch.setattr(Engine, "from_pretrained", full)
     assert_one_line_error(run("generate", "a"), "set a smaller --kv-cache-tokens")
+
+
+def test_an_error_of_torch_that_is_no_lack_of_memory_is_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> Engine:
+        raise RuntimeError("expected scalar type Float but found Half")
+
+    monkeypatch.setattr(Engine, "from_pretrained", fails)
+    assert str(run("generate", "a").exception) == "expected scalar type Float but found Half"
+
+
+def test_outputs_that_the_context_cuts_off_are_counted() -> None:
+    small, limit = ("--kv-cache-tokens", 32, "--attention-backend", "torch"), "the context ends at 32 tokens"
+    for prompts, max_tokens, told in (
+        (["JULIET:"], 60, f" · {limit}\n"),
+        (["JULIET:", "ROMEO:"], 60, f" · 2 cut off · {limit}\n"),
+        (["JULIET:", "ROMEO:"], 2, ""),
+    ):
+        result = run("generate", *prompts, "--max-tokens", max_tokens, *small)
+        assert result.exit_code == 0, result.output
+        assert result.stderr.endswith(told), (prompts, max_tokens)
+        assert (limit in result.stderr) is bool(told), (prompts, max_tokens)
+
+
+@pytest.mark.usefixtures("loaded")
+def test_whoever_reads_no_more_is_no_failure_of_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody_reads(*_: object, **__: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("radixkv.cli.generate.typer.echo", nobody_reads)
+    result = run("generate", "a", "--stream", "--max-tokens", 2, *SMALL)
+    assert (result.exit_code, result.stderr) == (1, "")
 
 
 @pytest.mark.usefixtures("loaded")

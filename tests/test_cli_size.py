@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import json
@@ -427,6 +428,7 @@ def failing_app(error: BaseException) -> typer.Typer:
         (typer.Exit(7), 7, ""),
         (typer.Abort(), 130, ""),
         (KeyboardInterrupt(), 130, ""),
+        (OSError(errno.ENOSPC, "No space"), 2, "radixkv: error: the output cannot be written: No space\n"),
     ],
 )
 def test_how_a_command_may_end(error: BaseException, exit_code: int, stderr: str) -> None:
@@ -434,9 +436,33 @@ def test_how_a_command_may_end(error: BaseException, exit_code: int, stderr: str
     assert (result.exit_code, result.stdout, result.stderr) == (exit_code, "", stderr)
 
 
-def test_a_bug_is_not_dressed_up_as_a_user_error() -> None:
-    result = CliRunner().invoke(failing_app(ZeroDivisionError("bug")), ["fail"])
-    assert isinstance(result.exception, ZeroDivisionError)
+@pytest.mark.parametrize("bug", [ZeroDivisionError("bug"), OSError(errno.ENOTDIR, "bug")])
+def test_a_bug_is_not_dressed_up_as_a_user_error(bug: Exception) -> None:
+    assert CliRunner().invoke(failing_app(bug), ["fail"]).exception is bug
+
+
+def test_a_hub_model_is_its_config_and_a_hub_that_refuses_is_one_line(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def hub(repo_id: str, file: str) -> str:
+        asked.append((repo_id, file))
+        if repo_id == "some-org/gated":
+            raise OSError("401 Client Error: you must log in\nand more lines")
+        return str(llama)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    assert run_json("some-org/llama") == {**run_json(llama), "model": "some-org/llama"}
+    assert asked == [("some-org/llama", "config.json")]
+    assert_one_line_error(
+        run("size", "some-org/gated"),
+        "there is no file or directory 'some-org/gated', and the Hugging Face hub gave no config: "
+        "401 Client Error: you must log in",
+    )
+    assert_one_line_error(
+        run("size", "some-org/gated.json"), "there is no file or directory 'some-org/gated.json'; give"
+    )
 
 
 def run_entry_point(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -188,6 +188,9 @@ def test_blank_lines_are_no_requests_and_limit_counts_good_ones() -> None:
         ({"input": " "}, '"input" has no tokens'),
         ({"input": "a", "output": 1}, '"output" must be a text, not int'),
         (b'{"input": "\\ud800"}', '"input" is not valid Unicode'),
+        ({"messages": "a"}, "a conversation must be a list of messages"),
+        ({"messages": ["a"]}, '"messages" must hold objects with a text "content"'),
+        ({"conversations": [{"from": "human"}]}, '"conversations" must hold objects with a text "value"'),
     ],
 )
 def test_malformed(row: Any, message: str) -> None:
@@ -230,6 +233,7 @@ OPENAI = [{"role": "user" if turn["from"] == "human" else "assistant", "content"
     [
         (json.dumps([{"id": "x", "conversations": CHAT}], indent=1).encode(), ["a\n\n", "a\n\nb\n\nc\n\n"]),
         (json.dumps({"messages": OPENAI}).encode(), ["a\n\n", "a\n\nb\n\nc\n\n"]),
+        (json.dumps({"messages": OPENAI[:1]}).encode(), ["a"]),
         (b'{"session_id": "s", "turns": [{"text": "a"}, {"text": "c", "delay": 5}]}', ["a", "a\n\nc"]),
         (b'{"prompt": "a"}\n{"prompt": "b"}\n', ["a", "b"]),
         (b'\xef\xbb\xbf{"text": "a"}\n', ["a"]),
@@ -271,6 +275,17 @@ def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "trace"
     path.write_bytes(content)
     with pytest.raises(InvalidRequestError, match=r"is damaged|is not a valid JSON array"):
+        read_trace(path, encode=letters)
+
+
+def test_text_in_another_encoding_is_refused_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    for content, line in {b"caf\xe9\nplain\n": 1, b"plain\n\ncaf\xe9\n": 3}.items():
+        path.write_bytes(content)
+        with pytest.raises(InvalidRequestError, match=f"trace, line {line}: this is not valid UTF-8: "):
+            read_trace(path, encode=letters)
+    path.write_bytes("a".encode("utf-16") + b"x")
+    with pytest.raises(InvalidRequestError, match=r"trace is damaged: .*truncated data"):
         read_trace(path, encode=letters)
 
 
