@@ -187,6 +187,12 @@ def test_blocks_come_in_the_order_of_the_answer() -> None:
     assert told[5]["delta"] == {"type": "input_json_delta", "partial_json": "{}"}
 
 
+def test_an_answer_without_anything_is_an_empty_text() -> None:
+    told = [json.loads(event.partition(b"data: ")[2]) for event in BlockStream().end()]
+    assert [event["type"] for event in told] == ["content_block_start", "content_block_stop"]
+    assert told[0]["content_block"] == {"type": "text", "text": ""}
+
+
 def test_an_answer_fits_its_schema(server: Running) -> None:
     message = server.anthropic().messages.create(
         **{**ASK, "max_tokens": 40}, output_config={"format": {"type": "json_schema", "schema": SCHEMA}}
@@ -237,6 +243,40 @@ def test_blocks_become_what_chat_templates_take() -> None:
     assert not chat.continues
 
 
+def message_body(**fields: Any) -> MessagesBody:
+    return MessagesBody.model_validate({"max_tokens": 1, "messages": [{"role": "user", "content": "Who?"}], **fields})
+
+
+def test_the_choice_of_tools_says_which_may_and_which_must_be_called() -> None:
+    tools: Any = [*TOOLS, {"name": "wait"}]
+    schemas = {"find_person": SCHEMA, "wait": {}}
+    for choice, expected in (
+        (None, (schemas, (), True)),
+        ({"type": "auto"}, (schemas, (), True)),
+        ({"type": "auto", "disable_parallel_tool_use": True}, (schemas, (), False)),
+        ({"type": "any"}, (schemas, ("find_person", "wait"), True)),
+        ({"type": "tool", "name": "wait"}, (schemas, ("wait",), True)),
+        ({"type": "none"}, ({}, (), True)),
+    ):
+        body = message_body(tools=tools, tool_choice=choice)
+        assert tuple(body.tool_use()) == expected, choice
+        offered = [tool["function"]["name"] for tool in body.chat().tools]
+        assert offered == ([] if choice == {"type": "none"} else ["find_person", "wait"]), choice
+
+
+def test_a_control_of_the_whole_request_keeps_it_to_its_end() -> None:
+    turns: Any = [
+        {"role": "user", "content": "Who?"},
+        {"role": "system", "content": [{"type": "text", "text": "Now be brief."}]},
+        {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "text", "text": "he?"}]},
+    ]
+    chat = message_body(system="Be kind.", messages=turns, cache_control={"type": "ephemeral", "ttl": "1h"}).chat()
+    assert [message["role"] for message in chat.messages] == ["system", "user", "system", "user"]
+    assert chat.messages[2]["content"] == "Now be brief."
+    last = chat.messages[3]["content"]
+    assert [tuple(point) for point in chat.breakpoints] == [(3, len(last), 3600.0)]
+
+
 def test_cache_control_keeps_exactly_the_prefix_before_it(server: Running) -> None:
     client = server.anthropic()
     blocks: Any = [{"type": "text", "text": SYSTEM, "cache_control": {"type": "ephemeral", "ttl": "1h"}}]
@@ -264,6 +304,7 @@ def test_diagnostics_say_why_a_prompt_missed(server: Running) -> None:
     said = {"role": "assistant", "content": first.content[0].text}
     assert reason(first.id, messages=[*ASK["messages"], said, {"role": "user", "content": "And?"}]) is None
     assert reason(first.id, system="You are a stranger in Rome.").type == "system_changed"
+    assert reason(first.id, tools=TOOLS, system="You are a stranger in Rome.").type == "tools_changed"
     changed = reason(first.id, messages=[{"role": "user", "content": "Who?"}])
     assert changed.type == "messages_changed"
     assert changed.cache_missed_input_tokens > 0

@@ -115,6 +115,16 @@ def test_compiled_grammars_are_remembered(server: Running) -> None:
     assert server.service.grammars.num_compiled == known
 
 
+def test_no_more_grammars_are_remembered_than_may_be(monkeypatch: pytest.MonkeyPatch, server: Running) -> None:
+    client, grammars = server.openai(), server.service.grammars
+    num_before = grammars.num_compiled
+    monkeypatch.setattr("radixkv.serving.grammars.MAX_COMPILED", num_before + 1)
+    for letter in "xyz":
+        body: Any = {"model": "demo", "prompt": PROMPT, "max_tokens": 4, "extra_body": {"regex": f"{letter}{{4}}"}}
+        assert set(client.completions.create(**body).choices[0].text) == {letter}
+        assert grammars.num_compiled == num_before + 1
+
+
 def test_a_tool_that_must_be_called_is_called(server: Running) -> None:
     client = server.openai()
     chosen: Any = {"type": "function", "function": {"name": "find_person"}}

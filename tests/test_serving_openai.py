@@ -116,6 +116,30 @@ def test_a_streamed_completion_ends_as_clients_expect(server: Running) -> None:
     assert [piece["finish_reason"] for piece in pieces][-1] == "length"
 
 
+def test_prompts_of_one_stream_end_each_for_itself(server: Running) -> None:
+    client = server.openai()
+    prompts = ["JULIET:", "ROMEO: But soft, what", "ROMEO:"]
+    whole = client.completions.create(**{**GREEDY, "prompt": prompts}).choices
+    texts, reasons = [""] * 3, [""] * 3
+    for chunk in client.completions.create(**{**GREEDY, "prompt": prompts}, stream=True):
+        (choice,) = chunk.choices
+        assert not reasons[choice.index], "nothing comes after its end"
+        texts[choice.index] += choice.text
+        reasons[choice.index] = choice.finish_reason or ""
+    assert texts == [choice.text for choice in whole]
+    assert reasons == [choice.finish_reason for choice in whole]
+
+
+def test_all_tokens_may_be_drawn_whatever_word_a_client_has_for_it(server: Running) -> None:
+    client = server.openai()
+    settings = {"model": "demo", "prompt": PROMPT, "max_tokens": 8, "temperature": 1.0, "seed": 7}
+    texts = [
+        client.completions.create(**settings, extra_body=extra).choices[0].text
+        for extra in ({}, {"top_k": 0}, {"top_k": -1}, {"top_k": 1})
+    ]
+    assert texts[0] == texts[1] == texts[2] != texts[3]
+
+
 def test_several_choices_compute_the_prompt_once(server: Running) -> None:
     client = server.openai()
     settings = {"model": "demo", "max_tokens": 8, "temperature": 1.0, "n": 4, "extra_body": {"cache_salt": "choices"}}
@@ -204,6 +228,9 @@ def test_what_is_wrong_in_a_chat_is_named(server: Running, fields: dict[str, obj
         ({"prompt": [1, -3]}, "prompt"),
         ({"prompt": [10**9]}, "prompt"),
         ({"prompt": [[1], []]}, "prompt"),
+        ({"prompt": [[1]] * 1025}, "prompt"),
+        ({"n": 2, "radixkv_output_ids": [1]}, "radixkv_output_ids"),
+        ({"prompt": [[1], [2]], "radixkv_output_ids": [1]}, "radixkv_output_ids"),
         ({"prompt": ""}, "prompt"),
         ({"suffix": "end"}, "suffix"),
         ({"best_of": 3}, "best_of"),
@@ -226,11 +253,13 @@ def test_other_errors_have_the_same_shape(server: Running) -> None:
         http.post("/v1/completions", json=[1, 2]),
         http.post("/v1/completions", json={"prompt": "x", "model": "other"}),
         http.post("/v1/completions", content=b" " * (17 << 20)),
+        http.post("/v1/completions", content=(b" " * (1 << 20) for _ in range(17))),  # whose length is not told before
     ]
-    assert [answer.status_code for answer in answers] == [404, 405, 400, 400, 404, 413]
+    assert [answer.status_code for answer in answers] == [404, 405, 400, 400, 404, 413, 413]
     for answer in answers:
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert answers[4].json()["error"]["code"] == "model_not_found"
+    assert answers[5].json() == answers[6].json()
 
 
 def test_unknown_fields_are_logged_once_and_ignored(server: Running, caplog: pytest.LogCaptureFixture) -> None:

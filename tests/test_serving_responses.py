@@ -156,6 +156,13 @@ def test_items_come_in_the_order_of_the_answer() -> None:
     assert all(event["item_id"] == done[event["output_index"]][1]["id"] for event in told if "item_id" in event)
 
 
+def test_an_answer_without_anything_is_an_empty_message() -> None:
+    items = ItemStream("msg_1", lambda kind, **fields: json.dumps({"type": kind, **fields}).encode())
+    told = [json.loads(event) for event in items.end()]
+    assert [event["item"]["type"] for event in told if event["type"] == "response.output_item.done"] == ["message"]
+    assert [event["text"] for event in told if event["type"] == "response.output_text.done"] == [""]
+
+
 def test_an_answer_fits_its_schema(server: Running) -> None:
     text: Any = {"format": {"type": "json_schema", "name": "person", "schema": SCHEMA}}
     response = server.openai().responses.create(model="demo", input="Who?", text=text, max_output_tokens=40)
@@ -197,6 +204,7 @@ def test_items_become_messages() -> None:
         ({"input": []}, "input"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0]"),
+        ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input"),
         ({"max_output_tokens": -1}, "max_output_tokens"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
     ],

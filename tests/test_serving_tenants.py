@@ -157,6 +157,7 @@ def test_one_key_opens_a_server_of_one_tenant() -> None:
     [
         ("", r"must hold tables \[\[key\]\]"),
         ("key = 3", r"must hold tables \[\[key\]\]"),
+        ("key = ['a']", "key 1: a key must be a table, not 'a'"),
         ("[[key]]\nname = 'a'", "key 1: sha256 must be text, not None"),
         ("[[key]]\nname = 'a'\nsha256 = 'abc'", "sha256 must be the 64 hex digits"),
         (f"[[key]]\nname = ''\nsha256 = '{hashed('a')}'", "name must not be empty"),

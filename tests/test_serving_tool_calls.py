@@ -259,7 +259,19 @@ def test_a_tokenizers_own_template_goes_first() -> None:
     assert found is not None
     assert found.content == "So:"
     assert found.calls[0][1:] == ("add", '{"a": 1}')
-    for message in ({"content": "no calls"}, ValueError("does not fit"), "text", {"tool_calls": [{"name": "other"}]}):
+    for arguments, taken in (('{"a": 1}', '{"a": 1}'), ("", "{}"), ({"a": "ü"}, '{"a": "ü"}')):
+        found = parse_own(OwnTemplate({"tool_calls": [{"name": "add", "arguments": arguments}]}), [1], NAMES)
+        assert found is not None
+        assert [call.arguments for call in found.calls] == [taken]
+    for message in (
+        {"content": "no calls"},
+        ValueError("does not fit"),
+        "text",
+        {"tool_calls": [{"name": "other"}]},
+        {"tool_calls": [{"name": "add", "arguments": [1]}]},
+        {"tool_calls": [{"name": "add", "arguments": "{"}]},
+        {"tool_calls": [{"function": "add"}]},
+    ):
         assert parse_own(OwnTemplate(message), [1], NAMES) is None
     assert parse_own(object(), [1], NAMES) is None
 

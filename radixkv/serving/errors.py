@@ -103,6 +103,8 @@ def as_api_error(error: Exception) -> ApiError:
             return error
         case RequestValidationError() | ValidationError():  # the latter of a body that is made of another
             return _of_validation(error.errors())
+        case HTTPException(__cause__=ApiError() as cause):  # FastAPI makes one of what reading a body raises
+            return cause
         case HTTPException():
             return ApiError(error.status_code, _phrase(error.status_code))
         case QueueFullError():
