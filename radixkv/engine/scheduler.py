@@ -84,11 +84,6 @@ class Scheduler:
             return False
         return not self._waits_for_load or self._tiers.have_news(self.loading)
 
-    def find(self, request_id: int) -> Request | None:
-        """The waiting, loading or running request of that id; None if there is none. O(running)."""
-        with_pages = (*self.running, *self.loading)
-        return self.waiting.find(request_id) or next((r for r in with_pages if r.id == request_id), None)
-
     def find_choices(self, request_id: int) -> list[Request]:
         """The choices of the request to which that choice belongs, also if it has ended itself, that have not ended.
 

@@ -54,11 +54,6 @@ class WaitingQueue:
     def __contains__(self, request: Request) -> bool:
         return request.id in self._requests
 
-    def find(self, request_id: int) -> Request | None:
-        """The request of that id; None if it does not wait. O(1)."""
-        request: Request | None = self._requests.get(request_id)
-        return request
-
     def add(self, request: Request) -> None:
         """Let `request` wait."""
         self._requests[request.id] = request

@@ -35,11 +35,6 @@ class LatentKV(LayerKV):
         """A layer with a latent of `latent_dim` values and a rotary key of `rope_dim`."""
         return cls(num_kv_heads=1, k_head_dim=latent_dim + rope_dim, v_head_dim=0, latent_dim=latent_dim)
 
-    @property
-    def rope_dim(self) -> int:
-        """Values of the rotary key."""
-        return self.k_head_dim - self.latent_dim
-
 
 class LatentKVPool(KVPool):
     """Latents and rotary keys of layers that are all `LatentKV`, in pages.

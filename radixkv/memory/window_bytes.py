@@ -28,11 +28,6 @@ class WindowBytes:
         self.part_bytes, self.window_tokens = part_bytes, window_tokens
         self.num_parts = -(-self._bytes.payload_bytes // part_bytes)
 
-    @property
-    def layout(self) -> str:
-        """What lies in the bytes of a page."""
-        return self._bytes.layout
-
     def read(self, window_pages: Sequence[int], num_tokens: Sequence[int]) -> NDArray[np.uint8]:
         """A copy of window pages, [n, num_parts, part_bytes]. O(bytes).
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -42,11 +42,6 @@ class HeldMirror:
         """`tiers`: the media below the pool."""
         self.page_size, self.epoch = page_size, epoch
         self._held: dict[str, Held] = {medium: {} for medium in (wire.POOL, *tiers)}
-
-    @property
-    def held(self) -> Mapping[str, Mapping[int, HeldPage]]:
-        """Pages and tails that are held, by medium and name."""
-        return self._held
 
     # -- the pool ----------------------------------------------------------------------------------------------------
 

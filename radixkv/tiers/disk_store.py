@@ -358,11 +358,6 @@ class DiskStore:
         return PageWatch(self._index, self._access.lock)
 
     @property
-    def policy(self) -> str:
-        """The order in which pages give way."""
-        return self._index.policy
-
-    @property
     def num_bytes(self) -> int:
         """Bytes of the files of this store, free slots included."""
         return folder_bytes(self._path)

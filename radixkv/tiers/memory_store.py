@@ -49,11 +49,6 @@ class HostStore:
         """How to follow what it holds."""
         return PageWatch(self._index, self._lock)
 
-    @property
-    def capacity_pages(self) -> int:
-        """Pages that it holds at most."""
-        return self._slots.limit
-
     def find(self, parent_key: bytes, tokens: bytes) -> list[FoundPage]:
         """As `PageStore.find`. Raises: ClosedError."""
         with self._lock:

@@ -35,11 +35,6 @@ class SlotFiles:
         return max(self.num_records, -(-os.fstat(self._payloads).st_size // self.payload_bytes))
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of both files."""
-        return os.fstat(self._index).st_size + os.fstat(self._payloads).st_size
-
-    @property
     def num_records(self) -> int:
         """Records that are there, the last one perhaps in part."""
         return -(-os.fstat(self._index).st_size // self.record_bytes)

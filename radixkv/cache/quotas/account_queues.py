@@ -37,11 +37,6 @@ class AccountQueues:
     def __len__(self) -> int:
         return sum(len(account.queue) for account in self._accounts)
 
-    @property
-    def num_entries(self) -> int:
-        """Leaves, and stale entries in memory. O(accounts × groups)."""
-        return sum(account.queue.num_entries for account in self._accounts)
-
     def __iter__(self) -> Iterator[TreeNode]:
         """The leaves; those of an account together, in its order. O(leaves log leaves)."""
         for account in self._accounts:
@@ -74,12 +69,6 @@ class AccountQueues:
     def first(self) -> TreeNode:
         """The leaf that goes first of all. O(accounts). Raises: PolicyError."""
         return self.first_of(self._accounts)
-
-    def pop(self) -> TreeNode:
-        """Take out the leaf that goes first of all. Raises: PolicyError."""
-        node = self.first()
-        self.remove(node)
-        return node
 
     def first_for(self, asker: Account, num_pages: int) -> TreeNode:
         """The leaf that is to give way first, if `asker` wants `num_pages` more; one of its own if nobody lends.
