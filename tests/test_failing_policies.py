@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from event_mirror import EventMirror, held_by
-from radixkv import EvictionPolicy, PrefixCache, RadixTree
+from radixkv import CacheQuota, EvictionPolicy, PrefixCache, RadixTree
 from radixkv.cache.eviction.policies import POLICIES
 from radixkv.cache.tree.node import Namespace, TreeNode
 from radixkv.errors import InvalidRequestError, OutOfPagesError, PolicyError
@@ -230,10 +230,10 @@ class CacheWalk:
             pass
         self.check()
 
-    def start(self) -> None:
+    def start(self, name: str | None = None) -> None:
         word = "".join(self.rng.choices("acb", k=self.rng.randint(1, 4)))
         tokens = spell(word, 3, self.rng.randint(0, 2))
-        lease = self.cache.acquire(tokens, keep_for_s=self.rng.choice([None, None, 9]))
+        lease = self.cache.acquire(tokens, extra_key=name, keep_for_s=self.rng.choice([None, None, 9]))
         self.running.append((lease, tokens))
         self.compute(lease, tokens)
 
@@ -251,7 +251,7 @@ class CacheWalk:
         for i in range(lease.cached_tokens, len(tokens)):
             page, slot = divmod(i, 3)
             if i >= lease.committed_tokens:
-                self.kv[lease.pages[page], slot] = value_of(tokens[: i + 1])
+                self.kv[lease.pages[page], slot] = value_of(lease.namespace, tokens[: i + 1])
 
     def release(self) -> None:
         if self.running:
@@ -264,13 +264,13 @@ class CacheWalk:
     def check(self) -> None:
         self.cache.check_invariants()
         assert self.mirror.held() == held_by(self.cache.tree)
-        for (_, tokens), state in dump(self.cache.tree).items():
+        for (namespace, tokens), state in dump(self.cache.tree).items():
             for i in range(state.first, len(tokens)):
                 page, slot = divmod(i - state.first, 3)
-                assert self.kv[state.pages[page], slot] == value_of(tokens[: i + 1])
+                assert self.kv[state.pages[page], slot] == value_of(namespace, tokens[: i + 1])
         for lease, tokens in self.running:
             for i in range(len(tokens)):
-                assert self.kv[lease.pages[i // 3], i % 3] == value_of(tokens[: i + 1])
+                assert self.kv[lease.pages[i // 3], i % 3] == value_of(lease.namespace, tokens[: i + 1])
 
     def finish(self) -> None:
         for lease, _ in self.running:
@@ -288,24 +288,43 @@ class CacheWalk:
         assert self.cache.stats().free_pages == 8
 
 
-def value_of(tokens: Any) -> int:
-    return hash(tuple(tokens)) % 2**31
+class QuotaWalk(CacheWalk):
+    """Random requests of several namespaces, to which shares of the pool are guaranteed, others now and then."""
+
+    def __init__(self, policy: EvictionPolicy, seed: int) -> None:
+        super().__init__(policy, seed)
+        self.cache.set_quotas({"anna": CacheQuota(pool_tokens=6), "berta": CacheQuota(pool_tokens=3)})
+
+    def start(self, name: str | None = None) -> None:
+        super().start(self.rng.choice(["anna", "berta", "flood"]))
+
+    def reset(self) -> None:
+        pages = self.rng.choice([None, 0, 3])
+        self.cache.set_quotas({} if pages is None else {"anna": CacheQuota(pool_tokens=3 * pages)})
+        super().reset()
 
 
+def value_of(namespace: Namespace, tokens: Any) -> int:
+    return hash((namespace.extra_key, tuple(tokens))) % 2**31
+
+
+@pytest.mark.parametrize(("kind", "seed"), [(CacheWalk, 1), (QuotaWalk, 3)])
 @SOME_BASES
-def test_no_page_of_a_cache_is_lost_whichever_call_of_its_policy_fails(base: str) -> None:
+def test_no_page_of_a_cache_is_lost_whichever_call_of_its_policy_fails(
+    base: str, kind: type[CacheWalk], seed: int
+) -> None:
     calls = [0]
 
     def count(number: int) -> bool:
         calls[0] = number
         return False
 
-    walk = CacheWalk(failing(base, count), seed=1)
+    walk = kind(failing(base, count), seed)
     for _ in range(30):
         walk.step()
     walk.finish()
     for bad in range(1, calls[0] + 1):
-        walk = CacheWalk(failing(base, lambda number, bad=bad: number == bad), seed=1)
+        walk = kind(failing(base, lambda number, bad=bad: number == bad), seed)
         for _ in range(30):
             walk.step()
         walk.finish()
@@ -314,9 +333,12 @@ def test_no_page_of_a_cache_is_lost_whichever_call_of_its_policy_fails(base: str
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("every", [1, 2, 5])
-def test_no_page_of_a_cache_is_lost_while_its_policy_goes_on_failing(base: str, every: int) -> None:
+@pytest.mark.parametrize("kind", [CacheWalk, QuotaWalk])
+def test_no_page_of_a_cache_is_lost_while_its_policy_goes_on_failing(
+    base: str, every: int, kind: type[CacheWalk]
+) -> None:
     for seed in range(2):
-        walk = CacheWalk(failing(base, lambda number: number % every == 0), seed)
+        walk = kind(failing(base, lambda number: number % every == 0), seed)
         for _ in range(40):
             walk.step()
         walk.finish()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,14 +15,23 @@ from transformers import PreTrainedModel
 
 from oracles import GreedyOracle
 from prompts import random_ids
-from radixkv.attention.backend import AttentionBackend, AttentionNeeds, AttentionParams, AttentionPlan, GraphableBackend
+from radixkv import Engine, EngineConfig, SamplingParams
+from radixkv.attention.backend import (
+    AttentionBackend,
+    AttentionNeeds,
+    AttentionParams,
+    AttentionPlan,
+    GraphableBackend,
+    register_backend,
+    unregister_backend,
+)
 from radixkv.attention.flashinfer_backend import FlashInferBackend
 from radixkv.attention.metadata import AttentionMetadata, SequenceSpan, build_metadata
 from radixkv.attention.sharing_backend import make_sharing_backend, owning
 from radixkv.attention.split_backend import make_split_backend, split_needs
 from radixkv.attention.torch_backend import TorchBackend
 from radixkv.engine.graphs import CudaCapturer, GraphRunner, Replay
-from radixkv.errors import UnsupportedModelError
+from radixkv.errors import UnsupportedBackendError, UnsupportedModelError
 from radixkv.memory.kv_pool import KVPool
 from radixkv.memory.split_pool import SplitKVPool
 from radixkv.models.paged_attention import PagedContext, flattened_forward
@@ -41,12 +50,16 @@ class AgainCapturer:
     """ "Replays" by running once more: right only if all that changes reaches the forward pass through what stays."""
 
     def __init__(self) -> None:
-        self.num_captures = 0
+        self.num_captures = self.num_replays = 0
 
     def capture(self, forward: Callable[[], Tensor]) -> Replay:
+        def replay() -> Tensor:
+            self.num_replays += 1
+            return forward()
+
         forward()
         self.num_captures += 1
-        return forward
+        return replay
 
 
 class GraphTorchPlan:
@@ -290,6 +303,68 @@ def test_a_model_that_waits_for_the_device(model: PreTrainedModel, backend: Grap
     runner = make_runner(model, backend, capturer=Failing())
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM .* \(CUDA error: .*ing\); run it without"):
         runner.capture()
+
+
+# -- an engine with graphs -------------------------------------------------------------------------------------------
+
+
+class GraphedBackend(GraphableTorchBackend):
+    name = "graphed"
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[AgainCapturer]:
+    """Engines are assembled as on a GPU, with the capturer that runs again in place of CUDA's."""
+    capturer = AgainCapturer()
+    monkeypatch.setattr("radixkv.engine.assembly._on_gpu", lambda model: True)
+    monkeypatch.setattr("radixkv.engine.graphs.CudaCapturer", lambda device: capturer)
+    register_backend(GraphedBackend)
+    yield capturer
+    unregister_backend(GraphedBackend.name)
+
+
+def engine_of(backend: str, **settings: object) -> Engine:
+    config = EngineConfig(**{"page_size": 4, "kv_cache_tokens": 512, "attention_backend": backend, **settings})
+    return Engine(tiny_model("llama"), config=config)
+
+
+def test_an_engine_decodes_in_graphs_of_every_batch_size(as_on_a_gpu: AgainCapturer) -> None:
+    engine = engine_of("graphed", max_running_requests=5)
+    assert as_on_a_gpu.num_captures == 4, "batches of 1, 2, 4 and 5, before the first request"
+    prompts = [random_ids(seed, 3 + 4 * seed) for seed in range(6)]
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=9))
+    oracle = GreedyOracle(tiny_model("llama"))
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.token_ids == oracle.continuation(prompt, 9)
+    assert as_on_a_gpu.num_captures == 4
+    assert as_on_a_gpu.num_replays >= 8, "each decode of the batch"
+    engine.check_invariants()
+    engine.close()
+
+
+def test_graphs_are_left_out_where_they_are_not_wanted_or_cannot_be(as_on_a_gpu: AgainCapturer) -> None:
+    for backend, settings in (("graphed", {"cuda_graphs": False}), ("torch", {})):
+        engine_of(backend, **settings).close()
+    assert as_on_a_gpu.num_captures == 0
+    with pytest.raises(UnsupportedBackendError, match="'torch' cannot run in CUDA graphs; set cuda_graphs=None"):
+        engine_of("torch", cuda_graphs=True)
+
+
+def test_a_model_that_cannot_be_captured_runs_without_graphs_unless_they_were_asked_for(
+    as_on_a_gpu: AgainCapturer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(forward: Callable[[], Tensor]) -> Replay:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(as_on_a_gpu, "capture", fails)
+    engine = engine_of("graphed")
+    assert "going on without CUDA graphs: the forward pass of LlamaForCausalLM cannot be captured" in caplog.text
+    prompt = random_ids(1, 6)
+    (output,) = engine.generate(prompt, SamplingParams(max_tokens=5))
+    assert output.token_ids == GreedyOracle(tiny_model("llama")).continuation(prompt, 5)
+    engine.close()
+    with pytest.raises(UnsupportedModelError, match="cannot be captured in a CUDA graph"):
+        engine_of("graphed", cuda_graphs=True)
 
 
 @pytest.mark.gpu

@@ -32,7 +32,8 @@ from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.errors import ConfigError, InvalidRequestError, RadixKVError, UnsupportedModelError
 from radixkv.hf import ChunkedCache, RadixCache
 from radixkv.hf.call import Call
-from radixkv.hf.support import check_positions, position_limit
+from radixkv.hf.forward_inputs import eos_token_ids
+from radixkv.hf.support import check_inputs, check_positions, position_limit
 from stress_cases import some_of
 from tiny_models import FAMILIES, REFUSED, VOCAB_SIZE, make_model, tiny_model
 
@@ -477,6 +478,97 @@ def test_models_that_ignore_their_cache_are_refused() -> None:
         run(model, [draw(5, 1)], cache)
     hook.remove()
     check_same(model, [draw(5, 1)], cache)
+
+
+def fails_with_a_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    if kwargs["past_key_values"] is not None:
+        raise AttributeError("no attribute\n'key_cache'")
+    return kwargs
+
+
+def places_by_the_length_of_the_call(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**kwargs, "position_ids": kwargs["position_ids"] * kwargs["input_ids"].shape[1]}
+
+
+def places_padded_rows_by_the_length_of_the_call(kwargs: dict[str, Any]) -> dict[str, Any]:
+    mask = kwargs["attention_mask"]
+    return kwargs if mask is None or mask.all() else places_by_the_length_of_the_call(kwargs)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (fails_with_a_cache, r"a forward pass with a cache fails \(AttributeError: no attribute 'key_cache'\)$"),
+        (
+            places_by_the_length_of_the_call,
+            "a prompt computed in two parts gets other logits than one computed at once$",
+        ),
+        (places_padded_rows_by_the_length_of_the_call, "a padded prompt computed in two parts gets other logits than"),
+    ],
+)
+def test_models_that_do_otherwise_with_a_cache_are_refused(
+    change: Callable[[dict[str, Any]], dict[str, Any]], reason: str
+) -> None:
+    model = servable()
+    hook = model.model.register_forward_pre_hook(lambda module, args, kwargs: (args, change(kwargs)), with_kwargs=True)
+    with pytest.raises(UnsupportedModelError, match=f"^LlamaForCausalLM cannot reuse prefixes: {reason}"):
+        run(model, [draw(5, 1)], RadixCache(model, max_tokens=100))
+    hook.remove()
+    check_same(model, [draw(5, 1)], RadixCache(model, max_tokens=100))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (
+            lambda model: setattr(model, "_is_stateful", True),
+            "a recurrent state outside of the layers of transformers'",
+        ),
+        (
+            lambda model: setattr(model.config, "add_cross_attention", True),
+            "it attends to other inputs than its tokens",
+        ),
+        (lambda model: setattr(model, "can_generate", lambda: False), "it does not generate, or its forward"),
+    ],
+)
+def test_models_that_say_that_they_are_of_another_kind_are_refused(
+    spoil: Callable[[PreTrainedModel], None], reason: str
+) -> None:
+    model = servable()
+    spoil(model)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        RadixCache(model, max_tokens=100)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_ids": None}, "a RadixCache needs input_ids"),
+        ({"attention_mask": torch.ones(1, 1, 3, 3)}, "attention_mask of shape"),
+        ({"attention_mask": [[1, 1, 1]]}, "attention_mask of shape"),
+        ({"token_type_ids": torch.zeros(1, 3)}, "KV depends on token_type_ids too; leave token_type_ids out"),
+    ],
+)
+def test_inputs_that_tell_more_than_tokens_are_refused(inputs: dict[str, Any], message: str) -> None:
+    right = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3), "logits_to_keep": 1}
+    check_inputs(right)
+    with pytest.raises(InvalidRequestError, match=message):
+        check_inputs({**right, **inputs})
+
+
+def test_ends_of_outputs_are_known_in_every_form_that_generate_takes() -> None:
+    model = servable()
+    for given, known in (
+        (7, {7}),
+        ([7, 8], {7, 8}),
+        (torch.tensor([7, 8]), {7, 8}),
+        (torch.tensor(7), {7}),
+        (None, set()),
+    ):
+        assert eos_token_ids(model, {"eos_token_id": given}) == known
+    model.generation_config.eos_token_id = [3, 4]
+    assert eos_token_ids(model, {}) == {3, 4}
+    assert eos_token_ids(model, {"generation_config": hf.GenerationConfig(eos_token_id=9)}) == {9}
 
 
 def refused_calls() -> dict[str, tuple[str, Callable[[PreTrainedModel, RadixCache], Any]]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -142,6 +143,96 @@ def test_a_model_whose_tokens_mix_outside_attention_is_refused_in_every_dtype(sh
         layer.input_layernorm = _Leaking(layer.input_layernorm, share)
     with pytest.raises(UnsupportedModelError, match=r"differ from its own|change another's logits"):
         plug_in_paged_attention(model)
+
+
+def _attends_otherwise(change: Callable[[Callable[..., Any], dict[str, Any]], Any]) -> Callable[[Any], None]:
+    """Has the attention of the first layer called by `change`, which gets it and its arguments."""
+
+    def tamper(model: Any) -> None:
+        attention = model.model.layers[0].self_attn
+        forward = attention.forward
+        attention.forward = lambda **kwargs: change(forward, kwargs)
+
+    return tamper
+
+
+def _twice(forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    forward(**kwargs)
+    return forward(**kwargs)
+
+
+def _under_a_mask(forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    length = kwargs["hidden_states"].shape[1]
+    return forward(**{**kwargs, "attention_mask": torch.ones(1, 1, length, length).tril().log()})
+
+
+def _only_short(forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    if kwargs["hidden_states"].shape[1] > 11:  # the longest sequence of the probe
+        raise IndexError("a table of 11 positions")
+    return forward(**kwargs)
+
+
+def _drop_arguments(model: Any) -> None:
+    """On the way to an attention whose config does not tell of which model it is."""
+    attention = model.model.layers[0].self_attn
+    forward = attention.forward
+
+    def without_them(**kwargs: Any) -> Any:
+        attention.config = copy.deepcopy(model.config)
+        return forward(**{name: value for name, value in kwargs.items() if name != "radixkv"})
+
+    attention.forward = without_them
+
+
+def _name_layers(model: Any) -> None:
+    model.config.layer_types = ["full_attention", "foreseeing_attention"]
+
+
+UNFIT: dict[str, tuple[Callable[[Any], None], str]] = {
+    "a layer without attention": (
+        _attends_otherwise(lambda forward, kwargs: (torch.zeros_like(kwargs["hidden_states"]), None)),
+        r"layers \[0\] of 2 run no attention through the AttentionInterface",
+    ),
+    "a layer that attends twice": (
+        _attends_otherwise(_twice),
+        "its layer 0 runs attention twice, over keys of its own",
+    ),
+    "a mask of its own": (_attends_otherwise(_under_a_mask), "LlamaAttention makes an attention mask of its own"),
+    "arguments that are dropped": (
+        _drop_arguments,
+        "LlamaAttention does not hand the forward call's keyword arguments on to its attention",
+    ),
+    "what fails on a flat batch": (
+        _attends_otherwise(_only_short),
+        r"a flattened batch fails in it \(IndexError: a table of 11 positions\)",
+    ),
+    "layers of another kind": (_name_layers, "it has layers of the types foreseeing_attention"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_model_that_does_otherwise_is_refused_with_the_reason_and_left_as_it_was(case: str) -> None:
+    tamper, reason = UNFIT[case]
+    model = tiny_model("llama")
+    tamper(model)
+    before = model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False).logits
+    with pytest.raises(UnsupportedModelError, match=f"^LlamaForCausalLM.*{reason}"):
+        plug_in_paged_attention(model)
+    assert model.config._attn_implementation != "radixkv"
+    assert torch.equal(model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False).logits, before)
+
+
+def test_ctrl_c_amid_the_proof_leaves_the_model_as_it_was() -> None:
+    def interrupted(forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        if model.config._attn_implementation == "radixkv":
+            raise KeyboardInterrupt
+        return forward(**kwargs)
+
+    model = tiny_model("llama")
+    _attends_otherwise(interrupted)(model)
+    with pytest.raises(KeyboardInterrupt):
+        plug_in_paged_attention(model)
+    assert model.config._attn_implementation != "radixkv"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
