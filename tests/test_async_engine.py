@@ -20,7 +20,14 @@ from radixkv.engine.assembly import EngineParts, assemble
 from radixkv.engine.core import EngineCore
 from radixkv.engine.results import Outbox
 from radixkv.engine.step_input import StepInput
-from radixkv.errors import ClosedError, ConfigError, EngineFailedError, InvalidRequestError, QueueFullError
+from radixkv.errors import (
+    ClosedError,
+    ConfigError,
+    EngineFailedError,
+    InvalidRequestError,
+    InvariantError,
+    QueueFullError,
+)
 from runners import Around, TamperedRunner
 from tiny_models import served_model
 
@@ -373,3 +380,78 @@ def test_what_a_step_brought_is_handed_over_while_the_next_one_computes() -> Non
         assert num_tokens == 8
 
     run(use, waits_for_the_reader)
+
+
+def test_what_an_operation_raises_reaches_who_waits_and_the_engine_goes_on(
+    monkeypatch: pytest.MonkeyPatch, oracle: GreedyOracle
+) -> None:
+    async def use(engine: AsyncEngine) -> None:
+        def fails(core: EngineCore) -> None:
+            raise InvariantError("a page is lost")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(EngineCore, "check_invariants", fails)
+            with pytest.raises(InvariantError, match="a page is lost"):
+                await engine.check_invariants()
+        (output,) = await engine.generate(random_ids(1, 9), GREEDY_8)
+        assert output.token_ids == oracle.continuation(random_ids(1, 9), 8)
+
+    run(use)
+
+
+def test_an_operation_that_nobody_waits_for_any_more_is_left_out() -> None:
+    step, go_on = threading.Event(), threading.Event()
+
+    def waits(_: StepInput, compute: Compute) -> torch.Tensor:
+        step.set()
+        assert go_on.wait(60)
+        return compute()
+
+    async def use(engine: AsyncEngine) -> None:
+        asked = asyncio.create_task(engine.generate(random_ids(1, 9), GREEDY_8))
+        await asyncio.to_thread(step.wait, 60)
+        reset = asyncio.create_task(engine.reset_cache())  # while the thread is amid a step
+        await asyncio.sleep(0)
+        reset.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reset
+        go_on.set()
+        await asked
+        assert (await engine.stats()).cache.total_tokens > 0
+
+    run(use, waits)
+
+
+@pytest.mark.parametrize("cleanup", ["works", "fails"])
+def test_what_comes_as_the_core_ends_is_refused(
+    cleanup: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Asked for during the step that is the last one: nobody may wait for its answer for ever."""
+    step, go_on = threading.Event(), threading.Event()
+
+    class Worn(BaseException):
+        """The end of the thread."""
+
+    def breaks(_: StepInput, compute: Compute) -> torch.Tensor:
+        step.set()
+        assert go_on.wait(60)
+        raise Worn
+
+    def cannot_close(core: EngineCore) -> list[Progress]:
+        raise OSError("no pages come back")
+
+    async def main() -> None:
+        engine = AsyncEngine.from_parts(make_parts(breaks))
+        first = asyncio.create_task(engine.generate(random_ids(1, 9), GREEDY_8))
+        await asyncio.to_thread(step.wait, 60)
+        late = [asyncio.create_task(engine.stats()), asyncio.create_task(engine.generate(random_ids(2, 9), GREEDY_8))]
+        await asyncio.sleep(0)
+        go_on.set()
+        for result in await asyncio.gather(first, *late, return_exceptions=True):
+            assert isinstance(result, EngineFailedError), result
+        await engine.close()
+
+    if cleanup == "fails":
+        monkeypatch.setattr(EngineCore, "close", cannot_close)
+    asyncio.run(main())
+    assert ("the engine that has failed cannot give back its pages" in caplog.text) == (cleanup == "fails")

@@ -176,6 +176,38 @@ def test_a_backend_that_cannot_serve_says_what_can() -> None:
     assert choose_backend("auto", needs).name == "torch"
 
 
+@pytest.mark.parametrize(
+    ("options", "modes", "reason"),
+    [
+        ({"kv_dtype": "int3"}, None, "cannot read int3 KV"),
+        ({"device": "meta"}, None, "runs on the CPU, and the model is on meta"),
+        (
+            {"dtype": torch.bfloat16, "head_dim": 7},
+            None,
+            "takes 16-bit KV in pairs, and the model's heads have 7 compo",
+        ),
+        ({"dtype": torch.float16}, {"float16"}, "cannot read float16 KV on this processor"),
+        ({"kv_dtype": "int8", "page_size": 16}, {"int8"}, "cannot read int8 KV on this processor"),
+        ({"dtype": torch.bfloat16}, {"float16", "int8"}, None),
+    ],
+)
+def test_what_the_compiled_kernel_cannot_serve(
+    options: dict[str, Any], modes: set[str] | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of it because the processor lacks the `modes`."""
+    if modes is not None:
+        monkeypatch.setattr(
+            "radixkv.attention.numba_backend.mode_for", lambda dtype: None if dtype in modes else "float32"
+        )
+    case = Case(SPANS[:1], **{key: options[key] for key in options if key == "head_dim"})
+    fields: dict[str, Any] = {key: value for key, value in options.items() if key != "head_dim"}
+    if "device" in fields:
+        fields["device"] = torch.device(fields["device"])
+    found = why_not("numba", replace(case.needs(case.params()), **fields))
+    assert (found is None) == (reason is None)
+    assert reason is None or str(found).startswith(reason)
+
+
 # -- the registry ----------------------------------------------------------------------------------------------------
 
 

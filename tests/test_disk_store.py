@@ -490,3 +490,42 @@ def test_payloads_of_one_write_and_pages_given_twice(tmp_path: Path) -> None:
     assert store.stats().pages == 1
     store.check_invariants()
     store.close()
+
+
+def test_a_store_that_fails_as_it_is_closed_lets_go_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(file: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    store = open_store(tmp_path / "kv")
+    store.write(chain(range(8)))
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "fdatasync"):
+            patch.setattr(os, name, fails)
+        with pytest.raises(TierError, match="failed as it was closed: Input/output error"):
+            store.close()
+    store = open_store(tmp_path / "kv")
+    assert found_tokens(store, range(8)) == 8
+    store.close()
+
+
+def test_a_damaged_page_whose_slot_cannot_be_freed_is_a_miss_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(tmp_path / "kv")
+    store.write(chain(range(8)))
+    payloads = next((tmp_path / "kv").rglob("payloads"))
+    content = bytearray(payloads.read_bytes())
+    content[3] ^= 1
+    payloads.write_bytes(content)
+    found = store.find(root_key(None, None), ids(*range(8)))
+    failing = FailingWrites(monkeypatch, 30)
+    failing.calls_left = 0
+    assert [payload is None for payload in store.read(found)] == [True, False]
+    assert store.stats().misses == {"damaged": 1}
+    assert store.stats().last_error == os.strerror(30)
+    failing.calls_left = None
+    store.check_invariants()
+    assert found_tokens(store, range(8)) == 0, "the page after it cannot be reached"
+    store.close()

@@ -554,6 +554,10 @@ def test_bad_params_for_this_model(make_engine: MakeEngine) -> None:
         engine.generate([5, 6], SamplingParams(stop_token_ids=[999]))
     with pytest.raises(MissingTokenizerError):
         engine.generate([5, 6], SamplingParams(stop="x"))
+    with pytest.raises(InvalidRequestError, match="params must be SamplingParams, or a list of them, not 8"):
+        engine.generate([5, 6], 8)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match="params must be SamplingParams, or a list of them"):
+        engine.generate([5, 6], [8])  # type: ignore[list-item]
     with pytest.raises(InvalidRequestError, match="2 SamplingParams were given for 1 prompts"):
         engine.generate([5, 6], [GREEDY_8, GREEDY_8])
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from drafters import Knowing
 from oracles import GreedyOracle
 from prompts import random_ids
 from radixkv import Engine, SamplingParams
+from radixkv.cache.lease import Lease
 from radixkv.engine.drafts.speculation import Speculation
-from radixkv.engine.gpu_sampling import DeviceSampler
+from radixkv.engine.gpu_sampling import DeviceSampler, PendingTokens, RowSampling
 from radixkv.engine.step_input import StepInput
 from runners import Around
 from tiny_models import VOCAB_SIZE
@@ -176,3 +179,71 @@ def test_one_bad_row_ahead_fails_alone(make_ahead: Callable[..., Ahead], oracle:
     outputs = ahead.engine.generate(prompts, GREEDY)
     assert [output.finish_reason for output in outputs] == ["length", "error", "length"]
     assert outputs[0].token_ids == oracle.continuation(prompts[0], 9)
+
+
+class LateSampler(DeviceSampler):
+    """A device that tells of some steps only when their tokens are read that they have failed."""
+
+    def __init__(self, fails: Callable[[int], bool]) -> None:
+        super().__init__(None, torch.device("cpu"), seed=0)
+        self._fails, self._num_steps = fails, 0
+
+    def start(self, logits: torch.Tensor, rows: Sequence[RowSampling]) -> PendingTokens:
+        pending = super().start(logits, rows)
+        self._num_steps += 1
+        if self._fails(self._num_steps):
+            pending.read = self._told_late  # type: ignore[method-assign]
+        return pending
+
+    def _told_late(self) -> tuple[list[int], list[bool]]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("bad_step", [1, 2, 4, 7])
+def test_a_step_of_which_the_device_tells_late_is_run_again_one_by_one(
+    make_engine: Callable[..., Engine], oracle: GreedyOracle, bad_step: int
+) -> None:
+    engine = make_engine(parts={"device_sampler": LateSampler(lambda number: number == bad_step)})
+    prompts = [random_ids(seed, 5 + seed) for seed in range(3)]
+    outputs = engine.generate(prompts, GREEDY)
+    assert [output.token_ids for output in outputs] == [oracle.continuation(prompt, 9) for prompt in prompts]
+    engine.check_invariants()
+
+
+def test_a_request_whose_steps_all_fail_late_ends_with_that_error(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(parts={"device_sampler": LateSampler(lambda number: True)})
+    for num_prompts in (1, 2):
+        for output in engine.generate([random_ids(seed, 5) for seed in range(num_prompts)], GREEDY):
+            assert output.finish_reason == "error"
+            assert "illegal memory access" in str(output.error)
+    assert engine.stats().cache.total_tokens == 0, "what nobody knows to be right is not shared"
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_what_cannot_be_shared_costs_its_request_at_most(
+    make_engine: Callable[..., Engine],
+    oracle: GreedyOracle,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    at_end: bool,
+) -> None:
+    """While the prompt is computed it fails; at its end the output is whole, and is given out."""
+    prompts = [random_ids(seed, 12) for seed in range(3)]
+    commit = Lease.commit
+
+    def fails_for_one(lease: Lease, token_ids: NDArray[np.int32]) -> int:
+        if token_ids[:12].tolist() == prompts[1] and (len(token_ids) > 12) == at_end:
+            raise OSError("no room for it")
+        return commit(lease, token_ids)
+
+    monkeypatch.setattr(Lease, "commit", fails_for_one)
+    engine = make_engine()
+    outputs = engine.generate(prompts, GREEDY)
+    expected = [oracle.continuation(prompt, 9) for prompt in prompts]
+    assert [outputs[0].token_ids, outputs[2].token_ids] == [expected[0], expected[2]]
+    if at_end:
+        assert outputs[1].token_ids == expected[1]
+        assert f"what request {outputs[1].request_id} computed cannot be shared" in caplog.text
+    else:
+        assert outputs[1].finish_reason == "error"
+        assert isinstance(outputs[1].error, OSError)

@@ -70,6 +70,22 @@ def test_a_damaged_cache_of_hashes_costs_time_alone(tmp_path: Path) -> None:
     assert hash_files([weights], cache=tmp_path / "nowhere" / "weights.json") == digest
 
 
+def test_a_cache_of_hashes_that_cannot_be_written_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    cache = weights_cache(tmp_path / "kv")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fails)
+        digest = hash_files([weights], cache=cache)
+    assert [path.name for path in cache.parent.iterdir() if path.name.startswith(cache.name)] == []
+    assert hash_files([weights], cache=cache) == digest == hash_files([weights], cache=None)
+
+
 def test_the_cache_of_hashes_is_bounded(tmp_path: Path) -> None:
     cache = weights_cache(tmp_path / "kv")
     weights = tmp_path / "model.safetensors"

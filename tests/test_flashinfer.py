@@ -301,6 +301,7 @@ def needs_of(device: str, **layer: Any) -> AttentionNeeds:
         ({"num_kv_heads": 3}, "cannot share 3 KV heads among 4 query heads"),
         ({"chunk_size": 16}, "has no chunked attention"),
         ({"sinks": torch.zeros(4)}, "has no attention sinks here"),
+        ({"key_bias": torch.zeros(4)}, "has no biases of keys"),
     ],
 )
 def test_why_not(device: str, layer: dict[str, Any], reason: str) -> None:

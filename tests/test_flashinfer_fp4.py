@@ -37,6 +37,7 @@ from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.attention import flashinfer_backend
 from radixkv.attention.backend import AttentionNeeds, choose_backend, register_backend
 from radixkv.attention.flashinfer_backend import FlashInferBackend
+from radixkv.attention.flashinfer_choice import why_not_layer
 from radixkv.attention.torch_backend import TorchBackend
 from radixkv.errors import UnsupportedBackendError
 from radixkv.kernels.flashinfer_paged import KVPages, PagedDecode, load
@@ -243,6 +244,20 @@ def needs(monkeypatch: pytest.MonkeyPatch) -> AttentionNeeds:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     case = Case([(0, 1)], head_dim=64, dtype=torch.bfloat16, kv_dtype="fp4")
     return replace(case.needs(case.params()), device=torch.device("cuda"))
+
+
+def test_why_not_a_layer(needs: AttentionNeeds) -> None:
+    """Told before anything is loaded, so that it can be asked where there is no GPU."""
+    (layer,) = needs.layers
+    for changes, reason in (
+        ({"chunk_size": 16}, "has no chunked attention"),
+        ({"sinks": torch.zeros(4)}, "has no attention sinks here"),
+        ({"sink_tokens": 2}, "has no attention sinks here"),
+        ({"key_bias": torch.zeros(4)}, "has no biases of keys (ALiBi) here"),
+    ):
+        found = why_not_layer(replace(layer, params=replace(layer.params, **changes)))
+        assert found == reason
+    assert why_not_layer(layer) is None
 
 
 def test_why_not(needs: AttentionNeeds, monkeypatch: pytest.MonkeyPatch) -> None:

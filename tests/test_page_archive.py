@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from radixkv.cache.page_keys import root_key
 from radixkv.errors import MissingPackageError, TierError
 from radixkv.tiers.memory_store import HostStore
-from radixkv.tiers.page_archive import export_pages, import_pages, read_header
-from store_cases import FINGERPRINT, PAGE_SIZE, PAYLOAD_BYTES, Clock, chain, facts, found_tokens, open_store
+from radixkv.tiers.page_archive import MAGIC, _write_block, export_pages, import_pages, read_header
+from radixkv.tiers.page_record import payload_checksum
+from store_cases import FINGERPRINT, PAGE_SIZE, PAYLOAD_BYTES, Clock, chain, facts, found_tokens, ids, open_store
 
 TENANT = ("tenant \ud800", "")
 
@@ -89,3 +91,56 @@ def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(sys.modules, "msgpack", None)
     with pytest.raises(MissingPackageError, match=r"needs msgpack.*pip install 'radixkv\[tiers\]'"):
         import_pages(host(), FINGERPRINT, io.BytesIO(archive))
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 2 * PAYLOAD_BYTES, 1 << 24])
+def test_pages_are_carried_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, batch_bytes: int) -> None:
+    monkeypatch.setattr("radixkv.tiers.page_archive._BATCH_BYTES", batch_bytes)
+    store, other = host(), host()
+    store.write(chain(range(10)))
+    file, exported, imported = io.BytesIO(), list[int](), list[int]()
+    export_pages(store, FINGERPRINT, store.hottest(99), file, progress=exported.append)
+    file.seek(0)
+    assert import_pages(other, FINGERPRINT, file, progress=imported.append) == 3
+    assert found_tokens(other, range(10)) == 10
+    sizes = {1: [1, 1, 1], 2 * PAYLOAD_BYTES: [2, 1], 1 << 24: [3]}[batch_bytes]
+    assert exported == sizes
+    assert [size for size in imported if size] == sizes
+
+
+def written(header: object, *blocks: object, payload: bytes = bytes(PAYLOAD_BYTES)) -> bytes:
+    """An archive as another program may write it: its checksums are right, and `blocks` are what they are."""
+    file = io.BytesIO()
+    file.write(MAGIC)
+    for number, block in enumerate((header, *blocks)):
+        _write_block(file, number, block)
+        if number and isinstance(block, list):
+            file.write(payload)
+    return file.getvalue()
+
+
+HEADER = {"fingerprint": FINGERPRINT.as_dict(), "payload_bytes": PAYLOAD_BYTES}
+KEY = root_key(None, None)
+RIGHT = [KEY, ids(1, 2, 3), 1.0, 0, 0, None, None, None, payload_checksum(bytes(PAYLOAD_BYTES))]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (written({**HEADER, "payload_bytes": 0}), "the header of the archive is damaged"),
+        (written({**HEADER, "payload_bytes": "96"}), "the header of the archive is damaged"),
+        (written([1]), "the archive holds no page where page 0 should be"),
+        (written(HEADER, "page"), "the archive holds no page where page 1 should be"),
+        (written(HEADER, RIGHT[:4]), "page 1 of the archive is damaged"),
+        (written(HEADER, [*RIGHT[:2], "yesterday", *RIGHT[3:]]), "page 1 of the archive is damaged"),
+        (written(HEADER, [KEY[:3], *RIGHT[1:]]), "page 1 of the archive is damaged"),
+        (written(HEADER, [KEY, b"", *RIGHT[2:]]), "page 1 of the archive is damaged"),
+        (written(HEADER, [KEY, b"abc", *RIGHT[2:]]), "page 1 of the archive is damaged"),
+        (written(HEADER, [KEY, ids(*range(5)), *RIGHT[2:]]), "page 1 of the archive is damaged"),
+        (written(HEADER, RIGHT, {"pages": 2}), "the archive ends after 1 pages, not after as many as it says; 1 pages"),
+    ],
+)
+def test_what_is_no_page_is_refused_though_its_checksum_is_right(content: bytes, message: str) -> None:
+    assert import_pages(host(), FINGERPRINT, io.BytesIO(written(HEADER, RIGHT, {"pages": 1}))) == 1
+    with pytest.raises(TierError, match=message):
+        import_pages(host(), FINGERPRINT, io.BytesIO(content))

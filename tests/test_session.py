@@ -165,7 +165,17 @@ def test_closed_sessions_refuse(make_engine: MakeEngine) -> None:
     session.close()
 
 
+def test_a_session_says_how_long_it_is(make_engine: MakeEngine) -> None:
+    session = make_engine().session()
+    session.append([5, 6])
+    assert repr(session) == "Session(2 tokens, 0 messages)"
+    session.close()
+    assert repr(session) == "Session(2 tokens, 0 messages, closed)"
+
+
 def test_bad_input(make_engine: MakeEngine) -> None:
+    with pytest.raises(InvalidRequestError, match="user_special_tokens must be 'allow' or 'text', not 'strip'"):
+        make_engine(kv_cache_tokens=64).session(user_special_tokens="strip")  # type: ignore[arg-type]
     session = make_engine(kv_cache_tokens=64).session()
     with pytest.raises(InvalidRequestError, match="empty"):
         session.generate(SHORT)

@@ -21,7 +21,10 @@ from radixkv import AsyncEngine, EngineConfig, RequestOutput, SamplingParams
 from radixkv.cache.namespace import Namespace
 from radixkv.engine.assembly import assemble
 from radixkv.engine.step_input import StepInput
+from radixkv.memory.page_bytes import PageBytes
+from radixkv.tiers.arrivals import Arrivals
 from radixkv.tiers.page_store import FoundPage, PageFacts
+from radixkv.tiers.tier import MAX_PROBE_S, Tier
 from radixkv.tiers.writer import Pace, PageRecord, PageWriter
 from tier_cores import PARAMS, PROMPT, Clock, Core, clock, make_core, store  # noqa: F401
 from tiny_models import served_model
@@ -346,3 +349,85 @@ def test_a_pace_lets_so_many_bytes_through_a_second() -> None:
     free = Pace(None, now=0.0)
     free.took(1 << 40, 0.0)
     assert free.delay_s(0.0) == 0
+
+
+def test_a_store_that_cannot_be_closed_does_not_keep_an_engine_from_it(
+    make_core: MakeCore, filled: MemoryStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails() -> None:
+        raise OSError("the folder is gone")
+
+    core = make_core(filled)
+    assert core.generate(PROMPT).cached_by["disk"] == 29
+    monkeypatch.setattr(filled, "close", fails)
+    assert core.core.close() == []
+    assert "the disk tier cannot be closed" in caplog.text
+
+
+def test_a_store_that_hangs_is_left_open(caplog: pytest.LogCaptureFixture) -> None:
+    store = MemoryStore(4, 64)
+    store.before_write = hanging = Hanging()
+    tier = Tier(store, Arrivals())
+    facts = PageFacts(0.0, 0, 0, None, (None, None))
+    tier.writer.hand_down([PageRecord(bytes(1), b"root", bytes(16), facts)], np.zeros((1, 64), np.uint8))
+    assert hanging.entered.wait(30)
+    tier.close(0.0)
+    assert "the disk tier hangs, and is left open" in caplog.text
+    assert store.num_closed == 0
+    hanging.go_on.set()
+    tier.close(30)
+    assert (store.num_closed, len(store.pages)) == (1, 1)
+
+
+def test_what_comes_after_the_end_is_neither_written_nor_read() -> None:
+    store = MemoryStore(4, 64)
+    tier = Tier(store, Arrivals())
+    tier.close(30)
+    facts = PageFacts(0.0, 0, 0, None, (None, None))
+    tier.writer.hand_down([PageRecord(bytes(1), b"root", bytes(16), facts)], np.zeros((1, 64), np.uint8))
+    assert (tier.writer.pages_dropped, store.pages) == (1, {})
+    load = tier.reader.start([FoundPage(b"root", bytes(16), 4)])
+    assert load.missed == "closed"
+    assert tier.reader.look_up(list).is_over
+    assert store.num_reads == 0
+
+
+def test_a_probe_that_hangs_says_that_the_tier_is_slow(clock: Clock) -> None:
+    store = MemoryStore(4, 64)
+    store.before_read = hanging = Hanging()
+    tier = Tier(store, Arrivals(), clock=clock)
+    tier.rate.record(64, 1.0)
+    assert not tier.rate.is_faster(64, 0.1, clock.now_s)
+    clock.now_s += 3600.0
+    tier.probe([FoundPage(b"root", bytes(16), 4)])
+    assert hanging.entered.wait(30)
+    tier.poll()
+    assert tier.rate.seconds(64) == 1.0, "nothing is known yet"
+    clock.now_s += MAX_PROBE_S + 1
+    tier.poll()
+    assert tier.rate.seconds(64) == MAX_PROBE_S + 1, "which took so long at least"
+    assert tier.rate.is_slow
+    hanging.go_on.set()
+    tier.close(30)
+
+
+def test_pages_that_cannot_be_copied_out_are_lost_below_alone(
+    make_core: MakeCore,
+    store: MemoryStore,
+    oracle: GreedyOracle,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    core = make_core(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(PageBytes, "read", fails)
+        assert core.generate(PROMPT).token_ids == oracle.continuation(PROMPT, 4)
+    assert "computed cannot be handed down" in caplog.text
+    assert store.pages == {}
+    other = random_ids(2, 30)
+    assert core.generate(other).token_ids == oracle.continuation(other, 4)
+    assert core.core.flush_tiers(30)
+    assert len(store.pages) > 0

@@ -306,6 +306,26 @@ def test_what_it_cannot_serve(options: dict[str, Any], reason: str | None) -> No
     assert TritonBackend.why_not(unusual.needs(unusual.params())) == reason
 
 
+@pytest.mark.parametrize(
+    ("capability", "kv_dtype", "reason"),
+    [
+        ((7, 5), "auto", "needs compute capability 8.0 or newer; cuda is older"),
+        ((8, 0), "auto", None),
+        ((8, 6), "fp8_e4m3", "needs compute capability 8.9 or newer to read fp8_e4m3 KV; use fp8_e5m2 on cuda"),
+        ((8, 6), "fp8_e5m2", None),
+        ((8, 9), "fp8_e4m3", None),
+        ((9, 0), "int3", "cannot read int3 KV"),
+    ],
+)
+def test_which_gpus_it_serves(
+    capability: tuple[int, int], kv_dtype: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    few = Case([(0, 1)])
+    needs = replace(few.needs(few.params()), device=torch.device("cuda"), kv_dtype=kv_dtype)
+    assert TritonBackend.why_not(needs) == reason
+
+
 def test_the_cpu_is_served_by_the_interpreter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     on_cpu = Case([(0, 1)])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

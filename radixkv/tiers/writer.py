@@ -123,7 +123,7 @@ class PageWriter(Worker):
         No more than `num_accepted` or `num_accepted_together`.
         """
         with self._changed:
-            if self._is_closing:
+            if self._is_closing or self._backoff.rests:  # since it said what it would take
                 self.pages_dropped += len(records)
                 return
             self._queue.extend(map(_Queued, records, payloads))
