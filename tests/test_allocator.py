@@ -9,7 +9,7 @@ import pytest
 
 from radixkv.cache import allocator as allocator_module
 from radixkv.cache.allocator import TokenToKVPoolAllocator, check_free_list
-from radixkv.errors import ConfigError, InvariantError, OutOfPagesError
+from radixkv.errors import ConfigError, InvalidRequestError, InvariantError, OutOfPagesError
 
 
 def test_new_pool_is_free() -> None:
@@ -25,6 +25,13 @@ def test_alloc_gives_distinct_pages_with_one_reference() -> None:
     assert sorted(pages.tolist()) == [0, 1, 2, 3, 4]
     assert {allocator.ref_count(page) for page in pages} == {1}
     assert (allocator.num_free, allocator.num_used) == (0, 5)
+
+
+def test_fewer_than_no_pages_cannot_be_had() -> None:
+    allocator = TokenToKVPoolAllocator(4)
+    with pytest.raises(InvalidRequestError, match="-1 pages cannot be allocated; ask for at least 0"):
+        allocator.alloc(-1)
+    assert allocator.num_free == 4
 
 
 def test_alloc_of_nothing() -> None:

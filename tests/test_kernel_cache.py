@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 from radixkv.kernels import numba_cpu, numba_linear, numba_merge
-from radixkv.kernels.compiling import cache_depends_on
+from radixkv.kernels.compiling import cache_depends_on, can_cache, kept_folder
 
 WORKERS = [numba_cpu, numba_linear, numba_merge]
 
@@ -51,6 +51,25 @@ def test_an_engine_starts_where_compiled_code_cannot_be_kept_and_says_so_once(ba
     )
     assert done.stdout.split() == ["length"]
     assert done.stderr.count("set NUMBA_CACHE_DIR to a writable folder") == 1
+
+
+def test_without_a_place_for_compiled_code_a_warning_says_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def njit(*, cache: bool) -> object:
+        raise RuntimeError("no locator available")
+
+    monkeypatch.setattr("radixkv.kernels.compiling.nb.njit", njit)
+    assert not can_cache.__wrapped__()
+    assert "set NUMBA_CACHE_DIR to a writable folder (no locator available)" in caplog.text
+
+
+def test_what_was_measured_is_kept_where_compiled_code_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "kept" / "here"))
+    assert kept_folder() == tmp_path / "kept" / "here"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file" / "below"))
+    assert kept_folder() is None, "no other folder is taken than the one that was chosen"
 
 
 def made_of(module: ModuleType) -> set[str]:

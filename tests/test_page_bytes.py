@@ -41,3 +41,25 @@ def test_what_lies_after_the_tokens_of_a_last_page_is_zero(kind: str, num_tokens
         assert torch.equal(flat[:num_tokens], expected[:num_tokens])
         assert not flat[num_tokens:].any()
     assert all(map(torch.equal, read(emptied, 0), read(pool, 0)))
+
+
+@pytest.mark.parametrize("kind", POOLS)
+def test_the_way_of_other_devices_gives_the_same_bytes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There pages are gathered and scattered by tensors, not copied through memory views."""
+    source, target = POOLS[kind](), POOLS[kind]()
+    for page in range(NUM_PAGES):
+        fill(source, page, seed=page)
+        fill(target, page, seed=10 + page)
+    untouched = read(target, 1)
+    pages = np.array([2, 0], np.int32)
+    reading, writing = PageBytes(source), PageBytes(target)
+    expected = [reading.read(pages), reading.read(pages, last_tokens=3)]
+    for page_bytes in (reading, writing):
+        monkeypatch.setattr(page_bytes, "_views", None)
+    assert np.array_equal(reading.read(pages), expected[0])
+    assert np.array_equal(reading.read(pages, last_tokens=3), expected[1])
+    assert reading.read(pages[:0]).shape == (0, reading.payload_bytes)
+    writing.write(np.array([0, 2], np.int32), [payload.tobytes() for payload in expected[0]])
+    for page, came_from in ((0, 2), (2, 0)):
+        assert all(map(torch.equal, read(target, page), read(source, came_from)))
+    assert all(map(torch.equal, read(target, 1), untouched))

@@ -14,6 +14,7 @@ import zmq
 from radixkv import PrefixCache, RadixTree
 from radixkv.cache.events import Cleared, Stored
 from radixkv.cache.page_keys import prompt_keys, root_key
+from radixkv.config.endpoints import check_endpoint
 from radixkv.errors import ConfigError, MissingPackageError
 from radixkv.publish.event_queue import EventQueue, Everything
 from radixkv.publish.mirror import HeldMirror
@@ -403,6 +404,11 @@ def test_what_was_lost_is_a_number_in_the_event_that_clears_everything() -> None
 def test_wrong_addresses_are_refused(endpoint: str) -> None:
     with pytest.raises(ConfigError, match="endpoint must be an address as tcp://"):
         EventPublisher(exact_cache(), endpoint)
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:5557", "tcp://*:0", "ipc:///run/events"])
+def test_addresses_of_this_machine_and_of_files_are_taken(endpoint: str) -> None:
+    check_endpoint("kv_events", endpoint)
 
 
 def test_a_taken_address_is_refused() -> None:

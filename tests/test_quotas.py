@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from radixkv import CacheQuota, EvictionPolicy, PrefixCache, WindowPages
@@ -204,6 +205,24 @@ def test_windows_and_quotas_go_together() -> None:
             lease.commit(ids)
         cache.check_invariants()
     assert used_pages(cache)[0] >= 2
+
+
+def test_what_a_running_request_pins_already_is_not_claimed_twice() -> None:
+    cache = cache_of(12, {"anna": 4})
+    ids = np.array([*prompt(1, 2), *prompt(2, 2)], np.int32)
+    anna = Namespace("anna")
+    shares = cache.shares
+    assert shares is not None
+
+    def can_claim(cached_pages: int, num_pages: int) -> bool:
+        return shares.can_claim(anna, ids, cached_pages * PAGE, num_pages)
+
+    assert [can_claim(0, number) for number in (4, 5)] == [True, False]
+    share(cache, 1, 2, extra_key="anna")
+    with cache.acquire(prompt(1, 2), extra_key="anna"):  # another request runs on the same beginning
+        assert [can_claim(2, number) for number in (4, 5)] == [True, False]
+    with cache.acquire(prompt(3, 2), extra_key="anna"):  # or on something else
+        assert [can_claim(2, number) for number in (2, 3, 4)] == [True, False, False]
 
 
 class InOneGroup(LRUPolicy):

@@ -229,6 +229,8 @@ def test_range_out_of_range() -> None:
         (torch.tensor([0.5], requires_grad=True), "not torch.float32 .0.5 at position 0.$"),
         (torch.tensor([1.0]).bfloat16(), "not torch.bfloat16 .1.0 at position 0.$"),
         (torch.tensor([1j]), "not torch.complex64"),
+        (torch.empty(3, dtype=torch.int64, device="meta"), "not a tensor of torch.int64 on meta"),
+        (torch.tensor([1, 0]).to_sparse(), "not a tensor of torch.int64 on cpu"),
         (torch.tensor([True]), r"not bool \(.*True.* at position 0\)"),
         ("123", "not str"),
         (b"123", "not bytes"),
