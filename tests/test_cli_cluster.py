@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -87,6 +88,12 @@ def test_another_ray_is_refused_by_the_versions_that_work(monkeypatch: pytest.Mo
     monkeypatch.setattr("radixkv.cluster.requirements.find_spec", lambda name: object())
     monkeypatch.setattr("radixkv.cluster.requirements.version", lambda name: "2.61.0")
     assert_one_line_error(run("cluster", "up"), "radixkv.cluster works with ray 2.60.*; got 2.61.0; run: pip install")
+
+    def unknown(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("radixkv.cluster.requirements.version", unknown)
+    assert_one_line_error(run("cluster", "up"), "works with ray 2.60.*; got one without metadata; run: pip install")
 
 
 def test_the_cluster_can_be_imported_without_what_is_optional() -> None:

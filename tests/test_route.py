@@ -366,7 +366,7 @@ def test_wrong_addresses_and_missing_packages_are_named(monkeypatch: pytest.Monk
     from radixkv.cluster.requirements import check_ray_version, check_route_installed
     from radixkv.cluster.route_server import RouteServer
 
-    for address in ("127.0.0.1:8000", "ftp://a", "", "http://a/?b"):
+    for address in ("127.0.0.1:8000", "ftp://a", "", "http://a/?b", "http://[::1", "http://a:b"):
         with pytest.raises(ConfigError, match="a replica must be an address such as"):
             checked_address(address)
     with pytest.raises(ConfigError, match="at least one --replica"):
