@@ -10,7 +10,7 @@ import typer
 from radixkv_bench.common.errors import BenchError
 from radixkv_bench.common.models import RandomModel, parse_random_model
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """By what --dtype takes."""
 
 SIZES = "Sizes of the workload"
