@@ -108,7 +108,7 @@ def test_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (("--batch", "0,1"), "--batch must be 1 or more, not '0,1'"),
         (("--output-tokens", "1"), "--output-tokens must be at least "),
         (("--rounds", "0"), "--rounds must be at least "),
-        (("--dtype", "int8"), "--dtype must be one of bfloat16, float32, float16, not 'int8'"),
+        (("--dtype", "int8"), "--dtype must be one of float32, bfloat16, float16, not 'int8'"),
         (("--backend", "none"), "unknown attention backend 'none'"),
         (("--random-model", "hidden=32"), "--random-model needs layers"),
         (("--json", "nowhere/out.json"), "cannot write nowhere/out.json: there is no directory nowhere"),
