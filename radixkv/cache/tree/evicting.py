@@ -5,16 +5,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from radixkv.cache.events import Cleared, RemovalCause
+from radixkv.cache.events import Cleared, RemovalCause, prefix_of, run_of
 from radixkv.cache.quotas.account_queues import AccountQueues
 from radixkv.cache.quotas.accounts import Account, Accounts
 from radixkv.cache.token_ids import TOKEN_BYTES
 from radixkv.cache.tree.leaf_queue import LeafQueue
 from radixkv.cache.tree.node import TreeNode
-from radixkv.cache.tree.page_ids import PageBytes
-from radixkv.cache.tree.shape import TreeShape
+from radixkv.cache.tree.page_ids import PageBytes, leading_pages
+from radixkv.cache.tree.shape import TreeShape, removal
 from radixkv.errors import PolicyError
 
+WHOLE_KEY_OF = 8  # a trimmed leaf keeps its whole key down to this part of it: 4 bytes a token, where KV has thousands
 LEAST_SHARE_KEPT = 20  # a leaf goes whole where less than this part of the cache would be left of it
 
 
@@ -69,6 +70,71 @@ class EvictingTree(TreeShape):
     def _is_worth_keeping(self, page_bytes: int) -> bool:
         """Whether so much of a leaf, in bytes of page ids, is worth the time that cutting it off takes."""
         return page_bytes * LEAST_SHARE_KEPT >= self._total_bytes
+
+    def _trim(self, leaf: TreeNode, kept_bytes: int, cause: RemovalCause) -> None:
+        """Remove the end of an unpinned leaf, but for its first pages, `kept_bytes` in page ids. O(pages removed).
+
+        The rest is a new node in its place, so that nobody takes the whole for cached who knows the leaf; that becomes
+        the part which is removed. It is, whether or not the policy fails.
+        """
+        told = self._on_trimmed or self._on_split or self._on_evicted
+        observed = bool(self.events.observers)
+        kept = self._cut_end(leaf, kept_bytes, with_key=observed or told is not None)
+        run = run_of(leaf, self.page_size) if observed else None
+        try:
+            if self._on_trimmed is not None:
+                self._on_trimmed(kept, leaf)
+            elif told is not None:
+                if self._on_split is not None:
+                    self._on_split(kept, leaf)
+                if self._on_evicted is not None:
+                    self._on_evicted(leaf)
+        finally:
+            leaf.parent = None
+            self._count_removed(leaf)
+            try:
+                self._queue.replace(leaf, kept)
+            finally:
+                if run is not None:
+                    self.events.send(removal(leaf, run, cause))
+
+    def _cut_end(self, leaf: TreeNode, kept_bytes: int, *, with_key: bool) -> TreeNode:
+        """Put a node that takes over the first pages of `leaf` in its place; tokens are not copied if many.
+
+        `leaf` stays the rest, which has the new node as its parent, though that knows of no child. Its `key` is a
+        window on that of the whole unless `with_key`.
+        """
+        parent = leaf.parent
+        assert parent is not None, leaf
+        kept_tokens = kept_bytes // TOKEN_BYTES * self.page_size
+        size = kept_tokens * TOKEN_BYTES
+        key, pages = leaf.key, leaf.pages
+        prefix = prefix_of(leaf, self.page_size) if self.events.observers else None
+        kept = TreeNode(
+            key if WHOLE_KEY_OF * size > len(key) else key[:size],
+            leading_pages(pages, kept_bytes),
+            parent.end + kept_tokens,
+            parent,
+            leaf.last_access,
+        )
+        kept.num_tokens = kept_tokens
+        kept.created, kept.priority, kept.keep_until = leaf.created, leaf.priority, leaf.keep_until
+        kept.state, kept.fork, kept.hits, kept.account = leaf.state, leaf.fork, leaf.hits, leaf.account
+        if prefix is not None:
+            kept.prefix = prefix.first(kept.end)
+        end = leaf.num_tokens * TOKEN_BYTES
+        # windows will do for a node that leaves the tree: copies would cost more than all else here
+        leaf.key = key[size:end] if with_key else memoryview(key)[size:end]  # type: ignore[assignment]
+        leaf.pages = pages[kept_bytes:]
+        leaf.num_tokens -= kept_tokens
+        leaf.parent = kept
+        first_page = key[: self._page_bytes]
+        parent.children[first_page] = kept
+        if parent.subscribers is not None:
+            self.subscriptions.tell(parent.subscribers, first_page)
+        if leaf.subscribers is not None:
+            self.subscriptions.tell_all(leaf.subscribers)
+        return kept
 
     def clear(self) -> NDArray[np.int32]:
         """Remove everything that is not pinned. Observers are sent `Cleared` if nothing was. O(nodes).
