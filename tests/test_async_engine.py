@@ -83,6 +83,45 @@ def test_many_coroutines_get_the_oracles_tokens(oracle: GreedyOracle) -> None:
     run(use)
 
 
+def test_pieces_that_are_consumed_are_not_given(oracle: GreedyOracle) -> None:
+    prompt = random_ids(3, 9)
+
+    async def use(engine: AsyncEngine) -> None:
+        consumed: list[Progress] = []
+        pieces: list[Progress] = []
+
+        def consume(progress: Progress) -> bool:
+            takes = len(pieces) % 2 == 0
+            if takes:
+                consumed.append(progress)
+                pieces.append(progress)
+            return takes
+
+        given = []
+        async for piece in engine.stream(prompt, GREEDY_8, consume=consume):
+            given.append(piece)
+            pieces.append(piece)
+        assert [token_id for piece in pieces for token_id in piece.token_ids] == oracle.continuation(prompt, 8)
+        assert consumed[0].usage is not None, "the first piece is awaited, so it is offered"
+        assert [piece.output is not None for piece in given][-1]
+        assert all(piece.output is None for piece in consumed)
+
+    run(use)
+
+
+def test_what_consuming_raises_ends_the_stream() -> None:
+    def consume(progress: Progress) -> bool:
+        raise LookupError("not this one")
+
+    async def use(engine: AsyncEngine) -> None:
+        with pytest.raises(LookupError, match="not this one"):
+            async for _ in engine.stream(random_ids(1, 9), ENDLESS, consume=consume):
+                pass
+        assert (await engine.stats()).running == 0
+
+    run(use)
+
+
 def test_outputs_are_reported_as_they_end() -> None:
     reported: list[RequestOutput] = []
 

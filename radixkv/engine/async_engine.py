@@ -195,6 +195,7 @@ class AsyncEngine:
         keep_for_s: float | None = None,
         prefix_cache: bool = True,
         output_ids: TokenIds = NO_IDS,
+        consume: Callable[[Progress], bool] | None = None,
     ) -> AsyncGenerator[Progress]:
         """Continue one prompt, piece by piece; the last piece carries the `RequestOutput`.
 
@@ -208,12 +209,15 @@ class AsyncEngine:
             output_ids: the output's first tokens, if another engine made them: it goes on from there. They count as
                 output, and the first piece tells them again, with their text. A request that draws its tokens draws
                 the later ones anew, whatever its seed.
+            consume: is offered each piece that comes while the iterator waits, but for the last one of a choice. If it
+                returns True, it has taken the piece, and the iterator waits on; this costs less than to resume a
+                task. It is called in the event loop and must not block.
 
         Raises: as `generate`, and the request's own error where it occurs; InvalidRequestError if `output_ids` are
             given with several choices, logprobs or a `logits_transform`.
         """
         options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s, prefix_cache)
-        return self._stream(prompt, params or SamplingParams(), options, output_ids)
+        return self._stream(prompt, params or SamplingParams(), options, output_ids, consume)
 
     async def abort(self, request_id: int) -> bool:
         """End a waiting or running request now, with all its choices; its reader gets what it has, and "abort".
@@ -296,7 +300,12 @@ class AsyncEngine:
         await self.close()
 
     async def _stream(
-        self, prompt: Prompt, params: SamplingParams, options: CacheOptions, output_ids: TokenIds
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        options: CacheOptions,
+        output_ids: TokenIds,
+        consume: Callable[[Progress], bool] | None,
     ) -> AsyncGenerator[Progress]:
         ids = await asyncio.to_thread(self._intake.check, prompt, params, options.namespace)
         known = self._intake.check_output(ids, params, output_ids)
@@ -306,7 +315,7 @@ class AsyncEngine:
             assert whole is not None, requests
             yield whole
             return
-        reader = Reader(Outbox())
+        reader = Reader(Outbox(), consume)
         try:
             self._thread.submit(requests, reader)
             num_running = len(requests)

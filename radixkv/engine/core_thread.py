@@ -19,16 +19,28 @@ logger = logging.getLogger(__name__)
 
 
 class Reader:
-    """Takes the progress of requests in an event loop, for one task. All but `loop` belongs to the loop's thread."""
+    """Takes the progress of requests in an event loop, for one task. All but `loop` belongs to the loop's thread.
 
-    def __init__(self, outbox: Outbox | FinishedOutbox) -> None:
+    What comes while the task waits is first offered to `consume`, which spares the task: it is woken if `consume` says
+    no. The last progress of a request is never offered. What `consume` raises, the next `take` raises.
+    """
+
+    def __init__(self, outbox: Outbox | FinishedOutbox, consume: Callable[[Progress], bool] | None = None) -> None:
         self.loop = asyncio.get_running_loop()
         self._outbox = outbox
+        self._consume = consume
         self._waiter: asyncio.Future[None] | None = None  # of a `take` that waits
         self._error: Exception | None = None
+        self._consume_error: Exception | None = None
 
     def put(self, progress: Progress) -> None:
         """Take note of what a request gained."""
+        if self._consume is not None and progress.output is None and self._is_awaited():
+            try:
+                if self._consume(progress):
+                    return
+            except Exception as error:
+                self._consume_error = error
         self._outbox.put(progress)
         self._wake()
 
@@ -40,12 +52,18 @@ class Reader:
     async def take(self) -> Any:
         """What the outbox holds, as soon as it holds something. Raises: EngineFailedError if the core failed."""
         while True:
+            if self._consume_error is not None:
+                raise self._consume_error
             if taken := self._outbox.take():
                 return taken
             if self._error is not None:
                 raise EngineFailedError(str(self._error)) from self._error.__cause__
             self._waiter = self.loop.create_future()
             await self._waiter
+
+    def _is_awaited(self) -> bool:
+        """Whether a `take` waits; the outbox is empty then."""
+        return self._waiter is not None and not self._waiter.done()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

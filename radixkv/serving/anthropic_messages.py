@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from starlette.responses import Response
 
 from radixkv.engine.outputs import Progress, RequestOutput, Usage
 from radixkv.serving.answer_form import ToolUse, grammar_of
+from radixkv.serving.answer_reader import AnswerReader
 from radixkv.serving.anthropic_body import CountBody, MessagesBody
 from radixkv.serving.bodies import GenerationBody
 from radixkv.serving.cache_use import TTL_S
@@ -23,7 +23,6 @@ from radixkv.serving.history import Asked, BoundedStore, compare
 from radixkv.serving.sampling_fields import sampling_params
 from radixkv.serving.service import Service, in_thread, owner_of, tenant_of
 from radixkv.serving.streaming import event, unless_gone
-from radixkv.serving.told_ids import told
 from radixkv.serving.tool_calls import Arguments, Call, CallBegun, Piece, Text, whole_members
 from radixkv.serving.wire import JsonAnswer
 
@@ -40,8 +39,12 @@ def router(service: Service) -> APIRouter:
         service.check_model(body.model)
         call = await unless_gone(request, _MessageCall.of(service, body, request, history))
         if body.stream:
-            events = told(call.events(), call.generation) if body.radixkv_continue else call.events()
-            return service.stream(events, lambda error: event(error.body(MESSAGES_PATH), "error"))
+            return service.stream_answer(
+                call.generation,
+                call.streamed(),
+                body.radixkv_continue,
+                lambda error: event(error.body(MESSAGES_PATH), "error"),
+            )
         (output,) = await unless_gone(request, call.generation.outputs())
         return JsonAnswer(call.answer(output))
 
@@ -132,26 +135,11 @@ class _MessageCall:
             message["diagnostics"] = self._diagnosis.of_message(self._id, output.cached_tokens)
         return message
 
-    async def events(self) -> AsyncGenerator[bytes]:
+    def streamed(self) -> _MessageEvents:
         """The message, piece by piece."""
-        reader, blocks = self._tools.reader(self._service.engine.tokenizer), BlockStream()
-        async with aclosing(self.generation.pieces()) as pieces:
-            has_begun = False
-            async for _, progress in pieces:
-                if not has_begun:
-                    has_begun = True
-                    yield event({"type": "message_start", "message": self._start(progress)}, "message_start")
-                output = progress.output
-                found = reader.push(progress.text)
-                if output is not None:
-                    found += reader.finish(output.token_ids)
-                for event_ in chain.from_iterable(map(blocks.events, found)):
-                    yield event_
-                if output is not None:
-                    for event_ in chain(blocks.end(), self._end(output, reader.num_calls)):
-                        yield event_
+        return _MessageEvents(self, self._tools.reader(self._service.engine.tokenizer))
 
-    def _start(self, progress: Progress) -> dict[str, Any]:
+    def start(self, progress: Progress) -> dict[str, Any]:
         """The message before its first block. What was cached is final; more of the prompt may be stored yet."""
         usage = progress.usage
         assert usage is not None, progress
@@ -160,8 +148,8 @@ class _MessageCall:
             message["diagnostics"] = self._diagnosis.of_message(self._id, usage.cached_tokens)
         return {**message, "stop_reason": None, "stop_sequence": None}
 
-    def _end(self, output: RequestOutput, num_calls: int) -> Iterator[bytes]:
-        """The last events."""
+    def end(self, output: RequestOutput, num_calls: int) -> Iterator[bytes]:
+        """The last events, after those of the blocks."""
         stop = {"type": "message_delta", "delta": _stop(output, num_calls), "usage": self._usage(output)}
         yield event(stop, "message_delta")
         yield event({"type": "message_stop"}, "message_stop")
@@ -178,6 +166,34 @@ class _MessageCall:
 
     def _usage(self, output: RequestOutput) -> dict[str, Any]:
         return usage_object(self.generation.usage([output]), self._keeps)
+
+
+class _MessageEvents:
+    """Makes the events of a message."""
+
+    def __init__(self, call: _MessageCall, reader: AnswerReader) -> None:
+        self._call = call
+        self._reader = reader
+        self._blocks = BlockStream()
+        self._has_begun = False
+
+    def events(self, index: int, progress: Progress) -> Iterator[bytes]:
+        """The events that tell what the answer gained."""
+        if not self._has_begun:
+            self._has_begun = True
+            yield event({"type": "message_start", "message": self._call.start(progress)}, "message_start")
+        output = progress.output
+        found = self._reader.push(progress.text)
+        if output is not None:
+            found += self._reader.finish(output.token_ids)
+        yield from chain.from_iterable(map(self._blocks.events, found))
+        if output is not None:
+            yield from self._blocks.end()
+            yield from self._call.end(output, self._reader.num_calls)
+
+    def last_events(self) -> Sequence[bytes]:
+        """None: those of the last piece end the message."""
+        return ()
 
 
 class BlockStream:

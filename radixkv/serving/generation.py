@@ -78,7 +78,6 @@ class Generation:
         if output_ids and len(prompts) * params.n > 1:
             raise bad_request("radixkv_output_ids are for one choice of one prompt", "radixkv_output_ids")
         self._output_ids = output_ids
-        self._untold_ids: list[int] = []  # of the one choice
         self._engine = engine
         self._params = params
         self._cache_use = cache_use
@@ -91,6 +90,11 @@ class Generation:
     def num_choices(self) -> int:
         """Choices of each prompt."""
         return self._params.n
+
+    @property
+    def has_one_choice(self) -> bool:
+        """Whether it is one choice of one prompt."""
+        return len(self.prompts) * self.num_choices == 1
 
     def prompt_of(self, index: int) -> Ids:
         """The prompt of a choice."""
@@ -106,22 +110,27 @@ class Generation:
         outputs = await self._engine.generate(list(self.prompts), self._params, **self._cache_use.as_arguments())
         return [self._checked(choice) for output in outputs for choice in output.choices]
 
-    async def pieces(self) -> AsyncGenerator[Piece]:
-        """What each choice gains, as it comes; the last one of each carries its output. Raises: as `outputs`."""
+    async def pieces(self, consume: Callable[[Piece], bool] = lambda piece: False) -> AsyncGenerator[Piece]:
+        """What each choice gains, as it comes; the last one of each carries its output. Raises: as `outputs`.
+
+        consume: of one prompt, is offered pieces between the first and the last, as by `AsyncEngine.stream`.
+        """
         self._announce()
         use = {**self._cache_use.as_arguments(), "output_ids": self._output_ids}
-        streams = [self._engine.stream(prompt, self._params, **use) for prompt in self.prompts]
-        unkept = set(range(len(streams)))
-        if len(streams) == 1:
-            has_one_choice = self.num_choices == 1
-            async with aclosing(streams[0]) as stream:
+        unkept = set(range(len(self.prompts)))
+        if len(self.prompts) == 1:
+
+            def consume_settled(progress: Progress) -> bool:
+                return not unkept and consume(Piece(progress.choice_index, progress))
+
+            one = self._engine.stream(self.prompts[0], self._params, **use, consume=consume_settled)
+            async with aclosing(one) as stream:
                 async for progress in stream:
                     if progress.output is not None or unkept:
                         await self._settle(0, progress, unkept)
-                    if has_one_choice:
-                        self._untold_ids += progress.token_ids
                     yield Piece(progress.choice_index, progress)
             return
+        streams = [self._engine.stream(prompt, self._params, **use) for prompt in self.prompts]
         async with aclosing(_merged(streams)) as pieces:
             async for number, progress in pieces:
                 if progress.output is not None or unkept:
@@ -136,11 +145,6 @@ class Generation:
         elif number in unkept:
             unkept.discard(number)
             await self._keep()
-
-    def take_ids(self) -> list[int]:
-        """The ids that the one choice of the one prompt has gained since the last call; of several none are told."""
-        taken, self._untold_ids = self._untold_ids, []
-        return taken
 
     def usage(self, outputs: Sequence[RequestOutput]) -> Usage:
         """What `outputs`, one for each choice, used. The prompt of several choices counts once."""

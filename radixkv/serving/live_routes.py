@@ -21,7 +21,8 @@ def router(service: Service) -> APIRouter:
     async def live(request: Request) -> Response:
         """What the cache holds, as server-sent events."""
         require_admin(request)
-        return service.stream(service.live.events(_may_read(service, request)))
+        may_read = _may_read(service, request)
+        return service.stream(lambda stream: service.live.events(may_read))
 
     return routes
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from radixkv.engine.outputs import RequestOutput
+from radixkv.engine.outputs import Progress, RequestOutput
+from radixkv.engine.sampling import TokenLogprobs
 from radixkv.serving.answer_form import ToolUse, grammar_of
 from radixkv.serving.answer_reader import AnswerReader
 from radixkv.serving.cache_use import MAX_BREAKPOINTS, implicit_keep
@@ -81,39 +81,16 @@ class ChatCall:
         usage = usage_object(self.generation.usage(outputs))
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
 
-    async def events(self) -> AsyncGenerator[bytes]:
+    def streamed(self) -> _ChatEvents:
         """The completion, piece by piece."""
-        outputs: dict[int, RequestOutput] = {}
-        readers: dict[int, AnswerReader] = {}
-        forms: dict[int, EventForm] = {}  # of chunks that bring text alone
-        async with aclosing(self.generation.pieces()) as pieces:
-            async for index, progress in pieces:
-                if index not in readers:
-                    readers[index] = self.reader()
-                    forms[index] = EventForm(partial(self._content, index))
-                    yield event(self._chunk(index, {"role": "assistant", "content": "", "refusal": None}))
-                found = readers[index].push(progress.text)
-                if progress.output is not None:
-                    found += readers[index].finish(progress.output.token_ids)
-                if progress.logprobs:
-                    text = ""
-                    if found and isinstance(found[0], Text):
-                        text, found = found[0].text, found[1:]
-                    logprobs = of_chat(progress.logprobs, self._service.token_texts)
-                    yield event(self._chunk(index, {"content": text}, logprobs=logprobs))
-                for piece in found:
-                    if isinstance(piece, Text):
-                        yield forms[index].event(piece.text)
-                    elif (delta := _call_delta(piece)) is not None:
-                        yield event(self._chunk(index, delta))
-                if progress.output is not None:
-                    outputs[index] = progress.output
-                    reason = _finish_reason(progress.output, readers[index].num_calls)
-                    yield event(self._chunk(index, {}, finish_reason=reason))
-        if self._body.stream_options is not None and self._body.stream_options.include_usage:
-            usage = usage_object(self.generation.usage([outputs[index] for index in sorted(outputs)]))
-            yield event({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
-        yield DONE
+        return _ChatEvents(self)
+
+    def usage_event(self, outputs: list[RequestOutput]) -> bytes | None:
+        """The event that tells what the call used, if it was asked for."""
+        if self._body.stream_options is None or not self._body.stream_options.include_usage:
+            return None
+        usage = usage_object(self.generation.usage(outputs))
+        return event({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
 
     def _choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
         parsed = self.parsed(output)
@@ -122,9 +99,13 @@ class ChatCall:
         if calls:
             message["content"] = content or None
             message["tool_calls"] = [_call_object(call) for call in calls]
-        logprobs = None if output.logprobs is None else of_chat(output.logprobs, self._service.token_texts)
+        logprobs = None if output.logprobs is None else self.logprobs(output.logprobs)
         reason = _finish_reason(output, len(calls))
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def logprobs(self, of_output: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """Those of tokens, as OpenAI writes them."""
+        return of_chat(of_output, self._service.token_texts)
 
     def parsed(self, output: RequestOutput) -> Parsed:
         """An answer, taken apart into text and calls of tools."""
@@ -134,10 +115,7 @@ class ChatCall:
         """Reads an answer as it comes."""
         return self.tools.reader(self._service.engine.tokenizer)
 
-    def _content(self, index: int, text: str) -> dict[str, Any]:
-        return self._chunk(index, {"content": text})
-
-    def _chunk(
+    def chunk(
         self,
         index: int,
         delta: dict[str, Any],
@@ -145,8 +123,52 @@ class ChatCall:
         logprobs: dict[str, Any] | None = None,
         finish_reason: str | None = None,
     ) -> dict[str, Any]:
+        """An event's data: what a choice gained."""
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+
+
+class _ChatEvents:
+    """Makes the events of a chat completion."""
+
+    def __init__(self, call: ChatCall) -> None:
+        self._call = call
+        self._outputs: dict[int, RequestOutput] = {}
+        self._readers: dict[int, AnswerReader] = {}
+        self._forms: dict[int, EventForm] = {}  # of chunks that bring text alone
+
+    def events(self, index: int, progress: Progress) -> Iterator[bytes]:
+        """The events that tell what a choice gained."""
+        if index not in self._readers:
+            self._readers[index] = self._call.reader()
+            self._forms[index] = EventForm(partial(self._content, index))
+            yield event(self._call.chunk(index, {"role": "assistant", "content": "", "refusal": None}))
+        found = self._readers[index].push(progress.text)
+        if progress.output is not None:
+            found += self._readers[index].finish(progress.output.token_ids)
+        if progress.logprobs:
+            text = ""
+            if found and isinstance(found[0], Text):
+                text, found = found[0].text, found[1:]
+            logprobs = self._call.logprobs(progress.logprobs)
+            yield event(self._call.chunk(index, {"content": text}, logprobs=logprobs))
+        for part in found:
+            if isinstance(part, Text):
+                yield self._forms[index].event(part.text)
+            elif (delta := _call_delta(part)) is not None:
+                yield event(self._call.chunk(index, delta))
+        if progress.output is not None:
+            self._outputs[index] = progress.output
+            reason = _finish_reason(progress.output, self._readers[index].num_calls)
+            yield event(self._call.chunk(index, {}, finish_reason=reason))
+
+    def last_events(self) -> Sequence[bytes]:
+        """The usage, if it was asked for, and the end."""
+        usage = self._call.usage_event([self._outputs[index] for index in sorted(self._outputs)])
+        return (DONE,) if usage is None else (usage, DONE)
+
+    def _content(self, index: int, text: str) -> dict[str, Any]:
+        return self._call.chunk(index, {"content": text})
 
 
 def _finish_reason(output: RequestOutput, num_calls: int) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from radixkv.engine.outputs import RequestOutput
+from radixkv.engine.outputs import Progress, RequestOutput
 from radixkv.engine.sampling import TokenLogprobs
 from radixkv.serving.answer_form import ToolUse, grammar_of
 from radixkv.serving.bodies import GenerationBody
@@ -91,45 +90,28 @@ class _CompletionCall:
         choices = [
             self._choice(
                 index,
-                self._echo(index) + (output.text or ""),
-                self._logprobs(index, output.logprobs, self._prompt_logprobs(outputs, index)),
+                self.echo(index) + (output.text or ""),
+                self.logprobs(index, output.logprobs, self._prompt_logprobs(outputs, index)),
                 output.finish_reason,
             )
             for index, output in enumerate(outputs)
         ]
         return {**self._head, "choices": choices, "usage": usage_object(self.generation.usage(outputs))}
 
-    async def events(self) -> AsyncGenerator[bytes]:
+    def streamed(self) -> _CompletionEvents:
         """The completion, piece by piece."""
-        outputs: dict[int, RequestOutput] = {}
-        begun: set[int] = set()
-        forms: dict[int, EventForm] = {}  # of chunks that bring text alone
-        async with aclosing(self.generation.pieces()) as pieces:
-            async for index, progress in pieces:
-                if index in forms and progress.output is None and progress.logprobs is None:  # most of them
-                    if progress.text:
-                        yield forms[index].event(progress.text)
-                    continue
-                text = progress.text if index in begun else self._echo(index) + progress.text
-                logprobs = self._logprobs(index, progress.logprobs, progress.prompt_logprobs or ())
-                begun.add(index)
-                reason = None
-                if progress.output is not None:
-                    outputs[index], reason = progress.output, progress.output.finish_reason
-                if reason is not None or logprobs is not None:
-                    yield event(self._chunk(index, text, logprobs, reason))
-                elif text:
-                    if index not in forms:
-                        forms[index] = EventForm(partial(self._chunk, index))
-                    yield forms[index].event(text)
-        if self._body.stream_options is not None and self._body.stream_options.include_usage:
-            usage = usage_object(self.generation.usage([outputs[index] for index in sorted(outputs)]))
-            yield event({**self._head, "choices": [], "usage": usage})
-        yield DONE
+        return _CompletionEvents(self)
 
-    def _chunk(
+    def usage_event(self, outputs: list[RequestOutput]) -> bytes | None:
+        """The event that tells what the call used, if it was asked for."""
+        if self._body.stream_options is None or not self._body.stream_options.include_usage:
+            return None
+        return event({**self._head, "choices": [], "usage": usage_object(self.generation.usage(outputs))})
+
+    def chunk(
         self, index: int, text: str, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
     ) -> dict[str, Any]:
+        """An event's data: what a choice gained."""
         return {**self._head, "choices": [self._choice(index, text, logprobs, finish_reason)]}
 
     def _choice(
@@ -141,9 +123,10 @@ class _CompletionCall:
         """Those of the prompt of a choice, which the first choice of the prompt has."""
         return outputs[index - index % self.generation.num_choices].prompt_logprobs or ()
 
-    def _logprobs(
+    def logprobs(
         self, index: int, of_output: Sequence[TokenLogprobs] | None, of_prompt: Sequence[TokenLogprobs | None]
     ) -> dict[str, Any] | None:
+        """Those of the next tokens of a choice, as OpenAI writes them; None if they were not asked for."""
         if of_output is None:
             return None
         first_id = int(self.generation.prompt_of(index)[0])
@@ -152,7 +135,7 @@ class _CompletionCall:
         self._offsets[index] = offset + sum(map(len, found["tokens"]))
         return found
 
-    def _echo(self, index: int) -> str:
+    def echo(self, index: int) -> str:
         """What comes before the text of a choice: the prompt, if it is to be echoed."""
         if not self._body.echo:
             return ""
@@ -163,6 +146,39 @@ class _CompletionCall:
         tokenizer = self._service.engine.require_tokenizer("echo")
         text: str = tokenizer.decode(self.generation.prompt_of(index).tolist(), skip_special_tokens=True)
         return text
+
+
+class _CompletionEvents:
+    """Makes the events of a completion."""
+
+    def __init__(self, call: _CompletionCall) -> None:
+        self._call = call
+        self._outputs: dict[int, RequestOutput] = {}
+        self._begun: set[int] = set()
+        self._forms: dict[int, EventForm] = {}  # of chunks that bring text alone
+
+    def events(self, index: int, progress: Progress) -> Sequence[bytes]:
+        """The event that tells what a choice gained, if that is text or more."""
+        if index in self._forms and progress.output is None and progress.logprobs is None:  # most of them
+            return (self._forms[index].event(progress.text),) if progress.text else ()
+        text = progress.text if index in self._begun else self._call.echo(index) + progress.text
+        logprobs = self._call.logprobs(index, progress.logprobs, progress.prompt_logprobs or ())
+        self._begun.add(index)
+        reason = None
+        if progress.output is not None:
+            self._outputs[index], reason = progress.output, progress.output.finish_reason
+        if reason is not None or logprobs is not None:
+            return (event(self._call.chunk(index, text, logprobs, reason)),)
+        if not text:
+            return ()
+        if index not in self._forms:
+            self._forms[index] = EventForm(partial(self._call.chunk, index))
+        return (self._forms[index].event(text),)
+
+    def last_events(self) -> Sequence[bytes]:
+        """The usage, if it was asked for, and the end."""
+        usage = self._call.usage_event([self._outputs[index] for index in sorted(self._outputs)])
+        return (DONE,) if usage is None else (usage, DONE)
 
 
 async def encode_all(engine: TextEncoder, given: str | list[str] | list[int] | list[list[int]]) -> list[Ids]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from radixkv.engine.outputs import RequestOutput, Usage
+from radixkv.engine.outputs import Progress, RequestOutput, Usage
 from radixkv.serving.errors import ApiError, bad_request
 from radixkv.serving.history import Asked, BoundedStore, compare
 from radixkv.serving.openai_chat import ChatCall
@@ -22,7 +21,6 @@ from radixkv.serving.response_items import ItemStream, output_items
 from radixkv.serving.responses_body import ResponsesBody
 from radixkv.serving.service import Service, tenant_of
 from radixkv.serving.streaming import event, unless_gone
-from radixkv.serving.told_ids import told
 from radixkv.serving.tool_calls import Parsed
 from radixkv.serving.wire import JsonAnswer
 
@@ -57,8 +55,7 @@ def router(service: Service) -> APIRouter:
         service.check_model(body.model)
         call = await unless_gone(request, _ResponseCall.of(service, body, request, store))
         if body.stream:
-            events = told(call.events(), call.chat.generation) if body.radixkv_continue else call.events()
-            return service.stream(events, call.error_event)
+            return service.stream_answer(call.chat.generation, call.streamed(), body.radixkv_continue, call.error_event)
         (output,) = await unless_gone(request, call.chat.generation.outputs())
         return JsonAnswer(call.finish(output))
 
@@ -137,9 +134,10 @@ class _ResponseCall:
     def finish(self, output: RequestOutput) -> dict[str, Any]:
         """The response as a whole, which is stored unless the request says otherwise."""
         parsed = self.chat.parsed(output)
-        return self._finish(output, parsed, output_items(self.message_id, parsed))
+        return self.finish_with(output, parsed, output_items(self.message_id, parsed))
 
-    def _finish(self, output: RequestOutput, parsed: Parsed, items: list[dict[str, Any]]) -> dict[str, Any]:
+    def finish_with(self, output: RequestOutput, parsed: Parsed, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """As `finish`, for an output that was taken apart."""
         usage = self.chat.generation.usage([output])
         answer = self._answer(items, "incomplete" if output.finish_reason == "length" else "completed", usage)
         if self.body.store is not False:
@@ -152,25 +150,13 @@ class _ResponseCall:
             self.store.put(self.id, stored, stored.num_bytes)
         return answer
 
-    async def events(self) -> AsyncGenerator[bytes]:
+    def streamed(self) -> _ResponseEvents:
         """The response, piece by piece."""
-        reader, items = self.chat.reader(), ItemStream(self.message_id, self.numbers.event)
-        async with aclosing(self.chat.generation.pieces()) as pieces:
-            async for _, progress in pieces:
-                if self.numbers.next == 0:
-                    for kind in ("response.created", "response.in_progress"):
-                        yield self.numbers.event(kind, response=self._answer([], "in_progress", None))
-                found = reader.push(progress.text)
-                if progress.output is not None:
-                    found += reader.finish(progress.output.token_ids)
-                for event_ in chain.from_iterable(map(items.events, found)):
-                    yield event_
-                if progress.output is not None:
-                    for event_ in items.end():
-                        yield event_
-                    parsed = Parsed(items.parts)
-                    answer = self._finish(progress.output, parsed, output_items(self.message_id, parsed))
-                    yield self.numbers.event(f"response.{answer['status']}", response=answer)
+        return _ResponseEvents(self)
+
+    def begun(self) -> dict[str, Any]:
+        """The response before its first item."""
+        return self._answer([], "in_progress", None)
 
     def error_event(self, error: ApiError) -> bytes:
         """What ends a stream that fails."""
@@ -220,6 +206,35 @@ class _ResponseCall:
             "cache_missed_tokens": found.missed_tokens,
             "comparison_reusable_tokens": found.reusable_tokens,
         }
+
+
+class _ResponseEvents:
+    """Makes the events of a response."""
+
+    def __init__(self, call: _ResponseCall) -> None:
+        self._call = call
+        self._reader = call.chat.reader()
+        self._items = ItemStream(call.message_id, call.numbers.event)
+
+    def events(self, index: int, progress: Progress) -> Iterator[bytes]:
+        """The events that tell what the answer gained."""
+        call, output = self._call, progress.output
+        if call.numbers.next == 0:
+            for kind in ("response.created", "response.in_progress"):
+                yield call.numbers.event(kind, response=call.begun())
+        found = self._reader.push(progress.text)
+        if output is not None:
+            found += self._reader.finish(output.token_ids)
+        yield from chain.from_iterable(map(self._items.events, found))
+        if output is not None:
+            yield from self._items.end()
+            parsed = Parsed(self._items.parts)
+            answer = call.finish_with(output, parsed, output_items(call.message_id, parsed))
+            yield call.numbers.event(f"response.{answer['status']}", response=answer)
+
+    def last_events(self) -> Sequence[bytes]:
+        """None: those of the last piece end the response."""
+        return ()
 
 
 def _renamed(error: ApiError) -> ApiError:

@@ -20,6 +20,7 @@ from radixkv.engine.async_engine import AsyncEngine
 from radixkv.engine.outputs import RequestOutput
 from radixkv.errors import ConfigError, RadixKVError
 from radixkv.serving.admission import Admission
+from radixkv.serving.answer_events import AnswerEvents, events_of
 from radixkv.serving.bodies import Body, GenerationBody, UnknownFields
 from radixkv.serving.cache_use import cache_use
 from radixkv.serving.chat_prompts import ChatPrompt, ChatPrompts
@@ -32,7 +33,7 @@ from radixkv.serving.metrics import Metrics
 from radixkv.serving.openai_logprobs import TokenTexts
 from radixkv.serving.streaming import EventStream, event, unless_gone
 from radixkv.serving.tenants import KeyRing, Tenant
-from radixkv.serving.told_ids import told
+from radixkv.serving.told_ids import ToldIds
 from radixkv.serving.wire import JsonAnswer
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ class Call(Protocol):
 
     generation: Generation
 
-    def events(self) -> AsyncGenerator[bytes]:
+    def streamed(self) -> AnswerEvents:
         """The answer as a stream."""
         ...
 
@@ -116,7 +117,7 @@ class Service:
         self.check_model(body.model)
         call = await unless_gone(request, make_call(self, body, request))
         if body.stream:
-            return self.stream(told(call.events(), call.generation) if body.radixkv_continue else call.events())
+            return self.stream_answer(call.generation, call.streamed(), body.radixkv_continue)
         return JsonAnswer(call.answer(await unless_gone(request, call.generation.outputs())))
 
     def generation(
@@ -173,7 +174,22 @@ class Service:
         except RadixKVError as error:
             raise as_api_error(error) from error
 
-    def stream(self, events: AsyncGenerator[bytes], on_error: Callable[[ApiError], bytes] | None = None) -> EventStream:
+    def stream_answer(
+        self,
+        generation: Generation,
+        answer: AnswerEvents,
+        tell_ids: bool | None,
+        on_error: Callable[[ApiError], bytes] | None = None,
+    ) -> EventStream:
+        """The stream of an answer, with the ids of its tokens if they are to be told; `on_error` as in `stream`."""
+        told: AnswerEvents = ToldIds(answer) if tell_ids and generation.has_one_choice else answer
+        return self.stream(partial(events_of, generation, told), on_error)
+
+    def stream(
+        self,
+        events: Callable[[EventStream], AsyncGenerator[bytes]],
+        on_error: Callable[[ApiError], bytes] | None = None,
+    ) -> EventStream:
         """An answer of server-sent events; `on_error` makes the event of an error, by default OpenAI's."""
         make = on_error or (lambda error: event(error.body("")))
         return EventStream(

@@ -6,10 +6,10 @@ text of its ids, so whoever has read some text has read all of its ids.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Iterable, Iterator, Sequence
 
-from radixkv.serving.generation import Generation
+from radixkv.engine.outputs import Progress
+from radixkv.serving.answer_events import AnswerEvents
 
 MARK = b": radixkv-ids "
 
@@ -32,9 +32,20 @@ def ids_in(comment: bytes) -> list[int]:
     return [int(word) for word in comment[len(MARK) :].split(b",")] if comment.startswith(MARK) else []
 
 
-async def told(events: AsyncGenerator[bytes], generation: Generation) -> AsyncGenerator[bytes]:
-    """`events` of `generation`, and before each the ids that it tells of."""
-    async with aclosing(events):
-        async for event in events:
-            ids = generation.take_ids()
+class ToldIds:
+    """The events of an answer with one choice, and before each the ids that it tells of."""
+
+    def __init__(self, answer: AnswerEvents) -> None:
+        self._answer = answer
+        self._untold: list[int] = []
+
+    def events(self, index: int, progress: Progress) -> Iterator[bytes]:
+        """The events that tell what the choice gained."""
+        self._untold += progress.token_ids
+        for event in self._answer.events(index, progress):
+            ids, self._untold = self._untold, []
             yield comment_of(ids) + event if ids else event
+
+    def last_events(self) -> Iterable[bytes]:
+        """What follows all pieces."""
+        return self._answer.last_events()
