@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from radixkv.serving.errors import ApiError, as_api_error
 from radixkv.serving.live_page import PAGE_PATHS
 from radixkv.serving.service import Service
-from radixkv.serving.streaming import BODY_SEND, ClientGoneError
+from radixkv.serving.streaming import ClientGoneError
 
 CLIENT_GONE = 499  # nginx's number for it; nobody receives it
 OPEN_PATHS = frozenset({"/health", "/ready", *PAGE_PATHS})
@@ -42,7 +42,6 @@ class Gatekeeper:
             await self._app(scope, receive, send)
             return
         answer = _Answer(send)
-        scope[BODY_SEND] = send
         try:
             await self._serve(scope, receive, answer)
         except ClientGoneError:
