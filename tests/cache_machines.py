@@ -566,7 +566,8 @@ class CacheMachine(RuleBasedStateMachine):
             return
         page_end = -(-len(tail.tokens) // self.page_size) * self.page_size
         if page_end <= len(tokens):
-            pinned = self.oracle.match(claim.namespace, tokens[:page_end])
+            assert pinned is not None, "its whole pages were committed"
+            pinned = self.oracle.leading(pinned, page_end)
         elif pinned is not None and not self.oracle.is_tail(pinned):
             return
         if pinned is not None:

@@ -371,6 +371,14 @@ class TreeOracle:
             return node
         return self._add(node, namespace, tuple(tokens[:whole]), list(pages)[known // self.page_size :])
 
+    def leading(self, edge: Edge, num_tokens: int) -> Edge | None:
+        """What ends after `num_tokens` on the path to `edge`, cut if need be; that counts as no use."""
+        if num_tokens == len(edge.tokens):
+            return edge
+        self._merge_unclaimed()
+        path = [above for above in self.path_to(self.standing(edge)) if above.first < num_tokens]
+        return self._end_at(path, num_tokens)
+
     def insert_tail(self, node: Edge | None, namespace: Namespace, rest: Sequence[int], page: int) -> Edge:
         """Add less than a page below `node`, and use the path to it along with what was matched or inserted last."""
         for above in [] if node is None else self.path_to(node):
@@ -476,14 +484,17 @@ class TreeOracle:
         return (is_kept, leaf.keep_until if is_kept else self._rank(self, leaf))
 
     def _use(self, namespace: Namespace, tokens: Sequence[int]) -> list[Edge]:
-        unclaimed, self._unclaimed = self._unclaimed, None
-        if unclaimed in self.edges and unclaimed.cut:
-            self._merge(unclaimed)
+        self._merge_unclaimed()
         self.tick += 1
         path = self.path(namespace, tokens)
         for edge in path:
             edge.last_use = self.tick
         return path
+
+    def _merge_unclaimed(self) -> None:
+        unclaimed, self._unclaimed = self._unclaimed, None
+        if unclaimed in self.edges and unclaimed.cut:
+            self._merge(unclaimed)
 
     def _end_at(self, path: list[Edge], length: int) -> Edge | None:
         """The edge that ends after `length` tokens; the last one of `path` is cut for it if need be."""
