@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from dataclasses import dataclass, field
@@ -121,6 +122,8 @@ def serve(
         )
     engine = _load(model, engine_options.settings, server_config.max_waiting)
     service = Service(engine, model, server_config)
+    gc.collect()
+    gc.freeze()  # what is loaded now stays: a full collection need not visit it, which would stop all for 200 ms
     finished = serve_until_signal(service, on_start=lambda address: _greet(service, address))
     raise typer.Exit(0 if finished else 130)
 
