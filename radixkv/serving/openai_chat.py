@@ -21,10 +21,10 @@ from radixkv.serving.errors import bad_request
 from radixkv.serving.generation import Generation
 from radixkv.serving.openai_chat_body import ChatBody
 from radixkv.serving.openai_logprobs import of_chat
-from radixkv.serving.openai_usage import usage_object
+from radixkv.serving.openai_usage import StreamEnd, usage_object
 from radixkv.serving.sampling_fields import sampling_params
 from radixkv.serving.service import Service, owner_of, tenant_of
-from radixkv.serving.streaming import DONE, EventForm, event
+from radixkv.serving.streaming import EventForm, event
 from radixkv.serving.tool_calls import Arguments, Call, CallBegun, Parsed, Piece, Text
 
 
@@ -81,16 +81,13 @@ class ChatCall:
         usage = usage_object(self.generation.usage(outputs))
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
 
+    def stream_end(self) -> StreamEnd:
+        """The end of its stream."""
+        return StreamEnd(self.generation, self._body, self._head | {"object": "chat.completion.chunk"})
+
     def streamed(self) -> _ChatEvents:
         """The completion, piece by piece."""
         return _ChatEvents(self)
-
-    def usage_event(self, outputs: list[RequestOutput]) -> bytes | None:
-        """The event that tells what the call used, if it was asked for."""
-        if self._body.stream_options is None or not self._body.stream_options.include_usage:
-            return None
-        usage = usage_object(self.generation.usage(outputs))
-        return event({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
 
     def _choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
         parsed = self.parsed(output)
@@ -133,7 +130,7 @@ class _ChatEvents:
 
     def __init__(self, call: ChatCall) -> None:
         self._call = call
-        self._outputs: dict[int, RequestOutput] = {}
+        self._end = call.stream_end()
         self._readers: dict[int, AnswerReader] = {}
         self._forms: dict[int, EventForm] = {}  # of chunks that bring text alone
 
@@ -158,14 +155,13 @@ class _ChatEvents:
             elif (delta := _call_delta(part)) is not None:
                 yield event(self._call.chunk(index, delta))
         if progress.output is not None:
-            self._outputs[index] = progress.output
+            self._end.outputs[index] = progress.output
             reason = _finish_reason(progress.output, self._readers[index].num_calls)
             yield event(self._call.chunk(index, {}, finish_reason=reason))
 
     def last_events(self) -> Sequence[bytes]:
         """The usage, if it was asked for, and the end."""
-        usage = self._call.usage_event([self._outputs[index] for index in sorted(self._outputs)])
-        return (DONE,) if usage is None else (usage, DONE)
+        return self._end.events()
 
     def _content(self, index: int, text: str) -> dict[str, Any]:
         return self._call.chunk(index, {"content": text})

@@ -21,10 +21,10 @@ from radixkv.serving.chat_prompts import TextEncoder
 from radixkv.serving.errors import bad_request
 from radixkv.serving.generation import Generation, Ids
 from radixkv.serving.openai_logprobs import of_completion
-from radixkv.serving.openai_usage import usage_object
+from radixkv.serving.openai_usage import StreamEnd, usage_object
 from radixkv.serving.sampling_fields import sampling_params
 from radixkv.serving.service import Service, tenant_of
-from radixkv.serving.streaming import DONE, EventForm, event
+from radixkv.serving.streaming import EventForm, event
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 1024
@@ -98,15 +98,13 @@ class _CompletionCall:
         ]
         return {**self._head, "choices": choices, "usage": usage_object(self.generation.usage(outputs))}
 
+    def stream_end(self) -> StreamEnd:
+        """The end of its stream."""
+        return StreamEnd(self.generation, self._body, self._head)
+
     def streamed(self) -> _CompletionEvents:
         """The completion, piece by piece."""
         return _CompletionEvents(self)
-
-    def usage_event(self, outputs: list[RequestOutput]) -> bytes | None:
-        """The event that tells what the call used, if it was asked for."""
-        if self._body.stream_options is None or not self._body.stream_options.include_usage:
-            return None
-        return event({**self._head, "choices": [], "usage": usage_object(self.generation.usage(outputs))})
 
     def chunk(
         self, index: int, text: str, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
@@ -153,7 +151,7 @@ class _CompletionEvents:
 
     def __init__(self, call: _CompletionCall) -> None:
         self._call = call
-        self._outputs: dict[int, RequestOutput] = {}
+        self._end = call.stream_end()
         self._begun: set[int] = set()
         self._forms: dict[int, EventForm] = {}  # of chunks that bring text alone
 
@@ -166,7 +164,7 @@ class _CompletionEvents:
         self._begun.add(index)
         reason = None
         if progress.output is not None:
-            self._outputs[index], reason = progress.output, progress.output.finish_reason
+            self._end.outputs[index], reason = progress.output, progress.output.finish_reason
         if reason is not None or logprobs is not None:
             return (event(self._call.chunk(index, text, logprobs, reason)),)
         if not text:
@@ -177,8 +175,7 @@ class _CompletionEvents:
 
     def last_events(self) -> Sequence[bytes]:
         """The usage, if it was asked for, and the end."""
-        usage = self._call.usage_event([self._outputs[index] for index in sorted(self._outputs)])
-        return (DONE,) if usage is None else (usage, DONE)
+        return self._end.events()
 
 
 async def encode_all(engine: TextEncoder, given: str | list[str] | list[int] | list[list[int]]) -> list[Ids]:
