@@ -29,8 +29,14 @@ def test_one_thread_gives_way_and_the_others_do_not() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
 def test_a_system_that_forbids_it_is_put_up_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
     def forbidden(which: int, who: int, niceness: int) -> None:
+        asked.append(niceness)
         raise PermissionError(which, who, niceness)
 
+    before = os.getpriority(os.PRIO_PROCESS, 0)
     monkeypatch.setattr(os, "setpriority", forbidden)
     give_way_to_others()
+    assert asked == [max(before, NICENESS)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
