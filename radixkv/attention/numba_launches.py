@@ -31,6 +31,7 @@ class Launches(NamedTuple):
     """What layers that attend alike share in a plan.
 
     Attributes:
+        work, scratch: what the addresses in the others lead to.
         tables: for each table of tasks what `numba_arguments.ATTENTION` holds for all of them, and how many threads.
         merge: what `numba_arguments.MERGE` holds for all of them, and how many threads; None if nothing is merged.
         counter: int64 [1].

@@ -85,7 +85,8 @@ class EvictionPolicy:
     def trimmed(self, kept: TreeNode, gone: TreeNode) -> None:
         """The end of a leaf, now `gone`, is about to be removed, and `kept` is what stays of it; they share `state`.
 
-        Without it `split(kept, gone)` and `evicted(gone)` are told instead.
+        Without it `split(kept, gone)` and `evicted(gone)` are told instead. The parent of `gone` is `kept`, which knows
+        of no child.
         """
 
     def split(self, upper: TreeNode, lower: TreeNode) -> None:

@@ -327,11 +327,7 @@ class TreeShape:
         if parent.ordered is not None:
             parent.ordered.remove(first_page)
         leaf.parent = None
-        page_bytes = len(leaf.pages)  # as `_count_removed`, which this saves a call of
-        self._evictable_bytes -= page_bytes
-        self._total_bytes -= page_bytes
-        if self._accounts is not None:
-            self._count_evictable(leaf, -page_bytes)
+        self._count_removed(leaf)
         if parent.namespace is not None and not parent.children:
             del self._roots[parent.namespace]
             parent.subscribers = None
