@@ -83,7 +83,8 @@ def decode_kernel(
     head = kv_head * group + of_group
     q_rows = _load_rows(q, row * q_token_stride + head * q_head_stride, in_group, k_dim, block_k, dot_dtype)
     position = tl.zeros([head_rows], tl.int32) + tl.maximum(kv_len - 1, 0)
-    bias_rows, own_bias = _bias_rows(key_bias, bias_tokens, tl.where(in_group, head, 0), position)
+    bias_rows = _bias_rows(key_bias, bias_tokens, tl.where(in_group, head, 0))
+    own_bias = _own_bias(bias_rows, position)
     highest = tl.full([head_rows], float("-inf"), tl.float32)  # of the scores, in base 2
     denominator = tl.zeros([head_rows], tl.float32)
     acc = tl.zeros([head_rows, block_v], tl.float32)
@@ -164,7 +165,8 @@ def tile_kernel(
     head = kv_head * group + row % group
     query = query.to(tl.int64)
     q_rows = _load_rows(q, query * q_token_stride + head * q_head_stride, valid, k_dim, block_k, dot_dtype)
-    bias_rows, own_bias = _bias_rows(key_bias, bias_tokens, head, position)
+    bias_rows = _bias_rows(key_bias, bias_tokens, head)
+    own_bias = _own_bias(bias_rows, position)
     highest = tl.full([block_rows], float("-inf"), tl.float32)
     denominator = tl.zeros([block_rows], tl.float32)
     acc = tl.zeros([block_rows, block_v], tl.float32)
@@ -390,14 +392,21 @@ def _load(at, mask):
 
 
 @triton.jit
-def _bias_rows(key_bias, bias_tokens, head, position):
-    """Where the biases of each row's head begin, and the one at its own position; None where there are none."""
+def _bias_rows(key_bias, bias_tokens, head):
+    """Where the biases of each row's head begin; None if there are none. Alone: Triton makes no tuple of None."""
     rows = key_bias
-    own = key_bias
     if key_bias is not None:
         rows = key_bias + head.to(tl.int64) * bias_tokens
+    return rows
+
+
+@triton.jit
+def _own_bias(rows, position):
+    """The bias at each row's own position; None if there are none."""
+    own = rows
+    if rows is not None:
         own = tl.load(rows + position)
-    return rows, own
+    return own
 
 
 @triton.jit

@@ -82,7 +82,8 @@ JITFunction.run = compile_only
 driver.set_active(NoLaunch())
 half, plain = torch.bfloat16, Rule(0.1)
 rich = Rule(0.1, 64, 32, 5.0, torch.zeros(16, dtype=torch.bfloat16), torch.zeros(16, 64))
-check(half, half, 4, 16, 16, rich, tile_counts=(1,))  # every kernel once; larger blocks take longest
+for rule in rich, plain:  # every kernel, with all that is optional and with none of it; larger blocks take longest
+    check(half, half, 4, 16, 16, rule, tile_counts=(1,))
 if sys.argv[1] == "all":
     check(half, half, 4, 128, 16, rich)
     check(half, half, 4, 128, 16, plain)

@@ -7,13 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from attention_cases import Case, Spans
+from child_process import child_environment
 from radixkv.attention.backend import (
     AttentionParams,
     backend_names,
@@ -223,7 +223,7 @@ def test_a_backend_is_imported_when_it_is_asked_for() -> None:
         "loaded = [name for name in sys.modules if name.endswith('_backend') and name.startswith('radixkv.')]\n"
         "assert loaded == ['radixkv.attention.torch_backend'], loaded"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=child_environment())
 
 
 @pytest.fixture

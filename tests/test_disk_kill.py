@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from child_process import child_environment
 from store_cases import chain, found_tokens, holding, open_store
 
 WRITER = """
@@ -36,9 +36,10 @@ while True:
 
 def killed_writer(path: Path, capacity: int, payload_bytes: int, number: int, rng: random.Random) -> None:
     """Let a process write to the store, and kill it after some of its writes and a moment more."""
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     arguments = [str(path), str(capacity), str(payload_bytes), str(number)]
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, *arguments], stdout=subprocess.PIPE, env=env)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, *arguments], stdout=subprocess.PIPE, env=child_environment()
+    )
     assert writer.stdout is not None
     with writer, writer.stdout:
         for _ in range(rng.randrange(1, 40)):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from child_process import child_environment
 from radixkv.cache.page_keys import root_key
 from radixkv.errors import ClosedError, ConfigError, TierError
 from radixkv.tiers.disk_store import DiskStore
@@ -315,7 +316,7 @@ again.close()
             check=True,
             timeout=60,
             pass_fds=[read_end],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+            env=child_environment(),
         )
     finally:
         os.close(write_end)
@@ -440,8 +441,7 @@ store = open_store(Path(sys.argv[1]), 200_000)
 assert found_tokens(store, range(40)) == 40 and found_tokens(store, [7] * 9) == 9
 store.close()
 """
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "kv")], check=True, timeout=60, env=env)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "kv")], check=True, timeout=60, env=child_environment())
 
 
 def test_a_folder_without_permission_is_a_tier_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from child_process import child_environment
 from prompts import random_ids
 from radixkv import Engine, EngineConfig, SamplingParams
 from radixkv.errors import ClosedError, ConfigError, TierError
@@ -339,7 +340,6 @@ def test_a_closed_cache_serves_no_call(llama: PreTrainedModel, tmp_path: Path) -
 UNCLOSED = """
 import torch
 from radixkv.hf import RadixCache
-from radixkv.memory.page_bytes import PageBytes
 from tiny_models import tiny_model
 model = tiny_model("llama")
 model.generation_config.eos_token_id = None
@@ -352,7 +352,7 @@ print(model.generate(torch.tensor([PROMPT]), past_key_values=cache, do_sample=Fa
 def test_another_process_finds_what_one_left_that_closed_nothing(llama: PreTrainedModel, tmp_path: Path) -> None:
     code = UNCLOSED.replace("PATH", repr(str(tmp_path))).replace("PROMPT", repr(PROMPT))
     done = subprocess.run(
-        [sys.executable, "-c", code], check=True, timeout=300, cwd=Path(__file__).parent, capture_output=True, text=True
+        [sys.executable, "-c", code], check=True, timeout=300, env=child_environment(), capture_output=True, text=True
     )
     with cache_of(llama, tmp_path) as cache:
         assert check(llama, [PROMPT], cache) == ({"pool": 0, "disk": 36},)

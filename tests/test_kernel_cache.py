@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from child_process import child_environment
 from radixkv.kernels import numba_cpu, numba_linear, numba_merge
 from radixkv.kernels.compiling import cache_depends_on, can_cache, kept_folder
 
@@ -45,7 +45,7 @@ def test_an_engine_starts_where_compiled_code_cannot_be_kept_and_says_so_once(ba
         f"engine = Engine(tiny_model('llama').to(torch.{dtype}), config=config)\n"
         "print(engine.generate([5, 6, 7], SamplingParams(max_tokens=4))[0].finish_reason)"
     )
-    environment = {**os.environ, **NOWHERE, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    environment = child_environment(**NOWHERE, OMP_NUM_THREADS="1")
     done = subprocess.run(
         [sys.executable, "-c", code], check=True, timeout=300, env=environment, capture_output=True, text=True
     )

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from child_process import child_environment
 from oracles import oracle_of
 from prompts import random_ids
 from radixkv import Engine, EngineConfig, SamplingParams
@@ -139,7 +140,7 @@ KEPT
 @pytest.mark.parametrize("kept", ["engine = main()", "main()"])
 def test_an_engine_that_nobody_closed_writes_what_is_left_as_its_process_ends(tmp_path: Path, kept: str) -> None:
     code = UNCLOSED.replace("PATH", repr(str(tmp_path))).replace("PROMPT", repr(PROMPT)).replace("KEPT", kept)
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, env=child_environment())
     with make_engine(tmp_path) as engine:
         (output,) = engine.generate(PROMPT, PARAMS)
     assert output.cached_tokens == 36
