@@ -33,6 +33,7 @@ from radixkv.kernels import (
     numba_writers,
 )
 from radixkv.kernels.compiling import cache_depends_on, can_cache, inner
+from radixkv.kernels.numba_arguments import NOT_SPLIT
 from radixkv.kernels.numba_attention_tiles import (
     NO_SCORE,
     bias_row,
@@ -55,7 +56,6 @@ from radixkv.kernels.processor import Processor, this_processor
 BLOCK_TOKENS = 256  # between two rescalings; the scores of one block stay in the first-level cache
 MAX_ROWS = 8
 LN_2, LOG2_E = np.float32(math.log(2)), np.float32(math.log2(math.e))
-NOT_SPLIT = -1
 
 ARGUMENTS = numba_arguments.ATTENTION.dtype
 PARTS = (  # what a worker is made of, besides this module

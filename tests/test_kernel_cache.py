@@ -14,10 +14,10 @@ from types import ModuleType
 import pytest
 
 from child_process import child_environment
-from radixkv.kernels import numba_cpu, numba_linear, numba_merge
+from radixkv.kernels import numba_cpu, numba_linear, numba_merge, numba_task_tables
 from radixkv.kernels.compiling import cache_depends_on, can_cache, kept_folder
 
-WORKERS = [numba_cpu, numba_linear, numba_merge]
+WORKERS = [numba_cpu, numba_linear, numba_merge, numba_task_tables]
 
 NOWHERE = {
     "HOME": "/dev/null/home",

@@ -115,9 +115,10 @@ def build_metadata(
 def lay_out(spans: Sequence[SequenceSpan], *, page_size: int) -> BatchLayout:
     """Lay `spans` out one after another. O(tokens + pages)."""
     kv_lens = np.array([span.last for span in spans], np.int32)
+    firsts = np.array([span.first for span in spans], np.int64)
+    qo_lens = kv_lens - firsts
     num_pages = -(-kv_lens // page_size)
-    positions = np.concatenate([np.arange(span.first, span.last, dtype=np.int64) for span in spans])
-    qo_lens = np.array([span.last - span.first for span in spans])
+    positions = concatenated_ranges(firsts, qo_lens)
     kv_indptr = indptr(num_pages)
     kv_indices = np.concatenate([span.pages[:count] for span, count in zip(spans, num_pages, strict=True)])
     return BatchLayout(
@@ -147,7 +148,9 @@ def indptr(counts: NDArray[np.integer] | Sequence[int]) -> NDArray[np.int32]:
     >>> indptr([2, 0, 3]).tolist()
     [0, 2, 2, 5]
     """
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    ends = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, dtype=np.int32, out=ends[1:])
+    return ends
 
 
 def concatenated_ranges(starts: NDArray[np.integer], counts: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -156,6 +159,8 @@ def concatenated_ranges(starts: NDArray[np.integer], counts: NDArray[np.integer]
     >>> concatenated_ranges(np.array([7, 0]), np.array([2, 3])).tolist()
     [7, 8, 0, 1, 2]
     """
+    if (counts == 1).all():
+        return starts.astype(np.int64)
     ends = np.cumsum(counts, dtype=np.int64)
     return np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
 

@@ -10,12 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from radixkv.attention import numba_tasks
 from radixkv.attention.backend import AttentionNeeds, AttentionParams, why_not_keys_and_values
-from radixkv.attention.dense_extends import DenseExtends, first_visible
+from radixkv.attention.dense_extends import DenseExtends
 from radixkv.attention.extend_choice import MIN_DENSE_TOKENS, faster_extends, is_known
 from radixkv.attention.metadata import AttentionMetadata
 from radixkv.attention.numba_launches import Launches, Scratch, factors, float32, merge_fields
-from radixkv.attention.numba_tasks import Heads, Read, Work, plan_work
+from radixkv.attention.numba_reads import BatchReads
+from radixkv.attention.numba_tasks import Heads, Work, plan_work
 from radixkv.attention.program_plan import LayersOperation, Pages
 from radixkv.attention.shared_prefix import NEVER, NO_CASCADE, BreakEven, plan_cascade
 from radixkv.kernels import numba_arguments, numba_cpu, numba_merge, openmp
@@ -68,6 +70,8 @@ class NumbaBackend:
         self.pages = [self._pages_of(layer) for layer in range(self.num_layers)]
         self.addresses = np.array([pages[:2] for pages in self.pages])  # of K and V, [layers, 2]
         self.scales = [(k.data_ptr(), v.data_ptr()) for k, v in zip(pool.k_scales, pool.v_scales, strict=True)]  # or 0
+        self._layers: Sequence[AttentionParams] = ()
+        self._kinds: list[tuple[NDArray[np.int64], AttentionParams]] = []
         self._compile(needs)
         if needs.long_extends is None and not is_known(this_processor(), needs.dtype):
             self.long_extends = faster_extends(needs, NumbaBackend, num_threads=self.num_threads)
@@ -99,6 +103,17 @@ class NumbaBackend:
 
     def plan(self, metadata: AttentionMetadata) -> NumbaPlan:
         return NumbaPlan(self, metadata)
+
+    def kinds_of(self, layers: Sequence[AttentionParams]) -> list[tuple[NDArray[np.int64], AttentionParams]]:
+        """Which layers attend alike in a program, and how. Asked with the same object, it knows the answer."""
+        if layers is not self._layers:
+            kinds: dict[tuple[LayerKV, AttentionParams], list[int]] = {}
+            for layer, params in enumerate(layers):
+                if params.sinks is not None or params.sink_tokens:
+                    raise ValueError("sinks are not part of a program")
+                kinds.setdefault((self.pool.layers[layer], params), []).append(layer)
+            self._layers, self._kinds = layers, [(np.array(same), params) for (_, params), same in kinds.items()]
+        return self._kinds
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store KV as the pool does, in one compiled pass where it lies in lanes."""
@@ -137,6 +152,7 @@ class NumbaBackend:
                 numba_cpu.attention_tiles(self.mode.name, rows)
             numba_cpu.attention_worker()
             numba_merge.merge_worker()
+            numba_tasks.compile_planner()
             kv = self.pool.layers[0]
             nothing = [float32(0, kv.num_kv_heads, dim) for dim in (kv.k_head_dim, kv.v_head_dim)]
             self.write(0, torch.empty(0, dtype=torch.int64, device=self.pool.device), *nothing)
@@ -154,8 +170,12 @@ class NumbaPlan:
         self._kept: list[Scratch] = []  # what operations write to
         self._tables: dict[int, Tensor] = {}  # of biases, which tasks read
         self._pages = np.ascontiguousarray(metadata.kv_indices, np.int32)
-        self._is_dense = (metadata.qo_lens >= MIN_DENSE_TOKENS) & (backend.long_extends == "dense")
+        if backend.long_extends == "dense":
+            self._is_dense = metadata.qo_lens >= MIN_DENSE_TOKENS
+        else:
+            self._is_dense = np.zeros(metadata.num_sequences, np.bool_)
         self._all_dense = bool(self._is_dense.all())
+        self._reads = BatchReads(metadata, ~self._is_dense)
         self._dense = DenseExtends(self.pool, metadata, np.flatnonzero(self._is_dense))
 
     def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -177,35 +197,14 @@ class NumbaPlan:
 
     def _plan_work(self, key: _Visible) -> Work:
         """The tasks of layers that see as `key` says."""
-        metadata = self._metadata
-        limits = AttentionParams(1.0, key.sliding_window, key.chunk_size)
         cascade = NO_CASCADE
         if key.sliding_window is None and key.chunk_size is None:
-            cascade = plan_cascade(metadata, break_even(key.heads.group))
-        reads = []
-        for i in np.flatnonzero(~self._is_dense):
-            tokens = np.arange(metadata.qo_indptr[i], metadata.qo_indptr[i + 1])
-            ends = np.arange(len(tokens)) + metadata.kv_lens[i] - len(tokens) + 1
-            starts = first_visible(ends - 1, limits)
-            page_list = int(metadata.kv_indptr[i])
-            if key.sink_tokens:
-                on_sinks = np.minimum(ends, key.sink_tokens)
-                reads.append(Read(page_list, tokens + metadata.num_tokens, np.zeros_like(ends), on_sinks))
-                goes_on = ends > key.sink_tokens
-                tokens, starts, ends = tokens[goes_on], np.maximum(starts[goes_on], key.sink_tokens), ends[goes_on]
-            if cascade.parts:
-                starts = np.maximum(starts, cascade.private_starts[i])
-            if len(tokens):
-                reads.append(Read(page_list, tokens, starts, ends))
-        for part in cascade.parts:
-            tokens = metadata.qo_indptr[part.sequences].astype(np.int64)
-            page_list = int(metadata.kv_indptr[part.sequences[0]])
-            same = np.ones_like(tokens)
-            reads.append(Read(page_list, tokens, same * part.first, same * part.last))
+            cascade = plan_cascade(self._metadata, break_even(key.heads.group))
+        reads = self._reads.of_sequences(key.sliding_window, key.chunk_size, key.sink_tokens, cascade)
         return plan_work(
             reads,
             key.heads,
-            num_tokens=metadata.num_tokens,
+            num_tokens=self._metadata.num_tokens,
             num_threads=self._num_threads,
             merge_all=key.has_sinks,
             rows_of_extends=self._backend.rows_of_extends,
@@ -222,15 +221,10 @@ class NumbaPlan:
 
     def operations(self, q: Tensor, out: Tensor, layers: Sequence[AttentionParams]) -> list[LayersOperation]:
         """As `ProgramPlan.operations`. Layers of one kind differ in their KV's addresses alone."""
-        kinds: dict[tuple[LayerKV, AttentionParams], list[int]] = {}
-        for layer, params in enumerate(layers):
-            if params.sinks is not None or params.sink_tokens:
-                raise ValueError("sinks are not part of a program")
-            kinds.setdefault((self.pool.layers[layer], params), []).append(layer)
         return [
             operation
-            for (_, params), same in kinds.items()
-            for operation in self._operations_of(np.array(same), q, params, out)
+            for same, params in self._backend.kinds_of(layers)
+            for operation in self._operations_of(same, q, params, out)
         ]
 
     def _operations_of(

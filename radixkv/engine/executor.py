@@ -182,9 +182,11 @@ class Executor:
                     raise _not_finite(span.request, launched.logits[row])
                 if row in prompt_logits:
                     self._report_prompt(span, prompt_logits[row])
-                if span.samples and span.request.max_new_tokens == 0:
+                if not span.samples:
+                    continue
+                if span.request.max_new_tokens == 0:
                     span.request.finish_without_tokens()
-                elif span.samples:
+                else:
                     self._accept(span, token_ids[row], launched.logits[row], launched.own_logits.get(row))
                     self.sampled_steps += 1
             except Exception as error:  # of this request's logits or tokenizer: the others go on

@@ -74,6 +74,7 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self.backend = backend
+        self._device = model.device  # to ask for it takes as long as a small layer
         self._graphs = graphs
         self._streaming = streaming
         self._fused = fused
@@ -87,7 +88,7 @@ class ModelRunner:
 
         Raises: UnsupportedModelError if the model did not run on the pages, because its attention was switched.
         """
-        device = self.model.device
+        device = self._device
         if input_ids is None:
             input_ids = to_device(step.token_ids, device)
         metadata = AttentionMetadata.of(step.layout, device)

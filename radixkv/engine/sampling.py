@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ class Sampler:
         It cannot if it holds NaN or plus infinity, or nothing above minus infinity; its token means nothing then.
         """
         best = logits.max(dim=-1)
-        return best.indices.tolist(), torch.isfinite(best.values).tolist()
+        return best.indices.tolist(), list(map(math.isfinite, best.values.tolist()))
 
     def draw(self, logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
         """A token drawn from one row [vocab_size]."""

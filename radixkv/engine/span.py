@@ -19,7 +19,7 @@ class Span(NamedTuple):
     @property
     def num_drafted(self) -> int:
         """How many of the tokens are guesses, which the step checks."""
-        return len(self.draft.token_ids)
+        return 0 if self.draft is NO_DRAFT else len(self.draft.token_ids)
 
     @property
     def samples(self) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixkv.attention.metadata import BatchLayout, PathNode, SequenceSpan, lay_out
+from radixkv.cache.lease import Lease
 from radixkv.engine.span import Span
 from radixkv.memory.req_to_token import ReqToTokenPool
 
@@ -44,25 +45,27 @@ def make_step_input(spans: Sequence[Span], table: ReqToTokenPool, *, known_token
         table: where the pages of each running request are read.
         known_tokens: False if the step before chooses the tokens, and the device alone will know them.
     """
-    layout = lay_out([_sequence(span, table) for span in spans], page_size=table.page_size)
+    leases = [span.request.running() for span in spans]
+    sequences = [_sequence(span, *held, table) for span, held in zip(spans, leases, strict=True)]
+    layout = lay_out(sequences, page_size=table.page_size)
     tokens = [span.request.tokens_between(span.first, span.last) for span in spans] if known_tokens else []
     return StepInput(
         tuple(span.request.id for span in spans),
         np.concatenate([np.empty(0, np.int64), *tokens]),
         layout,
         np.concatenate([layout.qo_indptr[1:].astype(np.int64) - 1, *_more_rows(spans, layout)]),
-        np.array([span.request.running()[0].state_slots() for span in spans], np.int64),
+        np.array([lease.state_slots() for lease, _ in leases], np.int64),
     )
 
 
 def _more_rows(spans: Sequence[Span], layout: BatchLayout) -> Iterator[NDArray[np.int64]]:
     for span, row in zip(spans, layout.qo_indptr.tolist(), strict=False):
-        positions = span.more_positions
-        if positions:
+        if not span.num_drafted and span.request.prompt_logprobs is None:
+            continue
+        if positions := span.more_positions:
             yield np.arange(positions.start, positions.stop) - span.first + row
 
 
-def _sequence(span: Span, table: ReqToTokenPool) -> SequenceSpan:
-    lease, row = span.request.running()
+def _sequence(span: Span, lease: Lease, row: int, table: ReqToTokenPool) -> SequenceSpan:
     path = [PathNode(id(node), node.end) for node in lease.whole_path()]
     return SequenceSpan(span.first, span.last, table.pages(row, span.last), path)

@@ -44,7 +44,7 @@ class FusedDecoder:
 
     def __init__(self, decoder: PlainDecoder, layers: Sequence[LayerAttention]) -> None:
         self._decoder = decoder
-        self._params = [layer.params for layer in layers]
+        self._params = tuple(layer.params for layer in layers)
         self._buffers = _Buffers(decoder, 0, 0)
         self._replays: dict[tuple[int, int, bool], _Replay] = {}
         self._wide_biases = _WideBiases(decoder)
@@ -93,7 +93,8 @@ class FusedDecoder:
 
     def _replay(self, num_tokens: int, logits_of: Tensor) -> _Replay:
         num_logits = len(logits_of)
-        picks = num_logits != num_tokens or bool((logits_of[1:] < logits_of[:-1]).any())  # else all in order
+        rows = logits_of.numpy()
+        picks = num_logits != num_tokens or bool((rows[1:] < rows[:-1]).any())  # else all in order
         key = num_tokens, num_logits, picks
         if key in self._replays:
             self._wide_biases.refresh()
@@ -228,7 +229,8 @@ class _Replay:
         self._rotaries = [self._program[place].record for place in places["rotary"]]
         self._attention_at = np.array(places["attention"])
         self._nothing = numba_program.no_operation()
-        self._idle = [self._nothing.record.repeat(len(self._attention_at)) for _ in range(STAGES)]
+        self._no_records = [self._nothing.record.repeat(len(self._attention_at)) for _ in range(STAGES)]
+        self._idle = set(range(STAGES))  # in which no layer does anything
         self._pages: list[Pages] | None = None  # where the program writes KV
         self._done = 0
 
@@ -295,11 +297,12 @@ class _Replay:
                 record[name] = value
 
     def _attend_by(self, operations: list[LayersOperation]) -> None:
-        idle = set(range(STAGES)) - {
-            operation.stage for operation in operations if len(operation.layers) == len(self._idle[0])
-        }
-        for stage in idle:
-            self._program.exchange_all(self._attention_at + stage, self._nothing.worker, self._idle[stage])
+        num_layers = len(self._attention_at)
+        stages = {operation.stage for operation in operations}
+        filled = {operation.stage for operation in operations if len(operation.layers) == num_layers}
+        for stage in set(range(STAGES)) - self._idle - filled:
+            self._program.exchange_all(self._attention_at + stage, self._nothing.worker, self._no_records[stage])
+        self._idle = set(range(STAGES)) - stages
         for layers, stage, worker, records in operations:
             self._program.exchange_all(self._attention_at[layers] + stage, worker, records)
 

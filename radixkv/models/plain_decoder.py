@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import chain, repeat
-from operator import contains
+from operator import contains, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -80,8 +80,8 @@ class PlainDecoder:
         self._watched = watched  # all that is compared by identity is kept, so that no other can take its place
         self._tensors = [value for value in chain(*map(dict.values, self._parameters)) if value is not None]
         self._classes = sorted({type(module) for module in watched}, key=id)
-        self._forwards = [kind.forward for kind in self._classes]
-        self._seen = self._look()
+        self._seen = list(self._look())
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
     @property
     def hidden_size(self) -> int:
@@ -96,17 +96,18 @@ class PlainDecoder:
             and self._config._attn_implementation == INTERFACE_NAME
             and self._inner_config._attn_implementation == INTERFACE_NAME
             and not any(map(contains, self._attributes, repeat("forward")))
-            and self._look() == self._seen
+            and all(map(is_, self._look(), self._seen))
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
         )
 
-    def _look(self) -> tuple[list[int], ...]:
-        """Who is where: classes, their forwards, modules, parameters and where these lie in memory."""
-        return (
-            [id(kind) for kind in map(type, self._watched)],
-            [id(kind.forward) for kind in self._classes],
-            list(map(id, chain.from_iterable(map(dict.values, self._children)))),
-            list(map(id, chain.from_iterable(map(dict.values, self._parameters)))),
-            list(map(Tensor.data_ptr, self._tensors)),
+    def _look(self) -> Iterator[object]:
+        """Who is where: classes, their forwards, modules and parameters, and at the end that there are no more."""
+        return chain(
+            map(type, self._watched),
+            [kind.forward for kind in self._classes],
+            chain.from_iterable(map(dict.values, self._children)),
+            chain.from_iterable(map(dict.values, self._parameters)),
+            (PlainDecoder,),
         )
 
 
