@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from http_server import new_demo_engine
-from radixkv.serving.grammars import Grammars, GrammarTransform, of_json_schema, of_regex
+from radixkv.serving.grammars import Grammars, GrammarTransform, has_free_cores, of_json_schema, of_regex
 
 SCHEMA = {"type": "array", "minItems": 3, "items": {"enum": ["Romeo", "Juliet"]}}
 GRAMMARS = [of_json_schema(SCHEMA, "schema"), of_regex("[a-f]+x?", "regex"), of_json_schema({"type": "null"}, "schema")]
 
 
-@pytest.fixture(scope="module")
-def grammars() -> Iterator[Grammars]:
+@pytest.fixture(scope="module", params=["free cores", "none free"])
+def grammars(request: pytest.FixtureRequest) -> Iterator[Grammars]:
     engine = new_demo_engine()
-    grammars = Grammars(engine)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("radixkv.serving.grammars.has_free_cores", lambda device: request.param == "free cores")
+        grammars = Grammars(engine)
     yield grammars
     grammars.close()
     asyncio.run(engine.close())
@@ -48,6 +51,18 @@ def test_masks_of_a_step_are_those_of_each_output_alone(grammars: Grammars) -> N
         assert among_others[1].eq(0).all(), "a row without a grammar stays as it is"
         assert torch.equal(masked(together[1:], [0, 1], 2), expected[1:]), "one has ended, or they are repeated apart"
         outputs = [[*output, int(row.argmax())] for output, row in zip(outputs, expected, strict=True)]
+
+
+def test_cores_are_free_where_the_model_leaves_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 5}, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert not has_free_cores("cpu")
+    assert has_free_cores("cuda:0")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert has_free_cores("cpu")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert not has_free_cores("cpu")
 
 
 def test_an_output_that_left_its_grammar_fails_alone(grammars: Grammars) -> None:

@@ -100,11 +100,16 @@ class Executor:
     ) -> _Launched:
         started_at = time.perf_counter()
         edited = [RowEdits(row, edits) for row, span in enumerate(batch) if (edits := _edits(span)) is not None]
-        failures = start_transforms(edited, [batch[row].request.output_ids for row, _ in edited]) if edited else {}
-        for row, failure in failures.items():  # of the request's own transform: what is computed for it is ignored
-            batch[row].request.finish("error", failure)
+
+        def begin_transforms() -> None:
+            """Not earlier: their threads would take the interpreter from what Python still does for the step."""
+            outputs = [batch[row].request.output_ids for row, _ in edited]
+            for row, failure in start_transforms(edited, outputs).items():
+                batch[row].request.finish("error", failure)  # what is computed for it is ignored
+            on_compute()
+
         step = make_step_input(batch, self._scheduler.req_to_token, known_tokens=input_ids is None)
-        logits = self._runner.run(step, input_ids, on_compute)
+        logits = self._runner.run(step, input_ids, begin_transforms if edited else on_compute)
         logits, more_logits = logits[: len(batch)], logits[len(batch) :]
         own_logits: dict[int, Tensor] = {}
         if edited:  # but for drafts, whose rows are edited one after the other, with the tokens that are accepted

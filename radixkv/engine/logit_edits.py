@@ -239,7 +239,7 @@ def edit_logits(logits: Tensor, rows: Sequence[RowEdits]) -> dict[int, Exception
         places = _places(logits, [(row, ids) for row, ids, _ in biased])
         added = _on_device(np.concatenate([bias for *_, bias in biased]), logits)
         logits.index_put_(places, logits[places] + added)
-    forbidden = [(row, edits.forbidden_ids) for row, edits in rows if len(edits.forbidden_ids)]
+    forbidden = [(row, ids) for row, edits in rows if edits.params.min_tokens and len(ids := edits.forbidden_ids)]
     if forbidden:
         places = _places(logits, forbidden)
         values = logits[places]
@@ -259,8 +259,13 @@ def edit_logits(logits: Tensor, rows: Sequence[RowEdits]) -> dict[int, Exception
     return errors
 
 
-def _are_finite(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    """Whether each of `rows` can be sampled from: what a transform hides must not hide that it cannot."""
+def _are_finite(logits: Tensor, rows: Sequence[int]) -> Tensor | None:
+    """Whether each of `rows` can be sampled from: what a transform hides must not hide that it cannot.
+
+    None if all rows can; a GPU is not asked, since it would have to be waited for.
+    """
+    if logits.device.type == "cpu" and np.isfinite(logits.numpy().max(axis=-1)).all():
+        return None
     best = logits.amax(dim=-1) if len(rows) == len(logits) else torch.stack([logits[row].amax() for row in rows])
     return torch.isfinite(best)
 

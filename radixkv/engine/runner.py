@@ -35,8 +35,8 @@ class Runner(Protocol):
 
         Args:
             input_ids: int64 [tokens] on the device, in place of `step.token_ids`.
-            on_compute: called once Python has done its part, as far as that comes first: what follows leaves the
-                interpreter to other threads, where it can.
+            on_compute: called once, when Python has done its part, as far as that comes first: what follows leaves
+                the interpreter to other threads, where it can.
 
         Returns: [sequences, vocab_size], float32, valid until the next call.
         """

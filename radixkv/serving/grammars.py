@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from threading import Lock
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radixkv.engine.async_engine import AsyncEngine
+from radixkv.engine.token_masks import forbid_tokens
 from radixkv.serving.errors import bad_request
 
 MAX_COMPILED = 128
@@ -38,7 +40,7 @@ class Grammars:
         self._tokenizer: Any = None  # llguidance's; made when the first grammar comes, since it takes a second
         self._compiled: OrderedDict[bytes, Any] = OrderedDict()
         self._lock = Lock()
-        self._group = MaskGroup(engine.vocab_size)
+        self._group = MaskGroup(engine.vocab_size, has_free_cores=has_free_cores(engine.config.device))
 
     @property
     def num_compiled(self) -> int:
@@ -93,7 +95,7 @@ class GrammarTransform:
     def __init__(self, matcher: Any, group: MaskGroup) -> None:
         self.matcher = matcher
         self.group = group
-        self.masks: Future[_Masks] | None = None  # of the step that was started last
+        self.masks: Callable[[], _Masks] | None = None  # waits for those of the step that was started last
         self.place = 0  # in them
 
     def start(self, token_ids: Sequence[int]) -> None:
@@ -103,8 +105,13 @@ class GrammarTransform:
     def num_allowed(self, token_ids: Sequence[int]) -> int:
         """How many of the first of `token_ids` the grammar allows one after the other."""
         if self.masks is not None:
-            self.masks.result()  # its thread has done with the matcher
+            self.masks()  # its thread has done with the matcher
         return 0 if self.matcher.is_error() else int(self.matcher.validate_tokens(list(token_ids)))
+
+    def found_masks(self) -> _Masks:
+        """Those of the step that was started last; waits for them."""
+        assert self.masks is not None, "apply before start"
+        return self.masks()
 
     def apply(self, logits: Tensor) -> None:
         """Set the logits of all other tokens to minus infinity."""
@@ -113,27 +120,38 @@ class GrammarTransform:
 
 
 class _Masks(NamedTuple):
-    """Which tokens are forbidden next in each of some outputs, [outputs, tokens], and which of the grammars failed."""
+    """Which tokens may come next in each of some outputs, and which of the grammars failed.
 
-    forbidden: NDArray[np.bool_]
+    Attributes:
+        words: uint32 [outputs, words], as `forbid_tokens` takes them.
+    """
+
+    words: NDArray[np.uint32]
     failed: list[bool]
 
 
 class MaskGroup:
     """Computes the masks of all outputs of a step with a grammar at once, while the model computes the logits.
 
-    One job a step: starting a job costs as much as some masks, and its own threads share the outputs out.
+    One job a step: starting a job costs as much as some masks, and llguidance's own threads share the outputs out.
+    Where the model has all cores, the job is done before it begins: to take one from it costs more than the masks.
     """
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, *, has_free_cores: bool) -> None:
+        """has_free_cores: whether there are cores that the model does not compute on."""
         self._vocab_size = vocab_size
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="radixkv-masks")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="radixkv-masks") if has_free_cores else None
         self._executor: Any = None  # llguidance's; made when the first grammar comes
 
     def start(self, transforms: Sequence[GrammarTransform], outputs: Sequence[Sequence[int]]) -> None:
         """Begin to compute which tokens may follow each of `outputs`."""
         matchers = [transform.matcher for transform in transforms]
-        masks = self._thread.submit(self._compute, matchers, [ids[-1] if ids else None for ids in outputs])
+        newest = [ids[-1] if ids else None for ids in outputs]
+        if self._thread is None:
+            found = self._masks(matchers, newest, _fill_one_by_one)
+            masks = lambda: found  # noqa: E731
+        else:
+            masks = self._thread.submit(self._masks, matchers, newest, self._fill_side_by_side).result
         for place, transform in enumerate(transforms):
             transform.masks, transform.place = masks, place
 
@@ -141,49 +159,64 @@ class MaskGroup:
         self, transforms: Sequence[GrammarTransform], logits: Tensor, rows: Sequence[int]
     ) -> dict[int, Exception]:
         """Set the logits of forbidden tokens to minus infinity. Returns: the errors of grammars that failed, by row."""
-        found = [(_masks_of(transform), transform.place) for transform in transforms]
-        first = found[0][0]
-        is_in_order = all(masks is first and place == i for i, (masks, place) in enumerate(found))
-        if is_in_order and len(found) == len(first.forbidden):
-            chosen = first.forbidden
-        else:  # a step is repeated for one of its requests, or some have ended
-            chosen = np.stack([masks.forbidden[place] for masks, place in found])
-        forbidden = torch.from_numpy(chosen).to(logits.device)
-        if len(rows) == len(logits):
-            logits.masked_fill_(forbidden, -torch.inf)
-        else:
-            index = torch.tensor(rows, dtype=torch.int64, device=logits.device)
-            logits[index] = logits[index].masked_fill_(forbidden, -torch.inf)
-        failed = [row for row, (masks, place) in zip(rows, found, strict=True) if masks.failed[place]]
+        found = [transform.found_masks() for transform in transforms]
+        places = [transform.place for transform in transforms]
+        words = found[0].words
+        if places != list(range(len(words))) or any(masks is not found[0] for masks in found):
+            # a step is repeated for one of its requests, or some have ended
+            words = np.stack([masks.words[place] for masks, place in zip(found, places, strict=True)])
+        forbid_tokens(logits, rows, words)
+        each = zip(rows, found, places, strict=True)
+        failed = [row for row, masks, place in each if masks.failed[place]]
         return {row: RuntimeError("the grammar failed on the output") for row in failed}
 
     def close(self) -> None:
         """End the thread."""
-        self._thread.shutdown(wait=False)
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)
 
-    def _compute(self, matchers: list[Any], token_ids: list[int | None]) -> _Masks:
-        """The masks after `token_ids`, the newest of each output."""
+    def _masks(self, matchers: list[Any], newest: list[int | None], fill: Callable[..., object]) -> _Masks:
+        """The masks after `newest`, the last token of each output."""
+        consumed = [
+            (matcher, token_id)
+            for matcher, token_id in zip(matchers, newest, strict=True)
+            if token_id is not None and not matcher.is_stopped()
+        ]
+        words = np.zeros((len(matchers), -(-self._vocab_size // 32)), np.int32)
+        fill(matchers, consumed, words)
+        return _Masks(words.view(np.uint32), [matcher.is_error() for matcher in matchers])
+
+    def _fill_side_by_side(
+        self, matchers: list[Any], consumed: list[tuple[Any, int]], words: NDArray[np.int32]
+    ) -> None:
+        """As `_fill_one_by_one`, on llguidance's threads."""
         import llguidance
         from llguidance.numpy import consume_token_par, fill_next_token_bitmask_par
 
         if self._executor is None:
             self._executor = llguidance.LLExecutor()
-        newest = zip(matchers, token_ids, strict=True)
-        consumed = [(matcher, i) for matcher, i in newest if i is not None and not matcher.is_stopped()]
         if consumed:
             consume_token_par(self._executor, consumed)
-        words = np.zeros((len(matchers), -(-self._vocab_size // 32)), np.int32)
         live = [(matcher, place) for place, matcher in enumerate(matchers) if not matcher.is_error()]
         if live:
             fill_next_token_bitmask_par(self._executor, live, words)
-        failed = [matcher.is_error() for matcher in matchers]
-        bits = np.unpackbits(words.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
-        return _Masks(np.logical_not(bits), failed)
 
 
-def _masks_of(transform: GrammarTransform) -> _Masks:
-    assert transform.masks is not None, "apply before start"
-    return transform.masks.result()
+def _fill_one_by_one(matchers: list[Any], consumed: list[tuple[Any, int]], words: NDArray[np.int32]) -> None:
+    """Let matchers consume a token each, and write the masks of those that did not fail into `words`."""
+    for matcher, token_id in consumed:
+        matcher.consume_token(token_id)
+    address, row_bytes = words.ctypes.data, words.strides[0]
+    for matcher in matchers:
+        if not matcher.is_error():
+            matcher.unsafe_compute_mask_ptr(address, row_bytes)
+        address += row_bytes
+
+
+def has_free_cores(device: str) -> bool:
+    """Whether a model on `device` leaves cores of the CPU free: more than torch has threads."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return not device.startswith("cpu") or available > torch.get_num_threads()
 
 
 def of_json_schema(schema: dict[str, Any], param: str) -> Grammar:

@@ -1,7 +1,8 @@
 """A client for many streams at once that only notes what comes, and when: it takes next to nothing from the server.
 
 Client and server share the processor, and the server is to be measured. So nothing is read into an answer before all
-of them have ended, but for the beginning of each, until its first text has come.
+of them have ended, but for the beginning of each, until its first text has come; and from there on the client is woken
+for many events at a time, and at the end.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Sequence
 from radixkv_bench.common.errors import BenchError
 from radixkv_bench.serving.client import Address, Body, Reply, parsed_event, reply_of, request_bytes, text_of
 
-RECEIVED_BYTES = 1 << 16  # at a time
+RECEIVED_BYTES = 1 << 16  # at a time, at most
+WOKEN_BYTES = 1 << 14  # that come between the first text and the end before the client is woken
 SILENT_S = 120.0  # until streams that send nothing count as broken
 
 
@@ -44,6 +46,7 @@ class _Stream:
         self.last_s = time.perf_counter()
         if self.first_s is None and any(map(text_of, map(parsed_event, self._events()))):
             self.first_s = self.last_s
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, WOKEN_BYTES)
         return True
 
     def reply(self) -> Reply:
