@@ -62,7 +62,7 @@ ATTENTION = Arguments(
         ("multiplies_pairs", "i8"),  # 1 or 0
         ("counter", "i8"),  # int64 [1], where the next task is
         ("num_tasks", "i8"),  # numbers
-        ("reads_once", "i8"),  # 1 where no two tasks read the same KV, so that it has to come from memory; else 0
+        ("from_memory", "i8"),  # 1 where few tasks read the same KV, so that most of it has to come from memory; else 0
         (
             "tasks",
             "i8",

@@ -211,7 +211,7 @@ def run_attention(a):
         np.empty(most_groups, np.int64),
         np.empty((2, most_groups), np.int64),
     )
-    ahead_tokens = BLOCK_TOKENS if a.reads_once else groups * LANES
+    ahead_tokens = BLOCK_TOKENS if a.from_memory else groups * LANES
     staged_tokens = 0 if a.in_lanes else BLOCK_TOKENS
     k_lanes = np.empty(staged_tokens * k_dim // width, np.int32)
     v_lanes = np.empty(staged_tokens * v_dim // width + LANES, np.int32)
@@ -373,7 +373,7 @@ def add_values(a, size, located, k_at, v_at, scales_at, weights, acc, rescale):
     num_groups = (size + LANES - 1) // LANES
     v_dim, acc_dim = a.v_dim // a.parts, acc.shape[1] // a.parts
     lines = 0
-    if a.reads_once and located > size:
+    if a.from_memory and located > size:
         for i in range((located + LANES - 1) // LANES, 2 * num_groups):
             k_at[i] = k_at[i - 1]
         lines = a.k_dim // (LANES * a.parts) * a.value_lanes // v_dim

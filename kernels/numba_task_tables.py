@@ -17,6 +17,7 @@ from radixkv.kernels.numba_arguments import NO_ROW, NOT_SPLIT
 from radixkv.kernels.numba_emitter import LANES
 
 PARTS = (numba_arguments, numba_emitter)
+FEW_READERS = 4  # tasks of the same KV: up to so many it pays to fetch it ahead for each, as measured
 
 
 @cache
@@ -37,7 +38,7 @@ def reads_cutter() -> Any:
             min_split, at_once: there are about `at_once` tasks, but none is split into less than `min_split` tokens.
 
         Returns: (table of few rows, of others, partial rows, tokens that all tasks read, merged rows, their indptr,
-            their partials); a table is (tasks, row_ids, row_starts, row_ends, whether no two tasks read the same).
+            their partials); a table is (tasks, row_ids, row_starts, row_ends, whether few tasks read the same).
         """
         _ = sources
         num_q_heads, num_kv_heads = heads
@@ -109,12 +110,12 @@ def _split(page_lists, tiles, split_tokens, num_kv_heads, group):
         np.empty((num_tasks, rows), np.int32),
     )
     task = first = 0
-    reads_once = True
+    from_memory = True
     while first < len(read):
         last = first + 1
         while last < len(read) and read[last] == read[first]:
             last += 1
-        reads_once &= last == first + 1
+        from_memory &= last - first <= FEW_READERS
         most_splits = 0
         for tile in range(first, last):
             most_splits = max(most_splits, _ceil_div(end[tile] - start[tile], split_tokens))
@@ -133,7 +134,7 @@ def _split(page_lists, tiles, split_tokens, num_kv_heads, group):
                         task_starts[task, row], task_ends[task, row] = row_starts[tile, row], row_ends[tile, row]
                     task += 1
         first = last
-    return tasks, task_ids, task_starts, task_ends, reads_once
+    return tasks, task_ids, task_starts, task_ends, from_memory
 
 
 @inner

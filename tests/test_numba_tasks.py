@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -118,6 +119,14 @@ def test_tasks_cover_what_is_to_be_read_once_and_say_what_is_merged(
                 elif row != NO_ROW:
                     assert row not in merged
                     assert not merge_all
+
+
+@pytest.mark.parametrize(("readers", "from_memory"), [(1, True), (4 * MAX_ROWS, True), (4 * MAX_ROWS + 1, False)])
+def test_what_many_tasks_read_is_not_fetched_ahead_for_each(readers: int, from_memory: bool) -> None:
+    tokens, ends = np.arange(readers), np.full(readers, 900)
+    reads = Reads(np.zeros(1, np.int64), np.array([readers]), tokens, np.zeros_like(tokens), ends)
+    work = plan_work(reads, Heads(1, 1), num_tokens=readers, num_threads=2, merge_all=False)
+    assert [table.from_memory for table in work.tables] == [from_memory]
 
 
 def test_long_reads_are_split_over_the_threads() -> None:

@@ -60,7 +60,7 @@ class TaskTable:
     row_ids: NDArray[np.int32]  # [num_tasks, rows]
     row_starts: NDArray[np.int32]
     row_ends: NDArray[np.int32]
-    reads_once: bool  # no two tasks read the same KV
+    from_memory: bool  # few tasks read the same KV
 
     @property
     def rows(self) -> int:
@@ -72,7 +72,7 @@ class TaskTable:
         """Its size and the addresses of its arrays, as `numba_arguments.ATTENTION` names them."""
         return {
             "num_tasks": len(self.tasks),
-            "reads_once": self.reads_once,
+            "from_memory": self.from_memory,
             "tasks": self.tasks.ctypes.data,
             "row_ids": self.row_ids.ctypes.data,
             "row_starts": self.row_starts.ctypes.data,
