@@ -35,8 +35,9 @@ class Reader:
 
     def put(self, progress: Progress) -> None:
         """Take note of what a request gained."""
-        if self._consume is not None and progress.output is None and self._is_awaited():
-            try:
+        waiter = self._waiter
+        if self._consume is not None and progress.output is None and waiter is not None and not waiter.done():
+            try:  # a `take` waits, so the outbox is empty
                 if self._consume(progress):
                     return
             except Exception as error:
@@ -60,10 +61,6 @@ class Reader:
                 raise EngineFailedError(str(self._error)) from self._error.__cause__
             self._waiter = self.loop.create_future()
             await self._waiter
-
-    def _is_awaited(self) -> bool:
-        """Whether a `take` waits; the outbox is empty then."""
-        return self._waiter is not None and not self._waiter.done()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

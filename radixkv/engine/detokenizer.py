@@ -61,15 +61,17 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Take one id; returns the text that is certain now and was not returned before."""
+        if not self._stops:  # nothing is held back here, and there are no marks
+            if piece := self._decoder.push(token_id):
+                self._given.append(piece)
+            return piece
         self._num_pushed += 1
         if token_id in self._marks:
             self._append(self._decoder.finish() + self._marks[token_id][0])
         else:
             self._append(self._decoder.push(token_id))
-            if self._stops and not self.stopped and (pending := self._decoder.pending):
+            if not self.stopped and (pending := self._decoder.pending):
                 self._stop_within(pending)
-        if not self._stops:
-            return self._give(len(self._held))
         return self._give(len(self._held) if self.stopped else self._num_certain())
 
     def flush(self) -> str:
@@ -171,13 +173,20 @@ class _Bytes:
     def __init__(self, token_bytes: Mapping[int, bytes]) -> None:
         self._token_bytes = token_bytes
         self._decoder = _Utf8Decoder("replace")
+        self._is_between = True  # characters: none is unfinished
 
     def push(self, token_id: int) -> str:
         """Take one id; returns the text that is certain now and was not returned before."""
-        return self._decoder.decode(self._token_bytes[token_id])
+        data = self._token_bytes[token_id]
+        if self._is_between and data.isascii():
+            return data.decode("ascii")
+        piece = self._decoder.decode(data)
+        self._is_between = not self._decoder.getstate()[0]
+        return piece
 
     def finish(self) -> str:
         """The rest of the text of all ids so far."""
+        self._is_between = True
         return self._decoder.decode(b"", True)
 
 
