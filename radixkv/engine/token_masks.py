@@ -12,6 +12,11 @@ from torch import Tensor
 from radixkv.kernels import numba_masks
 
 
+def compile_masks() -> None:
+    """Compile what `forbid_tokens` calls on the CPU, or load it from disk, so that no step waits for it."""
+    forbid_tokens(torch.zeros(1, 1, dtype=torch.float32, device="cpu"), [0], np.ones((1, 1), np.uint32))
+
+
 def forbid_tokens(logits: Tensor, rows: Sequence[int], words: NDArray[np.uint32]) -> None:
     """Set logits of forbidden tokens to minus infinity, in place. O(logits of the rows).
 

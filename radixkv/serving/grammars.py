@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radixkv.engine.async_engine import AsyncEngine
-from radixkv.engine.token_masks import forbid_tokens
+from radixkv.engine.token_masks import compile_masks, forbid_tokens
 from radixkv.serving.errors import bad_request
 
 MAX_COMPILED = 128
@@ -78,6 +78,7 @@ class Grammars:
         if self._tokenizer is None:
             tokenizer = self._engine.require_tokenizer("a grammar")
             ends = sorted(self._engine.eos_ids) or None
+            compile_masks()
             try:
                 self._tokenizer = from_tokenizer(tokenizer, n_vocab=self._engine.vocab_size, eos_token=ends)
             except Exception as error:  # of tokenizers that are not fast, or have no end
