@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 STRUCT_CODES = {"i8": "q", "f4": "f"}
 NO_ROW = -1  # in place of a row's number
-NOT_SPLIT = -1  # in place of a partial row's number
+NOT_SPLIT = -1  # in place of a partial row's number, of tasks that nothing is merged with
 
 
 class Arguments:
@@ -63,10 +63,7 @@ ATTENTION = Arguments(
         ("counter", "i8"),  # int64 [1], where the next task is
         ("num_tasks", "i8"),  # numbers
         ("from_memory", "i8"),  # 1 where few tasks read the same KV, so that most of it has to come from memory; else 0
-        (
-            "tasks",
-            "i8",
-        ),  # int64 [num_tasks, 5]: KV head, its page list's first entry, first token, end, partial row or NOT_SPLIT
+        ("tasks", "i8"),  # int64 [num_tasks, 5]: KV head, its pages, first token, end, partial row or NOT_SPLIT
         ("row_ids", "i8"),  # int32 [num_tasks, rows]: token * num_q_heads + head, or NO_ROW
         ("row_starts", "i8"),  # int32 [num_tasks, rows]: of its task's tokens a row sees [start, end)
         ("row_ends", "i8"),

@@ -173,20 +173,16 @@ class _Bytes:
     def __init__(self, token_bytes: Mapping[int, bytes]) -> None:
         self._token_bytes = token_bytes
         self._decoder = _Utf8Decoder("replace")
-        self._is_between = True  # characters: none is unfinished
 
     def push(self, token_id: int) -> str:
         """Take one id; returns the text that is certain now and was not returned before."""
         data = self._token_bytes[token_id]
-        if self._is_between and data.isascii():
+        if data.isascii() and not self._decoder.buffer:  # no character is unfinished
             return data.decode("ascii")
-        piece = self._decoder.decode(data)
-        self._is_between = not self._decoder.getstate()[0]
-        return piece
+        return self._decoder.decode(data)
 
     def finish(self) -> str:
         """The rest of the text of all ids so far."""
-        self._is_between = True
         return self._decoder.decode(b"", True)
 
 

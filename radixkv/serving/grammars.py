@@ -148,11 +148,7 @@ class MaskGroup:
         """Begin to compute which tokens may follow each of `outputs`."""
         matchers = [transform.matcher for transform in transforms]
         newest = [ids[-1] if ids else None for ids in outputs]
-        if self._thread is None:
-            found = self._masks(matchers, newest, _fill_one_by_one)
-            masks = lambda: found  # noqa: E731
-        else:
-            masks = self._thread.submit(self._masks, matchers, newest, self._fill_side_by_side).result
+        masks = self._begin(matchers, newest)
         for place, transform in enumerate(transforms):
             transform.masks, transform.place = masks, place
 
@@ -175,6 +171,13 @@ class MaskGroup:
         """End the thread."""
         if self._thread is not None:
             self._thread.shutdown(wait=False)
+
+    def _begin(self, matchers: list[Any], newest: list[int | None]) -> Callable[[], _Masks]:
+        """What waits for the masks after `newest`, the last token of each output."""
+        if self._thread is None:
+            masks = self._masks(matchers, newest, _fill_one_by_one)
+            return lambda: masks
+        return self._thread.submit(self._masks, matchers, newest, self._fill_side_by_side).result
 
     def _masks(self, matchers: list[Any], newest: list[int | None], fill: Callable[..., object]) -> _Masks:
         """The masks after `newest`, the last token of each output."""

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from radixkv.serving.wire import text_to_json, to_json
+from radixkv.serving.wire import to_json
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class EventForm:
 
     def event(self, text: str) -> bytes:
         """The event with `text`."""
-        return b"".join((self._before, text_to_json(text), self._after))
+        return b"".join((self._before, to_json(text), self._after))
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

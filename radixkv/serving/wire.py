@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from json.encoder import encode_basestring
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -18,15 +17,6 @@ def to_json(content: Any) -> bytes:
     b'{"a":"?"}'
     """
     return _encode(content).encode("utf-8", "replace")
-
-
-def text_to_json(text: str) -> bytes:
-    """As `to_json`, for a text alone.
-
-    >>> text_to_json('"\\ud800"') == to_json('"\\ud800"')
-    True
-    """
-    return encode_basestring(text).encode("utf-8", "replace")
 
 
 class JsonAnswer(JSONResponse):
