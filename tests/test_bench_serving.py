@@ -125,6 +125,7 @@ def test_a_schema_is_compared_with_none(
     sizes = ["--batch", "2", "--prompt-tokens", "8", "--stream-tokens", "6"]
     figures = run(tmp_path, monkeypatch, "--cases", "schema", *sizes)["schema"]
     assert figures["ratio"] == pytest.approx(figures["schema_tokens_a_second"] / figures["free_tokens_a_second"])
+    assert 0 < figures["forced_share"] < 1
     assert "tokens/s with the schema" in capsys.readouterr().out
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from http_server import new_demo_engine
-from radixkv.serving.grammars import Grammars, GrammarTransform, has_free_cores, of_json_schema, of_regex
+from radixkv.serving.grammars import Grammar, Grammars, GrammarTransform, has_free_cores, of_json_schema, of_regex
 
 SCHEMA = {"type": "array", "minItems": 3, "items": {"enum": ["Romeo", "Juliet"]}}
 GRAMMARS = [of_json_schema(SCHEMA, "schema"), of_regex("[a-f]+x?", "regex"), of_json_schema({"type": "null"}, "schema")]
@@ -89,10 +90,44 @@ def test_a_grammar_tells_how_much_of_a_draft_it_allows(grammars: Grammars) -> No
             allowed, forbidden = int(logits.argmax()), int(logits.argmin())
             if other.matcher.is_stopped():
                 break
-            newest = output[-1:]  # of which it was not told yet
-            assert transform.num_allowed([*newest, allowed]) == len(newest) + 1
-            assert transform.num_allowed([*newest, forbidden, allowed]) == len(newest)
-            transform.start(output)
-            assert transform.num_allowed([allowed]) == 1
-            assert transform.num_allowed([forbidden]) == 0
+            for _ in range(2):  # before it was started, and after it
+                assert transform.num_allowed(output, [allowed]) == 1
+                assert transform.num_allowed(output, [forbidden, allowed]) == 0
+                transform.start(output)
             output.append(allowed)
+
+
+def forced_by_masks(transform: GrammarTransform, output: list[int]) -> list[int]:
+    """The tokens that come after `output` because the masks allow no others, as far as the grammar goes."""
+    forced: list[int] = []
+    while True:
+        logits = torch.zeros(2048)
+        transform.start([*output, *forced])
+        if transform.matcher.is_stopped():
+            return forced
+        transform.apply(logits)
+        (allowed,) = logits.isfinite().nonzero(as_tuple=True)
+        if len(allowed) != 1:
+            return forced
+        forced.append(int(allowed[0]))
+
+
+@pytest.mark.parametrize("grammar", [*GRAMMARS, of_json_schema({"const": "Wherefore art thou"}, "schema")])
+def test_forced_tokens_are_those_that_masks_leave_no_choice_about(grammars: Grammars, grammar: Grammar) -> None:
+    make = grammars.transform(grammar)
+    rng = random.Random(0)
+    for _ in range(8):
+        transform, output, num_forced = make(), [], 0
+        for _ in range(12):
+            logits = torch.zeros(2048)
+            transform.start(output)
+            if transform.matcher.is_stopped():
+                break
+            transform.apply(logits)
+            output.append(rng.choice(logits.isfinite().nonzero().flatten().tolist()))
+            forced = list(transform.forced(output))
+            assert forced == forced_by_masks(make(), output)[: len(forced)]
+            assert list(transform.forced(output)) == forced, "asked again"
+            output += forced
+            num_forced += len(forced)
+        assert num_forced or grammar is GRAMMARS[1]

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -136,6 +137,23 @@ def test_the_dashboard_asks_for_what_is_exported(server: Running) -> None:
     exported = {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
     exported |= set(re.findall(r"# TYPE (\S+) (?:counter|gauge)", text))  # those that have no sample as yet
     assert names - exported == set()
+
+
+def test_forced_tokens_are_counted(server: Running) -> None:
+    def answer(**more: Any) -> tuple[str, int, float]:
+        before = forced()
+        body = {"messages": [{"role": "user", "content": "ROMEO:"}], "max_tokens": 40, "temperature": 0, **more}
+        reply = server.http().post("/v1/chat/completions", json={**body, "regex": "(yes|no) (yes|no), good night!"})
+        told = reply.json()
+        return told["choices"][0]["message"]["content"], told["usage"]["completion_tokens"], forced() - before
+
+    def forced() -> float:
+        return float(re.search(r"(?m)^radixkv_forced_tokens_total (\S+)$", server.http().get("/metrics").text)[1])
+
+    text, num_tokens, num_forced = answer()
+    assert text.endswith(", good night!")
+    assert num_forced > 3
+    assert answer(speculate=False) == (text, num_tokens, 0)
 
 
 def test_drafts_are_counted_by_source() -> None:

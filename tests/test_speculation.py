@@ -294,7 +294,7 @@ class EvenTokens:
     def apply(self, logits: Tensor) -> None:
         logits[1::2] = -torch.inf
 
-    def _num_allowed(self, token_ids: Sequence[int]) -> int:
+    def _num_allowed(self, output_ids: Sequence[int], token_ids: Sequence[int]) -> int:
         odd = [place for place, token_id in enumerate(token_ids) if token_id % 2]
         return odd[0] if odd else len(token_ids)
 

@@ -121,7 +121,11 @@ class SamplingParams:
     ] = ()
     ignore_eos: Annotated[bool, Setting("Go on after end-of-sequence ids.")] = False
     speculate: Annotated[
-        bool, Setting("Whether its tokens may be guessed and checked several at a time, where the engine does so.")
+        bool,
+        Setting(
+            "Whether its tokens may come several at a time: guessed and checked, where the engine does so, or forced "
+            "by a logits_transform."
+        ),
     ] = True
     logprobs: Annotated[
         int | None,

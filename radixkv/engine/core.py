@@ -168,6 +168,7 @@ class EngineCore:
             kv_bytes_per_token=self._parts.kv_bytes_per_token,
             pool_bytes=self._parts.pool.num_bytes,
             sampled_steps=self._executor.sampled_steps,
+            forced_tokens=self._executor.forced_tokens,
             speculation=None if self._speculation is None else self._speculation.stats(),
             state_pool_bytes=0 if self._parts.states is None else self._parts.states.num_bytes,
         )

@@ -43,7 +43,7 @@ class Executor:
     vain is overwritten before it is read.
 
     Attributes:
-        computed_tokens, generated_tokens, sampled_steps: counts since the executor was made.
+        computed_tokens, generated_tokens, forced_tokens, sampled_steps: counts since the executor was made.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Executor:
         self._ahead: _Launched | None = None
         self._speculation = speculation
         self._ended_at = 0.0  # the last step
-        self.computed_tokens = self.generated_tokens = self.sampled_steps = 0
+        self.computed_tokens = self.generated_tokens = self.forced_tokens = self.sampled_steps = 0
 
     def step(self, on_compute: Callable[[], object] = nothing) -> list[Span]:
         """Run one batch, and give its requests their tokens; those that ended are still to be released.
@@ -179,6 +179,7 @@ class Executor:
             launched, [(row, span) for row, span in live if span.num_drafted], token_ids, finite
         )
         prompt_logits = _prompt_logits(launched)
+        given = [span for _, span in live if span.num_drafted]
         for row, span in live:
             try:
                 if span.num_drafted:
@@ -194,8 +195,11 @@ class Executor:
                 else:
                     self._accept(span, token_ids[row], launched.logits[row], launched.own_logits.get(row))
                     self.sampled_steps += 1
+                    given.append(span)
             except Exception as error:  # of this request's logits or tokenizer: the others go on
                 span.request.finish("error", error)
+        for span in given:
+            self._append_forced(span, launched.logits.shape[1])
         # After the tokens, not before: whoever interrupts in between leaves requests that compute a token once more,
         # never one that has nothing to compute. What gave bad logits is not shared.
         for _, span in live:
@@ -205,6 +209,28 @@ class Executor:
             except Exception as error:  # of sharing what this request computed
                 span.request.finish("error", error)
         return accepted
+
+    def _append_forced(self, span: Span, vocab_size: int) -> None:
+        """Give a request that was given a token those that its transform forces after it, up to one that may end it."""
+        request = span.request
+        may_be_forced = request.params.speculate and request.params.logprobs is None
+        if request.edits is None or request.is_finished or not may_be_forced:
+            return
+        try:
+            for token_id in request.edits.forced(request.output_ids):
+                if not 0 <= token_id < vocab_size:
+                    raise InvalidRequestError(
+                        f"tokens that a logits_transform forces must be from 0 to {vocab_size - 1}, not {token_id}"
+                    )
+                if token_id in request.stop_ids or request.is_finished:
+                    break
+                if request.generator is not None and not self._is_drawn_on_device(span):
+                    self._sampler.pass_over(vocab_size, request.params, request.generator)
+                request.append(token_id, is_forced=True)
+                self.generated_tokens += 1
+                self.forced_tokens += 1
+        except Exception as error:  # of this request's transform or tokenizer: the others go on
+            request.finish("error", error)
 
     def _check_drafts(
         self, launched: _Launched, drafted: list[tuple[int, Span]], token_ids: list[int], finite: list[bool]
@@ -272,14 +298,16 @@ class Executor:
     def _accept(self, span: Span, token_id: int, logits: Tensor, own_logits: Tensor | None) -> None:
         """Take a token for the request, drawn from `logits`; `own_logits` are the model's, if they were edited."""
         request = span.request
-        is_drawn = self._device_sampler is not None and self._device_sampler.draws(_row(span)) and not span.num_drafted
-        if request.generator is not None and not is_drawn:
+        if request.generator is not None and (span.num_drafted or not self._is_drawn_on_device(span)):
             token_id = self._sampler.draw(logits, request.params, request.generator)
         if request.params.logprobs is not None:
             reported = logits if own_logits is None else own_logits
             request.logprobs.append(self._sampler.logprobs(reported, token_id, request.params.logprobs))
         request.append(token_id)
         self.generated_tokens += 1
+
+    def _is_drawn_on_device(self, span: Span) -> bool:
+        return self._device_sampler is not None and self._device_sampler.draws(_row(span))
 
 
 def _is_decode(span: Span) -> bool:

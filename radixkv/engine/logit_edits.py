@@ -20,12 +20,12 @@ class LogitsTransform(Protocol):
 
     `start` is called when the output's tokens are known, before the model computes the logits of the next one; `apply`
     after that. So `start` can begin work in a thread of its own, which runs while the model does, and `apply` waits for
-    it. (Of several tokens that one pass checks, each but the first has its `start` directly before its `apply`.) Both
-    are called by the thread that runs the engine. What they raise fails this request alone.
+    it. (Of several tokens that one pass checks, each but the first has its `start` directly before its `apply`.) All
+    is called by the thread that runs the engine. What a method raises fails this request alone.
     """
 
     def start(self, token_ids: Sequence[int]) -> None:
-        """Get ready for the token after `token_ids`, the output so far. Once for each length, 0 first.
+        """Get ready for the token after `token_ids`, the output so far; once for each token that is to be chosen.
 
         The list is the engine's own: do not change it. It stays as it is until `apply` returns.
         """
@@ -38,8 +38,15 @@ class LogitsTransform(Protocol):
         """
         ...
 
-    # It may have a method `num_allowed(token_ids) -> int`: how many of the first of `token_ids` it would allow one
-    # after the other, after what it was started with last. Drafts are cut there, before they are checked in vain.
+    # It may have two methods more:
+    #
+    # `num_allowed(output_ids, token_ids) -> int`: how many of the first of `token_ids` it would allow one after the
+    # other after `output_ids`, the output so far. Drafts are cut there, before they are checked in vain.
+    #
+    # `forced(token_ids) -> Sequence[int]`: tokens that must come after `token_ids`, the output so far, one after the
+    # other, because `apply` would forbid all others; it need not name all of them. Asked once a token was chosen. The
+    # engine takes them as they are, and computes them together with the one that was chosen: a step for each is spared.
+    # Those that would end the output are left to the model; none are asked for where log probabilities are wanted.
 
 
 class TransformGroup(Protocol):
@@ -166,10 +173,12 @@ class LogitEdits:
     def num_allowed(self, output_ids: Sequence[int], token_ids: NDArray[np.int32]) -> int:
         """How many of the first of `token_ids` the transform may allow after `output_ids`; all, if it cannot tell."""
         count = getattr(self.transform, "num_allowed", None)
-        if count is None:
-            return len(token_ids)
-        newest = [] if self._num_started == len(output_ids) else list(output_ids[-1:])  # not known to it yet
-        return max(0, int(count([*newest, *token_ids.tolist()])) - len(newest))
+        return len(token_ids) if count is None else int(count(output_ids, token_ids.tolist()))
+
+    def forced(self, output_ids: Sequence[int]) -> Sequence[int]:
+        """Tokens that the transform forces after `output_ids`; none, if it cannot tell."""
+        tell = getattr(self.transform, "forced", None)
+        return () if tell is None else tell(output_ids)
 
     def is_to_start(self, output_ids: Sequence[int]) -> bool:
         """Whether there is a transform that was not started for the token after `output_ids`. True once."""

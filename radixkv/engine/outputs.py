@@ -113,6 +113,8 @@ class RequestOutput:
         others: the choices after this one, if it is the first and `generate` returns it.
         drafted_by: tokens that were guessed and checked, by the source of the draft.
         accepted_by: those of them that were right, and are in `token_ids`.
+        forced_tokens: how many of `token_ids` were the only ones that the request's transform allowed, and so were not
+            waited for.
     """
 
     request_id: int
@@ -132,6 +134,7 @@ class RequestOutput:
     cached_by: Mapping[str, int] = field(default_factory=dict)
     drafted_by: Mapping[str, int] = field(default_factory=dict)
     accepted_by: Mapping[str, int] = field(default_factory=dict)
+    forced_tokens: int = 0
 
     @property
     def drafted_tokens(self) -> int:

@@ -39,11 +39,11 @@ class PromptsInProgress:
         if request.awaited is not None:  # what two prompts have in common stays so
             other, common = request.awaited
             worth_it = cached_tokens + _worth_waiting_tokens(request, other)
-            if other.lease is not None and other.num_pending > 1 and common >= worth_it:
+            if other.lease is not None and other.is_prefilling and common >= worth_it:
                 return True
             request.awaited = None
         for other in self._by_head.get(_head(request), ()):
-            if other.num_pending > 1:
+            if other.is_prefilling:
                 common = common_tokens(other.token_ids, request.findable_ids)
                 if common >= cached_tokens + _worth_waiting_tokens(request, other):
                     request.awaited = other, common

@@ -59,6 +59,8 @@ class Request:
     awaited: tuple[Request, int] | None = None  # one that computes what both begin with, and how many tokens that is
     drafted_by: dict[str, int] = field(default_factory=dict)  # tokens that were guessed and checked, by source
     accepted_by: dict[str, int] = field(default_factory=dict)  # those that were right
+    num_forced: int = 0  # of the last tokens: those that were forced, after one that was chosen
+    forced_tokens: int = 0  # of the output
     retractions: int = 0
     started_at: float | None = None
     first_token_at: float | None = None
@@ -105,8 +107,13 @@ class Request:
 
     @property
     def num_pending(self) -> int:
-        """Tokens known and not yet computed: 1 while decoding, more during prefill."""
+        """Tokens known and not yet computed: 1 while decoding, and those forced after it; more during prefill."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether there is more to compute than the token that was chosen last and those that were forced after it."""
+        return self.num_tokens - self.num_computed > 1 + self.num_forced
 
     @property
     def findable_ids(self) -> NDArray[np.int32]:
@@ -165,8 +172,14 @@ class Request:
     def is_finished(self) -> bool:
         return self.finish_reason is not None
 
-    def append(self, token_id: int) -> None:
-        """Take a new token, and finish if it is the last one."""
+    def append(self, token_id: int, *, is_forced: bool = False) -> None:
+        """Take a new token, and finish if it is the last one.
+
+        Args:
+            is_forced: whether it is the only one that could come, so that no step computed logits for it.
+        """
+        self.num_forced = self.num_forced + 1 if is_forced else 0
+        self.forced_tokens += is_forced
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
         self._tokens[self.num_tokens] = token_id
@@ -252,6 +265,7 @@ class Request:
             choice_index=self.choice_index,
             drafted_by=dict(self.drafted_by),
             accepted_by=dict(self.accepted_by),
+            forced_tokens=self.forced_tokens,
         )
 
     def _usage(self) -> Usage:

@@ -123,8 +123,9 @@ class EngineStats(NamedTuple):
     running request had its pages taken back. `peak_used_pages` includes unused prefixes that are kept.
     `kv_bytes_per_token` counts a token that every layer keeps; `pool_bytes` is the size of the KV pool, and
     `state_pool_bytes` that of the states of recurrent layers, of which `cache` tells how many there are (0 without).
-    `sampled_steps` counts, for each request, the steps that gave it tokens: without drafts, each of them gave one.
-    `speculation` tells what drafts did; None without them.
+    `sampled_steps` counts, for each request, the steps that gave it tokens: without drafts and grammars, each of them
+    gave one. `speculation` tells what drafts did; None without them. `forced_tokens` of the `generated_tokens` were the
+    only ones that a grammar allowed.
     `loading` requests have their pages and wait for what a tier below the pool has of their prompts; `tiers` tell of
     each of these, and `tiers_busy_s` is the part of the engine's own time that copying to and from them took.
     """
@@ -145,6 +146,7 @@ class EngineStats(NamedTuple):
     sampled_steps: int = 0
     speculation: SpeculationStats | None = None
     state_pool_bytes: int = 0
+    forced_tokens: int = 0
 
     @property
     def bytes_per_state(self) -> int:
@@ -153,7 +155,10 @@ class EngineStats(NamedTuple):
 
     @property
     def tokens_per_step(self) -> float:
-        """How many tokens a step gave each request in it, on average; 1 without drafts, 0 before the first step."""
+        """How many tokens a step gave each request in it, on average; 0 before the first step.
+
+        1 without drafts, and without grammars that force tokens.
+        """
         return self.generated_tokens / self.sampled_steps if self.sampled_steps else 0.0
 
     @property

@@ -39,6 +39,16 @@ class Sampler:
         ids, probabilities = filtered_probabilities(logits, params)
         return int(ids[torch.multinomial(probabilities.cpu(), 1, generator=generator)[0]])
 
+    def pass_over(self, vocab_size: int, params: SamplingParams, generator: torch.Generator) -> None:
+        """Take as much from `generator` as `draw` does where a single one of `vocab_size` tokens can come.
+
+        So what is drawn later does not depend on whether that token was drawn. O(1) with `top_p` or `min_p`, else
+        O(tokens that `top_k` keeps).
+        """
+        is_cut = params.top_p < 1 or params.min_p > 0
+        kept = 1 if is_cut else min(params.top_k or vocab_size, vocab_size)
+        torch.multinomial(torch.ones(kept, dtype=torch.float64, device="cpu"), 1, generator=generator)
+
     def logprobs(self, logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
         """Log probabilities of one row [vocab_size] of logits."""
         (entry,) = self.logprobs_of_rows(logits[None], [token_id], num_top)

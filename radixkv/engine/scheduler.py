@@ -122,16 +122,17 @@ class Scheduler:
     def _fill(self) -> list[Span]:
         self._grow_decodes()
         batch = [Span(r, r.num_computed, r.num_tokens) for r in self.running if r.num_pending == 1]
-        prefills = [r for r in self.running if r.num_pending > 1] if len(batch) < len(self.running) else []
+        longer = [r for r in self.running if r.num_pending > 1] if len(batch) < len(self.running) else []
+        prefills = [r for r in longer if r.is_prefilling]
         budget = self._config.max_batch_tokens - len(batch)
-        for request in prefills:
+        for request in [*(r for r in longer if not r.is_prefilling), *prefills]:
             if budget > 0:
                 budget = self._add_chunk(batch, request, budget)
         if budget == 0 or not self.waiting or not self._req_to_token.num_free:
             return batch
         in_progress = PromptsInProgress()
         if self._config.prefix_cache:
-            in_progress.add(*prefills, *(r for r in self.loading if r.num_pending > 1))
+            in_progress.add(*prefills, *(r for r in self.loading if r.is_prefilling))
         is_blocked = False
         for request in self.waiting.candidates():
             if budget == 0 or not self._req_to_token.num_free:
@@ -184,7 +185,7 @@ class Scheduler:
         if request.lease is not None:
             request.lease.advance(span.last)
         if span.num_drafted:
-            request.num_computed = request.num_tokens - 1  # what was accepted, and nothing behind it
+            request.num_computed = request.num_tokens - 1 - request.num_forced  # what was accepted, and nothing else
             if request.lease is not None:
                 request.lease.shrink(request.num_tokens)
         if span.first < len(request.prompt_ids):
@@ -226,13 +227,13 @@ class Scheduler:
     # -- running requests --------------------------------------------------------------------------------------------
 
     def _grow_decodes(self) -> None:
-        """Give a page to each running request whose next token needs one, and retract those that cannot have it."""
-        for request in [r for r in self.running if r.num_pending == 1]:
+        """Give pages to running requests whose newest tokens need some, and retract those that cannot have them."""
+        for request in [r for r in self.running if not r.is_prefilling]:
             if request.lease is not None:  # not retracted meanwhile for another's sake
                 self._grow(request)
 
     def _grow(self, request: Request) -> None:
-        """Give `request` pages for its next token, or retract it."""
+        """Give `request` pages for its newest tokens, or retract it."""
         while request.lease is not None:
             try:
                 if request.lease.capacity_tokens < request.num_tokens:
@@ -240,6 +241,8 @@ class Scheduler:
             except OutOfPagesError:
                 self._retract(self._giving_way.cheapest_for(request))
                 continue
+            if request.num_pending > 1:
+                return  # those that were forced are computed as far as window pages go
             try:
                 request.lease.cover(request.num_computed, request.num_tokens)
             except OutOfPagesError:  # of window pages, which no quota guarantees

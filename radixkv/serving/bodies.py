@@ -58,6 +58,7 @@ class GenerationBody(Body):
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     seed: int | None = None
+    speculate: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     regex: str | None = None

@@ -98,16 +98,30 @@ class GrammarTransform:
         self.group = group
         self.masks: Callable[[], _Masks] | None = None  # waits for those of the step that was started last
         self.place = 0  # in them
+        self._num_consumed = 0  # tokens of the output that the matcher knows
 
     def start(self, token_ids: Sequence[int]) -> None:
         """Begin to compute which tokens may follow `token_ids`."""
         self.group.start([self], [token_ids])
 
-    def num_allowed(self, token_ids: Sequence[int]) -> int:
-        """How many of the first of `token_ids` the grammar allows one after the other."""
-        if self.masks is not None:
-            self.masks()  # its thread has done with the matcher
+    def consume(self, token_ids: Sequence[int]) -> None:
+        """Let the matcher know what it does not know yet of `token_ids`, the output so far."""
+        if len(token_ids) > self._num_consumed:
+            if not self.matcher.is_stopped():
+                self.matcher.consume_tokens(token_ids[self._num_consumed :])
+            self._num_consumed = len(token_ids)
+
+    def num_allowed(self, output_ids: Sequence[int], token_ids: Sequence[int]) -> int:
+        """How many of the first of `token_ids` the grammar allows one after the other after `output_ids`."""
+        self._wait()
+        self.consume(output_ids)
         return 0 if self.matcher.is_error() else int(self.matcher.validate_tokens(list(token_ids)))
+
+    def forced(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """The tokens that are the only ones that the grammar allows after `token_ids`, one after the other."""
+        self._wait()
+        self.consume(token_ids)
+        return () if self.matcher.is_stopped() else self.matcher.compute_ff_tokens()
 
     def found_masks(self) -> _Masks:
         """Those of the step that was started last; waits for them."""
@@ -118,6 +132,11 @@ class GrammarTransform:
         """Set the logits of all other tokens to minus infinity."""
         for error in self.group.apply([self], logits[None], [0]).values():
             raise error
+
+    def _wait(self) -> None:
+        """Wait until the thread that makes masks has done with the matcher."""
+        if self.masks is not None:
+            self.masks()
 
 
 class _Masks(NamedTuple):
@@ -146,9 +165,7 @@ class MaskGroup:
 
     def start(self, transforms: Sequence[GrammarTransform], outputs: Sequence[Sequence[int]]) -> None:
         """Begin to compute which tokens may follow each of `outputs`."""
-        matchers = [transform.matcher for transform in transforms]
-        newest = [ids[-1] if ids else None for ids in outputs]
-        masks = self._begin(matchers, newest)
+        masks = self._begin(transforms, outputs)
         for place, transform in enumerate(transforms):
             transform.masks, transform.place = masks, place
 
@@ -172,44 +189,38 @@ class MaskGroup:
         if self._thread is not None:
             self._thread.shutdown(wait=False)
 
-    def _begin(self, matchers: list[Any], newest: list[int | None]) -> Callable[[], _Masks]:
-        """What waits for the masks after `newest`, the last token of each output."""
+    def _begin(self, transforms: Sequence[GrammarTransform], outputs: Sequence[Sequence[int]]) -> Callable[[], _Masks]:
+        """What waits for the masks after `outputs`."""
         if self._thread is None:
-            masks = self._masks(matchers, newest, _fill_one_by_one)
+            masks = self._masks(transforms, outputs, _fill_one_by_one)
             return lambda: masks
-        return self._thread.submit(self._masks, matchers, newest, self._fill_side_by_side).result
+        return self._thread.submit(self._masks, transforms, outputs, self._fill_side_by_side).result
 
-    def _masks(self, matchers: list[Any], newest: list[int | None], fill: Callable[..., object]) -> _Masks:
-        """The masks after `newest`, the last token of each output."""
-        consumed = [
-            (matcher, token_id)
-            for matcher, token_id in zip(matchers, newest, strict=True)
-            if token_id is not None and not matcher.is_stopped()
-        ]
+    def _masks(
+        self, transforms: Sequence[GrammarTransform], outputs: Sequence[Sequence[int]], fill: Callable[..., object]
+    ) -> _Masks:
+        """The masks after `outputs`."""
+        for transform, output in zip(transforms, outputs, strict=True):
+            transform.consume(output)
+        matchers = [transform.matcher for transform in transforms]
         words = np.zeros((len(matchers), -(-self._vocab_size // 32)), np.int32)
-        fill(matchers, consumed, words)
+        fill(matchers, words)
         return _Masks(words.view(np.uint32), [matcher.is_error() for matcher in matchers])
 
-    def _fill_side_by_side(
-        self, matchers: list[Any], consumed: list[tuple[Any, int]], words: NDArray[np.int32]
-    ) -> None:
+    def _fill_side_by_side(self, matchers: Sequence[Any], words: NDArray[np.int32]) -> None:
         """As `_fill_one_by_one`, on llguidance's threads."""
         import llguidance
-        from llguidance.numpy import consume_token_par, fill_next_token_bitmask_par
+        from llguidance.numpy import fill_next_token_bitmask_par
 
         if self._executor is None:
             self._executor = llguidance.LLExecutor()
-        if consumed:
-            consume_token_par(self._executor, consumed)
         live = [(matcher, place) for place, matcher in enumerate(matchers) if not matcher.is_error()]
         if live:
             fill_next_token_bitmask_par(self._executor, live, words)
 
 
-def _fill_one_by_one(matchers: list[Any], consumed: list[tuple[Any, int]], words: NDArray[np.int32]) -> None:
-    """Let matchers consume a token each, and write the masks of those that did not fail into `words`."""
-    for matcher, token_id in consumed:
-        matcher.consume_token(token_id)
+def _fill_one_by_one(matchers: Sequence[Any], words: NDArray[np.int32]) -> None:
+    """Write the masks of matchers that did not fail into `words`."""
     address, row_bytes = words.ctypes.data, words.strides[0]
     for matcher in matchers:
         if not matcher.is_error():

@@ -243,7 +243,7 @@ def summary(view: EngineView, nodes: Mapping[int, LiveNode]) -> dict[str, Any]:
             "running": stats.running,
             "waiting": stats.waiting,
             "generated_tokens": stats.generated_tokens,
-            "tokens_per_step": None if stats.speculation is None else round(stats.tokens_per_step, 2),
+            "tokens_per_step": round(stats.tokens_per_step, 2) if stats.speculation or stats.forced_tokens else None,
             "first": [{**request._asdict(), "namespace": name_of(request.namespace)} for request in view.requests],
         },
     }

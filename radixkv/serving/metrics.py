@@ -211,6 +211,11 @@ def _ours(stats: EngineStats) -> Iterator[Metric]:
         ("radixkv_steps", "Batches that ran.", stats.steps),
         ("radixkv_computed_tokens", "Tokens that went through the model.", stats.computed_tokens),
         ("radixkv_generated_tokens", "Tokens that were sampled.", stats.generated_tokens),
+        (
+            "radixkv_forced_tokens",
+            "Generated tokens that were the only ones a grammar allowed: no step was spent on each.",
+            stats.forced_tokens,
+        ),
         ("radixkv_retractions", "Times that a running request's pages were taken back.", stats.retractions),
         ("radixkv_sampled_steps", "Steps that gave a request tokens, one or several.", stats.sampled_steps),
     ):

@@ -22,6 +22,7 @@ _SAME = (
     "stop_token_ids",
     "ignore_eos",
     "min_tokens",
+    "speculate",
 )
 
 

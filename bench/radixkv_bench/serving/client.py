@@ -6,15 +6,17 @@ import asyncio
 import json
 import time
 import urllib.request
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from radixkv_bench.common.errors import BenchError
 
 Body = Mapping[str, Any]
-JSON_TIMEOUT_S = 60
+ANSWER_TIMEOUT_S = 60
 COMPLETIONS = "/v1/completions"
 CHATS = "/v1/chat/completions"
 
@@ -106,11 +108,21 @@ async def ask_and_leave(address: Address, path: str, body: Body, num_events: int
                         break
 
 
+def counters(address: Address) -> dict[str, float]:
+    """What `/metrics` of a server counts without labels. Raises: BenchError."""
+    families = _get(address, "/metrics", lambda answer: list(text_string_to_metric_families(answer.read().decode())))
+    return {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
+
+
 def get_json(address: Address, path: str) -> Any:
     """The answer to a GET request. Raises: BenchError."""
+    return _get(address, path, json.load)
+
+
+def _get(address: Address, path: str, parse: Callable[[Any], Any]) -> Any:
     try:
-        with urllib.request.urlopen(f"{address}{path}", timeout=JSON_TIMEOUT_S) as answer:
-            return json.load(answer)
+        with urllib.request.urlopen(f"{address}{path}", timeout=ANSWER_TIMEOUT_S) as answer:
+            return parse(answer)
     except (OSError, ValueError) as error:
         raise BenchError(f"{address}{path} does not answer: {error}") from error
 

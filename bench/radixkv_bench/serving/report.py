@@ -90,6 +90,11 @@ def _schema(figures: Report, console: Console) -> None:
         f"decoding: {figures['schema_tokens_a_second']:,.0f} tokens/s with the schema, "
         f"{figures['free_tokens_a_second']:,.0f} without: {figures['ratio']:.1%}",
     )
+    _say(
+        console,
+        f"{figures['forced_share']:.0%} of these are the only ones that the schema allows; where a step chooses each, "
+        f"too: {figures['chosen_tokens_a_second']:,.0f} tokens/s, {figures['chosen_ratio']:.1%}",
+    )
 
 
 def _retokenised(figures: Report, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Case "schema": decoding with and without a JSON schema."""
+"""Case "schema": decoding with and without a JSON schema, and with one where every token is chosen by a step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 from radixkv_bench.common.device_timing import OnStep
-from radixkv_bench.serving.client import CHATS, Address
+from radixkv_bench.serving.client import CHATS, Address, counters
 from radixkv_bench.serving.http_cost import MODEL, texts
 from radixkv_bench.serving.raw_client import stream_all
 from radixkv_bench.serving.servers import Settings, radixkv_server
@@ -37,29 +37,46 @@ SCHEMA = {
 }
 RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "scene", "schema": SCHEMA, "strict": True}}
 MAX_OUTPUT_TOKENS = 1024  # the least that so many lines have
+KINDS: dict[str, dict[str, Any]] = {
+    "free": {},
+    "schema": {"response_format": RESPONSE_FORMAT},
+    "chosen": {"response_format": RESPONSE_FORMAT, "speculate": False},
+}
+FORCED, GENERATED = "radixkv_forced_tokens_total", "radixkv_generated_tokens_total"
 
 
 def measure(
     batch: int, prompt_tokens: int, output_tokens: int, rounds: int, seed: int, settings: Settings, advance: OnStep
 ) -> dict[str, Any]:
-    """Decode the same prompts with and without the schema, in turns; the grammar was compiled before."""
-    speeds: dict[str, list[float]] = {"free": [], "schema": []}
+    """Decode the same prompts in each of `KINDS`, in turns; the grammar was compiled before."""
+    speeds: dict[str, list[float]] = {name: [] for name in KINDS}
+    forced = generated = 0.0
     with radixkv_server(MODEL, settings) as server:
         for number in range(rounds + 1):
             prompts = texts(batch, prompt_tokens, seed + number)
-            for name, more in (("free", {}), ("schema", {"response_format": RESPONSE_FORMAT})):
+            for name, more in KINDS.items():
+                before = counters(server.address)
                 speed = _decode(server.address, prompts, output_tokens, more)
                 if number:  # the first one warms up and compiles
                     speeds[name].append(speed)
+                if name == "schema":
+                    after = counters(server.address)
+                    forced += after[FORCED] - before[FORCED]
+                    generated += after[GENERATED] - before[GENERATED]
             advance(1)
-    pairs = zip(speeds["free"], speeds["schema"], strict=True)
+    ratios = {
+        name: median(speed / free for free, speed in zip(speeds["free"], speeds[name], strict=True)) for name in KINDS
+    }
     return {
         "batch": batch,
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
         "free_tokens_a_second": median(speeds["free"]),
         "schema_tokens_a_second": median(speeds["schema"]),
-        "ratio": median(schema / free for free, schema in pairs),
+        "ratio": ratios["schema"],
+        "forced_share": forced / generated,
+        "chosen_tokens_a_second": median(speeds["chosen"]),
+        "chosen_ratio": ratios["chosen"],
     }
 
 

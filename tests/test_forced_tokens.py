@@ -1,0 +1,247 @@
+"""Tokens that a transform forces are taken without a step for each, and everything else stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from drafters import Knowing, speculating
+from prompts import random_ids, random_prompts
+from radixkv import Engine, EngineConfig, RequestOutput, SamplingParams
+from radixkv.engine.sampling import Sampler
+from radixkv.engine.step_input import StepInput
+from radixkv.errors import InvalidRequestError
+from recurrent_models import recurrent_model
+from runners import checked, tampered_engine
+from tiny_models import VOCAB_SIZE, tiny_model
+
+SMALL = EngineConfig(page_size=4, kv_cache_tokens=512, max_batch_tokens=64)
+SCRIPT = [5, 6, 7, 8, 9, 10, 11]
+
+
+class Form:
+    """After some free tokens come those of `script`, and so on; only if it `tells`, it says so beforehand."""
+
+    def __init__(self, tells: bool, script: Sequence[int] = SCRIPT, num_free: int = 2) -> None:
+        self.script = list(script)
+        self.num_free = num_free
+        self.started: list[int] = []
+        self.asked: list[int] = []
+        self._output: list[int] = []
+        if tells:
+            self.forced = self._forced
+
+    def start(self, token_ids: Sequence[int]) -> None:
+        self.started.append(len(token_ids))
+        self._output = list(token_ids)
+
+    def apply(self, logits: Tensor) -> None:
+        if rest := self._rest(len(self._output)):
+            kept = logits[rest[0]].clone()
+            logits.fill_(-torch.inf)
+            logits[rest[0]] = kept
+
+    def _forced(self, token_ids: Sequence[int]) -> list[int]:
+        self.asked.append(len(token_ids))
+        return self._rest(len(token_ids))
+
+    def _rest(self, num_tokens: int) -> list[int]:
+        place = num_tokens % (self.num_free + len(self.script)) - self.num_free
+        return self.script[place:] if place >= 0 else []
+
+
+def params_of(tells: bool = True, script: Sequence[int] = SCRIPT, **asked: Any) -> SamplingParams:
+    form = {"logits_transform": lambda: Form(tells, script)}
+    return SamplingParams(**{"max_tokens": 30, "ignore_eos": True, **form, **asked})
+
+
+def engine_of(config: EngineConfig = SMALL, **more: Any) -> Engine:
+    return checked(Engine(tiny_model("llama"), config=replace(config, **more)))
+
+
+def assert_same(outputs: Sequence[RequestOutput], expected: Sequence[RequestOutput]) -> None:
+    for output, other in zip(outputs, expected, strict=True):
+        assert str(output.error) == str(other.error).replace(
+            f"request {other.request_id}", f"request {output.request_id}"
+        )
+        for choice, other_choice in zip(output.choices, other.choices, strict=True):
+            assert choice.token_ids == other_choice.token_ids
+            assert (choice.finish_reason, choice.stopped_by) == (other_choice.finish_reason, other_choice.stopped_by)
+        assert output.usage == other.usage
+
+
+def num_forced(outputs: Sequence[RequestOutput]) -> int:
+    return sum(choice.forced_tokens for output in outputs for choice in output.choices)
+
+
+ASKED: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "seeded": {"temperature": 1.3, "seed": 5},
+    "top_k": {"temperature": 2.0, "seed": 6, "top_k": 20},
+    "top_p": {"temperature": 2.0, "seed": 6, "top_p": 0.9},
+    "min_p": {"temperature": 2.0, "seed": 6, "min_p": 0.02, "top_k": 999},
+    "choices": {"temperature": 0.9, "seed": 7, "n": 3},
+    "penalties": {"repetition_penalty": 1.5, "frequency_penalty": 1.0},
+    "bias": {"logit_bias": {50: 4.0, 60: 3.0}, "presence_penalty": 2.0},
+    "stop within": {"stop_token_ids": [8]},
+    "stop within, later": {"stop_token_ids": [8], "min_tokens": 5},
+    "stop within, too early": {"stop_token_ids": [8], "min_tokens": 6},
+    "cut short": {"max_tokens": 5},
+    "one token": {"max_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_options_give_what_they_give_where_each_token_is_chosen(asked: str) -> None:
+    """Seeded requests draw the very same tokens: what is forced takes as much from their generators."""
+    prompts = random_prompts(2, [20, 9, 31], shared=4)
+    expected = engine_of().generate(prompts, params_of(tells=False, **ASKED[asked]))
+    params = params_of(**ASKED[asked])
+    outputs = engine_of().generate(prompts, params)
+    assert_same(outputs, expected)
+    assert num_forced(expected) == 0
+    assert (num_forced(outputs) > 0) == (params.max_tokens > 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"page_size": 1},
+        {"max_batch_tokens": 4, "max_running_requests": 4},
+        {"kv_cache_tokens": 88, "page_size": 2, "max_batch_tokens": 16},
+        {"window": 12, "sinks": 2, "kv_cache_tokens": 128},
+        {"prefix_cache": False},
+        {"fused_layers": False},
+    ],
+    ids=lambda settings: " ".join(settings),
+)
+def test_any_engine_gives_what_it_gives_where_each_token_is_chosen(settings: dict[str, Any]) -> None:
+    prompts = random_prompts(3, [14, 11, 9, 16, 40], shared=4)
+    script = list(range(20, 35))  # longer than some budgets, and than some pages
+    expected = engine_of(**settings).generate(prompts, params_of(tells=False, script=script))
+    engine = engine_of(**settings)
+    outputs = engine.generate(prompts, params_of(script=script))
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+    assert num_forced(outputs) > 0
+    if settings.get("kv_cache_tokens") == 88:
+        assert engine.stats().retractions > 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "jamba"])
+def test_recurrent_layers_pass_over_forced_tokens(family: str) -> None:
+    config = EngineConfig(kv_cache_tokens=1024, max_batch_tokens=24, page_size=8, state_interval_tokens=16)
+    prompts = random_prompts(4, [33, 20], shared=16)
+    found = []
+    for tells in (False, True):
+        with Engine(recurrent_model(family), None, config) as engine:
+            found.append(checked(engine).generate(prompts, params_of(tells)))
+    assert_same(found[1], found[0])
+    assert num_forced(found[1]) > 0
+
+
+def test_drafts_are_made_and_checked_between_them() -> None:
+    prompts = random_prompts(5, [20, 9], shared=4)
+    expected = engine_of().generate(prompts, params_of(tells=False))
+    knowing = Knowing(*[[*output.prompt_token_ids, *output.token_ids] for output in expected])
+    engine = speculating(tiny_model("llama"), SMALL, knowing)
+    outputs = engine.generate(prompts, params_of())
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+    assert sum(output.accepted_tokens for output in outputs) > 0
+    assert num_forced(outputs) > 0
+    stats = engine.stats()
+    assert stats.speculation is not None
+    assert stats.generated_tokens == stats.sampled_steps + stats.speculation.accepted_tokens + stats.forced_tokens
+
+
+def test_a_transform_is_started_and_asked_once_for_each_token_that_is_chosen() -> None:
+    made: list[Form] = []
+    steps: list[int] = []
+
+    def make() -> Form:
+        made.append(Form(True))
+        return made[-1]
+
+    def watch(step: StepInput, compute: Any) -> Tensor:
+        steps.append(len(step.token_ids))
+        return compute()
+
+    engine = tampered_engine(tiny_model("llama"), watch, SMALL)
+    (output,) = engine.generate(random_ids(6, 10), params_of(max_tokens=20, logits_transform=make))
+    assert made[0].started == [0, 1, 9, 10, 18, 19], "two free tokens, seven forced ones, and so on"
+    assert made[0].asked == [1, 2, 10, 11, 19]
+    assert steps == [10, 1, 8, 1, 8, 1], "each token is computed once, together with those forced after it"
+    stats = engine.stats()
+    assert (output.forced_tokens, stats.forced_tokens, stats.generated_tokens, stats.sampled_steps) == (14, 14, 20, 6)
+    assert stats.tokens_per_step == 20 / 6
+
+
+@pytest.mark.parametrize("asked", [{"speculate": False}, {"logprobs": 1}])
+def test_some_requests_have_each_token_chosen(asked: dict[str, Any]) -> None:
+    made: list[Form] = []
+
+    def make() -> Form:
+        made.append(Form(True))
+        return made[-1]
+
+    (output,) = engine_of().generate(random_ids(7, 10), params_of(logits_transform=make, **asked))
+    assert (output.forced_tokens, made[0].asked) == (0, [])
+    assert made[0].started == list(range(30))
+
+
+@pytest.mark.parametrize("script", [[VOCAB_SIZE], [7, -1]])
+def test_tokens_that_the_model_does_not_know_fail_the_request_alone(script: list[int]) -> None:
+    prompts = random_prompts(8, [10, 12], shared=0)
+    engine = engine_of()
+    outputs = engine.generate(prompts, [params_of(script=script), params_of()])
+    assert isinstance(outputs[0].error, InvalidRequestError)
+    assert str(outputs[0].error) == (
+        f"tokens that a logits_transform forces must be from 0 to {VOCAB_SIZE - 1}, not {script[-1]}"
+    )
+    assert_same(outputs[1:], engine_of().generate(prompts[1:], params_of(tells=False)))
+    assert engine.stats().running == 0
+
+
+def test_a_transform_that_fails_to_tell_fails_its_request_alone() -> None:
+    class Fails(Form):
+        def _rest(self, num_tokens: int) -> list[int]:
+            if num_tokens == 4:
+                raise ZeroDivisionError("a grammar without end")
+            return []
+
+    prompts = random_prompts(9, [10, 12], shared=0)
+    outputs = engine_of().generate(prompts, [params_of(logits_transform=lambda: Fails(True)), params_of()])
+    assert isinstance(outputs[0].error, ZeroDivisionError)
+    assert len(outputs[0].token_ids) == 4
+    assert outputs[1].error is None
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 7}, {"top_k": 999}, {"top_p": 0.5}, {"top_k": 7, "min_p": 0.1}])
+def test_the_generator_goes_on_as_if_the_token_had_been_drawn(filters: dict[str, Any]) -> None:
+    params = SamplingParams(temperature=0.8, **filters)
+    logits = torch.full((VOCAB_SIZE,), -torch.inf)
+    logits[17] = 0.3
+    drawn, passed = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    assert Sampler().draw(logits, params, drawn) == 17
+    Sampler().pass_over(VOCAB_SIZE, params, passed)
+    assert torch.equal(drawn.get_state(), passed.get_state())
+
+
+def test_others_that_share_a_prompt_do_not_wait_for_forced_tokens() -> None:
+    """A prompt that is computed is there to be shared, whatever its request has to compute besides."""
+    shared = random_ids(10, 40)
+    steps: list[int] = []
+
+    def watch(step: StepInput, compute: Any) -> Tensor:
+        steps.append(len(step.token_ids))
+        return compute()
+
+    engine = tampered_engine(tiny_model("llama"), watch, SMALL)
+    params = params_of(max_tokens=12, logits_transform=lambda: Form(True, range(30, 39), num_free=1))
+    outputs = engine.generate([[*shared, 1], [*shared, 2], [*shared, 3]], params)
+    assert [output.cached_tokens for output in outputs] == [0, 40, 40]
+    assert steps == [41, 10 + 1 + 1, 10 + 10]
