@@ -7,6 +7,7 @@ import gc
 import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from prompts import random_ids
 from radixkv import AsyncEngine, EngineConfig, Progress, RequestOutput, SamplingParams, Usage
 from radixkv.engine.arguments import CacheOptions
 from radixkv.engine.assembly import EngineParts, assemble
+from radixkv.engine.async_engine import SHORT_CHARACTERS
 from radixkv.engine.core import EngineCore
 from radixkv.engine.results import Outbox
 from radixkv.engine.step_input import StepInput
@@ -26,6 +28,7 @@ from radixkv.errors import (
     EngineFailedError,
     InvalidRequestError,
     InvariantError,
+    MissingTokenizerError,
     QueueFullError,
 )
 from runners import Around, TamperedRunner
@@ -494,3 +497,57 @@ def test_what_comes_as_the_core_ends_is_refused(
         monkeypatch.setattr(EngineCore, "close", cannot_close)
     asyncio.run(main())
     assert ("the engine that has failed cannot give back its pages" in caplog.text) == (cleanup == "fails")
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+class SlowTokenizer:
+    """Encodes letters; a text that begins with "!" takes until it is let go."""
+
+    def __init__(self) -> None:
+        self.is_encoding, self.may_go_on = threading.Event(), threading.Event()
+        self.threads: set[int] = set()
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+        self.threads.add(threading.get_ident())
+        if text.startswith("!"):
+            self.is_encoding.set()
+            assert self.may_go_on.wait(60)
+        return SimpleNamespace(input_ids=[ord(character) for character in text])
+
+    def decode(self, ids: list[int], **settings: object) -> str:
+        return "".join(map(chr, ids))
+
+
+def test_the_event_loop_waits_for_no_text_that_another_thread_encodes() -> None:
+    tokenizer = SlowTokenizer()
+
+    async def main() -> None:
+        async with AsyncEngine(served_model("llama"), tokenizer, EngineConfig(kv_cache_tokens=256)) as engine:
+            assert (await engine.encode("abc")).tolist() == [97, 98, 99]
+            assert tokenizer.threads == {threading.get_ident()}, "a short one is encoded at once"
+            long = asyncio.create_task(engine.encode("!" * (SHORT_CHARACTERS + 1)))
+            assert await asyncio.to_thread(tokenizer.is_encoding.wait, 60)
+            short = asyncio.create_task(engine.encode("abc"))
+            (output,) = await engine.generate([1, 2, 3], GREEDY_8)  # goes its way meanwhile
+            assert len(output.token_ids) == 8
+            assert not short.done()
+            tokenizer.may_go_on.set()
+            assert (await short).tolist() == [97, 98, 99]
+            assert len(await long) == SHORT_CHARACTERS + 1
+
+    asyncio.run(main())
+
+
+def test_texts_that_cannot_be_encoded_are_refused_whatever_their_length() -> None:
+    async def main() -> None:
+        async with AsyncEngine(served_model("llama"), SlowTokenizer(), EngineConfig(kv_cache_tokens=256)) as engine:
+            for text in ("a\ud800", "a" * SHORT_CHARACTERS + "\ud800"):
+                with pytest.raises(InvalidRequestError, match="must be valid Unicode"):
+                    await engine.encode(text)
+        async with AsyncEngine.from_parts(make_parts()) as engine:
+            with pytest.raises(MissingTokenizerError):
+                await engine.encode("a")
+
+    asyncio.run(main())

@@ -123,6 +123,27 @@ def test_never_seen_and_forgotten_pages_are_not_found() -> None:
     assert len(history) == 16
 
 
+def test_what_was_never_evicted_is_mostly_known_without_looking_at_all_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    history, rng, looks = EvictionHistory(1000), np.random.default_rng(0), 0
+    look = np.flatnonzero
+
+    def counted(found: NDArray[np.bool_]) -> NDArray[np.int64]:
+        nonlocal looks
+        looks += 1
+        return look(found)
+
+    monkeypatch.setattr(np, "flatnonzero", counted)
+    for number in range(100):
+        newest = rng.integers(0, 2**63, 30).astype(np.uint64)
+        evict(history, newest, number)
+    asked = rng.integers(0, 2**63, 1000).astype(np.uint64)
+    assert all(history.find(asked[i : i + 1], HERE) is None for i in range(1000))
+    assert looks < 300, "1,000 pages share 4,096 slots with the questions"
+    looks = 0
+    assert all(history.find(newest[i : i + 1], HERE) is not None for i in range(30))
+    assert looks <= 2, "those that were evicted last are found where they lie"
+
+
 def test_a_hash_that_another_namespace_also_has_is_not_found() -> None:
     """Hashes of 64 bits can be made to collide: the namespace decides, also for the pages that follow."""
     history, there = EvictionHistory(100), ("tenant b", None)

@@ -34,6 +34,7 @@ from radixkv.publish.publisher import EventSources
 
 T = TypeVar("T")
 MAX_WAITING = 1024
+SHORT_CHARACTERS = 2048  # of texts that are encoded in less time than another thread takes to begin with it
 
 
 class AsyncEngine:
@@ -167,7 +168,7 @@ class AsyncEngine:
         prompt_list = as_list_of_prompts(prompts)
         params_list = as_list_of_params(params, len(prompt_list))
         options = checked_cache_options(extra_key, cache_salt, priority, keep_for_s, prefix_cache)
-        all_ids = await asyncio.to_thread(self._intake.check_all, prompt_list, params_list, options.namespace)
+        all_ids = await self._checked(prompt_list, params_list, options)
         by_prompt = [
             self._intake.make(ids, p, options, streams=False) for ids, p in zip(all_ids, params_list, strict=True)
         ]
@@ -280,6 +281,10 @@ class AsyncEngine:
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.int32]:
         """Ids of `text`, by default as a prompt; as `Engine.encode`."""
+        if len(text) <= SHORT_CHARACTERS:
+            ids = self._intake.encode_unless_busy(text, add_special_tokens=add_special_tokens)
+            if ids is not None:
+                return ids
         return await asyncio.to_thread(self._intake.encode, text, add_special_tokens=add_special_tokens)
 
     async def check_invariants(self) -> None:
@@ -307,7 +312,7 @@ class AsyncEngine:
         output_ids: TokenIds,
         consume: Callable[[Progress], bool] | None,
     ) -> AsyncGenerator[Progress]:
-        ids = await asyncio.to_thread(self._intake.check, prompt, params, options.namespace)
+        (ids,) = await self._checked([prompt], [params], options)
         known = self._intake.check_output(ids, params, output_ids)
         requests = self._intake.make(ids, params, options, streams=True, output_ids=known)
         if requests[0].is_finished:
@@ -329,6 +334,14 @@ class AsyncEngine:
                 yield progress
         finally:
             self._thread.abandon([request.id for request in requests])
+
+    async def _checked(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], options: CacheOptions
+    ) -> list[NDArray[np.int32]]:
+        """The ids of all prompts, encoded in a thread. Raises: as `Intake.check_all`."""
+        if not any(isinstance(prompt, str) for prompt in prompts):
+            return self._intake.check_all(prompts, params, options.namespace)
+        return await asyncio.to_thread(self._intake.check_all, prompts, params, options.namespace)
 
     async def _call(self, function: Callable[[EngineCore], object]) -> Any:
         return await asyncio.wrap_future(self._thread.call(function))

@@ -66,7 +66,8 @@ class Intake:
         self._most_pool_tokens = most_pool_tokens
         self._seeds = np.random.default_rng(seed)
         self._ids = itertools.count()
-        self._lock = threading.Lock()  # fast tokenizers are not safe to share: "Already borrowed"
+        self._lock = threading.Lock()  # of ids and seeds
+        self._encoding = threading.Lock()  # fast tokenizers are not safe to share: "Already borrowed"
 
     def require_tokenizer(self, what_for: str) -> Any:
         """The tokenizer. Raises: MissingTokenizerError if the model came without one."""
@@ -82,15 +83,21 @@ class Intake:
         Raises: MissingTokenizerError; InvalidRequestError if `text` cannot be encoded in UTF-8; InvalidTokenIdsError if
             the tokenizer has ids that the model has no embedding for.
         """
-        tokenizer = self.require_tokenizer(text)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(
-                f"text must be valid Unicode; got a character that is not, at {error.start}: {error.reason}"
-            ) from error
-        with DeferredInterrupt(), self._lock:
-            ids = tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+        self._check_text(text)
+        with DeferredInterrupt(), self._encoding:
+            ids = self._encode(text, add_special_tokens=add_special_tokens)
+        return self.known_ids(ids)
+
+    def encode_unless_busy(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.int32] | None:
+        """As `encode`, but None if it had to wait for another thread that encodes something."""
+        self._check_text(text)
+        with DeferredInterrupt():
+            if not self._encoding.acquire(blocking=False):
+                return None
+            try:
+                ids = self._encode(text, add_special_tokens=add_special_tokens)
+            finally:
+                self._encoding.release()
         return self.known_ids(ids)
 
     def known_ids(self, ids: TokenIds) -> NDArray[np.int32]:
@@ -226,6 +233,20 @@ class Intake:
                 if not request.is_finished:
                     request.append(token_id)
         return requests
+
+    def _check_text(self, text: str) -> None:
+        """Raises: MissingTokenizerError, InvalidRequestError: as `encode`."""
+        self.require_tokenizer(text)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"text must be valid Unicode; got a character that is not, at {error.start}: {error.reason}"
+            ) from error
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self.require_tokenizer(text)(text, add_special_tokens=add_special_tokens).input_ids
+        return ids
 
     def _detokenizer(self, params: SamplingParams) -> Detokenizer:
         return Detokenizer(self._tokenizer, params.stops, params.min_tokens, self._token_bytes)

@@ -89,15 +89,17 @@ class UnknownFields:
                 logger.warning("the field %r of a request is unknown and ignored", name)
 
 
-def _unknown(value: Any, place: str) -> Iterator[str]:
+def _unknown(value: BaseModel | list[Any], place: str) -> Iterator[str]:
     if isinstance(value, BaseModel):
         for name in value.model_extra or ():
             yield f"{place}{name}"
         for name in type(value).model_fields:
-            yield from _unknown(getattr(value, name), f"{place}{name}.")
-    elif isinstance(value, list):
+            if isinstance(field := getattr(value, name), BaseModel | list):
+                yield from _unknown(field, f"{place}{name}.")
+    else:
         for number, item in enumerate(value):
-            yield from _unknown(item, f"{place.removesuffix('.')}[{number}].")
+            if isinstance(item, BaseModel | list):
+                yield from _unknown(item, f"{place.removesuffix('.')}[{number}].")
 
 
 def _without_indices(name: str) -> str:

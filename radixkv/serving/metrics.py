@@ -95,12 +95,12 @@ class Metrics:
         ):
             self._tenant_tokens.labels(tenant, kind).inc(num_tokens)
         labels = tuple(self._labels.values())
-        self._prompt_tokens.labels(*labels).inc(num_prompt)
-        self._cached_tokens.labels(*labels).inc(num_cached)
+        self._prompt_tokens.inc(num_prompt)
+        self._cached_tokens.inc(num_cached)
         if is_first:
             for tier, num_tokens in output.cached_by.items():
                 self._cached_by.labels(*labels, tier).inc(num_tokens)
-        self._generated_tokens.labels(*labels).inc(num_generated)
+        self._generated_tokens.inc(num_generated)
         if output.finish_reason not in ("stop", "length"):
             return
         self._success.labels(*labels, output.finish_reason).inc()
@@ -113,7 +113,7 @@ class Metrics:
             (self._prompt_size, output.prompt_tokens),
             (self._output_size, num_generated),
         ):
-            histogram.labels(*labels).observe(value)
+            histogram.observe(value)
 
     def count_miss(self, explanation: Explanation) -> None:
         """Count how far a prompt was cached, and why not further."""
@@ -136,10 +136,12 @@ class Metrics:
         return generate_latest(self._registry)
 
     def _counter(self, name: str, help: str, more_labels: Sequence[str] = ()) -> Counter:
-        return Counter(name, help, [*self._labels, *more_labels], registry=self._registry)
+        counter = Counter(name, help, [*self._labels, *more_labels], registry=self._registry)
+        return counter if more_labels else counter.labels(*self._labels.values())
 
     def _histogram(self, name: str, help: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(name, help, [*self._labels], registry=self._registry, buckets=buckets)
+        histogram = Histogram(name, help, [*self._labels], registry=self._registry, buckets=buckets)
+        return histogram.labels(*self._labels.values())
 
 
 class _EngineCollector(Collector):

@@ -114,7 +114,7 @@ class Diagnostics:
         """Why no more than `cached_tokens` of `tokens` would be found now, of which the tree has `held_tokens`. Changes
         nothing, and looks at nothing that belongs to another namespace. `shortfall` is the reason where it has more.
 
-        O(tokens + page_size × pages remembered).
+        O(tokens), and O(page_size × pages remembered) for prompts that were made for it.
         """
         near_miss = self._near_miss(tokens, namespace)
         eviction, evicted_tokens = self._eviction(tokens, namespace, cached_tokens)

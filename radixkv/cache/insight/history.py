@@ -14,6 +14,7 @@ from radixkv.cache.namespace import Namespace
 from radixkv.config.checks import checked_int
 
 _PAGES_A_NODE = 8  # as many as must have been evicted at a time, for the history to remember all it has room for
+_SLOTS_A_PAGE = 4  # at least: the more, the fewer pages that were never evicted share a slot with one that was
 _GAPS_AN_AGE = 64  # how many times the distance between two remembered ticks fits into their age
 
 
@@ -63,10 +64,10 @@ class EvictionHistory:
     """The prefix hashes of the pages evicted last ("ghosts"), and what evicted them.
 
     Remembers the last `capacity_pages` pages, or fewer if they were evicted less than 8 at a time: the last
-    `capacity_pages / 8` evictions. Memory: 8 bytes a page and some 340 an eviction, so at most 50 bytes for each page
-    of `capacity_pages`. A ghost is a 64-bit `prefix_hashes`: one of a million is mistaken for another page with a
-    probability of about 5e-14 a question. Users can make prompts whose hashes collide, so each ghost also remembers its
-    namespace, and `find` answers from one namespace alone.
+    `capacity_pages / 8` evictions. Memory: 8 bytes a page, 16 to 32 to find it by, and some 340 an eviction, so at most
+    82 bytes for each page of `capacity_pages`. A ghost is a 64-bit `prefix_hashes`: one of a million is mistaken for
+    another page with a probability of about 5e-14 a question. Users can make prompts whose hashes collide, so each
+    ghost also remembers its namespace, and `find` answers from one namespace alone.
 
     >>> history = EvictionHistory(capacity_pages=1000)
     >>> page_hashes, tenant = np.array([11, 12, 13], np.uint64), ("tenant", None)           # by `prefix_hashes`
@@ -82,6 +83,8 @@ class EvictionHistory:
         """Raises: ConfigError unless `capacity_pages` is an integer of at least 1."""
         self.capacity_pages = capacity_pages = checked_int("capacity_pages", capacity_pages, 1)
         self._hashes = np.zeros(capacity_pages, np.uint64)  # page i of all pages ever recorded lies in i % capacity
+        num_slots = 1 << (_SLOTS_A_PAGE * capacity_pages - 1).bit_length()
+        self._slots = np.full(num_slots, -1, np.int32)  # by a hash's last bits: where the newest page of these lies
         self._num_recorded = 0
         self._nodes: deque[_Node] = deque(maxlen=-(-capacity_pages // _PAGES_A_NODE))
 
@@ -118,6 +121,8 @@ class EvictionHistory:
         before_wrap = min(len(kept), self.capacity_pages - start)
         self._hashes[start : start + before_wrap] = kept[:before_wrap]
         self._hashes[: len(kept) - before_wrap] = kept[before_wrap:]
+        places = np.arange(start, start + len(kept)) % self.capacity_pages
+        self._slots[(kept & np.uint64(len(self._slots) - 1)).astype(np.int64)] = places
         while len(self._nodes) > 1 and self._nodes[1].first_page <= self._num_recorded - self.capacity_pages:
             self._nodes.popleft()
 
@@ -125,7 +130,8 @@ class EvictionHistory:
         """The last eviction of the page `hashes[0]`, and how many of the pages after it are gone too.
 
         `hashes`: the prefix hashes of a prompt's pages from where its match ended. None if the first of them was never
-        evicted, or so long ago that it is forgotten. O(capacity_pages) for each eviction that took some of them.
+        evicted, or so long ago that it is forgotten. O(1) for each eviction that took some of them, and in about one of
+        four questions, in which hashes share a slot, O(capacity_pages).
         """
         page = self._last_page(hashes[0], namespace) if len(hashes) else None
         if page is None:
@@ -136,10 +142,20 @@ class EvictionHistory:
     def clear(self) -> None:
         """Forget everything."""
         self._num_recorded = 0
+        self._slots.fill(-1)
         self._nodes.clear()
 
     def _last_page(self, page_hash: np.uint64, namespace: Namespace) -> int | None:
         """The newest of the namespace's remembered pages of that hash."""
+        slot = int(page_hash) & len(self._slots) - 1
+        place = int(self._slots[slot])
+        if place < 0 or int(self._hashes[place]) & len(self._slots) - 1 != slot:
+            return None  # none of the slot, or its newest page was overwritten, and so were all before it
+        newest = self._num_recorded - 1 - (self._num_recorded - 1 - place) % self.capacity_pages
+        if newest < self._oldest_page:
+            return None
+        if self._hashes[place] == page_hash and self._nodes[self._index_of_node(newest)].namespace == namespace:
+            return newest
         places = np.flatnonzero(self._hashes == page_hash)
         pages = self._num_recorded - 1 - (self._num_recorded - 1 - places) % self.capacity_pages
         for page in np.sort(pages[pages >= self._oldest_page])[::-1].tolist():
