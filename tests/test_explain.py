@@ -458,6 +458,21 @@ def test_estimated_hit_rates_of_a_mix() -> None:
     assert rates[1] == pytest.approx(cache.stats().hit_rate, abs=0.02)
 
 
+def test_the_estimate_of_its_own_size_is_what_a_cache_hits_where_nothing_is_evicted() -> None:
+    """Short prompts that part inside pages: most of them would be half a page short each."""
+    cache = PrefixCache(900, 16, copy_page=lambda source, target, num_tokens: None)
+    rng = np.random.default_rng(6)
+    system = rng.integers(0, 1000, 90)
+    for _ in range(150):
+        prompt = [*system[: int(rng.integers(20, 90))], *rng.integers(0, 3, 30)]
+        with cache.acquire(prompt, max_cached_tokens=len(prompt) - 1) as lease:
+            lease.commit(prompt)
+    stats = cache.stats()
+    assert stats.evicted_tokens == 0
+    assert stats.copied_tokens > 0.05 * stats.query_tokens
+    assert [size.hit_rate for size in stats.estimated_hit_rates] == pytest.approx([stats.hit_rate] * 4, abs=0.002)
+
+
 # -- random histories ------------------------------------------------------------------------------------------------
 
 Path = tuple[Namespace, tuple[int, ...]]

@@ -145,6 +145,25 @@ def test_prompts_shorter_than_a_block_miss() -> None:
     assert (curve.total_tokens, curve.hit_tokens(1000)) == (9, 0)
 
 
+def test_hits_that_end_inside_a_block_count_where_a_cache_tells() -> None:
+    for known, found, expected in [
+        (letters("ab"), 6, [0, 6]),  # the first block and half of the second one
+        (letters("ab"), None, [0, 4]),
+        (letters("a")[:7], 6, [0, 6]),  # all but its last token, which is in no block
+    ]:
+        curve = MissRatioCurve(1000, block_tokens=4)
+        curve.record(known, SEED, 0)
+        asked = known.copy()
+        if len(asked) == 8:
+            asked[6:] += 1
+        curve.record(asked, SEED, found)
+        assert [curve.hit_tokens(capacity) for capacity in (0, 1000)] == expected
+    curve = MissRatioCurve(1000, block_tokens=4)
+    curve.record(letters("a")[:3], SEED, 0)
+    curve.record(letters("a")[:3], SEED, 2)
+    assert curve.hit_tokens(1000) == 2, "a prompt without blocks"
+
+
 def test_namespaces_share_room_but_no_tokens() -> None:
     curve = MissRatioCurve(1000, block_tokens=4)
     for namespace in ["one", "two", "one"]:

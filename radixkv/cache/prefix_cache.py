@@ -104,7 +104,7 @@ class PrefixCache(ReadableCache):
         self._hit_tokens += lease.cached_tokens
         self.tree.count_hit(lease.found_node)
         if self._diagnostics is not None:
-            self._diagnostics.requested(tokens, namespace)
+            self._diagnostics.requested(tokens, namespace, lease.cached_tokens)
         return lease
 
     def resume(

@@ -48,10 +48,10 @@ class Diagnostics:
         self.curve = MissRatioCurve(LARGEST_SIZE * num_pages * tree.page_size)
         tree.add_observer(self)
 
-    def requested(self, tokens: NDArray[np.int32], namespace: Namespace) -> None:
-        """A request asks for `tokens`; the tree has just been searched for them."""
+    def requested(self, tokens: NDArray[np.int32], namespace: Namespace, found_tokens: int) -> None:
+        """A request asks for `tokens`; the tree has just been searched for them, and the cache found so many."""
         self._note_time()
-        self.curve.record(tokens, namespace_seed(*namespace))
+        self.curve.record(tokens, namespace_seed(*namespace), found_tokens)
 
     def timeline(self) -> Timeline:
         """When each tick of the tree was, by its clock, as far as that is known now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from itertools import repeat
 
@@ -40,13 +41,15 @@ class MissRatioCurve:
       of the paper's SHARDS-adj, and why a prompt that everybody shares does no harm, sampled or not.
 
     Tokens at the end of a prompt that fill no block hit if its last block does; a hit that ends inside a block counts
-    up to where the block begins, half a block too short on average. Not modelled: pins, pages taken for answers that
-    are never inserted, and that a tree whose leaves leave whole holds half an evicted leaf less than it could.
+    up to where the block begins, half a block too short on average. Where a cache runs and tells how much it found, the
+    difference to that is added, for caches that hold the last block that hit. Not modelled: pins, pages taken for
+    answers that are never inserted, and that a tree whose leaves leave whole holds half an evicted leaf less than it
+    could.
 
     Everything since construction counts; for a window of time take the differences of two readings of `total_tokens`
     and `hit_tokens`, as with any counter.
 
-    Memory: at most 330 bytes for each of the `sample_blocks`.
+    Memory: at most 350 bytes for each of the `sample_blocks`.
 
     >>> curve = MissRatioCurve(max_tokens=64, block_tokens=4)
     >>> first, second = np.arange(8, dtype=np.int32), np.arange(100, 132, dtype=np.int32)
@@ -73,30 +76,41 @@ class MissRatioCurve:
         self._unsampled_tokens = (1 / self.sampling_rate - 1) * block_tokens  # missed before the first sampled miss
         self._weighed_tokens = 0.0  # the tokens that samples spoke for: estimates `total_tokens`
         self._hit_tokens = [0.0] * (2 * sample_blocks + 1)  # of these, by stack distance in sampled blocks
+        self._ends = array("d", bytes(8 * len(self._hit_tokens)))  # tokens that hits had beyond blocks, in the same way
         self._slot_of: dict[int, int] = {}  # the stack, last used block last: where the hash of a block stands in …
         self._in_use = np.zeros(2 * sample_blocks, np.bool_)  # … this row, which has a gap where a block was used again
         self._top = 0  # where the row ends
 
-    def record(self, tokens: NDArray[np.int32], seed: int) -> None:
+    def record(self, tokens: NDArray[np.int32], seed: int, found_tokens: int | None = None) -> None:
         """A request asks for `tokens`, in the namespace of `seed` (`namespace_seed`), and they are cached from now on.
 
         O(tokens + sample_blocks), both with small constants: mostly the hash.
+
+        Args:
+            found_tokens: how many of them a cache found that runs on this traffic, of whatever size.
         """
         num_blocks, rest = divmod(len(tokens), self.block_tokens)
         self.total_tokens += len(tokens)
+        beyond = 0 if found_tokens is None else found_tokens % self.block_tokens
+        if found_tokens is not None and found_tokens >= num_blocks * self.block_tokens > 0:
+            beyond = found_tokens - len(tokens)  # its rest is taken to hit, too
         if num_blocks == 0:
             self._weighed_tokens += rest
+            self._ends[0] += beyond
             return
         places, hashes = self._sample(tokens, seed)
         if not places:
+            self._ends[0] += beyond
             return
         end = num_blocks * self.block_tokens + self._unsampled_tokens
         if places[-1] == num_blocks - 1:
             end += rest / self.sampling_rate
         starts = [place * self.block_tokens for place in places]
         self._weighed_tokens += end - starts[0]
-        for distance, start, stop in zip(self._use(hashes), starts, [*starts[1:], end], strict=False):
+        distances = self._use(hashes)
+        for distance, start, stop in zip(distances, starts, [*starts[1:], end], strict=False):
             self._hit_tokens[distance] += stop - start
+        self._ends[distances[-1] if distances else 0] += beyond
 
     def insert(self, tokens: NDArray[np.int32], seed: int) -> None:
         """`tokens` are cached from now on, though not all were asked for: a prompt and its answer. As `record`."""
@@ -129,7 +143,8 @@ class MissRatioCurve:
                 f"a capacity of {capacity_tokens} tokens lies outside [0, {self.max_tokens}]; "
                 "make the curve's max_tokens larger"
             )
-        missed = self._weighed_tokens - sum(self._hit_tokens[: self._depth(capacity_tokens) + 1])
+        depth = self._depth(capacity_tokens)
+        missed = self._weighed_tokens - sum(self._hit_tokens[: depth + 1]) - sum(self._ends[: depth + 1])
         return min(max(self.total_tokens - missed, 0.0), float(self.total_tokens))
 
     def hit_rate(self, capacity_tokens: int) -> float:
