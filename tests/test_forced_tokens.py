@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from drafters import Knowing, speculating
 from prompts import random_ids, random_prompts
 from radixkv import Engine, EngineConfig, RequestOutput, SamplingParams
+from radixkv.engine.assembly import assemble
 from radixkv.engine.sampling import Sampler
 from radixkv.engine.step_input import StepInput
+from radixkv.engine.step_times import StepTimes
 from radixkv.errors import InvalidRequestError
 from recurrent_models import recurrent_model
-from runners import checked, tampered_engine
+from runners import Around, checked, tampered_parts
 from tiny_models import VOCAB_SIZE, tiny_model
 
 SMALL = EngineConfig(page_size=4, kv_cache_tokens=512, max_batch_tokens=64)
@@ -60,8 +63,21 @@ def params_of(tells: bool = True, script: Sequence[int] = SCRIPT, **asked: Any) 
     return SamplingParams(**{"max_tokens": 30, "ignore_eos": True, **form, **asked})
 
 
-def engine_of(config: EngineConfig = SMALL, **more: Any) -> Engine:
-    return checked(Engine(tiny_model("llama"), config=replace(config, **more)))
+class Flat(StepTimes):
+    """Says that steps of all sizes take equally long, or that more than the least is never worth it."""
+
+    def __init__(self, is_flat: bool = True) -> None:
+        super().__init__()
+        self._is_flat = is_flat
+
+    def fastest_size(self, least: int, most: int) -> int:
+        return most if self._is_flat else least
+
+
+def engine_of(times: StepTimes | None = None, model: PreTrainedModel | None = None, **more: Any) -> Engine:
+    """An engine that proves its invariants after each step, and computes as much forced text as `times` allow."""
+    parts = assemble(model or tiny_model("llama"), None, replace(SMALL, **more))
+    return checked(Engine.from_parts(replace(parts, step_times=times or Flat())))
 
 
 def assert_same(outputs: Sequence[RequestOutput], expected: Sequence[RequestOutput]) -> None:
@@ -124,22 +140,23 @@ def test_any_engine_gives_what_it_gives_where_each_token_is_chosen(settings: dic
     prompts = random_prompts(3, [14, 11, 9, 16, 40], shared=4)
     script = list(range(20, 35))  # longer than some budgets, and than some pages
     expected = engine_of(**settings).generate(prompts, params_of(tells=False, script=script))
-    engine = engine_of(**settings)
-    outputs = engine.generate(prompts, params_of(script=script))
-    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
-    assert num_forced(outputs) > 0
-    if settings.get("kv_cache_tokens") == 88:
-        assert engine.stats().retractions > 0
+    for is_flat in (True, False):
+        engine = engine_of(Flat(is_flat), **settings)
+        outputs = engine.generate(prompts, params_of(script=script))
+        assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+        assert num_forced(outputs) > 0
+        if settings.get("kv_cache_tokens") == 88:
+            assert engine.stats().retractions > 0
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "jamba"])
 def test_recurrent_layers_pass_over_forced_tokens(family: str) -> None:
-    config = EngineConfig(kv_cache_tokens=1024, max_batch_tokens=24, page_size=8, state_interval_tokens=16)
+    config: dict[str, Any] = {"kv_cache_tokens": 1024, "max_batch_tokens": 24, "page_size": 8}
     prompts = random_prompts(4, [33, 20], shared=16)
     found = []
     for tells in (False, True):
-        with Engine(recurrent_model(family), None, config) as engine:
-            found.append(checked(engine).generate(prompts, params_of(tells)))
+        with engine_of(model=recurrent_model(family), state_interval_tokens=16, **config) as engine:
+            found.append(engine.generate(prompts, params_of(tells)))
     assert_same(found[1], found[0])
     assert num_forced(found[1]) > 0
 
@@ -158,6 +175,12 @@ def test_drafts_are_made_and_checked_between_them() -> None:
     assert stats.generated_tokens == stats.sampled_steps + stats.speculation.accepted_tokens + stats.forced_tokens
 
 
+def watched(around: Around, times: StepTimes | None = None) -> Engine:
+    """An engine with `around` around its runner."""
+    parts = replace(tampered_parts(tiny_model("llama"), around, SMALL), step_times=times or Flat())
+    return checked(Engine.from_parts(parts))
+
+
 def test_a_transform_is_started_and_asked_once_for_each_token_that_is_chosen() -> None:
     made: list[Form] = []
     steps: list[int] = []
@@ -170,7 +193,7 @@ def test_a_transform_is_started_and_asked_once_for_each_token_that_is_chosen() -
         steps.append(len(step.token_ids))
         return compute()
 
-    engine = tampered_engine(tiny_model("llama"), watch, SMALL)
+    engine = watched(watch)
     (output,) = engine.generate(random_ids(6, 10), params_of(max_tokens=20, logits_transform=make))
     assert made[0].started == [0, 1, 9, 10, 18, 19], "two free tokens, seven forced ones, and so on"
     assert made[0].asked == [1, 2, 10, 11, 19]
@@ -231,6 +254,25 @@ def test_the_generator_goes_on_as_if_the_token_had_been_drawn(filters: dict[str,
     assert torch.equal(drawn.get_state(), passed.get_state())
 
 
+def test_longer_steps_are_taken_only_where_they_bring_more_tokens_a_second() -> None:
+    times, steps = StepTimes(), []
+
+    def watch(step: StepInput, compute: Any) -> Tensor:
+        steps.append(len(step.token_ids))
+        return compute()
+
+    prompts = random_prompts(11, [12, 12, 12], shared=0)
+    expected = engine_of().generate(prompts, params_of(tells=False))
+    engine = watched(watch, times)
+    for num_tokens in (3, *range(4, 17), 20, 24):
+        for _ in range(50):  # a single measurement counts for little
+            times.note(num_tokens, 1.0 * num_tokens**2)
+    outputs = engine.generate(prompts, params_of())
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+    assert num_forced(outputs) > 30
+    assert all(num_tokens <= 3 for num_tokens in steps[1:]), steps
+
+
 def test_others_that_share_a_prompt_do_not_wait_for_forced_tokens() -> None:
     """A prompt that is computed is there to be shared, whatever its request has to compute besides."""
     shared = random_ids(10, 40)
@@ -240,7 +282,7 @@ def test_others_that_share_a_prompt_do_not_wait_for_forced_tokens() -> None:
         steps.append(len(step.token_ids))
         return compute()
 
-    engine = tampered_engine(tiny_model("llama"), watch, SMALL)
+    engine = watched(watch)
     params = params_of(max_tokens=12, logits_transform=lambda: Form(True, range(30, 39), num_free=1))
     outputs = engine.generate([[*shared, 1], [*shared, 2], [*shared, 3]], params)
     assert [output.cached_tokens for output in outputs] == [0, 40, 40]

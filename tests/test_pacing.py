@@ -15,15 +15,14 @@ from radixkv.engine.drafts.drafter import NO_DRAFT, Draft, Text
 from radixkv.engine.drafts.pacing import (
     ALLOWED_LOSS,
     FIRST_STEPS,
-    FORGOTTEN,
     SAVED_STEPS,
     Account,
     Offer,
     Rates,
-    StepTimes,
     best_lengths,
 )
 from radixkv.engine.drafts.speculation import IDLE_ROUNDS, LOOK_EVERY, Speculation
+from radixkv.engine.step_times import FORGOTTEN, StepTimes
 
 
 def times_of(**seconds: float) -> StepTimes:
@@ -31,6 +30,23 @@ def times_of(**seconds: float) -> StepTimes:
     for name, value in seconds.items():
         times.note(int(name.removeprefix("t")), value)
     return times
+
+
+@given(
+    sizes=st.dictionaries(st.integers(1, 200), st.floats(0.001, 10), min_size=1, max_size=8),
+    least=st.integers(1, 80),
+    more=st.integers(0, 200),
+)
+def test_the_fastest_size_is_the_best_of_all(sizes: dict[int, float], least: int, more: int) -> None:
+    times = times_of(**{f"t{size}": seconds for size, seconds in sizes.items()})
+    found = times.fastest_size(least, least + more)
+    speeds = [size / times.seconds(size) for size in range(least, least + more + 1)]
+    assert least <= found <= least + more
+    assert found / times.seconds(found) == pytest.approx(max(speeds))
+
+
+def test_all_is_tried_before_anything_was_measured() -> None:
+    assert StepTimes().fastest_size(3, 40) == 40
 
 
 def test_times_follow_what_is_measured_and_ignore_a_disturbed_step() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from radixkv.engine.recurrent_states import RecurrentStates
 from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.engine.runner import ModelRunner, Runner
 from radixkv.engine.sampling import Sampler
+from radixkv.engine.step_times import StepTimes
 from radixkv.engine.tier_stores import asks_for_tiers, hash_weights, make_stores
 from radixkv.errors import ConfigError
 from radixkv.memory.state_pool import StatePool
@@ -56,6 +57,7 @@ class EngineParts:
         speculation: guesses tokens, which steps then check; None to go without.
         stores: of pages below the pool, the fastest first; the core closes them.
         clock: seconds, by which the speed of loads is measured and their time runs out.
+        step_times: how long steps of decodes take, as they are measured.
     """
 
     config: ResolvedConfig
@@ -74,6 +76,7 @@ class EngineParts:
     speculation: Speculation | None = None
     states: StatePool | None = None
     clock: Callable[[], float] = time.monotonic
+    step_times: StepTimes = field(default_factory=StepTimes)
 
     def new_intake(self) -> Intake:
         """What makes requests for a core over these parts; each core needs one of its own."""
@@ -132,6 +135,7 @@ def assemble(
     vocab_size = model.config.get_text_config().vocab_size
     if drafter is None and config.speculate == "cache":
         drafter = CacheDrafter(memory.cache)
+    step_times = StepTimes()
     stores = make_stores(config, model, memory.pool, weights, memory.states)
     return EngineParts(
         config=resolved,
@@ -147,7 +151,8 @@ def assemble(
         vocab_size=vocab_size,
         eos_ids=eos_token_ids(model),
         stores=stores,
-        speculation=None if drafter is None else Speculation(drafter, vocab_size),
+        speculation=None if drafter is None else Speculation(drafter, vocab_size, times=step_times),
+        step_times=step_times,
         states=memory.states,
     )
 

@@ -60,8 +60,10 @@ class EngineCore:
         )
         self._clock = parts.clock
         self._speculation = parts.speculation
-        self._scheduler = Scheduler(config, parts.cache, table, self._tiers, self._speculation)
-        self._executor = Executor(parts.runner, self._scheduler, parts.sampler, parts.device_sampler, self._speculation)
+        self._scheduler = Scheduler(config, parts.cache, table, self._tiers, self._speculation, parts.step_times)
+        self._executor = Executor(
+            parts.runner, self._scheduler, parts.sampler, parts.device_sampler, self._speculation, parts.step_times
+        )
         self._steps = self._peak_used_pages = 0
         self._closed = False
         self._publisher: EventPublisher | None = None

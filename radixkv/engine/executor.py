@@ -19,6 +19,7 @@ from radixkv.engine.sampling import Sampler
 from radixkv.engine.scheduler import Scheduler
 from radixkv.engine.span import Span
 from radixkv.engine.step_input import make_step_input
+from radixkv.engine.step_times import StepTimes
 from radixkv.errors import InvalidRequestError, NonFiniteLogitsError
 
 
@@ -53,13 +54,16 @@ class Executor:
         sampler: Sampler,
         device_sampler: DeviceSampler | None,
         speculation: Speculation | None = None,
+        step_times: StepTimes | None = None,
     ) -> None:
+        """step_times: learn how long steps of decodes take; those of `speculation`, if there is one."""
         self._runner = runner
         self._scheduler = scheduler
         self._sampler = sampler
         self._device_sampler = device_sampler
         self._ahead: _Launched | None = None
         self._speculation = speculation
+        self._step_times = StepTimes() if step_times is None else step_times
         self._ended_at = 0.0  # the last step
         self.computed_tokens = self.generated_tokens = self.forced_tokens = self.sampled_steps = 0
 
@@ -89,11 +93,20 @@ class Executor:
             return launched.batch
         accepted = self._hand_out(launched, token_ids, finite)
         began_at, self._ended_at = max(launched.started_at, self._ended_at), time.perf_counter()
-        if self._speculation is not None and all(_is_decode(span) for span in launched.batch):
-            num_tokens = sum(span.last - span.first for span in launched.batch)
-            self._speculation.stepped(len(launched.batch), num_tokens, accepted, self._ended_at - began_at)
+        self._note_time(launched.batch, accepted, self._ended_at - began_at)
         self._ahead = ahead
         return launched.batch
+
+    def _note_time(self, batch: list[Span], accepted: int, seconds: float) -> None:
+        """Learn from a step that computed tokens of outputs alone; `accepted` drafted ones were right."""
+        is_of_use = self._speculation is not None or self.forced_tokens
+        if not is_of_use or not all(span.first >= len(span.request.prompt_ids) for span in batch):
+            return
+        num_tokens = sum(span.last - span.first for span in batch)
+        if self._speculation is not None and all(_is_decode(span) for span in batch):
+            self._speculation.stepped(len(batch), num_tokens, accepted, seconds)
+        else:
+            self._step_times.note(num_tokens, seconds)
 
     def _launch(
         self, batch: list[Span], input_ids: Tensor | None = None, on_compute: Callable[[], object] = nothing

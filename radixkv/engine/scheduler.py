@@ -17,6 +17,7 @@ from radixkv.engine.prompts_in_progress import PromptsInProgress
 from radixkv.engine.request import Request
 from radixkv.engine.resolved_config import ResolvedConfig
 from radixkv.engine.span import Span
+from radixkv.engine.step_times import StepTimes
 from radixkv.engine.waiting_queue import WaitingQueue
 from radixkv.errors import OutOfPagesError
 from radixkv.memory.req_to_token import ReqToTokenPool
@@ -51,12 +52,15 @@ class Scheduler:
         req_to_token: ReqToTokenPool,
         tiers: LowerTiers | None = None,
         speculation: Speculation | None = None,
+        step_times: StepTimes | None = None,
     ) -> None:
+        """step_times: how long steps of decodes take, which others note."""
         self._config = config
         self._cache = cache
         self._req_to_token = req_to_token
         self._tiers = LowerTiers.none() if tiers is None else tiers
         self._speculation = speculation
+        self._step_times = StepTimes() if step_times is None else step_times
         self.waiting = WaitingQueue(config, cache)
         self.running: list[Request] = []  # in order of admission
         self.loading: list[Request] = []  # in order of admission
@@ -124,8 +128,10 @@ class Scheduler:
         batch = [Span(r, r.num_computed, r.num_tokens) for r in self.running if r.num_pending == 1]
         longer = [r for r in self.running if r.num_pending > 1] if len(batch) < len(self.running) else []
         prefills = [r for r in longer if r.is_prefilling]
-        budget = self._config.max_batch_tokens - len(batch)
-        for request in [*(r for r in longer if not r.is_prefilling), *prefills]:
+        if len(prefills) < len(longer):
+            self._add_forced(batch, [r for r in longer if not r.is_prefilling])
+        budget = self._config.max_batch_tokens - sum(span.last - span.first for span in batch)
+        for request in prefills:
             if budget > 0:
                 budget = self._add_chunk(batch, request, budget)
         if budget == 0 or not self.waiting or not self._req_to_token.num_free:
@@ -258,6 +264,19 @@ class Scheduler:
         request.retractions += 1
         self.num_retractions += 1
         self.add(request)
+
+    def _add_forced(self, batch: list[Span], requests: list[Request]) -> None:
+        """Add those that have forced tokens to compute, with as many of these as bring most tokens a second.
+
+        Each computes one at least, as decodes do: all of them count, so a step is worth its length while that is cheap.
+        """
+        num_rows = len(batch) + len(requests)
+        num_tokens = len(batch) + sum(request.num_pending for request in requests)
+        most = min(num_tokens, self._config.max_batch_tokens)
+        more = self._step_times.fastest_size(num_rows, most) - num_rows
+        for request in requests:
+            budget = 1 + min(more, request.num_pending - 1)
+            more -= budget - 1 - self._add_chunk(batch, request, budget)
 
     def _add_chunk(self, batch: list[Span], request: Request, budget: int) -> int:
         """Add as much of `request` as the budget and the window pages allow; returns what is left of the budget."""

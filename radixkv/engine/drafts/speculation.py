@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from radixkv.engine.drafts.drafter import NO_DRAFT, Draft, Drafter, Text
-from radixkv.engine.drafts.pacing import Account, Offer, Rates, StepTimes, best_lengths
+from radixkv.engine.drafts.pacing import Account, Offer, Rates, best_lengths
 from radixkv.engine.request import Request
+from radixkv.engine.step_times import StepTimes
 
 MOST_TOKENS = 16  # of a draft
 MAX_REST = 8  # steps for which a request is not asked about that nothing is found for
@@ -66,6 +67,7 @@ class Speculation:
 
     Attributes:
         drafter: what guesses.
+        times: how long steps of decodes take.
     """
 
     def __init__(
@@ -73,17 +75,23 @@ class Speculation:
         drafter: Drafter,
         vocab_size: int,
         *,
+        times: StepTimes | None = None,
         always: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """always: check all of every draft, whatever it costs. For tests."""
+        """A speculation that has learned nothing yet.
+
+        Args:
+            times: shared with others who note such steps.
+            always: check all of every draft, whatever it costs. For tests.
+        """
         self.drafter = drafter
         self._vocab_size = vocab_size
         self._always = always
         self._clock = clock
         self._failed = False
         self._rates = Rates()
-        self._times = StepTimes()
+        self.times = StepTimes() if times is None else times
         self._account = Account()
         self._paces: dict[int, _Pace] = {}
         self._plain_s = 0.0  # of the last step of decodes, had there been no drafts
@@ -165,11 +173,11 @@ class Speculation:
     def stepped(self, num_rows: int, num_tokens: int, accepted: int, seconds: float) -> None:
         """A step of decodes alone, with or without drafts, took so long; `accepted` drafted tokens were right."""
         self._num_steps += 1
-        self._times.note(num_tokens, seconds)
+        self.times.note(num_tokens, seconds)
         if num_tokens == num_rows:
             plain_s, gained_s = seconds, 0.0
         else:
-            plain_s = self._times.seconds(num_rows)
+            plain_s = self.times.seconds(num_rows)
             gained_s = plain_s * (1 + accepted / num_rows) - seconds
         self._plain_s = plain_s
         self._account.step(plain_s, gained_s - self._looked_s)
@@ -227,7 +235,7 @@ class Speculation:
                 Offer(len(draft.token_ids), self._pace(request).rates.of(draft.source, draft.evidence))
                 for request, draft in zip(requests, drafts, strict=True)
             ]
-            lengths = best_lengths(offers, num_rows, self._times, room)
+            lengths = best_lengths(offers, num_rows, self.times, room)
         return [
             draft if num == len(draft.token_ids) else draft._replace(token_ids=draft.token_ids[:num])
             for draft, num in zip(drafts, lengths, strict=True)
