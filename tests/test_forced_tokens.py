@@ -15,6 +15,7 @@ from drafters import Knowing, speculating
 from prompts import random_ids, random_prompts
 from radixkv import Engine, EngineConfig, RequestOutput, SamplingParams
 from radixkv.engine.assembly import assemble
+from radixkv.engine.gpu_sampling import DeviceSampler
 from radixkv.engine.sampling import Sampler
 from radixkv.engine.step_input import StepInput
 from radixkv.engine.step_times import StepTimes
@@ -271,6 +272,45 @@ def test_longer_steps_are_taken_only_where_they_bring_more_tokens_a_second() -> 
     assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
     assert num_forced(outputs) > 30
     assert all(num_tokens <= 3 for num_tokens in steps[1:]), steps
+
+
+def test_prompts_are_computed_beside_long_forced_text() -> None:
+    engine = engine_of(max_batch_tokens=16)
+    params = params_of(max_tokens=200, script=range(20, 120))
+    streams = [engine.stream(prompt, params) for prompt in random_prompts(12, [6, 6], shared=0)]
+    for stream in streams:
+        next(stream)
+    before = engine.stats().steps
+    (output,) = engine.generate(random_ids(13, 30), SamplingParams(max_tokens=1))
+    assert len(output.token_ids) == 1
+    assert engine.stats().steps - before <= 30 // 8 + 2, "half of each step is left to the prompt"
+    for stream in streams:
+        stream.close()
+
+
+class Draws:
+    """Kernels that draw on the device."""
+
+    def softmax(self, logits: Tensor, temperatures: Tensor) -> Tensor:
+        return (logits / temperatures[:, None]).softmax(-1)
+
+    def draw(self, probabilities: Tensor, *, generator: torch.Generator, **filters: Any) -> Tensor:
+        return probabilities.multinomial(1, generator=generator)[:, 0].int()
+
+
+class NeverPassesOver(Sampler):
+    def pass_over(self, vocab_size: int, params: SamplingParams, generator: torch.Generator) -> None:
+        raise AssertionError("the request's own generator draws nothing")
+
+
+def test_generators_that_draw_nothing_pass_over_nothing() -> None:
+    parts = assemble(tiny_model("llama"), None, SMALL)
+    sampler = DeviceSampler(Draws(), torch.device("cpu"), 0)
+    engine = Engine.from_parts(replace(parts, sampler=NeverPassesOver(), device_sampler=sampler))
+    (output,) = engine.generate(random_ids(1, 10), params_of(temperature=1.0))
+    assert (output.error, output.forced_tokens) == (None, 22)
+    (output,) = engine.generate(random_ids(1, 10), params_of(temperature=1.0, seed=3))
+    assert isinstance(output.error, AssertionError), "with a seed it draws"
 
 
 def test_others_that_share_a_prompt_do_not_wait_for_forced_tokens() -> None:

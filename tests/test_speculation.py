@@ -330,6 +330,19 @@ def test_a_transform_that_fails_within_a_draft_fails_its_request_alone() -> None
     assert engine.stats().running == 0
 
 
+def test_a_transform_that_fails_to_tell_what_it_allows_fails_its_request_alone() -> None:
+    class Fails(EvenTokens):
+        def _num_allowed(self, output_ids: Sequence[int], token_ids: Sequence[int]) -> int:
+            raise ZeroDivisionError("a grammar without end")
+
+    prompts = random_prompts(12, [10, 10], shared=0)
+    engine = speculating(tiny_model("llama"), SMALL, knowing_all(prompts, mistakes=0.0))
+    outputs = engine.generate(prompts, [params_of(logits_transform=lambda: Fails(True)), params_of()])
+    assert isinstance(outputs[0].error, ZeroDivisionError)
+    assert outputs[1].token_ids == continuation(prompts[1], 20)
+    assert engine.stats().running == 0
+
+
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 

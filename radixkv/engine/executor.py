@@ -237,7 +237,7 @@ class Executor:
                     )
                 if token_id in request.stop_ids or request.is_finished:
                     break
-                if request.generator is not None and not self._is_drawn_on_device(span):
+                if request.generator is not None and not self._is_drawn_on_device(request):
                     self._sampler.pass_over(vocab_size, request.params, request.generator)
                 request.append(token_id, is_forced=True)
                 self.generated_tokens += 1
@@ -311,7 +311,7 @@ class Executor:
     def _accept(self, span: Span, token_id: int, logits: Tensor, own_logits: Tensor | None) -> None:
         """Take a token for the request, drawn from `logits`; `own_logits` are the model's, if they were edited."""
         request = span.request
-        if request.generator is not None and (span.num_drafted or not self._is_drawn_on_device(span)):
+        if request.generator is not None and (span.num_drafted or not self._is_drawn_on_device(request)):
             token_id = self._sampler.draw(logits, request.params, request.generator)
         if request.params.logprobs is not None:
             reported = logits if own_logits is None else own_logits
@@ -319,8 +319,9 @@ class Executor:
         request.append(token_id)
         self.generated_tokens += 1
 
-    def _is_drawn_on_device(self, span: Span) -> bool:
-        return self._device_sampler is not None and self._device_sampler.draws(_row(span))
+    def _is_drawn_on_device(self, request: Request) -> bool:
+        row = RowSampling(request.params, request.generator)
+        return self._device_sampler is not None and self._device_sampler.draws(row)
 
 
 def _is_decode(span: Span) -> bool:

@@ -252,8 +252,12 @@ def _text(request: Request) -> Text:
 
 
 def _allowed(request: Request, draft: Draft) -> Draft:
-    """The draft up to where the request's own transform of logits forbids it, if it can tell."""
+    """The draft up to where the request's own transform of logits forbids it, if it can tell; if it fails, none."""
     if request.edits is None or not len(draft.token_ids):
         return draft
-    num = request.edits.num_allowed(request.output_ids, draft.token_ids)
+    try:
+        num = request.edits.num_allowed(request.output_ids, draft.token_ids)
+    except Exception as error:  # the others go on
+        request.finish("error", error)
+        return NO_DRAFT
     return draft if num >= len(draft.token_ids) else draft._replace(token_ids=draft.token_ids[:num])
