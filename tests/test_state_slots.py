@@ -128,6 +128,19 @@ def test_prefills_stop_at_intervals() -> None:
     assert run(simulated, prompt((100, 13), (1, 3)))[0] == 12
 
 
+@pytest.mark.parametrize("again", [(1, 2), (11, 2)])
+def test_a_state_that_goes_for_the_pages_of_its_hit_is_no_hit(again: tuple[int, int]) -> None:
+    """The state lies in one of two siblings, and the source of the copy is the other: one is evicted for the rest."""
+    simulated = Simulated(3, 4, 8, 100)
+    for rest in (1, 2), (11, 2), again:
+        run(simulated, prompt((100, 2), rest))
+    asked = prompt((100, 2), (21, 6))
+    assert simulated.cache.peek(asked) == 2
+    found, _ = run(simulated, asked)
+    assert found in (0, 2)
+    assert simulated.cache.stats().evicted_tokens > 0
+
+
 def test_states_go_with_their_pages_and_siblings_serve_each_other() -> None:
     simulated = Simulated(6, 4, 8, 100)
     run(simulated, prompt((100, 2), (1, 2)))

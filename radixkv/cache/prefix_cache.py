@@ -145,6 +145,27 @@ class PrefixCache(ReadableCache):
             raise InvalidRequestError(f"{len(tokens)} tokens need a row of {num_pages} pages, not {len(own_row)}")
         self._reap()
         wanted = tokens if max_cached_tokens is None else tokens[:max_cached_tokens]
+        while True:
+            lease = self._take_lease(tokens, wanted, namespace, own_row, priority, keep_for_s, owns_row=row is None)
+            if lease is not None:
+                return lease
+
+    def _take_lease(
+        self,
+        tokens: NDArray[np.int32],
+        wanted: NDArray[np.int32],
+        namespace: Namespace,
+        own_row: NDArray[np.int32],
+        priority: int,
+        keep_for_s: float | None,
+        *,
+        owns_row: bool,
+    ) -> Lease | None:
+        """A lease of `tokens` on what is found of `wanted`, their first ones.
+
+        None, with nothing taken, if what the hit needs besides its pages was evicted for the others: less is found now.
+        """
+        num_pages = self.pages_for(len(tokens))
         match, partial, held_tokens = self._find(wanted, namespace, num_pages)
         found_pages = match.pages
         num_found = len(found_pages)
@@ -161,6 +182,9 @@ class PrefixCache(ReadableCache):
             cached_tokens = match.length + (0 if partial is None else partial.num_tokens)
             source = None if partial is None else partial.page
             found = HeldTokens(namespace, tokens[:cached_tokens], match.page_runs)
+            if self._usable(match, partial, found.tokens, namespace) < cached_tokens:
+                _roll_back(undo)
+                return None
             claim = self.residency.claim(pages, found, held_tokens, source)
             undo.append((claim.release, pages))
             if partial is not None:
@@ -179,7 +203,7 @@ class PrefixCache(ReadableCache):
             num_pages,
             match.node,
             namespace,
-            owns_row=row is None,
+            owns_row=owns_row,
             claim=claim,
             source=partial,
             priority=priority,
