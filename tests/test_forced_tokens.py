@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from drafters import Knowing, speculating
 from prompts import random_ids, random_prompts
 from radixkv import Engine, EngineConfig, RequestOutput, SamplingParams
 from radixkv.engine.assembly import assemble
+from radixkv.engine.drafts.drafter import NO_DRAFT, Draft, Text
+from radixkv.engine.drafts.speculation import Speculation
 from radixkv.engine.gpu_sampling import DeviceSampler
 from radixkv.engine.sampling import Sampler
 from radixkv.engine.step_input import StepInput
@@ -228,6 +231,35 @@ def test_tokens_that_the_model_does_not_know_fail_the_request_alone(script: list
     )
     assert_same(outputs[1:], engine_of().generate(prompts[1:], params_of(tells=False)))
     assert engine.stats().running == 0
+
+
+def test_forced_tokens_may_be_integers_of_any_kind_and_nothing_else() -> None:
+    class Numbers(Form):
+        def _forced(self, token_ids: Sequence[int]) -> Any:
+            return np.array(super()._forced(token_ids), np.float64 if len(token_ids) > 10 else np.int64)
+
+    (output,) = engine_of().generate(random_ids(9, 10), params_of(logits_transform=lambda: Numbers(True)))
+    assert isinstance(output.error, TypeError)
+    assert len(output.token_ids) == 11
+    assert {type(token_id) for token_id in output.token_ids} == {int}
+
+
+def test_drafts_are_thought_of_although_each_step_computes_forced_tokens() -> None:
+    class Nothing:
+        def draft(self, texts: Sequence[Text]) -> list[Draft]:
+            return [NO_DRAFT] * len(texts)
+
+        def ended(self, request_id: int) -> None:
+            pass
+
+    parts = assemble(tiny_model("llama"), None, SMALL)
+    speculation = Speculation(Nothing(), VOCAB_SIZE, times=parts.step_times)
+    engine = Engine.from_parts(replace(parts, speculation=speculation))
+    assert not speculation.is_on, "nothing is known of steps"
+    params = params_of(max_tokens=20, logits_transform=lambda: Form(True, num_free=1))
+    (output,) = engine.generate(random_ids(9, 10), params)
+    assert output.forced_tokens == 17, "in each step but the first"
+    assert speculation.is_on
 
 
 def test_a_transform_that_fails_to_tell_fails_its_request_alone() -> None:

@@ -131,3 +131,10 @@ def test_forced_tokens_are_those_that_masks_leave_no_choice_about(grammars: Gram
             output += forced
             num_forced += len(forced)
         assert num_forced or grammar is GRAMMARS[1]
+
+
+def test_forced_tokens_end_before_what_the_grammar_itself_refuses(grammars: Grammars) -> None:
+    """llguidance takes the text of a control token for that token, which then does not fit."""
+    grammar = of_regex(r"but <\|user\|> is a text, and goes on", "regex")
+    forced = grammars.transform(grammar)().forced([])
+    assert grammars.transform(grammar)().num_allowed([], forced) == len(forced) > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -103,8 +104,9 @@ class Executor:
         if not is_of_use or not all(span.first >= len(span.request.prompt_ids) for span in batch):
             return
         num_tokens = sum(span.last - span.first for span in batch)
-        if self._speculation is not None and all(_is_decode(span) for span in batch):
-            self._speculation.stepped(len(batch), num_tokens, accepted, seconds)
+        if self._speculation is not None:
+            num_drafted = sum(span.num_drafted for span in batch)
+            self._speculation.stepped(num_tokens - num_drafted, num_tokens, accepted, seconds)
         else:
             self._step_times.note(num_tokens, seconds)
 
@@ -230,7 +232,7 @@ class Executor:
         if request.edits is None or request.is_finished or not may_be_forced:
             return
         try:
-            for token_id in request.edits.forced(request.output_ids):
+            for token_id in map(index, request.edits.forced(request.output_ids)):
                 if not 0 <= token_id < vocab_size:
                     raise InvalidRequestError(
                         f"tokens that a logits_transform forces must be from 0 to {vocab_size - 1}, not {token_id}"
@@ -322,11 +324,6 @@ class Executor:
     def _is_drawn_on_device(self, request: Request) -> bool:
         row = RowSampling(request.params, request.generator)
         return self._device_sampler is not None and self._device_sampler.draws(row)
-
-
-def _is_decode(span: Span) -> bool:
-    """Whether the span computes the newest token alone, and perhaps a draft."""
-    return span.last - span.num_drafted - span.first == 1
 
 
 def _edit_alone(request: Request, edits: LogitEdits, logits: Tensor) -> None:

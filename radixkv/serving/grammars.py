@@ -121,7 +121,8 @@ class GrammarTransform:
         """The tokens that are the only ones that the grammar allows after `token_ids`, one after the other."""
         self._wait()
         self.consume(token_ids)
-        return () if self.matcher.is_stopped() else self.matcher.compute_ff_tokens()
+        ids: list[int] = [] if self.matcher.is_stopped() else self.matcher.compute_ff_tokens()
+        return ids[: self.matcher.validate_tokens(ids)] if ids else ()  # some name control tokens that do not fit
 
     def found_masks(self) -> _Masks:
         """Those of the step that was started last; waits for them."""

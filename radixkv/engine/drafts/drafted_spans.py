@@ -16,11 +16,12 @@ def add_drafts(batch: list[Span], speculation: Speculation, max_batch_tokens: in
     They take what is left of the budget of `max_batch_tokens`, and pages that are free or evictable: nobody is
     retracted for them.
     """
-    room = max_batch_tokens - sum(span.last - span.first for span in batch)
+    num_tokens = sum(span.last - span.first for span in batch)
+    room = max_batch_tokens - num_tokens
     decodes = [place for place, span in enumerate(batch) if span.samples and span.last - span.first == 1]
     if room < 1 or not decodes:
         return
-    drafts = speculation.drafts([batch[place].request for place in decodes], len(batch), room)
+    drafts = speculation.drafts([batch[place].request for place in decodes], num_tokens, room)
     for place, draft in zip(decodes, drafts, strict=True):
         if len(draft.token_ids):
             batch[place] = _with_draft(batch[place], draft)

@@ -121,11 +121,11 @@ class Speculation:
         sources = [SourceStats(source, *counts) for source, counts in sorted(self._sources.items())]
         return SpeculationStats(tuple(sources), self._drafted_steps, self._drafting_s)
 
-    def drafts(self, requests: Sequence[Request], num_rows: int, room: int) -> list[Draft]:
+    def drafts(self, requests: Sequence[Request], num_tokens: int, room: int) -> list[Draft]:
         """A draft for each of `requests`, which are about to compute their last token; many are empty.
 
         Args:
-            num_rows: how many requests the step has in all.
+            num_tokens: those that the step computes in any case.
             room: tokens that the step has room for besides.
         """
         none = [NO_DRAFT] * len(requests)
@@ -146,7 +146,7 @@ class Speculation:
         for (_, request), draft in zip(asked, drafts, strict=True):
             if not len(draft.token_ids):
                 self._fruitless(request)
-        drafts = self._worth_it([request for _, request in asked], drafts, num_rows, room)
+        drafts = self._worth_it([request for _, request in asked], drafts, num_tokens, room)
         for (place, request), draft in zip(asked, drafts, strict=True):
             none[place] = _allowed(request, draft)
         self._idle = 0 if any(len(draft.token_ids) for draft in drafts) else self._idle + 1
@@ -170,15 +170,20 @@ class Speculation:
         else:
             self._fruitless(request)
 
-    def stepped(self, num_rows: int, num_tokens: int, accepted: int, seconds: float) -> None:
-        """A step of decodes alone, with or without drafts, took so long; `accepted` drafted tokens were right."""
+    def stepped(self, num_plain: int, num_tokens: int, accepted: int, seconds: float) -> None:
+        """A step that computed tokens of outputs alone took so long.
+
+        Args:
+            num_plain: tokens that it would have computed without drafts: one of each request, and those forced.
+            num_tokens: with drafts, `accepted` of which were right.
+        """
         self._num_steps += 1
         self.times.note(num_tokens, seconds)
-        if num_tokens == num_rows:
+        if num_tokens == num_plain:
             plain_s, gained_s = seconds, 0.0
         else:
-            plain_s = self.times.seconds(num_rows)
-            gained_s = plain_s * (1 + accepted / num_rows) - seconds
+            plain_s = self.times.seconds(num_plain)
+            gained_s = plain_s * (1 + accepted / num_plain) - seconds
         self._plain_s = plain_s
         self._account.step(plain_s, gained_s - self._looked_s)
         self._looked_s = 0.0
@@ -223,7 +228,9 @@ class Speculation:
                 ids = ids[: int(unknown.argmax())]
         return draft if len(ids) == len(draft.token_ids) else draft._replace(token_ids=ids)
 
-    def _worth_it(self, requests: Sequence[Request], drafts: Sequence[Draft], num_rows: int, room: int) -> list[Draft]:
+    def _worth_it(
+        self, requests: Sequence[Request], drafts: Sequence[Draft], num_tokens: int, room: int
+    ) -> list[Draft]:
         """The drafts, each as long as it is worth checking."""
         if self._always:
             lengths = []
@@ -235,7 +242,7 @@ class Speculation:
                 Offer(len(draft.token_ids), self._pace(request).rates.of(draft.source, draft.evidence))
                 for request, draft in zip(requests, drafts, strict=True)
             ]
-            lengths = best_lengths(offers, num_rows, self.times, room)
+            lengths = best_lengths(offers, num_tokens, self.times, room)
         return [
             draft if num == len(draft.token_ids) else draft._replace(token_ids=draft.token_ids[:num])
             for draft, num in zip(drafts, lengths, strict=True)
