@@ -32,6 +32,7 @@ class Scheduler:
 
     - Running requests come first; each may need a page. On a full pool unused prefixes are evicted; when none is
       left, the running request that loses least is retracted: its pages go, its tokens stay, and it resumes later.
+      Each computes a token, and those that were forced several, where that brings more tokens a second.
       Chunks are cut where window pages are short. The oldest running request is never retracted, so there is always
       progress. With quotas, `GivingWay` says whose pages a request may ask for; one that waits, and claims no more than
       its namespace is guaranteed, overtakes others on the way to pages.

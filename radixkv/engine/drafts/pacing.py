@@ -80,8 +80,8 @@ class Offer(NamedTuple):
     rate: float
 
 
-def best_lengths(offers: Sequence[Offer], num_rows: int, times: StepTimes, room: int) -> list[int]:
-    """How many tokens of each offer to check in a step of `num_rows` requests, so that tokens come fastest.
+def best_lengths(offers: Sequence[Offer], num_plain: int, times: StepTimes, room: int) -> list[int]:
+    """How many tokens of each offer to check in a step of `num_plain` tokens besides, so that they come fastest.
 
     The tokens that are likeliest to be accepted come first; of their number, what gives most tokens a second by `times`
     is taken, `room` at most. O(tokens * log(tokens)).
@@ -98,13 +98,13 @@ def best_lengths(offers: Sequence[Offer], num_rows: int, times: StepTimes, room:
         for place in range(offer.num_tokens)
     ]
     chances.sort()
-    best_count, best_speed, tokens = 0, num_rows / times.seconds(num_rows), float(num_rows)
+    best_count, best_speed, tokens = 0, num_plain / times.seconds(num_plain), float(num_plain)
     for count, (chance, _) in enumerate(chances[:room], start=1):
         if -chance < LEAST_CHANCE:
             break
         tokens -= chance
-        if tokens > best_speed * times.seconds(num_rows + count):
-            best_count, best_speed = count, tokens / times.seconds(num_rows + count)
+        if tokens > best_speed * times.seconds(num_plain + count):
+            best_count, best_speed = count, tokens / times.seconds(num_plain + count)
     lengths = [0] * len(offers)
     for _, number in chances[:best_count]:
         lengths[number] += 1
