@@ -103,9 +103,9 @@ def forced_by_masks(transform: GrammarTransform, output: list[int]) -> list[int]
     while True:
         logits = torch.zeros(2048)
         transform.start([*output, *forced])
+        transform.apply(logits)  # waits for the thread that uses the matcher
         if transform.matcher.is_stopped():
             return forced
-        transform.apply(logits)
         (allowed,) = logits.isfinite().nonzero(as_tuple=True)
         if len(allowed) != 1:
             return forced
@@ -121,9 +121,9 @@ def test_forced_tokens_are_those_that_masks_leave_no_choice_about(grammars: Gram
         for _ in range(12):
             logits = torch.zeros(2048)
             transform.start(output)
+            transform.apply(logits)
             if transform.matcher.is_stopped():
                 break
-            transform.apply(logits)
             output.append(rng.choice(logits.isfinite().nonzero().flatten().tolist()))
             forced = list(transform.forced(output))
             assert forced == forced_by_masks(make(), output)[: len(forced)]

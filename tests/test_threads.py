@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -229,6 +230,16 @@ def test_an_interrupt_at_each_line_leaves_the_intake_open() -> None:
     intake = Intake(None, vocab_size=256, eos_ids=frozenset(), limit=ContextLimit(64, "", ""), seed=0)
     ids = np.array(random_ids(1, 5), np.int32)
     interrupt_each_line(lambda: intake.make(ids, GREEDY_8, CacheOptions(), streams=True), "engine/intake")
+
+
+@pytest.mark.parametrize("encode", [Intake.encode, Intake.encode_unless_busy])
+def test_an_interrupt_at_each_line_leaves_the_tokenizer_free(encode: Callable[[Intake, str], object]) -> None:
+    def tokenizer(text: str, add_special_tokens: bool) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[ord(character) for character in text])
+
+    intake = Intake(tokenizer, vocab_size=256, eos_ids=frozenset(), limit=ContextLimit(64, "", ""), seed=0)
+    interrupt_each_line(lambda: encode(intake, "abc"), "engine/intake")
+    assert intake.encode_unless_busy("abc") is not None
 
 
 @pytest.mark.stress

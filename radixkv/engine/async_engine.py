@@ -34,7 +34,7 @@ from radixkv.publish.publisher import EventSources
 
 T = TypeVar("T")
 MAX_WAITING = 1024
-SHORT_CHARACTERS = 2048  # of texts that are encoded in less time than another thread takes to begin with it
+SHORT_CHARACTERS = 2048  # of texts that are encoded in the event loop: another thread costs it about as much
 
 
 class AsyncEngine:
@@ -253,7 +253,7 @@ class AsyncEngine:
         self, prompt: Prompt, *, extra_key: str | None = None, cache_salt: str | None = None, as_admin: bool = False
     ) -> Explanation:
         """How far `prompt` is cached now, and why not further; as `Engine.explain`."""
-        namespace, ids = Namespace.of(extra_key, cache_salt), await asyncio.to_thread(self._intake.ids_of, prompt)
+        namespace, ids = Namespace.of(extra_key, cache_salt), await self._ids_of(prompt)
         found: Explanation = await self._call(lambda core: core.explain(ids, namespace, as_admin=as_admin))
         return found
 
@@ -276,7 +276,7 @@ class AsyncEngine:
         cache_salt: str | None = None,
     ) -> int:
         """Evict what is cached of `prefix` only if nothing else can be, for a time; as `Engine.keep`."""
-        namespace, ids = Namespace.of(extra_key, cache_salt), await asyncio.to_thread(self._intake.ids_of, prefix)
+        namespace, ids = Namespace.of(extra_key, cache_salt), await self._ids_of(prefix)
         return int(await self._call(lambda core: core.keep(ids, keep_for_s, namespace)))
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.int32]:
@@ -342,6 +342,12 @@ class AsyncEngine:
         if not any(isinstance(prompt, str) for prompt in prompts):
             return self._intake.check_all(prompts, params, options.namespace)
         return await asyncio.to_thread(self._intake.check_all, prompts, params, options.namespace)
+
+    async def _ids_of(self, prompt: Prompt) -> NDArray[np.int32]:
+        """The ids of a text, encoded in a thread, or a copy of ids. Raises: as `Intake.ids_of`."""
+        if isinstance(prompt, str):
+            return await asyncio.to_thread(self._intake.ids_of, prompt)
+        return self._intake.ids_of(prompt)
 
     async def _call(self, function: Callable[[EngineCore], object]) -> Any:
         return await asyncio.wrap_future(self._thread.call(function))

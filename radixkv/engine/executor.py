@@ -54,17 +54,17 @@ class Executor:
         scheduler: Scheduler,
         sampler: Sampler,
         device_sampler: DeviceSampler | None,
-        speculation: Speculation | None = None,
-        step_times: StepTimes | None = None,
+        speculation: Speculation | None,
+        step_times: StepTimes,
     ) -> None:
-        """step_times: learn how long steps of decodes take; those of `speculation`, if there is one."""
+        """step_times: learn how long steps of decodes take; `speculation`, if there is one, notes them in its own."""
         self._runner = runner
         self._scheduler = scheduler
         self._sampler = sampler
         self._device_sampler = device_sampler
         self._ahead: _Launched | None = None
         self._speculation = speculation
-        self._step_times = StepTimes() if step_times is None else step_times
+        self._step_times = step_times
         self._ended_at = 0.0  # the last step
         self.computed_tokens = self.generated_tokens = self.forced_tokens = self.sampled_steps = 0
 

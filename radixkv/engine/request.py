@@ -113,7 +113,7 @@ class Request:
     @property
     def is_prefilling(self) -> bool:
         """Whether there is more to compute than the token that was chosen last and those that were forced after it."""
-        return self.num_tokens - self.num_computed > 1 + self.num_forced
+        return self.num_pending > 1 + self.num_forced
 
     @property
     def findable_ids(self) -> NDArray[np.int32]:

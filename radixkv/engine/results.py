@@ -119,7 +119,7 @@ class ResetCache(NamedTuple):
 class EngineStats(NamedTuple):
     """What the engine holds now, and what it did since it was made.
 
-    `computed_tokens` went through the model; `generated_tokens` were sampled; `retractions` counts how often a
+    `computed_tokens` went through the model; `generated_tokens` are of outputs; `retractions` counts how often a
     running request had its pages taken back. `peak_used_pages` includes unused prefixes that are kept.
     `kv_bytes_per_token` counts a token that every layer keeps; `pool_bytes` is the size of the KV pool, and
     `state_pool_bytes` that of the states of recurrent layers, of which `cache` tells how many there are (0 without).

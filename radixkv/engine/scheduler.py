@@ -129,11 +129,10 @@ class Scheduler:
         batch = [Span(r, r.num_computed, r.num_tokens) for r in self.running if r.num_pending == 1]
         longer = [r for r in self.running if r.num_pending > 1] if len(batch) < len(self.running) else []
         prefills = [r for r in longer if r.is_prefilling]
+        budget = self._config.max_batch_tokens - len(batch)
         if len(prefills) < len(longer):
-            self._add_forced(
-                batch, [r for r in longer if not r.is_prefilling], has_prompts=bool(prefills or self.waiting)
-            )
-        budget = self._config.max_batch_tokens - sum(span.last - span.first for span in batch)
+            forced = [r for r in longer if not r.is_prefilling]
+            budget -= self._add_forced(batch, forced, has_prompts=bool(prefills or self.waiting))
         for request in prefills:
             if budget > 0:
                 budget = self._add_chunk(batch, request, budget)
@@ -268,20 +267,24 @@ class Scheduler:
         self.num_retractions += 1
         self.add(request)
 
-    def _add_forced(self, batch: list[Span], requests: list[Request], *, has_prompts: bool) -> None:
+    def _add_forced(self, batch: list[Span], requests: list[Request], *, has_prompts: bool) -> int:
         """Add those that have forced tokens to compute, with as many of these as bring most tokens a second.
 
         Each computes one at least, as decodes do: all of them count, so a step is worth its length while that is cheap.
-        Where there are prompts to compute, half of the budget is left to them.
+        Where there are prompts to compute, half of the budget is left to them. Returns: how many tokens were added.
         """
         num_rows = len(batch) + len(requests)
         num_tokens = len(batch) + sum(request.num_pending for request in requests)
         budget = self._config.max_batch_tokens // 2 if has_prompts else self._config.max_batch_tokens
         most = max(num_rows, min(num_tokens, budget))
         more = self._step_times.fastest_size(num_rows, most) - num_rows
+        added = 0
         for request in requests:
             num_wanted = 1 + min(more, request.num_pending - 1)
-            more -= num_wanted - 1 - self._add_chunk(batch, request, num_wanted)
+            num_added = num_wanted - self._add_chunk(batch, request, num_wanted)
+            more -= max(0, num_added - 1)
+            added += num_added
+        return added
 
     def _add_chunk(self, batch: list[Span], request: Request, budget: int) -> int:
         """Add as much of `request` as the budget and the window pages allow; returns what is left of the budget."""

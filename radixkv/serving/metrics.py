@@ -212,7 +212,7 @@ def _ours(stats: EngineStats) -> Iterator[Metric]:
         ),
         ("radixkv_steps", "Batches that ran.", stats.steps),
         ("radixkv_computed_tokens", "Tokens that went through the model.", stats.computed_tokens),
-        ("radixkv_generated_tokens", "Tokens that were sampled.", stats.generated_tokens),
+        ("radixkv_generated_tokens", "Tokens of outputs.", stats.generated_tokens),
         (
             "radixkv_forced_tokens",
             "Generated tokens that were the only ones a grammar allowed: no step was spent on each.",
