@@ -34,7 +34,7 @@ from radixkv.publish.publisher import EventSources
 
 T = TypeVar("T")
 MAX_WAITING = 1024
-SHORT_CHARACTERS = 2048  # of texts that are encoded in the event loop: another thread costs it about as much
+SHORT_CHARACTERS = 512  # of texts that the event loop encodes itself: it takes little longer than to ask a thread
 
 
 class AsyncEngine:
